@@ -1,0 +1,178 @@
+"""The nouns of the package: NamedTuples that flow through jit, and the signatures of the functions that meet them.
+
+Words for axes, used everywhere: `clients, cohort, lanes, classes, criteria, epochs, n` (examples), `d_in, d_out, r`
+(rank positions of an adapter, `max_rank` of them).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+Key = jax.Array
+PyTree = Any
+
+
+class Adapter(NamedTuple):
+    """The low-rank update `ΔW = lora_a @ lora_b` of one layer, always 2-D for one client.
+
+    A k×k convolution has `d_in = k·k·c_in`, so that every aggregation rule is written once. `ΔW` is in units of the
+    weight itself: a LoRA scale is a matter of local training only (see `autorank_jax.local`).
+    """
+
+    lora_a: Array  # (..., d_in, r)
+    lora_b: Array  # (..., r, d_out)
+
+
+class Trainable(NamedTuple):
+    """What clients train."""
+
+    adapters: dict[str, Adapter]  # by module path; max_rank may differ by layer
+    dense: PyTree  # biases, heads: whatever is trained whole
+
+
+class Base(NamedTuple):
+    """Frozen weights into which products of adapters can be merged."""
+
+    kernels: dict[str, Array]  # by adapter path, (d_in, d_out) each
+    rest: PyTree  # everything else that is frozen
+
+
+class Server(NamedTuple):
+    """The global model. Frozen weights are passed unbatched and never stacked per client."""
+
+    trainable: Trainable
+    frozen: PyTree  # a `Base` where rules shall be able to merge into it, else anything
+
+
+class Task(NamedTuple):
+    """A model as the engine sees it: start values and functions only."""
+
+    server: Server  # the start
+    loss: Callable[[PyTree, Trainable, "Batch", Key], Array]  # frozen, trainable, batch, key -> per-example losses (b,)
+    predict: Callable[[PyTree, Trainable, PyTree], Array]  # frozen, trainable, inputs -> logits or outputs
+
+
+class Batch(NamedTuple):
+    """Examples of one client in one step; `weight` is 0 where a short batch is padded."""
+
+    inputs: PyTree  # leaves (b, ...)
+    targets: PyTree  # leaves (b, ...)
+    weight: Array  # (b,) 0 or 1
+
+
+class FederatedData(NamedTuple):
+    """All clients' examples, flat: nothing is padded to the largest client."""
+
+    inputs: PyTree  # leaves (n, ...); uint8 images stay uint8
+    targets: PyTree  # leaves (n, ...)
+    order: Array  # (n_used,) int32 example numbers, grouped by client
+    start: Array  # (clients,) int32 first position of a client in `order`
+    size: Array  # (clients,) int32 examples
+    id: Array  # (clients,) int32 identity: random numbers follow it, not the position
+
+
+class ClientStats(NamedTuple):
+    """What a rank policy may look at, one row per client."""
+
+    size: Array  # (clients,) examples
+    label_counts: Array  # (clients, classes) or (clients, groups)
+    epoch_losses: Array | None  # (clients, epochs) mean training loss per local epoch
+    epochs: Array | None  # (clients,) how many of those epochs were run; 0 = no curve yet; None = all of them
+    extra: Array | None  # (clients, k) the user's own criteria
+    max_ratio: Array  # (clients,) cap by device, 1 where none
+    where: Array  # (clients,) bool; absent clients count nowhere
+
+
+class RankInfo(NamedTuple):
+    """What a rank policy has to say about its ratios. Policies that do not score report zeros of width 0."""
+
+    matrix: Array  # (clients, criteria)
+    weights: Array  # (criteria,)
+    closeness: Array  # (clients,)
+
+
+RankPolicy = Callable[[Key, ClientStats], tuple[Array, RankInfo]]  # ratios (clients,) or (clients, layers) in (0, 1]
+
+
+class Client(NamedTuple):
+    """One client as an aggregation rule sees it."""
+
+    index: Array  # () row of the client in `FederatedData`
+    masks: dict[str, Array]  # by adapter path, (max_rank,) float: 1 where the client owns the rank position
+    weight: Array  # () its share in sums; 0 where it counts nowhere
+    state: PyTree  # what the client kept from earlier rounds; () where the rule keeps nothing
+
+
+class ClientUpdate(NamedTuple):
+    """What a client sends back, padded to full width: zero beyond its rank, in `trained` as in `start`."""
+
+    trained: Trainable
+    start: Trainable
+    client: Client
+
+
+class Plan(NamedTuple):
+    """What is known before anyone trains."""
+
+    owners: dict[str, Array]  # by adapter path, (max_rank,) summed weight of the participants that own the position
+    weight: Array  # () summed weight of all participants
+    total: Array  # () summed weight of all clients, present or not
+
+
+Sums = PyTree
+AggState = PyTree
+
+
+def _no_client_state(server: Server) -> PyTree:  # noqa: ARG001
+    return ()
+
+
+def _keep_nothing(update: ClientUpdate, server: Server) -> PyTree:  # noqa: ARG001
+    return ()
+
+
+class Aggregator(NamedTuple):
+    """An aggregation rule: a sum over clients, then one server step.
+
+    The sum form makes lanes, devices and hosts free: any order, any grouping.
+    """
+
+    init: Callable[[Server], AggState]
+    start: Callable[[Server, AggState, Client], Trainable]  # what a client is handed; the engine cuts it to its rank
+    trains: Callable[[AggState], Trainable]  # a prefix of bools: which factors train this round
+    summand: Callable[[ClientUpdate, Server, Plan], Sums]  # of ONE client at full width; added over clients
+    update: Callable[[Key, Sums, AggState, Server], tuple[Server, AggState]]
+    client_init: Callable[[Server], PyTree] = _no_client_state  # what ONE client keeps, before its first round
+    client_keep: Callable[[ClientUpdate, Server], PyTree] = _keep_nothing  # ... and after a round
+    exact_plan: bool = False  # the summand divides by `plan.owners`: rerun the round if a client turns out non-finite
+
+
+class State(NamedTuple):
+    """Everything that a round reads and writes. A pytree of arrays: ranks and hyper-parameters are data."""
+
+    server: Server
+    aggregator: AggState
+    ranks: dict[str, Array]  # by adapter path, (clients,) int32
+    round: Array  # () int32 rounds done
+    hparams: dict[str, Array]  # scalars: "learning_rate", "local_epochs", and the user's own
+    epoch_losses: Array  # (clients, max_epochs) of each client's latest round
+    epochs: Array  # (clients,) int32 epochs recorded there; 0 = never seen
+    clients: PyTree  # what clients keep between rounds, leaves (clients, ...); () where the rule keeps nothing
+
+
+class RoundInfo(NamedTuple):
+    """Scalars about one round."""
+
+    loss: Array  # () mean training loss over the examples seen
+    participants: Array  # () int32 clients that were to train
+    excluded: Array  # () int32 of them, left out because their update was not finite
+    steps: Array  # () int32 client steps
+    examples: Array  # () float examples seen, counted once per epoch
+    lane_steps: Array  # () int32 steps that lanes were held for, busy or idle
+    diagnostics: dict[str, Array]  # the rule's own, {} unless asked for
+
+
+RoundFn = Callable[[Key, State, FederatedData], tuple[State, RoundInfo]]
+EvaluateFn = Callable[[State], dict[str, Array]]
