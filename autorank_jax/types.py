@@ -105,8 +105,47 @@ class Client(NamedTuple):
     state: PyTree  # what the client kept from earlier rounds; () where the rule keeps nothing
 
 
+Hparams = dict[str, Array]
+
+
+class Trains(NamedTuple):
+    """Which parts of the model a rule lets clients train this round. Python bools save the work, arrays do not."""
+
+    lora_a: bool | Array = True
+    lora_b: bool | Array = True
+    dense: bool | Array = True
+
+
+class Setting(NamedTuple):
+    """What stays the same during the local training of one client."""
+
+    client: Client
+    start: Trainable
+    frozen: PyTree
+    trains: Trains
+
+
+class LocalState(NamedTuple):
+    """What one client changes while it trains."""
+
+    params: Trainable
+    optimizer: PyTree
+
+
+class LocalTraining(NamedTuple):
+    """Local training of ONE client, as the engine calls it. Made by `autorank_jax.local.make_local_training`."""
+
+    begin: Callable[[Hparams, Trainable, Client], LocalState]  # from the start that the rule hands out
+    step: Callable[[Hparams, Setting, LocalState, Batch, Key], tuple[LocalState, Array]]  # -> (b,) losses
+    end: Callable[[LocalState, Client], Trainable]  # what is sent back
+    batch_size: int
+
+
 class ClientUpdate(NamedTuple):
-    """What a client sends back, padded to full width: zero beyond its rank, in `trained` as in `start`."""
+    """What a client sends back: zero beyond its rank, in `trained` as in `start`.
+
+    Its width is that of the client's rank level, so `summand` must not assume `max_rank`; the engine appends the zeros.
+    """
 
     trained: Trainable
     start: Trainable
@@ -141,8 +180,8 @@ class Aggregator(NamedTuple):
 
     init: Callable[[Server], AggState]
     start: Callable[[Server, AggState, Client], Trainable]  # what a client is handed; the engine cuts it to its rank
-    trains: Callable[[AggState], Trainable]  # a prefix of bools: which factors train this round
-    summand: Callable[[ClientUpdate, Server, Plan], Sums]  # of ONE client at full width; added over clients
+    trains: Callable[[AggState], Trains]  # which factors train this round
+    summand: Callable[[ClientUpdate, Server, Plan], Sums]  # of ONE client, at its width; added over clients
     update: Callable[[Key, Sums, AggState, Server], tuple[Server, AggState]]
     client_init: Callable[[Server], PyTree] = _no_client_state  # what ONE client keeps, before its first round
     client_keep: Callable[[ClientUpdate, Server], PyTree] = _keep_nothing  # ... and after a round

@@ -1,0 +1,384 @@
+"""Client data for the engine: flat arrays grouped by client, checked once on the host when they are built.
+
+Nothing loops over clients in Python, so a million of them take seconds.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from autorank_jax.types import ClientStats, FederatedData, PyTree
+
+_INT32_MAX = int(np.iinfo(np.int32).max)
+
+
+def from_parts(
+    inputs: PyTree,
+    targets: PyTree,
+    parts: Sequence[ArrayLike],
+    *,
+    ids: ArrayLike | None = None,
+    classes: int | None = None,
+    require_all: bool = False,
+    allow_empty: bool = False,
+) -> FederatedData:
+    """Build client data from the example numbers of each client.
+
+    Args:
+      inputs: pytree of arrays (n, ...); dtypes stay (uint8 images stay uint8), floats must be finite.
+      targets: pytree of arrays (n, ...), likewise.
+      parts: of each client, the numbers of its examples, each 0 .. n-1, no example twice.
+      ids: (clients,) identities that random numbers follow, different, 0 .. 2³¹-1; default 0, 1, …
+      classes: given it, targets must be a vector of integers in 0 .. classes-1.
+      require_all: refuse if an example belongs to no client.
+      allow_empty: accept clients without examples (held-out data of small clients).
+
+    Raises:
+      ValueError: arrays of unequal length, NaN, empty clients, numbers out of range, overlaps, wrong labels or ids.
+
+    Example:
+      >>> data = from_parts(np.zeros((5, 2), np.float32), np.arange(5), [[4, 0], [1, 2, 3]])
+      >>> data.order.tolist(), data.start.tolist(), data.size.tolist()
+      ([4, 0, 1, 2, 3], [0, 2], [2, 3])
+    """
+    n = _check_examples(inputs, targets, classes)
+    size = _sizes(parts)
+    if not allow_empty and not size.all():
+        raise ValueError(
+            f"expected at least one example per client, got none for client {_some(np.flatnonzero(size == 0))}; "
+            "probably a split with too many clients"
+        )
+    order = _concatenate(parts, size)
+    _check_order(order, size, n, require_all)
+    return _assemble(inputs, targets, order, size, np.arange(len(size)) if ids is None else _check_ids(ids, len(size)))
+
+
+def from_client_ids(
+    inputs: PyTree, targets: PyTree, client_ids: ArrayLike, *, classes: int | None = None
+) -> FederatedData:
+    """Build client data from the owner of each example. Clients come in ascending order of their number.
+
+    Args:
+      inputs: pytree of arrays (n, ...); dtypes stay, floats must be finite.
+      targets: pytree of arrays (n, ...), likewise.
+      client_ids: (n,) number of the client of each example, 0 .. 2³¹-1, gaps allowed. It becomes the identity that
+        random numbers follow, so leaving clients out changes nothing for the others.
+      classes: given it, targets must be a vector of integers in 0 .. classes-1.
+
+    Raises:
+      ValueError: arrays of unequal length, NaN, wrong labels or client numbers.
+
+    Example:
+      >>> data = from_client_ids(np.zeros((4, 2), np.float32), np.arange(4), [7, 3, 7, 3])
+      >>> data.order.tolist(), data.size.tolist(), data.id.tolist()
+      ([1, 3, 0, 2], [2, 2], [3, 7])
+    """
+    n = _check_examples(inputs, targets, classes)
+    owner = np.asarray(client_ids)
+    if owner.shape != (n,):
+        raise ValueError(
+            f"expected client_ids of shape ({n},), one per example, got {owner.shape}; "
+            "probably one per client: use from_parts"
+        )
+    if owner.dtype.kind not in "iu":
+        raise ValueError(
+            f"expected integer client_ids, got {owner.dtype}; "
+            "probably names: number them with np.unique(names, return_inverse=True)[1]"
+        )
+    _check_range(owner, _INT32_MAX + 1, "client_ids", "hashed names: number them with np.unique(..., return_inverse)")
+    order = np.argsort(owner, kind="stable")
+    first = np.flatnonzero(np.diff(owner[order], prepend=-1))
+    return _assemble(inputs, targets, order, np.diff(first, append=n), owner[order[first]])
+
+
+def client_stats(
+    data: FederatedData,
+    *,
+    classes: int | None = None,
+    groups: ArrayLike | None = None,
+    epoch_losses: ArrayLike | None = None,
+    epochs: ArrayLike | None = None,
+    extra: ArrayLike | None = None,
+    max_ratio: ArrayLike | None = None,
+) -> ClientStats:
+    """Collect what a rank policy may look at: sizes, label counts `n_ic`, and the given columns.
+
+    Args:
+      data: client data.
+      classes: number of classes or groups; default the largest label plus one.
+      groups: (n,) integers of at least 0 to count in place of targets, one per example (not only those in use):
+        for regression or language modelling, where there are no class labels.
+      epoch_losses: (clients, epochs) mean training losses of a probe or of the latest rounds, at least 0.
+      epochs: (clients,) how many of those columns were run; the others are not looked at. Default all.
+      extra: (clients, k) or (clients,) the user's own criteria, finite.
+      max_ratio: (clients,) or one number, largest rank ratio by device, in (0, 1]; default 1.
+
+    Returns:
+      Statistics of all clients, every one of them present.
+
+    Raises:
+      ValueError: targets that are not class labels, columns of wrong length, or values outside their range.
+
+    Example:
+      >>> data = from_parts(np.zeros((4, 2), np.float32), np.array([0, 1, 1, 2]), [[0, 1, 2], [3]])
+      >>> client_stats(data).label_counts.tolist()
+      [[1, 2, 0], [0, 0, 1]]
+    """
+    size = np.asarray(data.size)
+    clients = len(size)
+    losses = _columns(epoch_losses, "epoch_losses", clients)
+    ran = None if losses is None or epochs is None else _check_epochs(epochs, losses.shape)
+    if losses is not None:
+        _check_losses(losses, ran)
+    columns = _columns(extra, "extra", clients)
+    if columns is not None and not np.isfinite(columns).all():
+        bad = np.flatnonzero(~np.isfinite(columns).all(axis=1))
+        raise ValueError(f"expected finite extra criteria, got NaN or infinity for client {_some(bad)}")
+    return ClientStats(
+        size=jnp.asarray(size),
+        label_counts=jnp.asarray(_label_counts(data, size, classes, groups)),
+        epoch_losses=None if losses is None else jnp.asarray(losses, dtype=float),
+        epochs=None if ran is None else jnp.asarray(ran),
+        extra=None if columns is None else jnp.asarray(columns, dtype=float),
+        max_ratio=jnp.asarray(_check_ratios(1.0 if max_ratio is None else max_ratio, clients), dtype=float),
+        where=jnp.ones(clients, dtype=bool),
+    )
+
+
+def holdout(
+    parts: Sequence[ArrayLike], fraction: float, *, seed: int | np.random.Generator
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Hold out a random share of every client's examples: `floor(fraction · n_i)` of them, so at least one stays.
+
+    Args:
+      parts: of each client, the numbers of its examples.
+      fraction: share to hold out, 0 .. 1 (exclusive).
+      seed: number or generator.
+
+    Returns:
+      (training parts, held-out parts). Clients of fewer than `1 / fraction` examples hold out none: build their data
+      with `from_parts(..., allow_empty=True)`.
+
+    Raises:
+      ValueError: fraction outside its range, or parts that are not vectors of integers.
+
+    Example:
+      >>> train, held = holdout([[0, 1, 2, 3], [4]], 0.5, seed=0)
+      >>> [len(part) for part in train], [len(part) for part in held]
+      ([2, 1], [2, 0])
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"expected fraction in 0 .. 1 (exclusive), got {fraction}; probably a percentage")
+    size = _sizes(parts)
+    order = _concatenate(parts, size)
+    owner = np.repeat(np.arange(len(size)), size)
+    order = order[np.lexsort((np.random.default_rng(seed).random(order.size), owner))]  # shuffled within each client
+    held = np.floor(fraction * size * (1 + 1e-12)).astype(np.int64)  # a tenth of 10 is 1, whatever rounding says
+    place = np.arange(order.size) - np.repeat(np.cumsum(size) - size, size)
+    out = place < np.repeat(held, size)
+    return _slices(order[~out], size - held), _slices(order[out], held)
+
+
+def _assemble(inputs: PyTree, targets: PyTree, order: np.ndarray, size: np.ndarray, ids: np.ndarray) -> FederatedData:
+    """Put everything on the device."""
+    return FederatedData(
+        inputs=jax.tree.map(jnp.asarray, inputs),
+        targets=jax.tree.map(jnp.asarray, targets),
+        order=jnp.asarray(order.astype(np.int32)),
+        start=jnp.asarray((np.cumsum(size) - size).astype(np.int32)),
+        size=jnp.asarray(size.astype(np.int32)),
+        id=jnp.asarray(ids.astype(np.int32)),
+    )
+
+
+def _some(numbers: np.ndarray) -> str:
+    """Name the first few of many."""
+    return ", ".join(map(str, numbers[:5].tolist())) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
+
+
+def _slices(examples: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    ends = np.cumsum(sizes).tolist()
+    return [examples[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _sizes(parts: Sequence[ArrayLike]) -> np.ndarray:
+    """Return the number of examples of each client."""
+    try:
+        size = np.fromiter((len(part) for part in parts), dtype=np.int64)  # type: ignore[arg-type]  # checked here
+    except TypeError:
+        raise ValueError(
+            "expected parts as one vector of example numbers per client, got something else; "
+            "probably one client number per example: use from_client_ids"
+        ) from None
+    if not size.size:
+        raise ValueError("expected at least one client, got no parts")
+    return size
+
+
+def _concatenate(parts: Sequence[ArrayLike], size: np.ndarray) -> np.ndarray:
+    """Return all parts in one vector of integers."""
+    try:
+        order = np.concatenate([part for part, count in zip(parts, size, strict=True) if count])
+    except ValueError as error:
+        order, problem = np.empty(0), str(error)
+    else:
+        problem = f"{order.dtype} of shape {order.shape}"
+    if order.ndim != 1 or order.dtype.kind not in "iu":
+        raise ValueError(
+            f"expected parts as vectors of integer example numbers, got {problem}; "
+            "probably masks or the examples themselves: use np.flatnonzero(mask)"
+        )
+    return order
+
+
+def _check_order(order: np.ndarray, size: np.ndarray, n: int, require_all: bool) -> None:
+    """Check that example numbers exist and that no two clients (nor one, twice) hold the same."""
+    owner = np.repeat(np.arange(len(size)), size)
+    outside = (order < 0) | (order >= n)
+    if outside.any():
+        raise ValueError(
+            f"expected example numbers in 0 .. {n - 1}, got {order[outside][0]} for client {owner[outside][0]}; "
+            "probably parts of another dataset"
+        )
+    uses = np.bincount(order, minlength=n)
+    if (uses > 1).any():
+        example = int(np.argmax(uses > 1))
+        raise ValueError(
+            f"expected every example in one client only, got {np.count_nonzero(uses > 1)} in several places, "
+            f"the first is example {example} in clients {_some(owner[order == example])}; "
+            "probably parts drawn with replacement"
+        )
+    if require_all and not uses.all():
+        raise ValueError(
+            f"expected every example in some client, got {np.count_nonzero(uses == 0)} in none, "
+            f"the first is example {np.argmin(uses)}; probably parts of a smaller dataset"
+        )
+
+
+def _check_ids(ids: ArrayLike, clients: int) -> np.ndarray:
+    """Check that identities are different int32 numbers, one per client."""
+    ids = np.asarray(ids)
+    if ids.shape != (clients,) or ids.dtype.kind not in "iu":
+        raise ValueError(f"expected ids as {clients} integers, one per client, got {ids.dtype} of shape {ids.shape}")
+    _check_range(ids, _INT32_MAX + 1, "ids", "hashed names: number them 0, 1, …")
+    values, counts = np.unique(ids, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(
+            f"expected different ids, got {_some(values[counts > 1])} more than once; "
+            "probably two clients of one user: random numbers follow the id, so they would be the same"
+        )
+    return ids
+
+
+def _check_range(values: np.ndarray, end: int, what: str, cause: str) -> None:
+    """Check that integers lie in 0 .. end-1."""
+    if values.size and (values.min() < 0 or values.max() >= end):
+        raise ValueError(f"expected {what} in 0 .. {end - 1}, got {values.min()} .. {values.max()}; probably {cause}")
+
+
+def _check_labels(labels: ArrayLike, n: int, classes: int | None, what: str) -> np.ndarray:
+    """Check that labels are a vector of integers in 0 .. classes-1."""
+    labels = np.asarray(labels)
+    if labels.shape != (n,):
+        raise ValueError(
+            f"expected {what} of shape ({n},), one label per example, got {labels.shape}; "
+            "probably one-hot or not labels: give groups to count instead"
+        )
+    if labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"expected {what} as integers, got {labels.dtype}; probably a regression: give groups to count instead"
+        )
+    if classes is not None and classes < 1:
+        raise ValueError(f"expected at least one class, got {classes}")
+    _check_range(labels, classes or _INT32_MAX, f"{what} as labels", "labels that count from 1, or a marker such as -1")
+    return labels
+
+
+def _label_counts(data: FederatedData, size: np.ndarray, classes: int | None, groups: ArrayLike | None) -> np.ndarray:
+    """Count labels, or groups, of each client."""
+    n = jax.tree.leaves(data.inputs)[0].shape[0]
+    if groups is None and not isinstance(data.targets, (jax.Array, np.ndarray)):
+        raise ValueError("expected targets as one vector of labels, got several arrays; give groups to count instead")
+    what = "targets" if groups is None else "groups"
+    labels = _check_labels(data.targets if groups is None else groups, n, classes, what)[np.asarray(data.order)]
+    width = classes or int(labels.max(initial=0)) + 1
+    owner = np.repeat(np.arange(len(size)), size)
+    counts = np.bincount(owner * width + labels, minlength=len(size) * width)
+    return counts.reshape(len(size), width).astype(np.int32)
+
+
+def _columns(values: ArrayLike | None, what: str, clients: int) -> np.ndarray | None:
+    """Return a table with one row per client."""
+    if values is None:
+        return None
+    table = np.asarray(values, dtype=float)
+    table = table[:, None] if table.ndim == 1 and what == "extra" else table
+    if table.ndim != 2 or len(table) != clients:
+        raise ValueError(f"expected {what} of shape ({clients}, columns), got {table.shape}; probably transposed")
+    return table
+
+
+def _check_epochs(epochs: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
+    """Check the number of recorded epochs of each client."""
+    ran = np.asarray(epochs)
+    if ran.shape != shape[:1] or ran.dtype.kind not in "iu":
+        raise ValueError(f"expected epochs as {shape[0]} integers, got {ran.dtype} of shape {ran.shape}")
+    _check_range(ran, shape[1] + 1, "epochs", "more epochs than columns of epoch_losses")
+    return ran.astype(np.int32)
+
+
+def _check_losses(losses: np.ndarray, ran: np.ndarray | None) -> None:
+    """Check that the losses that count are finite and not negative."""
+    seen = np.arange(losses.shape[1]) < (losses.shape[1] if ran is None else ran[:, None])
+    bad = np.flatnonzero((seen & ~(np.isfinite(losses) & (losses >= 0))).any(axis=1))
+    if bad.size:
+        raise ValueError(
+            f"expected finite epoch_losses of at least 0, got others for client {_some(bad)}; "
+            "probably the probe diverged: lower its learning rate"
+        )
+
+
+def _check_ratios(values: ArrayLike, clients: int) -> np.ndarray:
+    """Check largest rank ratios and return one per client."""
+    ratios = np.asarray(values, dtype=float)
+    if ratios.shape not in ((), (clients,)):
+        raise ValueError(f"expected max_ratio as one number or {clients} of them, got shape {ratios.shape}")
+    if not ((ratios > 0) & (ratios <= 1)).all():
+        raise ValueError("expected max_ratio above 0 and at most 1, got others; probably ranks: divide by the maximum")
+    return np.broadcast_to(ratios, (clients,))
+
+
+def _check_examples(inputs: PyTree, targets: PyTree, classes: int | None) -> int:
+    """Check that inputs and targets are arrays of one length with finite numbers, and return that length."""
+    lengths: dict[str, int] = {}
+    for what, tree in (("inputs", inputs), ("targets", targets)):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            lengths[what + jax.tree_util.keystr(path)] = _check_array(what + jax.tree_util.keystr(path), leaf)
+    n = next(iter(lengths.values()), 0)
+    if not lengths or not 0 < n <= _INT32_MAX:
+        raise ValueError(f"expected between 1 and 2³¹-1 examples, got {n}")
+    if len(set(lengths.values())) > 1:
+        got = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(f"expected inputs and targets of one length, got {got}; probably training mixed with test")
+    if classes is not None:
+        _check_labels(targets, n, classes, "targets")
+    return n
+
+
+def _check_array(name: str, leaf: PyTree) -> int:
+    """Check one array of numbers and return its length."""
+    if not isinstance(leaf, (np.ndarray, jax.Array)) or leaf.ndim == 0:
+        raise ValueError(f"expected an array at {name}, got {type(leaf).__name__}; probably a list: use np.asarray")
+    values = np.asarray(leaf)
+    if values.dtype.kind in "OSUMm":
+        raise ValueError(f"expected numbers at {name}, got {values.dtype}; probably ragged rows or text: encode them")
+    if values.dtype.kind not in "biu" and not np.isfinite(values).all():
+        bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+        raise ValueError(
+            f"expected finite numbers at {name}, got NaN or infinity in example {_some(bad)}; "
+            "probably missing values: fill them or leave these examples out"
+        )
+    return len(values)

@@ -1,0 +1,174 @@
+"""Local training of ONE client: the optimiser step under its rank, the LoRA scale, hooks for local losses."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from autorank_jax.types import (
+    Adapter,
+    Array,
+    Batch,
+    Client,
+    Hparams,
+    Key,
+    LocalState,
+    LocalTraining,
+    PyTree,
+    Setting,
+    Trainable,
+    Trains,
+)
+
+LocalLoss = Callable[[PyTree, Trainable, Trainable, Batch, Key], Array]
+"""`(frozen, trainable, start, batch, key) -> (b,)`: a task's loss that may also look at where the client started."""
+
+Scale = Callable[[Array], Array]
+"""LoRA scale of a client by its rank."""
+
+
+def constant_scale(value: float = 1.0) -> Scale:
+    """Scale every client's update alike: `x W + value · (x A) B`."""
+    return lambda rank: jnp.full_like(rank, _positive("value", value))
+
+
+def alpha_over_rank(alpha: float) -> Scale:
+    """Scale by `alpha / rank`, LoRA's own rule (arXiv 2106.09685)."""
+    return lambda rank: _positive("alpha", alpha) / jnp.maximum(rank, 1)
+
+
+def alpha_over_sqrt_rank(alpha: float) -> Scale:
+    """Scale by `alpha / √rank`, the rank-stabilised rule (arXiv 2312.03732)."""
+    return lambda rank: _positive("alpha", alpha) / jnp.sqrt(jnp.maximum(rank, 1))
+
+
+def _positive(name: str, value: float) -> float:
+    if not value > 0:
+        raise ValueError(f"expected a positive LoRA {name}, got {value}")
+    return value
+
+
+def from_task_loss(loss: Callable[[PyTree, Trainable, Batch, Key], Array]) -> LocalLoss:
+    """Make a local loss of a task's loss: the start is not looked at."""
+    return lambda frozen, trainable, start, batch, key: loss(frozen, trainable, batch, key)  # noqa: ARG005
+
+
+def with_proximal_term(loss: LocalLoss, strength: float) -> LocalLoss:
+    """Add FedProx's pull to the start, `strength/2 · ‖w - start‖²`, to a local loss (arXiv 1812.06127).
+
+    Args:
+        loss: the local loss to add to.
+        strength: μ ≥ 0; 0 is the loss itself.
+
+    Raises:
+        ValueError: if the strength is negative.
+    """
+    if strength < 0:
+        raise ValueError(f"expected a proximal strength >= 0, got {strength}")
+
+    def proximal(frozen: PyTree, trainable: Trainable, start: Trainable, batch: Batch, key: Key) -> Array:
+        pairs = zip(jax.tree.leaves(trainable), jax.tree.leaves(start), strict=True)
+        distance = sum(jnp.sum(jnp.square(w - s)) for w, s in pairs)
+        return loss(frozen, trainable, start, batch, key) + 0.5 * strength * distance
+
+    return proximal
+
+
+def make_local_training(
+    loss: LocalLoss,
+    optimizer: optax.GradientTransformation | Callable[[Hparams], optax.GradientTransformation],
+    *,
+    batch_size: int,
+    scale: Scale | None = None,
+) -> LocalTraining:
+    """Make the local training of one client.
+
+    The client's matrices are zero beyond its rank and stay so: such positions have zero gradient in both factors, the
+    optimiser sees zeros there, and its updates are masked besides. That equals training truncated matrices for every
+    optimiser that works element by element or through norms (SGD, Adam(W), Lion, RMSProp, LAMB, LARS, global clipping).
+    Adafactor averages second moments over whole rows and columns, so that its steps depend on the maximum rank.
+
+    With a scale `s(rank)` the client computes `x W + s (x A) B'`. It starts from `B' = B / s` and sends `B = s B'`, so the
+    scale changes how a client trains and never what its numbers mean to others: the server has no scale.
+
+    Args:
+        loss: the local loss; `from_task_loss(task.loss)` for a plain one.
+        optimizer: an optax transformation, or a function that makes one of `State.hparams`, such as
+            `lambda h: optax.sgd(h["learning_rate"])`: then a new learning rate compiles nothing.
+        batch_size: examples per step; the last batch of an epoch may be shorter, and its mean is over what is there.
+        scale: LoRA scale by rank, 1 where None.
+
+    Raises:
+        ValueError: if the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+
+    def transformation(hparams: Hparams) -> optax.GradientTransformation:
+        return optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(hparams)
+
+    def begin(hparams: Hparams, start: Trainable, client: Client) -> LocalState:
+        params = _rescale(start, client, scale, inverse=True)
+        return LocalState(params, transformation(hparams).init(params))
+
+    def step(hparams: Hparams, setting: Setting, state: LocalState, batch: Batch, key: Key) -> tuple[LocalState, Array]:
+        def mean_loss(params: Trainable) -> tuple[Array, Array]:
+            effective = _rescale(_stop(params, setting.trains), setting.client, scale)
+            losses = loss(setting.frozen, effective, setting.start, batch, key)
+            losses = jnp.where(batch.weight > 0, losses, 0)
+            return jnp.sum(losses) / jnp.maximum(jnp.sum(batch.weight).astype(losses.dtype), 1), losses
+
+        grads, losses = jax.grad(mean_loss, has_aux=True)(state.params)
+        updates, memory = transformation(hparams).update(grads, state.optimizer, state.params)
+        updates = _mask(updates, setting.client.masks, setting.trains)
+        return LocalState(optax.apply_updates(state.params, updates), memory), losses
+
+    def end(state: LocalState, client: Client) -> Trainable:
+        return _rescale(state.params, client, scale)
+
+    return LocalTraining(begin, step, end, batch_size)
+
+
+def _rescale(params: Trainable, client: Client, scale: Scale | None, *, inverse: bool = False) -> Trainable:
+    """Multiply `lora_b` by the client's scale (or divide), layer by layer."""
+    if scale is None:
+        return params
+    adapters = {}
+    for path, adapter in params.adapters.items():
+        factor = scale(jnp.sum(client.masks[path])).astype(adapter.lora_b.dtype)
+        adapters[path] = adapter._replace(lora_b=adapter.lora_b / factor if inverse else adapter.lora_b * factor)
+    return params._replace(adapters=adapters)
+
+
+def _stop(params: Trainable, trains: Trains) -> Trainable:
+    """Cut the gradient of what a rule does not let clients train."""
+
+    def gate(tree: Any, flag: bool | Array) -> Any:
+        if flag is True:
+            return tree
+        stopped = lax.stop_gradient(tree)
+        return stopped if flag is False else jax.tree.map(lambda x, s: jnp.where(flag, x, s), tree, stopped)
+
+    adapters = {
+        p: Adapter(gate(a.lora_a, trains.lora_a), gate(a.lora_b, trains.lora_b)) for p, a in params.adapters.items()
+    }
+    return Trainable(adapters, gate(params.dense, trains.dense))
+
+
+def _mask(updates: Trainable, masks: dict[str, Array], trains: Trains) -> Trainable:
+    """Zero the updates of rank positions a client does not own and of what it does not train."""
+
+    def gate(leaf: Array, flag: bool | Array) -> Array:
+        return leaf if flag is True else jnp.where(flag, leaf, 0)
+
+    adapters = {
+        p: Adapter(
+            gate(a.lora_a * masks[p].astype(a.lora_a.dtype)[None, :], trains.lora_a),
+            gate(a.lora_b * masks[p].astype(a.lora_b.dtype)[:, None], trains.lora_b),
+        )
+        for p, a in updates.adapters.items()
+    }
+    return Trainable(adapters, jax.tree.map(lambda leaf: gate(leaf, trains.dense), updates.dense))

@@ -1,0 +1,127 @@
+"""Algebra of adapters: start values, rank masks, cutting, widths, products, merging, counting.
+
+A client of rank `r` holds matrices whose positions `r..max_rank-1` are zero in *both* factors. Such a position has
+exactly zero gradient in both factors (`∂A_j ∝ B_j = 0`, `∂B_j ∝ x A_j = 0`), so training zero-padded matrices is
+training truncated ones, and ranks are data that never change a shape.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from autorank_jax.types import Adapter, Array, Base, Key, PyTree, Server, Trainable
+
+T = TypeVar("T")
+
+
+def init_adapter(key: Key, d_in: int, d_out: int, max_rank: int, dtype: jnp.dtype | None = None) -> Adapter:
+    """Draw the start of one adapter: `lora_a ~ U(-1/√d_in, 1/√d_in)`, `lora_b = 0`.
+
+    The bound is Kaiming-uniform with `a = √5`, as LoRA's reference implementation has it (arXiv 2106.09685).
+
+    Args:
+        key: random key.
+        d_in: input features; `kh·kw·c_in` for a convolution.
+        d_out: output features.
+        max_rank: rank positions.
+        dtype: of the factors, JAX's default float where None.
+
+    Returns:
+        An adapter of shapes `(d_in, max_rank)` and `(max_rank, d_out)` whose product is zero.
+    """
+    dtype = dtype or jnp.result_type(float)
+    bound = 1.0 / math.sqrt(d_in)
+    return Adapter(jax.random.uniform(key, (d_in, max_rank), dtype, -bound, bound), jnp.zeros((max_rank, d_out), dtype))
+
+
+def max_ranks(trainable: Trainable) -> dict[str, int]:
+    """Return the number of rank positions of each adapter, by path in sorted order."""
+    return {path: trainable.adapters[path].lora_a.shape[-1] for path in sorted(trainable.adapters)}
+
+
+def rank_masks(ranks: Mapping[str, Array], widths: Mapping[str, int]) -> dict[str, Array]:
+    """Return `m[j] = 1[j < rank]` for each adapter.
+
+    Args:
+        ranks: by path, integer scalars.
+        widths: by path, the length of the mask.
+
+    Returns:
+        By path, `(width,)` in the default float type.
+    """
+    return {p: (jnp.arange(widths[p]) < ranks[p]).astype(jnp.result_type(float)) for p in ranks}
+
+
+def cut(trainable: Trainable, masks: Mapping[str, Array]) -> Trainable:
+    """Zero the rank positions of both factors that a client does not own; dense parameters stay."""
+    adapters = {
+        p: Adapter(
+            a.lora_a * masks[p].astype(a.lora_a.dtype)[None, :], a.lora_b * masks[p].astype(a.lora_b.dtype)[:, None]
+        )
+        for p, a in trainable.adapters.items()
+    }
+    return trainable._replace(adapters=adapters)
+
+
+def narrow(trainable: Trainable, widths: Mapping[str, int]) -> Trainable:
+    """Keep the first `widths[path]` rank positions of each adapter: a static slice."""
+    adapters = {
+        p: Adapter(a.lora_a[..., : widths[p]], a.lora_b[..., : widths[p], :]) for p, a in trainable.adapters.items()
+    }
+    return trainable._replace(adapters=adapters)
+
+
+def pad_like(tree: T, template: PyTree) -> T:
+    """Append zeros to every axis that is shorter than in `template` (a tree of arrays or `ShapeDtypeStruct`s)."""
+
+    def pad(leaf: Array, target: jax.ShapeDtypeStruct) -> Array:
+        if leaf.shape == target.shape:
+            return leaf
+        return jnp.pad(leaf, [(0, wide - thin) for thin, wide in zip(leaf.shape, target.shape, strict=True)])
+
+    return jax.tree.map(pad, tree, template)
+
+
+def product(adapter: Adapter) -> Array:
+    """Return `ΔW = lora_a @ lora_b`, `(..., d_in, d_out)`."""
+    return adapter.lora_a @ adapter.lora_b
+
+
+def check_mergeable(server: Server, rule: str) -> None:
+    """Raise `ValueError` unless every adapter has a base kernel into which its product can be added."""
+    kernels = server.frozen.kernels if isinstance(server.frozen, Base) else {}
+    missing = sorted(set(server.trainable.adapters) - set(kernels))
+    if missing:
+        raise ValueError(
+            f"{rule} merges adapters into the base: expected server.frozen to be a Base with a kernel for every adapter, "
+            f"got none for {missing}, probably the task was built by hand without autorank_jax.types.Base"
+        )
+
+
+def merge_products(server: Server, deltas: Mapping[str, Array]) -> Server:
+    """Add `(d_in, d_out)` updates to the base kernels of a server whose `frozen` is a `Base`."""
+    base: Base = server.frozen
+    merged = {p: k + deltas[p].astype(k.dtype) if p in deltas else k for p, k in base.kernels.items()}
+    return server._replace(frozen=base._replace(kernels=merged))
+
+
+def count_parameters(trainable: Trainable, ranks: Mapping[str, Array]) -> Array:
+    """Count what a client trains and sends: `Σ_l r_l (d_in + d_out) + dense`.
+
+    Args:
+        trainable: the server's, for its shapes.
+        ranks: by path, integers of any common shape, for example `(clients,)`.
+
+    Returns:
+        Parameters in that shape, as float (a million clients overflow int32).
+    """
+    dense = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable.dense))
+    shape = jnp.shape(next(iter(ranks.values()))) if ranks else ()
+    total = jnp.full(shape, float(dense))
+    for path, adapter in trainable.adapters.items():
+        per_rank = adapter.lora_a.shape[-2] + adapter.lora_b.shape[-1]
+        total = total + ranks[path].astype(total.dtype) * per_rank
+    return total
