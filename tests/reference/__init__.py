@@ -10,3 +10,14 @@ with the library. Common nouns:
 
 The update of a layer is `A @ B`. Clients of weight 0 and clients with non-finite values are simply not in the list.
 """
+
+from .aggregation import fedavg, fedsa_lora, ffa_lora, hetlora, rbla, rolora, zero_pad
+from .products import fedex_lora, flexlora, flora, florist, lora_fair, owner_merge, raflora
+
+RULES = {
+    rule.__name__: rule
+    for rule in (
+        *(zero_pad, rbla, hetlora, flexlora, flora, ffa_lora, raflora, owner_merge, fedavg),
+        *(fedex_lora, fedsa_lora, rolora, florist, lora_fair),
+    )
+}

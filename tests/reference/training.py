@@ -23,7 +23,7 @@ def layer_forward(model, path, x):
     """Compute `z = x W + s (x A) B + b` along the last axis; W is frozen, or dense where the layer is trained whole."""
     p, kernels, scales = model
     weight = p[("dense", f"{path}/kernel")] if ("dense", f"{path}/kernel") in p else kernels[path]
-    z = x @ weight
+    z = x @ weight.reshape(x.shape[-1], -1)
     if ("a", path) in p:
         z = z + scales[path] * ((x @ p[("a", path)]) @ p[("b", path)])
     if ("dense", f"{path}/bias") in p:
@@ -38,7 +38,8 @@ def layer_backward(model, path, x, dz):
     grads = {}
     if ("dense", f"{path}/kernel") in p:
         weight = p[("dense", f"{path}/kernel")]
-        grads[("dense", f"{path}/kernel")] = x.T @ dz
+        grads[("dense", f"{path}/kernel")] = (x.T @ dz).reshape(weight.shape)
+        weight = weight.reshape(x.shape[-1], -1)
     else:
         weight = kernels[path]
     if ("a", path) in p:
