@@ -136,6 +136,13 @@ def test_hetlora_norms_per_model_and_layer():
     np.testing.assert_allclose([per_layer["adapters"][p][1].item() for p in "xy"], [3, 41 / 9])
 
 
+def test_hetlora_without_norms():
+    still = [scalar_case([2], [0], weight=1.0), scalar_case([6, 8], [0, 0], weight=3.0)]
+    assert factors(aggregation.hetlora(SERVER, still)[0]) == ([5, 6, 5], [0, 0, 3])  # sizes stand in
+    # a client of norm 0 is as good as absent: position 1 keeps the server's value
+    assert factors(aggregation.hetlora(SERVER, [CLIENTS[0], still[1]])[0]) == ([2, 1, 5], [4, 2, 3])
+
+
 def test_mean_and_owner_products_by_hand():
     assert products.mean_product(SERVER, CLIENTS, PATH) == (8 + 3 * 64) / 4
     first, second, third = (8 + 3 * 48) / 4, 16, 15
