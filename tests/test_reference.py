@@ -315,21 +315,25 @@ def test_scale_is_folded_into_what_is_sent():
     assert training.lora_scale("alpha/sqrt(rank)", 6.0, 4) == 3.0
 
 
-def test_proximal_term_by_hand():
+@pytest.mark.parametrize(("units", "squared"), [("sent", 4.0), ("trained", 1.0)])
+def test_proximal_term_by_hand(units, squared):
     server, batches = small_server()
-    options = {"network": training.mlp(["l1", "l2"]), "optimizer": training.sgd(0.1)}
     ranks, mu = {"l1": 2, "l2": 2}, 0.5
-    one, _ = training.train_client(server, ranks, batches[:1], proximal=mu, **options)
-    two, losses = training.train_client(
-        server, ranks, batches[:1] * 2, epochs=2, proximal=mu, report_penalty=True, **options
-    )
+    options = {"network": training.mlp(["l1", "l2"]), "optimizer": training.sgd(0.1), "scale": ("constant", 2.0)}
+    pulled = {"proximal": mu, "proximal_units": units, "report_penalty": True, "epochs": 2, **options}
+    one, _ = training.train_client(server, ranks, batches[:1], **options)  # the pull is 0 at the start
+    two, losses = training.train_client(server, ranks, batches[:1] * 2, **pulled)
     after_one = {**server, "adapters": one["adapters"], "dense": one["dense"]}
     free, loss = training.train_client(after_one, ranks, batches[:1], **options)
     distance = 0.0
     for name, start in server["dense"].items():
-        pull = 0.1 * mu * (one["dense"][name] - start)
-        np.testing.assert_allclose(two["dense"][name], free["dense"][name] - pull)
-        distance += np.sum((one["dense"][name] - start) ** 2)
+        moved = one["dense"][name] - start
+        np.testing.assert_allclose(two["dense"][name], free["dense"][name] - 0.1 * mu * moved)
+        distance += np.sum(moved**2)
     for path, start in server["adapters"].items():
-        distance += sum(np.sum((one["adapters"][path][i] - start[i]) ** 2) for i in (0, 1))
+        for i, factor in ((0, 1.0), (1, squared)):  # lora_b is sent as 2 B': d/dB' of (2 B' - B)² / 2 is 4 (B' - B / 2)
+            moved = one["adapters"][path][i] - start[i]
+            want = free["adapters"][path][i] - 0.1 * mu * factor * moved
+            np.testing.assert_allclose(two["adapters"][path][i], want, atol=1e-12)
+            distance += np.sum((moved if i == 0 else moved * squared**0.5 / 2) ** 2)
     np.testing.assert_allclose(losses[1], loss[0] + mu / 2 * distance)

@@ -166,6 +166,7 @@ def train_client(
     weight=1.0,
     scale=("constant", 1.0),
     proximal=0.0,
+    proximal_units="sent",
     train_a=True,
     train_b=True,
     train_dense=True,
@@ -174,15 +175,12 @@ def train_client(
     """Train one client: for each batch in order `p += optimizer(∇[mean loss + (mu/2) Σ ‖p - p_start‖²])`.
 
     Args:
-        server: where the client starts; its adapters are cut to `ranks`.
-        ranks: {path: int}.
+        server, ranks: where the client starts, its adapters cut to {path: rank}.
         batches: all batches of all epochs in order, (x, y) each; every epoch has the same number of them.
-        network: from `mlp` or `conv_network`.
-        optimizer: from `sgd`, `adam`, `adamw`; its state is fresh.
-        epochs: how many epochs `batches` spans.
-        weight: copied into the client.
+        network, optimizer: from `mlp` or `conv_network`; from `sgd`, `adam` or `adamw`, with fresh state.
+        epochs, weight: how many epochs `batches` spans; what the client carries as its weight.
         scale: (rule, value) of `lora_scale`, with the rank of each layer.
-        proximal: mu of FedProx (arXiv 1812.06127), over what is trained, i.e. over B' = B / s.
+        proximal, proximal_units: mu of FedProx (arXiv 1812.06127); its p is what is "sent", s B', or "trained", B'.
         train_a, train_b, train_dense: what changes at all; the rest is sent back as it came.
         report_penalty: whether reported losses contain the FedProx term.
 
@@ -195,18 +193,23 @@ def train_client(
     p = {key: value.copy() for key, value in start.items()}
     trained = [key for key in p if {"a": train_a, "b": train_b, "dense": train_dense}[key[0]]]
     slots = {key: {} for key in trained}
+    units = {k: scales[k[1]] if k[0] == "b" and proximal_units == "sent" else 1.0 for k in trained}
     seen = []
     for step, (x, y) in enumerate(batches, start=1):
         loss, grads = network((p, kernels, scales), x, np.asarray(y))
-        penalty = 0.5 * proximal * sum(np.sum((p[key] - start[key]) ** 2) for key in trained)
+        penalty, pull = proximal_term(p, start, units, proximal)
         seen.append((len(y), loss + penalty if report_penalty else loss))
-        updates = {}
         for key in trained:
-            grad = grads.get(key, np.zeros_like(p[key])) + proximal * (p[key] - start[key])
-            updates[key] = optimizer(step, grad, p[key], slots[key])
-        for key in trained:
-            p[key] = p[key] + updates[key]
+            grad = grads.get(key, np.zeros_like(p[key])) + pull[key]
+            p[key] = p[key] + optimizer(step, grad, p[key], slots[key])
     return as_client(p, ranks, scales, weight), epoch_means(seen, epochs)
+
+
+def proximal_term(p, start, units, mu):
+    """Give `(mu/2) Σ ‖u (p - p_start)‖²` and its gradient `mu u² (p - p_start)`, over the keys of `units`."""
+    moved = {key: p[key] - start[key] for key in units}
+    value = 0.5 * mu * sum(np.sum((unit * moved[key]) ** 2) for key, unit in units.items())
+    return value, {key: mu * unit**2 * moved[key] for key, unit in units.items()}
 
 
 def as_client(p, ranks, scales, weight):
