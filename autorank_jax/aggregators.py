@@ -72,8 +72,8 @@ def mean_dense(dense: PyTree, sums: PyTree, weight: Array) -> PyTree:
 def rbla() -> Aggregator:
     """Average each rank position over the clients that own it (RBLA, arXiv 2408.08699).
 
-    `A[:, j] = Σ_k m_kj w_k A_k[:, j] / Σ_k m_kj w_k`, likewise rows of `B`; a position that nobody owns this round keeps
-    the server's value. Dense parameters: weighted mean.
+    `A[:, j] = Σ_k m_kj w_k A_k[:, j] / Σ_k m_kj w_k`, likewise rows of `B`; a position that nobody owns this round
+    keeps the server's value. Dense parameters: weighted mean.
     """
 
     def update(key: Key, sums: FactorSums, state: AggState, server: Server) -> tuple[Server, AggState]:  # noqa: ARG001
@@ -92,8 +92,8 @@ def rbla() -> Aggregator:
 def zero_pad() -> Aggregator:
     """Average the factors padded with zeros: `A = Σ_k w_k A_k diag(m_k) / Σ_k w_k`, likewise `B`.
 
-    With equal ranks this is FedIT's mean of factors (arXiv 2305.05644). A position that nobody owns this round keeps the
-    server's value.
+    With equal ranks this is FedIT's mean of factors (arXiv 2305.05644). A position that nobody owns this round keeps
+    the server's value.
     """
 
     def update(key: Key, sums: FactorSums, state: AggState, server: Server) -> tuple[Server, AggState]:  # noqa: ARG001

@@ -5,6 +5,8 @@ Swapping the class of a layer keeps its path, its attributes and tied weights; w
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -74,7 +76,7 @@ class AdaptedConv(nnx.Conv):
         return outputs + ((cols @ lora_a) @ lora_b).astype(outputs.dtype)
 
 
-def _per_axis(value: int | tuple[int, ...] | None, axes: int) -> tuple[int, ...]:
+def _per_axis(value: int | Sequence[int] | None, axes: int) -> tuple[int, ...]:
     if value is None:
         value = 1
     return (value,) * axes if isinstance(value, int) else tuple(value)
@@ -83,8 +85,8 @@ def _per_axis(value: int | tuple[int, ...] | None, axes: int) -> tuple[int, ...]
 def patches(
     inputs: Array,
     kernel_size: tuple[int, ...],
-    strides: int | tuple[int, ...] | None,
-    dilation: int | tuple[int, ...] | None,
+    strides: int | Sequence[int] | None,
+    dilation: int | Sequence[int] | None,
     padding: str,
 ) -> Array:
     """Gather the window under every output position: `(b, *spatial, c) -> (b, *out, Π kernel_size · c)`.
@@ -116,4 +118,4 @@ def _unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(digits))
 
 
-ADAPTED: dict[type, type] = {nnx.Linear: AdaptedLinear, nnx.Conv: AdaptedConv}
+ADAPTED: dict[type, Any] = {nnx.Linear: AdaptedLinear, nnx.Conv: AdaptedConv}

@@ -91,8 +91,8 @@ def make_local_training(
     optimiser that works element by element or through norms (SGD, Adam(W), Lion, RMSProp, LAMB, LARS, global clipping).
     Adafactor averages second moments over whole rows and columns, so that its steps depend on the maximum rank.
 
-    With a scale `s(rank)` the client computes `x W + s (x A) B'`. It starts from `B' = B / s` and sends `B = s B'`, so the
-    scale changes how a client trains and never what its numbers mean to others: the server has no scale.
+    With a scale `s(rank)` the client computes `x W + s (x A) B'`. It starts from `B' = B / s` and sends `B = s B'`, so
+    the scale changes how a client trains and never what its numbers mean to others: the server has no scale.
 
     Args:
         loss: the local loss; `from_task_loss(task.loss)` for a plain one.

@@ -96,8 +96,8 @@ def check_mergeable(server: Server, rule: str) -> None:
     missing = sorted(set(server.trainable.adapters) - set(kernels))
     if missing:
         raise ValueError(
-            f"{rule} merges adapters into the base: expected server.frozen to be a Base with a kernel for every adapter, "
-            f"got none for {missing}, probably the task was built by hand without autorank_jax.types.Base"
+            f"{rule} merges adapters into the base: expected server.frozen to be a Base with a kernel for every "
+            f"adapter, got none for {missing}, probably the task was built by hand without autorank_jax.types.Base"
         )
 
 

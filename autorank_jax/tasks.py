@@ -104,7 +104,7 @@ def match_layers(model: nnx.Module, patterns: Mapping[str, int]) -> dict[str, in
     for pattern, rank in patterns.items():
         if not any(fnmatchcase(path, pattern) for path in candidates):
             raise ValueError(
-                f"expected max_rank patterns that match a layer of type {[t.__name__ for t in ADAPTED]}, got {pattern!r}, "
+                f"expected max_rank patterns that match one of {[t.__name__ for t in ADAPTED]}, got {pattern!r}, "
                 f"probably a misspelt path: the candidates are {sorted(candidates)}"
             )
         if rank < 1:
@@ -122,7 +122,8 @@ def _insert_adapters(model: nnx.Module, ranks: Mapping[str, int], key: Key) -> d
             d_in, d_out = swapped.adapter_shape(module)
             adapters[name] = init_adapter(jax.random.fold_in(key, number), d_in, d_out, ranks[name])
             module.__class__ = swapped
-            module.lora_a, module.lora_b = map(Factor, adapters[name])
+            for factor, value in adapters[name]._asdict().items():
+                setattr(module, factor, Factor(value))
     return adapters
 
 
@@ -131,8 +132,8 @@ def _flatten(model: nnx.Module) -> tuple[dict[str, tuple], Flat]:
     for path, variable in state:
         if isinstance(variable, nnx.BatchStat):
             raise ValueError(
-                f"expected a model without mutable statistics, got {_name(path)!r}, probably from nnx.BatchNorm: clients with "
-                "different data have no common statistics; use nnx.GroupNorm or nnx.LayerNorm"
+                f"expected a model without mutable statistics, got {_name(path)!r}, probably from nnx.BatchNorm: "
+                "clients with different data have no common statistics; use nnx.GroupNorm or nnx.LayerNorm"
             )
     return {_name(path): path for path, _ in state}, {_name(path): v.get_value() for path, v in state}
 

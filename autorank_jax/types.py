@@ -99,7 +99,7 @@ RankPolicy = Callable[[Key, ClientStats], tuple[Array, RankInfo]]  # ratios (cli
 class Client(NamedTuple):
     """One client as an aggregation rule sees it."""
 
-    index: Array  # () row of the client in `FederatedData`
+    row: Array  # () row of the client in `FederatedData`
     masks: dict[str, Array]  # by adapter path, (max_rank,) float: 1 where the client owns the rank position
     weight: Array  # () its share in sums; 0 where it counts nowhere
     state: PyTree  # what the client kept from earlier rounds; () where the rule keeps nothing

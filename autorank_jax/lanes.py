@@ -1,0 +1,299 @@
+"""Lanes that pull clients from a queue: the loop in which a round's clients train.
+
+A fixed number of lanes is vmapped. Inside one `lax.while_loop` per rank level free lanes take the next clients of the
+queue, all lanes train until the first of them is done, and finished clients are added to running sums: memory is
+O(lanes + data), work is O(total steps), whatever the imbalance.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from autorank_jax.batches import steps_per_epoch, take_batch
+from autorank_jax.lora import cut, narrow, pad_like, rank_masks
+from autorank_jax.participation import Cohort
+from autorank_jax.types import (
+    Aggregator,
+    Array,
+    Client,
+    ClientUpdate,
+    FederatedData,
+    Key,
+    LocalState,
+    LocalTraining,
+    Plan,
+    PyTree,
+    Setting,
+    State,
+    Sums,
+    Trainable,
+)
+
+Widths = dict[str, int]
+"""Rank positions of each adapter, by path, while one rank level trains."""
+
+
+class Program(NamedTuple):
+    """What a round is compiled for."""
+
+    local: LocalTraining
+    aggregator: Aggregator
+    lanes: int
+    levels: list[Widths]
+
+
+class Queue(NamedTuple):
+    """The cohort in the order in which lanes take it: by rank level, then by descending steps."""
+
+    row: Array  # (cohort,) int32
+    weight: Array  # (cohort,)
+    steps: Array  # (cohort,) int32
+    ends: Array  # (levels,) int32 where each level ends
+
+
+class Round(NamedTuple):
+    """The values that one round is a function of."""
+
+    key: Key
+    state: State
+    data: FederatedData
+    queue: Queue
+    plan: Plan
+
+
+class Level(NamedTuple):
+    """One rank level of a round."""
+
+    program: Program
+    round: Round  # its plan is cut to the widths
+    widths: Widths
+
+
+class Seat(NamedTuple):
+    """What a lane knows of the client it holds."""
+
+    client: Client
+    start: Trainable
+    size: Array  # () int32 examples
+    steps: Array  # () int32
+    epochs: Array  # () int32 whole epochs in those steps
+    examples: Array  # () examples in those steps, counted once per epoch
+    words: Array  # (2,) uint32 key of its shuffles this round
+    noise: Key  # key of its random layers this round
+
+
+class Lanes(NamedTuple):
+    """The stacked lanes; every leaf begins with `(lanes,)`."""
+
+    place: Array  # int32 place in the queue; at or beyond the level's end: idle
+    step: Array  # int32 steps done
+    free: Array  # bool: takes a new client next
+    local: LocalState
+    losses: Array  # (lanes, max_epochs + 1) summed losses by epoch; the last column takes all later epochs
+
+
+class Tally(NamedTuple):
+    """What a round adds up."""
+
+    sums: Sums
+    epoch_losses: Array  # (clients, max_epochs)
+    epochs: Array  # (clients,)
+    clients: PyTree
+    finite: Array  # (clients,) bool
+    loss: Array
+    examples: Array
+    steps: Array
+    lane_steps: Array
+
+
+def make_queue(state: State, data: FederatedData, cohort: Cohort, weight: Array, program: Program) -> Queue:
+    """Sort the cohort by rank level, then by descending steps; absent clients come last, beyond every level.
+
+    A client belongs to the smallest level that is wide enough for its integer ranks in every layer.
+    """
+    per_epoch = steps_per_epoch(data.size[cohort.row], program.local.batch_size)
+    steps = state.hparams["local_epochs"].astype(jnp.int32) * per_epoch
+    level = jnp.zeros(cohort.row.shape, jnp.int32)
+    for path, ranks in state.ranks.items():
+        edges = jnp.array([widths[path] for widths in program.levels[:-1]], jnp.int32)
+        level = jnp.maximum(level, jnp.searchsorted(edges, ranks[cohort.row], side="left").astype(jnp.int32))
+    level = jnp.where(cohort.present & (weight > 0) & (steps > 0), level, len(program.levels))
+    order = jnp.lexsort((-steps, level))
+    numbers = jnp.arange(len(program.levels), dtype=jnp.int32)
+    ends = jnp.searchsorted(level[order], numbers, side="right").astype(jnp.int32)
+    return Queue(cohort.row[order], weight[order], steps[order], ends)
+
+
+def run_queue(program: Program, round_: Round) -> Tally:
+    """Train the whole cohort, one loop per rank level, with one tally carried through all of them."""
+    levels = [_make_level(program, round_, widths) for widths in program.levels]
+    state, clients, dtype = round_.state, round_.data.size.shape[0], jnp.result_type(float)
+    tally = Tally(
+        sums=_no_sums(levels[-1]),
+        epoch_losses=state.epoch_losses,
+        epochs=state.epochs,
+        clients=state.clients,
+        finite=jnp.ones(clients, bool),
+        loss=jnp.zeros((), dtype),
+        examples=jnp.zeros((), dtype),
+        steps=jnp.zeros((), jnp.int32),
+        lane_steps=jnp.zeros((), jnp.int32),
+    )
+    begin = jnp.zeros((), jnp.int32)
+    for level, end in zip(levels, round_.queue.ends, strict=True):
+        sums = tally.sums
+        tally = tally._replace(sums=_no_sums(level))
+        tally = run_level(level, (begin, end), tally)
+        tally = tally._replace(sums=jax.tree.map(jnp.add, sums, pad_like(tally.sums, sums)))
+        begin = end
+    return tally
+
+
+def _make_level(program: Program, round_: Round, widths: Widths) -> Level:
+    owners = {path: owners[: widths[path]] for path, owners in round_.plan.owners.items()}
+    return Level(program, round_._replace(plan=round_.plan._replace(owners=owners)), widths)
+
+
+def run_level(level: Level, bounds: tuple[Array, Array], tally: Tally) -> Tally:
+    """Train the clients between two places of the queue at one adapter width."""
+    begin, end = bounds
+
+    def busy(carry: tuple[Lanes, Array, Tally]) -> Array:
+        lanes, following, _ = carry
+        return (following < end) | jnp.any(~lanes.free)
+
+    def turn(carry: tuple[Lanes, Array, Tally]) -> tuple[Lanes, Array, Tally]:
+        lanes, following, tally = carry
+        lanes, following = _claim(lanes, following)
+        seats = jax.vmap(lambda place: take_seat(level, place))(lanes.place)
+        fresh = jax.vmap(lambda seat: _begin(level, seat))(seats)
+        lanes = lanes._replace(local=_select(lanes.free, fresh, lanes.local))
+        active = lanes.place < end
+        count = jnp.min(jnp.where(active, seats.steps - lanes.step, jnp.iinfo(jnp.int32).max))
+        step = jax.vmap(lambda seat, lane: _advance(level, seat, lane))
+        lanes = lax.fori_loop(0, count, lambda _, lanes: step(seats, lanes), lanes)
+        done = active & (lanes.step == seats.steps)
+        finished = jax.vmap(lambda *lane: finish(level, *lane))(seats, lanes.local, done)
+        tally = _add(tally, seats, finished, lanes.losses, done)
+        tally = tally._replace(lane_steps=tally.lane_steps + count * level.program.lanes)
+        return lanes._replace(free=done | ~active), following, tally
+
+    return lax.while_loop(busy, turn, (_empty_lanes(level, end), begin, tally))[2]
+
+
+def take_seat(level: Level, place: Array) -> Seat:
+    """Look up everything about the client at one place of the queue."""
+    state, data, queue = level.round.state, level.round.data, level.round.queue
+    place = jnp.minimum(place, queue.row.shape[0] - 1)
+    row = queue.row[place]
+    masks = rank_masks({path: ranks[row] for path, ranks in state.ranks.items()}, level.widths)
+    client = Client(row, masks, queue.weight[place], jax.tree.map(lambda leaf: leaf[row], state.clients))
+    handed = level.program.aggregator.start(state.server, state.aggregator, client)
+    shuffle, noise = jax.random.split(jax.random.fold_in(level.round.key, data.id[row]))
+    size, steps, batch_size = data.size[row], queue.steps[place], level.program.local.batch_size
+    per_epoch = jnp.maximum(steps_per_epoch(size, batch_size), 1)
+    epochs, rest, dtype = steps // per_epoch, steps % per_epoch, jnp.result_type(float)
+    return Seat(
+        client=client,
+        start=cut(narrow(handed, level.widths), masks),
+        size=size,
+        steps=steps,
+        epochs=epochs,
+        examples=epochs.astype(dtype) * size.astype(dtype) + (rest * batch_size).astype(dtype),
+        words=jax.random.bits(shuffle, (2,), jnp.uint32),
+        noise=noise,
+    )
+
+
+def _begin(level: Level, seat: Seat) -> LocalState:
+    return level.program.local.begin(level.round.state.hparams, seat.start, seat.client)
+
+
+def _advance(level: Level, seat: Seat, lane: Lanes) -> Lanes:
+    """Take one step of the client that one lane holds."""
+    local, state = level.program.local, level.round.state
+    batch, epoch = take_batch(level.round.data, seat.client.row, seat.words, lane.step, local.batch_size)
+    trains = level.program.aggregator.trains(state.aggregator)
+    setting = Setting(seat.client, seat.start, state.server.frozen, trains)
+    trained, losses = local.step(state.hparams, setting, lane.local, batch, jax.random.fold_in(seat.noise, lane.step))
+    column = jnp.minimum(epoch, lane.losses.shape[0] - 1)
+    summed = lane.losses.at[column].add(jnp.sum(losses).astype(lane.losses.dtype))
+    return lane._replace(local=trained, losses=summed, step=lane.step + 1)
+
+
+def finish(level: Level, seat: Seat, local: LocalState, done: Array) -> tuple[Sums, Array, PyTree]:
+    """Return one lane's summand, whether its update is finite, and what its client keeps.
+
+    A lane that is not done, or whose update is not finite, sends its start with weight 0.
+    """
+    trained = level.program.local.end(local, seat.client)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trained)]))
+    counts = done & finite
+    trained = jax.tree.map(lambda new, old: jnp.where(counts, new, old), trained, seat.start)
+    client = seat.client._replace(weight=jnp.where(counts, seat.client.weight, 0))
+    update, server = ClientUpdate(trained, seat.start, client), level.round.state.server
+    sums = level.program.aggregator.summand(update, server, level.round.plan)
+    kept = level.program.aggregator.client_keep(update, server)
+    return sums, finite, pad_like(kept, seat.client.state)
+
+
+def _no_sums(level: Level) -> Sums:
+    """Return zeros in the shapes of a rule's sums at an adapter width."""
+
+    def one(place: Array) -> Sums:
+        seat = take_seat(level, place)
+        return finish(level, seat, _begin(level, seat), jnp.array(True))[0]
+
+    return _zeros(jax.eval_shape(one, jnp.zeros((), jnp.int32)))
+
+
+def _empty_lanes(level: Level, end: Array) -> Lanes:
+    one = jax.eval_shape(lambda place: _begin(level, take_seat(level, place)), end)
+    lanes, epochs = level.program.lanes, level.round.state.epoch_losses
+    return Lanes(
+        place=jnp.broadcast_to(end, (lanes,)),
+        step=jnp.zeros(lanes, jnp.int32),
+        free=jnp.ones(lanes, bool),
+        local=_zeros(one, lanes),
+        losses=jnp.zeros((lanes, epochs.shape[1] + 1), epochs.dtype),
+    )
+
+
+def _zeros(shapes: PyTree, *leading: int) -> PyTree:
+    return jax.tree.map(lambda s: jnp.zeros((*leading, *s.shape), s.dtype), shapes)
+
+
+def _claim(lanes: Lanes, following: Array) -> tuple[Lanes, Array]:
+    """Give each free lane the next place of the queue."""
+    taken = jnp.cumsum(lanes.free, dtype=jnp.int32)
+    place = jnp.where(lanes.free, following + taken - 1, lanes.place)
+    step = jnp.where(lanes.free, 0, lanes.step)
+    losses = jnp.where(lanes.free[:, None], 0, lanes.losses)
+    return lanes._replace(place=place, step=step, losses=losses), following + taken[-1]
+
+
+def _select(flags: Array, new: PyTree, old: PyTree) -> PyTree:
+    """Choose between two stacked trees lane by lane."""
+    return jax.tree.map(lambda n, o: jnp.where(flags.reshape(-1, *[1] * (n.ndim - 1)), n, o), new, old)
+
+
+def _add(tally: Tally, seats: Seat, finished: tuple[Sums, Array, PyTree], losses: Array, done: Array) -> Tally:
+    """Add the finished lanes to the tally; remember of each client what was finite."""
+    sums, finite, kept = finished
+    good, nowhere = done & finite, tally.finite.shape[0]
+    row, good_row = (jnp.where(flag, seats.client.row, nowhere) for flag in (done, good))
+    size, max_epochs = jnp.maximum(seats.size, 1).astype(losses.dtype), losses.shape[1] - 1
+    whole = jnp.arange(max_epochs)[None, :] < seats.epochs[:, None]
+    mean_losses = jnp.where(whole, losses[:, :max_epochs] / size[:, None], 0)
+    return tally._replace(
+        sums=jax.tree.map(lambda total, s: total + jnp.sum(s, axis=0), tally.sums, sums),
+        epoch_losses=tally.epoch_losses.at[good_row].set(mean_losses, mode="drop"),
+        epochs=tally.epochs.at[good_row].set(jnp.minimum(seats.epochs, max_epochs), mode="drop"),
+        clients=jax.tree.map(lambda a, k: a.at[good_row].set(k, mode="drop"), tally.clients, kept),
+        finite=tally.finite.at[row].set(finite, mode="drop"),
+        loss=tally.loss + jnp.sum(jnp.where(good[:, None], losses, 0)).astype(tally.loss.dtype),
+        examples=tally.examples + jnp.sum(jnp.where(good, seats.examples, 0)),
+        steps=tally.steps + jnp.sum(jnp.where(done, seats.steps, 0)),
+    )
