@@ -10,9 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from autorank_jax.checks import (
+    INT32_MAX,
+    check_examples,
+    check_ids,
+    check_labels,
+    check_order,
+    check_range,
+    concatenate_parts,
+    first_few,
+    part_sizes,
+)
 from autorank_jax.types import ClientStats, FederatedData, PyTree
-
-_INT32_MAX = int(np.iinfo(np.int32).max)
 
 
 def from_parts(
@@ -44,16 +53,16 @@ def from_parts(
       >>> data.order.tolist(), data.start.tolist(), data.size.tolist()
       ([4, 0, 1, 2, 3], [0, 2], [2, 3])
     """
-    n = _check_examples(inputs, targets, classes)
-    size = _sizes(parts)
+    n = check_examples(inputs, targets, classes)
+    size = part_sizes(parts)
     if not allow_empty and not size.all():
         raise ValueError(
-            f"expected at least one example per client, got none for client {_some(np.flatnonzero(size == 0))}; "
+            f"expected at least one example per client, got none for client {first_few(np.flatnonzero(size == 0))}; "
             "probably a split with too many clients"
         )
-    order = _concatenate(parts, size)
-    _check_order(order, size, n, require_all)
-    return _assemble(inputs, targets, order, size, np.arange(len(size)) if ids is None else _check_ids(ids, len(size)))
+    order = concatenate_parts(parts, size)
+    check_order(order, size, n, require_all)
+    return _assemble(inputs, targets, order, size, np.arange(len(size)) if ids is None else check_ids(ids, len(size)))
 
 
 def from_client_ids(
@@ -76,7 +85,7 @@ def from_client_ids(
       >>> data.order.tolist(), data.size.tolist(), data.id.tolist()
       ([1, 3, 0, 2], [2, 2], [3, 7])
     """
-    n = _check_examples(inputs, targets, classes)
+    n = check_examples(inputs, targets, classes)
     owner = np.asarray(client_ids)
     if owner.shape != (n,):
         raise ValueError(
@@ -88,7 +97,7 @@ def from_client_ids(
             f"expected integer client_ids, got {owner.dtype}; "
             "probably names: number them with np.unique(names, return_inverse=True)[1]"
         )
-    _check_range(owner, _INT32_MAX + 1, "client_ids", "hashed names: number them with np.unique(..., return_inverse)")
+    check_range(owner, INT32_MAX + 1, "client_ids", "hashed names: number them with np.unique(..., return_inverse)")
     order = np.argsort(owner, kind="stable")
     first = np.flatnonzero(np.diff(owner[order], prepend=-1))
     return _assemble(inputs, targets, order, np.diff(first, append=n), owner[order[first]])
@@ -136,7 +145,7 @@ def client_stats(
     columns = _columns(extra, "extra", clients)
     if columns is not None and not np.isfinite(columns).all():
         bad = np.flatnonzero(~np.isfinite(columns).all(axis=1))
-        raise ValueError(f"expected finite extra criteria, got NaN or infinity for client {_some(bad)}")
+        raise ValueError(f"expected finite extra criteria, got NaN or infinity for client {first_few(bad)}")
     return ClientStats(
         size=jnp.asarray(size),
         label_counts=jnp.asarray(_label_counts(data, size, classes, groups)),
@@ -146,40 +155,6 @@ def client_stats(
         max_ratio=jnp.asarray(_check_ratios(1.0 if max_ratio is None else max_ratio, clients), dtype=float),
         where=jnp.ones(clients, dtype=bool),
     )
-
-
-def holdout(
-    parts: Sequence[ArrayLike], fraction: float, *, seed: int | np.random.Generator
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Hold out a random share of every client's examples: `floor(fraction · n_i)` of them, so at least one stays.
-
-    Args:
-      parts: of each client, the numbers of its examples.
-      fraction: share to hold out, 0 .. 1 (exclusive).
-      seed: number or generator.
-
-    Returns:
-      (training parts, held-out parts). Clients of fewer than `1 / fraction` examples hold out none: build their data
-      with `from_parts(..., allow_empty=True)`.
-
-    Raises:
-      ValueError: fraction outside its range, or parts that are not vectors of integers.
-
-    Example:
-      >>> train, held = holdout([[0, 1, 2, 3], [4]], 0.5, seed=0)
-      >>> [len(part) for part in train], [len(part) for part in held]
-      ([2, 1], [2, 0])
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"expected fraction in 0 .. 1 (exclusive), got {fraction}; probably a percentage")
-    size = _sizes(parts)
-    order = _concatenate(parts, size)
-    owner = np.repeat(np.arange(len(size)), size)
-    order = order[np.lexsort((np.random.default_rng(seed).random(order.size), owner))]  # shuffled within each client
-    held = np.floor(fraction * size * (1 + 1e-12)).astype(np.int64)  # a tenth of 10 is 1, whatever rounding says
-    place = np.arange(order.size) - np.repeat(np.cumsum(size) - size, size)
-    out = place < np.repeat(held, size)
-    return _slices(order[~out], size - held), _slices(order[out], held)
 
 
 def _assemble(inputs: PyTree, targets: PyTree, order: np.ndarray, size: np.ndarray, ids: np.ndarray) -> FederatedData:
@@ -194,116 +169,13 @@ def _assemble(inputs: PyTree, targets: PyTree, order: np.ndarray, size: np.ndarr
     )
 
 
-def _some(numbers: np.ndarray) -> str:
-    """Name the first few of many."""
-    return ", ".join(map(str, numbers[:5].tolist())) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
-
-
-def _slices(examples: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
-    ends = np.cumsum(sizes).tolist()
-    return [examples[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-
-def _sizes(parts: Sequence[ArrayLike]) -> np.ndarray:
-    """Return the number of examples of each client."""
-    try:
-        size = np.fromiter((len(part) for part in parts), dtype=np.int64)  # type: ignore[arg-type]  # checked here
-    except TypeError:
-        raise ValueError(
-            "expected parts as one vector of example numbers per client, got something else; "
-            "probably one client number per example: use from_client_ids"
-        ) from None
-    if not size.size:
-        raise ValueError("expected at least one client, got no parts")
-    return size
-
-
-def _concatenate(parts: Sequence[ArrayLike], size: np.ndarray) -> np.ndarray:
-    """Return all parts in one vector of integers."""
-    try:
-        order = np.concatenate([part for part, count in zip(parts, size, strict=True) if count])
-    except ValueError as error:
-        order, problem = np.empty(0), str(error)
-    else:
-        problem = f"{order.dtype} of shape {order.shape}"
-    if order.ndim != 1 or order.dtype.kind not in "iu":
-        raise ValueError(
-            f"expected parts as vectors of integer example numbers, got {problem}; "
-            "probably masks or the examples themselves: use np.flatnonzero(mask)"
-        )
-    return order
-
-
-def _check_order(order: np.ndarray, size: np.ndarray, n: int, require_all: bool) -> None:
-    """Check that example numbers exist and that no two clients (nor one, twice) hold the same."""
-    owner = np.repeat(np.arange(len(size)), size)
-    outside = (order < 0) | (order >= n)
-    if outside.any():
-        raise ValueError(
-            f"expected example numbers in 0 .. {n - 1}, got {order[outside][0]} for client {owner[outside][0]}; "
-            "probably parts of another dataset"
-        )
-    uses = np.bincount(order, minlength=n)
-    if (uses > 1).any():
-        example = int(np.argmax(uses > 1))
-        raise ValueError(
-            f"expected every example in one client only, got {np.count_nonzero(uses > 1)} in several places, "
-            f"the first is example {example} in clients {_some(owner[order == example])}; "
-            "probably parts drawn with replacement"
-        )
-    if require_all and not uses.all():
-        raise ValueError(
-            f"expected every example in some client, got {np.count_nonzero(uses == 0)} in none, "
-            f"the first is example {np.argmin(uses)}; probably parts of a smaller dataset"
-        )
-
-
-def _check_ids(ids: ArrayLike, clients: int) -> np.ndarray:
-    """Check that identities are different int32 numbers, one per client."""
-    ids = np.asarray(ids)
-    if ids.shape != (clients,) or ids.dtype.kind not in "iu":
-        raise ValueError(f"expected ids as {clients} integers, one per client, got {ids.dtype} of shape {ids.shape}")
-    _check_range(ids, _INT32_MAX + 1, "ids", "hashed names: number them 0, 1, …")
-    values, counts = np.unique(ids, return_counts=True)
-    if (counts > 1).any():
-        raise ValueError(
-            f"expected different ids, got {_some(values[counts > 1])} more than once; "
-            "probably two clients of one user: random numbers follow the id, so they would be the same"
-        )
-    return ids
-
-
-def _check_range(values: np.ndarray, end: int, what: str, cause: str) -> None:
-    """Check that integers lie in 0 .. end-1."""
-    if values.size and (values.min() < 0 or values.max() >= end):
-        raise ValueError(f"expected {what} in 0 .. {end - 1}, got {values.min()} .. {values.max()}; probably {cause}")
-
-
-def _check_labels(labels: ArrayLike, n: int, classes: int | None, what: str) -> np.ndarray:
-    """Check that labels are a vector of integers in 0 .. classes-1."""
-    labels = np.asarray(labels)
-    if labels.shape != (n,):
-        raise ValueError(
-            f"expected {what} of shape ({n},), one label per example, got {labels.shape}; "
-            "probably one-hot or not labels: give groups to count instead"
-        )
-    if labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"expected {what} as integers, got {labels.dtype}; probably a regression: give groups to count instead"
-        )
-    if classes is not None and classes < 1:
-        raise ValueError(f"expected at least one class, got {classes}")
-    _check_range(labels, classes or _INT32_MAX, f"{what} as labels", "labels that count from 1, or a marker such as -1")
-    return labels
-
-
 def _label_counts(data: FederatedData, size: np.ndarray, classes: int | None, groups: ArrayLike | None) -> np.ndarray:
     """Count labels, or groups, of each client."""
     n = jax.tree.leaves(data.inputs)[0].shape[0]
     if groups is None and not isinstance(data.targets, (jax.Array, np.ndarray)):
         raise ValueError("expected targets as one vector of labels, got several arrays; give groups to count instead")
     what = "targets" if groups is None else "groups"
-    labels = _check_labels(data.targets if groups is None else groups, n, classes, what)[np.asarray(data.order)]
+    labels = check_labels(data.targets if groups is None else groups, n, classes, what)[np.asarray(data.order)]
     width = classes or int(labels.max(initial=0)) + 1
     owner = np.repeat(np.arange(len(size)), size)
     counts = np.bincount(owner * width + labels, minlength=len(size) * width)
@@ -326,7 +198,7 @@ def _check_epochs(epochs: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
     ran = np.asarray(epochs)
     if ran.shape != shape[:1] or ran.dtype.kind not in "iu":
         raise ValueError(f"expected epochs as {shape[0]} integers, got {ran.dtype} of shape {ran.shape}")
-    _check_range(ran, shape[1] + 1, "epochs", "more epochs than columns of epoch_losses")
+    check_range(ran, shape[1] + 1, "epochs", "more epochs than columns of epoch_losses")
     return ran.astype(np.int32)
 
 
@@ -336,7 +208,7 @@ def _check_losses(losses: np.ndarray, ran: np.ndarray | None) -> None:
     bad = np.flatnonzero((seen & ~(np.isfinite(losses) & (losses >= 0))).any(axis=1))
     if bad.size:
         raise ValueError(
-            f"expected finite epoch_losses of at least 0, got others for client {_some(bad)}; "
+            f"expected finite epoch_losses of at least 0, got others for client {first_few(bad)}; "
             "probably the probe diverged: lower its learning rate"
         )
 
@@ -349,36 +221,3 @@ def _check_ratios(values: ArrayLike, clients: int) -> np.ndarray:
     if not ((ratios > 0) & (ratios <= 1)).all():
         raise ValueError("expected max_ratio above 0 and at most 1, got others; probably ranks: divide by the maximum")
     return np.broadcast_to(ratios, (clients,))
-
-
-def _check_examples(inputs: PyTree, targets: PyTree, classes: int | None) -> int:
-    """Check that inputs and targets are arrays of one length with finite numbers, and return that length."""
-    lengths: dict[str, int] = {}
-    for what, tree in (("inputs", inputs), ("targets", targets)):
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            lengths[what + jax.tree_util.keystr(path)] = _check_array(what + jax.tree_util.keystr(path), leaf)
-    n = next(iter(lengths.values()), 0)
-    if not lengths or not 0 < n <= _INT32_MAX:
-        raise ValueError(f"expected between 1 and 2³¹-1 examples, got {n}")
-    if len(set(lengths.values())) > 1:
-        got = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(f"expected inputs and targets of one length, got {got}; probably training mixed with test")
-    if classes is not None:
-        _check_labels(targets, n, classes, "targets")
-    return n
-
-
-def _check_array(name: str, leaf: PyTree) -> int:
-    """Check one array of numbers and return its length."""
-    if not isinstance(leaf, (np.ndarray, jax.Array)) or leaf.ndim == 0:
-        raise ValueError(f"expected an array at {name}, got {type(leaf).__name__}; probably a list: use np.asarray")
-    values = np.asarray(leaf)
-    if values.dtype.kind in "OSUMm":
-        raise ValueError(f"expected numbers at {name}, got {values.dtype}; probably ragged rows or text: encode them")
-    if values.dtype.kind not in "biu" and not np.isfinite(values).all():
-        bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
-        raise ValueError(
-            f"expected finite numbers at {name}, got NaN or infinity in example {_some(bad)}; "
-            "probably missing values: fill them or leave these examples out"
-        )
-    return len(values)

@@ -4,11 +4,13 @@ Every split returns one array of example numbers per client, ascending: every ex
 The same seed gives the same split. `classes` are the different labels that occur.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from autorank_jax.checks import concatenate_parts, part_sizes
 
 Seed = int | np.random.Generator
 Parts = list[np.ndarray]  # of each client, (n_i,) int64
@@ -235,6 +237,38 @@ def partition(name: str, labels: ArrayLike, clients: int, *, seed: Seed, **optio
         raise ValueError(f"expected options out of {', '.join(sorted(known))}, got {', '.join(options)}")
     split = SPLITS[name]
     return split.function(labels, clients, seed=seed, **{key: options[key] for key in split.options if key in options})
+
+
+def holdout(parts: Sequence[ArrayLike], fraction: float, *, seed: Seed) -> tuple[Parts, Parts]:
+    """Hold out a random share of every client's examples: `floor(fraction · n_i)` of them, so at least one stays.
+
+    Args:
+      parts: of each client, the numbers of its examples.
+      fraction: share to hold out, 0 .. 1 (exclusive).
+      seed: number or generator.
+
+    Returns:
+      (training parts, held-out parts). Clients of fewer than `1 / fraction` examples hold out none: build their data
+      with `federated_data.from_parts(..., allow_empty=True)`.
+
+    Raises:
+      ValueError: fraction outside its range, or parts that are not vectors of integers.
+
+    Example:
+      >>> train, held = holdout([[0, 1, 2, 3], [4]], 0.5, seed=0)
+      >>> [len(part) for part in train], [len(part) for part in held]
+      ([2, 1], [2, 0])
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"expected fraction in 0 .. 1 (exclusive), got {fraction}; probably a percentage")
+    size = part_sizes(parts)
+    order = concatenate_parts(parts, size)
+    owner = np.repeat(np.arange(len(size)), size)
+    order = order[np.lexsort((_generator(seed).random(order.size), owner))]  # shuffled within each client
+    held = np.floor(fraction * size * (1 + 1e-12)).astype(np.int64)  # a tenth of 10 is 1, whatever rounding says
+    place = np.arange(order.size) - np.repeat(np.cumsum(size) - size, size)
+    out = place < np.repeat(held, size)
+    return _slices(order[~out], size - held), _slices(order[out], held)
 
 
 def _check(labels: ArrayLike, clients: int) -> np.ndarray:

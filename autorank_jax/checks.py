@@ -1,0 +1,156 @@
+"""Checks of client data on the host. Messages say what was expected, what came, and the likely cause."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+from autorank_jax.types import PyTree
+
+INT32_MAX = int(np.iinfo(np.int32).max)
+
+
+def first_few(numbers: np.ndarray) -> str:
+    """Name the first few of many."""
+    return ", ".join(map(str, numbers[:5].tolist())) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
+
+
+def check_range(values: np.ndarray, end: int, what: str, cause: str) -> None:
+    """Check that integers lie in 0 .. end-1."""
+    if values.size and (values.min() < 0 or values.max() >= end):
+        raise ValueError(f"expected {what} in 0 .. {end - 1}, got {values.min()} .. {values.max()}; probably {cause}")
+
+
+def check_examples(inputs: PyTree, targets: PyTree, classes: int | None) -> int:
+    """Check that inputs and targets are arrays of one length with finite numbers, and return that length."""
+    lengths: dict[str, int] = {}
+    for what, tree in (("inputs", inputs), ("targets", targets)):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            lengths[what + jax.tree_util.keystr(path)] = check_array(what + jax.tree_util.keystr(path), leaf)
+    n = next(iter(lengths.values()), 0)
+    if not lengths or not 0 < n <= INT32_MAX:
+        raise ValueError(f"expected between 1 and 2³¹-1 examples, got {n}")
+    if len(set(lengths.values())) > 1:
+        got = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(f"expected inputs and targets of one length, got {got}; probably training mixed with test")
+    if classes is not None:
+        check_labels(targets, n, classes, "targets")
+    return n
+
+
+def check_array(name: str, leaf: PyTree) -> int:
+    """Check one array of numbers and return its length."""
+    if not isinstance(leaf, (np.ndarray, jax.Array)) or leaf.ndim == 0:
+        raise ValueError(f"expected an array at {name}, got {type(leaf).__name__}; probably a list: use np.asarray")
+    values = np.asarray(leaf)
+    if values.dtype.kind in "OSUMm":
+        raise ValueError(f"expected numbers at {name}, got {values.dtype}; probably ragged rows or text: encode them")
+    if values.dtype.kind not in "biu" and not np.isfinite(values).all():
+        bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+        raise ValueError(
+            f"expected finite numbers at {name}, got NaN or infinity in example {first_few(bad)}; "
+            "probably missing values: fill them or leave these examples out"
+        )
+    _check_width(name, values)
+    return len(values)
+
+
+def _check_width(name: str, values: np.ndarray) -> None:
+    """Check that 64-bit numbers fit where JAX makes 32-bit ones of them."""
+    narrow = jax.dtypes.canonicalize_dtype(values.dtype)
+    if narrow == values.dtype or values.dtype.kind not in "iuf" or not values.size:
+        return
+    limits = np.finfo(narrow) if values.dtype.kind == "f" else np.iinfo(narrow)
+    if values.min() < limits.min or values.max() > limits.max:
+        raise ValueError(
+            f"expected numbers that fit {narrow} at {name}, got {values.min()} .. {values.max()}; "
+            "probably hashes: number them, or enable jax_enable_x64"
+        )
+
+
+def check_labels(labels: ArrayLike, n: int, classes: int | None, what: str) -> np.ndarray:
+    """Check that labels are a vector of integers in 0 .. classes-1."""
+    labels = np.asarray(labels)
+    if labels.shape != (n,):
+        raise ValueError(
+            f"expected {what} of shape ({n},), one label per example, got {labels.shape}; "
+            "probably one-hot or not labels: give groups to count instead"
+        )
+    if labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"expected {what} as integers, got {labels.dtype}; probably a regression: give groups to count instead"
+        )
+    if classes is not None and classes < 1:
+        raise ValueError(f"expected at least one class, got {classes}")
+    check_range(labels, classes or INT32_MAX, f"{what} as labels", "labels that count from 1, or a marker such as -1")
+    return labels
+
+
+def part_sizes(parts: Sequence[ArrayLike]) -> np.ndarray:
+    """Return the number of examples of each client."""
+    try:
+        size = np.fromiter((len(part) for part in parts), dtype=np.int64)  # type: ignore[arg-type]  # checked here
+    except TypeError:
+        raise ValueError(
+            "expected parts as one vector of example numbers per client, got something else; "
+            "probably one client number per example: use from_client_ids"
+        ) from None
+    if not size.any():
+        raise ValueError(f"expected at least one example in some client, got {size.size} clients without any")
+    return size
+
+
+def concatenate_parts(parts: Sequence[ArrayLike], size: np.ndarray) -> np.ndarray:
+    """Return all parts in one vector of integers."""
+    try:
+        order = np.concatenate([part for part, count in zip(parts, size, strict=True) if count])
+    except ValueError as error:
+        order, problem = np.empty(0), str(error)
+    else:
+        problem = f"{order.dtype} of shape {order.shape}"
+    if order.ndim != 1 or order.dtype.kind not in "iu":
+        raise ValueError(
+            f"expected parts as vectors of integer example numbers, got {problem}; "
+            "probably masks or the examples themselves: use np.flatnonzero(mask)"
+        )
+    return order
+
+
+def check_order(order: np.ndarray, size: np.ndarray, n: int, require_all: bool) -> None:
+    """Check that example numbers exist and that no two clients (nor one, twice) hold the same."""
+    owner = np.repeat(np.arange(len(size)), size)
+    outside = (order < 0) | (order >= n)
+    if outside.any():
+        raise ValueError(
+            f"expected example numbers in 0 .. {n - 1}, got {order[outside][0]} for client {owner[outside][0]}; "
+            "probably parts of another dataset"
+        )
+    uses = np.bincount(order, minlength=n)
+    if (uses > 1).any():
+        example = int(np.argmax(uses > 1))
+        raise ValueError(
+            f"expected every example in one client only, got {np.count_nonzero(uses > 1)} in several places, "
+            f"the first is example {example} in clients {first_few(owner[order == example])}; "
+            "probably parts drawn with replacement"
+        )
+    if require_all and not uses.all():
+        raise ValueError(
+            f"expected every example in some client, got {np.count_nonzero(uses == 0)} in none, "
+            f"the first is example {np.argmin(uses)}; probably parts of a smaller dataset"
+        )
+
+
+def check_ids(ids: ArrayLike, clients: int) -> np.ndarray:
+    """Check that identities are different int32 numbers, one per client."""
+    ids = np.asarray(ids)
+    if ids.shape != (clients,) or ids.dtype.kind not in "iu":
+        raise ValueError(f"expected ids as {clients} integers, one per client, got {ids.dtype} of shape {ids.shape}")
+    check_range(ids, INT32_MAX + 1, "ids", "hashed names: number them 0, 1, …")
+    values, counts = np.unique(ids, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(
+            f"expected different ids, got {first_few(values[counts > 1])} more than once; "
+            "probably two clients of one user: random numbers follow the id, so they would be the same"
+        )
+    return ids
