@@ -1,0 +1,167 @@
+"""Adapters of rank policies to budgets and devices.
+
+`with_caps(with_budget(policy, ...))` spends what the devices let it; the other order may exceed the caps.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy
+
+WEIGHTS = ("clients", "examples")
+DEVICE_LEVELS = (0.125, 0.25, 0.5, 1.0)
+
+# Share of the clients per device level, weakest first; what is left of 1 is spread equally over the other levels.
+_PROFILES: Mapping[str, Mapping[int, float]] = {
+    "homogeneous": {-1: 1.0},
+    "random": {},
+    "heavy_tail_light": {0: 0.85},
+    "heavy_tail_strong": {-1: 0.85},
+}
+RESOURCE_PROFILES = (*_PROFILES, "normal")
+
+
+def with_budget(
+    policy: RankPolicy,
+    mean_ratio: float,
+    weight: str = "clients",
+    *,
+    min_ratio: float = 0.1,
+    layer_weights: Sequence[float] | None = None,
+) -> RankPolicy:
+    """Move a policy's ratios so that their mean is `mean_ratio`.
+
+    All ratios go the same share of their way up to 1 or down to `min_ratio`, which keeps their order. With the weighted
+    mean `μ` of the ratios and the target `m`,
+
+        ρ' = 1 - (1 - ρ) (1 - m) / (1 - μ)                         where m ≥ μ
+        ρ' = ρ_min + (ρ - ρ_min) (m - ρ_min) / (μ - ρ_min)         elsewhere
+
+    Integer ranks, rounded down, meet the mean to within one rank per layer.
+
+    Args:
+        policy: whose ratios are moved, after clipping to [min_ratio, 1].
+        mean_ratio: `m` in [min_ratio, 1].
+        weight: "clients" for a mean over the clients present (equal bytes), "examples" for one weighted by their
+            examples (equal training FLOPs). The two differ where data are imbalanced.
+        min_ratio: in (0, 1], no ratio falls below it.
+        layer_weights: one per layer, > 0: what a unit of ratio costs in each layer, for per-layer ratios. The mean over
+            layers is plain where None.
+
+    Returns:
+        A policy with ratios in [min_ratio, 1]. Absent clients move along and do not count in the mean.
+
+    Raises:
+        ValueError: for numbers out of range or an unknown `weight`; when called, for another number of layers.
+    """
+    if isinstance(min_ratio, int | float) and not 0 < min_ratio <= 1:
+        raise ValueError(f"min_ratio: expected a number in (0, 1], got {min_ratio}, probably a percentage or a rank")
+    numbers = isinstance(min_ratio, int | float) and isinstance(mean_ratio, int | float)
+    if numbers and not min_ratio <= mean_ratio <= 1:
+        raise ValueError(
+            f"mean_ratio: expected a number in [min_ratio, 1] = [{min_ratio}, 1], got {mean_ratio}, probably a budget "
+            "that no ranks can meet: lower min_ratio"
+        )
+    if weight not in WEIGHTS:
+        raise ValueError(f"weight: expected one of {WEIGHTS}, got {weight!r}, probably a misspelling")
+
+    def budgeted(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
+        ratios, info = policy(key, stats)
+        low, target = jnp.asarray(min_ratio, ratios.dtype), jnp.asarray(mean_ratio, ratios.dtype)
+        ratios = jnp.clip(ratios, low, 1)
+        mean = jnp.sum(ratios * _shares(stats, weight, layer_weights, ratios))
+        up = (1 - target) / jnp.where(mean < 1, 1 - mean, 1)
+        down = (target - low) / jnp.where(mean > low, mean - low, 1)
+        moved = jnp.where(target >= mean, 1 - (1 - ratios) * up, low + (ratios - low) * down)
+        return jnp.clip(moved, low, 1), info
+
+    return budgeted
+
+
+def with_caps(policy: RankPolicy) -> RankPolicy:
+    """Let no client's ratio exceed what its device can do: `min(ρ_i, stats.max_ratio_i)` in every layer.
+
+    Args:
+        policy: whose ratios are capped.
+
+    Returns:
+        A policy; caps go below any `min_ratio`.
+    """
+
+    def capped(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
+        ratios, info = policy(key, stats)
+        caps = jnp.asarray(stats.max_ratio).astype(ratios.dtype)
+        return jnp.minimum(ratios, caps if ratios.ndim == 1 else caps[:, None]), info
+
+    return capped
+
+
+def resource_profile(name: str, key: Key, clients: int, *, levels: Sequence[float] = DEVICE_LEVELS) -> Array:
+    """Draw the largest ratio that each client's device can train, for `ClientStats.max_ratio`.
+
+    Each client is of one of a few device levels, drawn independently (and by its own number, so that more clients leave
+    the first ones as they are):
+
+    - "homogeneous": all of the strongest level;
+    - "random": every level equally likely;
+    - "heavy_tail_light": 85 % of the weakest level, the others equally likely;
+    - "heavy_tail_strong": 85 % of the strongest level, the others equally likely;
+    - "normal": level `k = 0..K-1` with probability ∝ `exp(-(k - (K - 1)/2)² / 2)`.
+
+    Args:
+        name: of the profile.
+        key: random key.
+        clients: how many, ≥ 1.
+        levels: the ratios of the device levels, weakest first, each in (0, 1].
+
+    Returns:
+        `(clients,)` ratios, each one of `levels`.
+
+    Raises:
+        ValueError: for an unknown name, no clients, or bad levels.
+
+    Source: FlexLoRA, arXiv 2402.11505, and its code for the shapes of the profiles. The ratios of the levels and the
+    width of "normal" are ours: FlexLoRA's levels are rank 8, 30, a mixture by layer, and 200.
+    """
+    if name not in RESOURCE_PROFILES:
+        raise ValueError(f"resource profile: expected one of {RESOURCE_PROFILES}, got {name!r}, probably a misspelling")
+    if clients < 1:
+        raise ValueError(f"clients: expected at least 1, got {clients}, probably an empty split")
+    if not levels or not all(0 < level <= 1 for level in levels) or list(levels) != sorted(levels):
+        raise ValueError(f"levels: expected ratios in (0, 1], weakest first, got {levels}, probably ranks")
+    dtype = jnp.result_type(float)
+    logits = jnp.log(jnp.array(_probabilities(name, len(levels)), dtype))
+    drawn = jax.vmap(lambda i: jax.random.categorical(jax.random.fold_in(key, i), logits))(jnp.arange(clients))
+    return jnp.array(levels, dtype)[drawn]
+
+
+def _probabilities(name: str, levels: int) -> list[float]:
+    if name == "normal":
+        bell = [math.exp(-((k - (levels - 1) / 2) ** 2) / 2) for k in range(levels)]
+        return [b / sum(bell) for b in bell]
+    fixed = {k % levels: p for k, p in _PROFILES[name].items()}
+    others = max(levels - len(fixed), 1)
+    return [fixed.get(k, (1 - sum(fixed.values())) / others) for k in range(levels)]
+
+
+def _shares(stats: ClientStats, weight: str, layer_weights: Sequence[float] | None, ratios: Array) -> Array:
+    """Return weights of the same shape as `ratios` that sum to 1, or to 0 where nobody counts."""
+    layers = 1 if ratios.ndim == 1 else ratios.shape[1]
+    per_layer = jnp.ones(layers, ratios.dtype) if layer_weights is None else jnp.array(layer_weights, ratios.dtype)
+    if per_layer.shape != (layers,):
+        raise ValueError(
+            f"layer_weights: expected {layers} of them, got shape {per_layer.shape}, probably of another model"
+        )
+    per_client = jnp.ones(ratios.shape[0], ratios.dtype) if weight == "clients" else _as(stats.size, ratios)
+    per_client = jnp.where(stats.where, per_client, 0)
+    product = (per_client[:, None] * per_layer[None, :]).reshape(ratios.shape)
+    total = jnp.sum(product)
+    return product / jnp.where(total > 0, total, 1)
+
+
+def _as(x: ArrayLike, like: Array) -> Array:
+    return jnp.asarray(x).astype(like.dtype)
