@@ -1,0 +1,35 @@
+"""Every example in a docstring runs and prints what it says, arrays to four digits."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import numpy as np
+import pytest
+
+import autorank_jax
+
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(autorank_jax.__path__, "autorank_jax.")
+    if not module.name.endswith("__main__")  # importing it runs the command line
+)
+EQUATIONS = ("autorank_jax.mcda", "autorank_jax.complexity")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_print_what_they_say(name):
+    with np.printoptions(precision=4, suppress=True):
+        failures = doctest.testmod(importlib.import_module(name)).failed
+    assert failures == 0, f"{failures} failing docstring examples in {name}: see the captured output"
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_every_equation_has_an_example(name):
+    module = importlib.import_module(name)
+    functions = [f for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == name and n[0] != "_"]
+    finder = doctest.DocTestFinder(recurse=False)
+    without = [f.__name__ for f in functions if not any(test.examples for test in finder.find(f))]
+    assert functions
+    assert without == []
