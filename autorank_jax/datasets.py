@@ -19,6 +19,7 @@ import numpy as np
 
 ENVIRONMENT_VARIABLE = "AUTORANK_JAX_DATA"
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+_UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 class DatasetError(ValueError):
@@ -216,24 +217,23 @@ def save_dataset(path: str | Path, dataset: Dataset) -> Path:
 def _read_arrays(file: str | Path | IO[bytes], where: str) -> dict[str, np.ndarray]:
     """Read the four arrays of an npz file; whatever is wrong with the file becomes a DatasetError."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            if not hasattr(stored, "files"):
-                raise DatasetError(f"{where}: expected an npz file, got a single array; probably saved with np.save")
-            missing = [key for key in KEYS if key not in stored.files]
-            if missing:
-                found = ", ".join(sorted(stored.files)) or "no arrays"
-                raise DatasetError(
-                    f"{where}: expected the arrays {', '.join(KEYS)}, got {found}; "
-                    "probably the file comes from elsewhere: rename its arrays"
-                )
-            return {key: stored[key] for key in KEYS}
-    except DatasetError:
-        raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        # numpy would leave a damaged file open, so it is given an open one
+        with Path(file).open("rb") if isinstance(file, (str, Path)) else contextlib.nullcontext(file) as stream:
+            stored = np.load(stream, allow_pickle=False)
+            found = {} if isinstance(stored, np.ndarray) else {key: stored[key] for key in KEYS if key in stored.files}
+    except _UNREADABLE as error:
         raise DatasetError(
-            f"{where}: expected a complete npz file, got one that cannot be read ({error}); "
+            f"{where}: expected a complete npz file, got one that cannot be read ({' '.join(str(error).split())}); "
             "probably truncated or damaged on its way: delete it and put it there again"
         ) from error
+    if isinstance(stored, np.ndarray):
+        raise DatasetError(f"{where}: expected an npz file, got a single array; probably saved with numpy.save")
+    if len(found) < len(KEYS):
+        raise DatasetError(
+            f"{where}: expected the arrays {', '.join(KEYS)}, got {', '.join(sorted(stored.files)) or 'none'}; "
+            "probably the file comes from elsewhere: rename its arrays"
+        )
+    return found
 
 
 def _check_arrays(arrays: Mapping[str, np.ndarray], where: str, expected: Known | None) -> None:

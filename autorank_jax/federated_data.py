@@ -139,6 +139,8 @@ def client_stats(
     size = np.asarray(data.size)
     clients = len(size)
     losses = _columns(epoch_losses, "epoch_losses", clients)
+    if losses is None and epochs is not None:
+        raise ValueError("expected epoch_losses with epochs, got epochs alone; probably the losses were left out")
     ran = None if losses is None or epochs is None else _check_epochs(epochs, losses.shape)
     if losses is not None:
         _check_losses(losses, ran)
