@@ -1,0 +1,279 @@
+"""What a federation has learnt and what it cost: accuracy of the server and of clients, parameters, bytes, FLOPs."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from autorank_jax.batches import steps_per_epoch, take_batch
+from autorank_jax.lora import count_parameters, cut, max_ranks, rank_masks
+from autorank_jax.types import (
+    Adapter,
+    Aggregator,
+    Array,
+    Batch,
+    Client,
+    ClientUpdate,
+    EvaluateFn,
+    FederatedData,
+    PyTree,
+    Server,
+    State,
+    Task,
+    Trainable,
+)
+
+Metrics = Callable[[Array, PyTree], dict[str, Array]]
+"""`(outputs, targets) -> (b,)` numbers of each example, to be averaged."""
+
+
+def classification_metrics(logits: Array, labels: Array) -> dict[str, Array]:
+    """Return whether each example is right (`accuracy`) and its cross-entropy in nats (`loss`).
+
+    Args:
+        logits: `(b, classes)`.
+        labels: `(b,)` integers.
+    """
+    labels = labels.astype(jnp.int32)
+    log_p = jax.nn.log_softmax(logits)
+    return {
+        "accuracy": (jnp.argmax(logits, axis=-1) == labels).astype(log_p.dtype),
+        "loss": -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0],
+    }
+
+
+def make_evaluate(
+    task: Task, inputs: PyTree, targets: PyTree, *, metrics: Metrics = classification_metrics, batch_size: int = 1000
+) -> EvaluateFn:
+    """Make the evaluation of the server model on a test set.
+
+    Args:
+        task: the model.
+        inputs: leaves `(n, ...)`.
+        targets: leaves `(n, ...)`.
+        metrics: numbers of each example.
+        batch_size: examples at a time, which bounds memory.
+
+    Returns:
+        `state -> {name: mean}`.
+
+    Raises:
+        ValueError: if inputs and targets differ in length or are empty.
+    """
+    inputs, targets = jax.tree.map(jnp.asarray, (inputs, targets))
+    examples = _length(inputs, targets)
+
+    def evaluate(state: State) -> dict[str, Array]:
+        values = _by_batch(_predictor(task, state.server), (inputs, targets), metrics, batch_size)
+        return {name: jnp.sum(value) / examples for name, value in values.items()}
+
+    return evaluate
+
+
+def _length(inputs: PyTree, targets: PyTree) -> int:
+    lengths = {leaf.shape[0] for leaf in jax.tree.leaves((inputs, targets))}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            f"expected inputs and targets of one length >= 1, got {sorted(lengths)}, probably from different sets"
+        )
+    return lengths.pop()
+
+
+def _predictor(task: Task, server: Server) -> Callable[[PyTree], Array]:
+    return lambda inputs: task.predict(server.frozen, server.trainable, inputs)
+
+
+def _by_batch(
+    predict: Callable[[PyTree], Array], examples: PyTree, metrics: Metrics, batch_size: int
+) -> dict[str, Array]:
+    """Return the metrics of every example, `(batches · batch_size,)`, 0 where the last batch is short."""
+    count = _length(*examples)
+    batch_size = min(batch_size, count)
+    batches = -(-count // batch_size)
+
+    def one(start: Array) -> dict[str, Array]:
+        position = start + jnp.arange(batch_size)
+        x, y = jax.tree.map(lambda leaf: leaf[jnp.minimum(position, count - 1)], examples)
+        values = metrics(predict(x), y)
+        return {name: jnp.where(position < count, value, 0) for name, value in values.items()}
+
+    values = lax.map(one, jnp.arange(batches) * batch_size)
+    return {name: value.reshape(-1) for name, value in values.items()}
+
+
+def class_accuracy(task: Task, server: Server, inputs: Array, labels: Array, *, classes: int) -> Array:
+    """Return the server's accuracy on each class, `(classes,)`; 0 for a class without test examples."""
+    correct = _by_batch(_predictor(task, server), (inputs, labels), classification_metrics, 1000)["accuracy"]
+    members = jax.nn.one_hot(labels.astype(jnp.int32), classes, dtype=correct.dtype)
+    return members.T @ correct[: labels.shape[0]] / jnp.maximum(jnp.sum(members, axis=0), 1)
+
+
+def label_weighted_accuracy(
+    task: Task, state: State, label_counts: Array, inputs: Array, labels: Array, *, rank_levels: int = 4
+) -> Array:
+    """Return each client's accuracy as its label mix predicts it: `Σ_c p_kc · accuracy_c(server at the client's rank)`.
+
+    The server is cut to the client's rank level and tested once per level, with no pass per client. Under feature skew
+    (clients whose images differ within a class) this is not the client's own accuracy.
+
+    Args:
+        task: the model.
+        state: for the server and the ranks.
+        label_counts: `(clients, classes)`.
+        inputs: `(n, ...)` test inputs.
+        labels: `(n,)` test labels.
+        rank_levels: at how many ranks the server is tested.
+
+    Returns:
+        `(clients,)` in [0, 1].
+    """
+    widest = max_ranks(state.server.trainable)
+    ladder = [{p: -(-r * q // rank_levels) for p, r in widest.items()} for q in range(1, rank_levels + 1)]
+    by_class = []
+    for widths in ladder:
+        masks = rank_masks({p: jnp.array(w) for p, w in widths.items()}, widest)
+        server = state.server._replace(trainable=cut(state.server.trainable, masks))
+        by_class.append(class_accuracy(task, server, inputs, labels, classes=label_counts.shape[1]))
+    level = jnp.zeros(label_counts.shape[0], jnp.int32)
+    for path, ranks in state.ranks.items():
+        edges = jnp.array([widths[path] for widths in ladder[:-1]], jnp.int32)
+        level = jnp.maximum(level, jnp.searchsorted(edges, ranks, side="left").astype(jnp.int32))
+    table = jnp.stack(by_class)
+    counts = label_counts.astype(table.dtype)
+    shares = counts / jnp.maximum(jnp.sum(counts, axis=1, keepdims=True), 1)
+    return jnp.sum(shares * table[level], axis=1)
+
+
+class PersonalScores(NamedTuple):
+    """Each client's accuracy on examples of its own that it did not train on."""
+
+    before: Array  # (clients,) of the server cut to the client's rank
+    after: Array  # (clients,) after the client's local training
+
+
+def with_personal_scores(rule: Aggregator, task: Task, held_out: FederatedData, *, batch_size: int = 64) -> Aggregator:
+    """Make a rule measure, in place of aggregating, every client before and after its local training.
+
+    Run one ordinary round with it: the server stays, and `state.clients[1]` holds the `PersonalScores`. Give it the
+    rule that the federation was trained with, so that clients start from what that rule hands them.
+
+    Args:
+        rule: the rule; its state and what clients keep enter, and nothing of them changes.
+        task: the model, a classifier.
+        held_out: examples kept from training, in the same order of clients.
+        batch_size: examples at a time.
+
+    Returns:
+        An aggregator.
+    """
+
+    def correct(server: Server, trainable: Trainable, row: Array) -> Array:
+        def add(step: Array, total: Array) -> Array:
+            batch, _ = take_batch(held_out, row, jnp.zeros(2, jnp.uint32), step, batch_size)
+            logits = task.predict(server.frozen, trainable, batch.inputs)
+            right = classification_metrics(logits, batch.targets)["accuracy"]
+            return total + jnp.sum(right * batch.weight.astype(right.dtype))
+
+        size = held_out.size[row]
+        total = lax.fori_loop(0, steps_per_epoch(size, batch_size), add, jnp.zeros((), jnp.result_type(float)))
+        return total / jnp.maximum(size, 1).astype(total.dtype)
+
+    def keep(update: ClientUpdate, server: Server) -> tuple[PyTree, PersonalScores]:
+        row = update.client.row
+        scores = PersonalScores(correct(server, update.start, row), correct(server, update.trained, row))
+        return update.client.state[0], scores
+
+    def start(server: Server, state: PyTree, client: Client) -> Trainable:
+        return rule.start(server, state, client._replace(state=client.state[0]))
+
+    nothing = jnp.zeros((), jnp.result_type(float))
+    return rule._replace(
+        start=start,
+        summand=lambda update, server, plan: (),  # noqa: ARG005
+        update=lambda key, sums, state, server: (server, state),  # noqa: ARG005
+        client_init=lambda server: (rule.client_init(server), PersonalScores(nothing, nothing)),
+        client_keep=keep,
+        exact_plan=False,
+    )
+
+
+def summarise_clients(values: Array, size: Array) -> dict[str, Array]:
+    """Return the mean over clients, the mean weighted by examples, and the worst client of `(clients,)` numbers."""
+    weight = size.astype(values.dtype)
+    return {
+        "mean": jnp.mean(values),
+        "weighted_mean": jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1),
+        "worst": jnp.min(values),
+    }
+
+
+class FlopModel(NamedTuple):
+    """FLOPs of training on one example, linear in the ranks: `base + Σ_l per_rank[l] · r_l`."""
+
+    base: float
+    per_rank: dict[str, float]
+
+
+def training_flops(task: Task, data: FederatedData, *, batch_size: int = 8) -> FlopModel:
+    """Count forward and backward FLOPs per example by lowering the gradient at rank 0 and at one rank per layer.
+
+    XLA's own analysis does the counting, so any model will do. Optimiser and aggregation are left out: they do not grow
+    with the examples.
+
+    Args:
+        task: the model.
+        data: for the shapes of inputs and targets.
+        batch_size: examples that are counted together and divided by.
+
+    Returns:
+        The linear model.
+    """
+    examples = jax.tree.map(lambda leaf: leaf[:batch_size], (data.inputs, data.targets))
+    count = jax.tree.leaves(examples)[0].shape[0]
+    batch = Batch(examples[0], examples[1], jnp.ones(count))
+    trainable, key = task.server.trainable, jax.random.key(0)
+
+    def flops(ranks: Mapping[str, int]) -> float:
+        adapters = {
+            path: Adapter(a.lora_a[:, : ranks.get(path, 0)], a.lora_b[: ranks.get(path, 0)])
+            for path, a in trainable.adapters.items()
+        }
+        gradient = jax.grad(lambda t: jnp.sum(task.loss(task.server.frozen, t, batch, key)))
+        cost = jax.jit(gradient).lower(trainable._replace(adapters=adapters)).cost_analysis()
+        return float((cost or {}).get("flops", 0.0)) / count
+
+    base = flops({})
+    return FlopModel(base, {path: flops({path: 1}) - base for path in sorted(trainable.adapters)})
+
+
+class ClientCosts(NamedTuple):
+    """What one round costs each client, `(clients,)` float64 each."""
+
+    parameters: np.ndarray  # trained
+    bytes_up: np.ndarray
+    bytes_down: np.ndarray
+    flops: np.ndarray  # of local training
+
+
+def client_costs(
+    server: Server, ranks: Mapping[str, Array], size: Array, flops: FlopModel, *, local_epochs: int
+) -> ClientCosts:
+    """Return what a round costs clients of these ranks that exchange their own rank positions and dense parameters.
+
+    Args:
+        server: for shapes and the item size.
+        ranks: by path, `(clients,)`.
+        size: `(clients,)` examples.
+        flops: from `training_flops`.
+        local_epochs: passes over the data per round.
+    """
+    parameters = np.asarray(count_parameters(server.trainable, ranks), np.float64)
+    parameters = np.broadcast_to(parameters, np.shape(size))
+    leaves = jax.tree.leaves(server.trainable)
+    item = max((leaf.dtype.itemsize for leaf in leaves), default=4)
+    per_example = flops.base + sum(flops.per_rank[p] * np.asarray(r, np.float64) for p, r in ranks.items())
+    total = np.asarray(size, np.float64) * local_epochs * per_example
+    return ClientCosts(parameters, parameters * item, parameters * item, total)
