@@ -59,9 +59,9 @@ def make_round(
         weight = jnp.where(cohort.present, weights[cohort.row], 0)
 
         def train(weight: Array) -> Tally:
-            queue = make_queue(state, data, cohort, weight, program)
+            queue = make_queue(training, state, data, cohort, weight, program=program)
             plan = make_plan(state, cohort, weight, jnp.sum(weights))
-            return run_queue(program, Round(training, state, data, queue, plan))
+            return run_queue(program, Round(state, data, queue, plan))
 
         tally = _train_exactly(train, cohort, weight) if aggregator.exact_plan else train(weight)
         server, memory = aggregator.update(server_step, tally.sums, state.aggregator, state.server)

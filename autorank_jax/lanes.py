@@ -50,13 +50,14 @@ class Queue(NamedTuple):
     row: Array  # (cohort,) int32
     weight: Array  # (cohort,)
     steps: Array  # (cohort,) int32
+    words: Array  # (cohort, 2) uint32 key of each client's shuffles this round
+    noise: Key  # (cohort,) key of each client's random layers this round
     ends: Array  # (levels,) int32 where each level ends
 
 
 class Round(NamedTuple):
     """The values that one round is a function of."""
 
-    key: Key
     state: State
     data: FederatedData
     queue: Queue
@@ -108,10 +109,13 @@ class Tally(NamedTuple):
     lane_steps: Array
 
 
-def make_queue(state: State, data: FederatedData, cohort: Cohort, weight: Array, program: Program) -> Queue:
+def make_queue(
+    key: Key, state: State, data: FederatedData, cohort: Cohort, weight: Array, *, program: Program
+) -> Queue:
     """Sort the cohort by rank level, then by descending steps; absent clients come last, beyond every level.
 
-    A client belongs to the smallest level that is wide enough for its integer ranks in every layer.
+    A client belongs to the smallest level that is wide enough for its integer ranks in every layer. Its random numbers
+    follow its identity, not its place.
     """
     per_epoch = steps_per_epoch(data.size[cohort.row], program.local.batch_size)
     steps = state.hparams["local_epochs"].astype(jnp.int32) * per_epoch
@@ -123,7 +127,10 @@ def make_queue(state: State, data: FederatedData, cohort: Cohort, weight: Array,
     order = jnp.lexsort((-steps, level))
     numbers = jnp.arange(len(program.levels), dtype=jnp.int32)
     ends = jnp.searchsorted(level[order], numbers, side="right").astype(jnp.int32)
-    return Queue(cohort.row[order], weight[order], steps[order], ends)
+    row = cohort.row[order]
+    shuffle, noise = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)), out_axes=1)(data.id[row])
+    words = jax.vmap(lambda k: jax.random.bits(k, (2,), jnp.uint32))(shuffle)
+    return Queue(row, weight[order], steps[order], words, noise, ends)
 
 
 def run_queue(program: Program, round_: Round) -> Tally:
@@ -191,7 +198,6 @@ def take_seat(level: Level, place: Array) -> Seat:
     masks = rank_masks({path: ranks[row] for path, ranks in state.ranks.items()}, level.widths)
     client = Client(row, masks, queue.weight[place], jax.tree.map(lambda leaf: leaf[row], state.clients))
     handed = level.program.aggregator.start(state.server, state.aggregator, client)
-    shuffle, noise = jax.random.split(jax.random.fold_in(level.round.key, data.id[row]))
     size, steps, batch_size = data.size[row], queue.steps[place], level.program.local.batch_size
     per_epoch = jnp.maximum(steps_per_epoch(size, batch_size), 1)
     epochs, rest, dtype = steps // per_epoch, steps % per_epoch, jnp.result_type(float)
@@ -202,8 +208,8 @@ def take_seat(level: Level, place: Array) -> Seat:
         steps=steps,
         epochs=epochs,
         examples=epochs.astype(dtype) * size.astype(dtype) + (rest * batch_size).astype(dtype),
-        words=jax.random.bits(shuffle, (2,), jnp.uint32),
-        noise=noise,
+        words=queue.words[place],
+        noise=queue.noise[place],
     )
 
 
@@ -295,5 +301,5 @@ def _add(tally: Tally, seats: Seat, finished: tuple[Sums, Array, PyTree], losses
         finite=tally.finite.at[row].set(finite, mode="drop"),
         loss=tally.loss + jnp.sum(jnp.where(good[:, None], losses, 0)).astype(tally.loss.dtype),
         examples=tally.examples + jnp.sum(jnp.where(good, seats.examples, 0)),
-        steps=tally.steps + jnp.sum(jnp.where(done, seats.steps, 0)),
+        steps=tally.steps + jnp.sum(jnp.where(done, seats.steps, 0), dtype=jnp.int32),
     )
