@@ -1,0 +1,150 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from autorank_jax import policies
+from autorank_jax.budgets import DEVICE_LEVELS, RESOURCE_PROFILES, resource_profile, with_budget, with_caps
+from autorank_jax.controls import reversed_ranks, shuffled
+from autorank_jax.types import ClientStats
+
+KEY = jax.random.key(0)
+SIZE = np.array([100, 900, 40, 300, 250, 10])
+RATIOS = np.array([0.35, 1.0, 0.2, 0.6, 0.5, 0.1])
+PER_LAYER = np.stack([RATIOS, RATIOS[::-1], np.sqrt(RATIOS)], axis=1)
+WHERE = np.array([True, True, False, True, True, True])
+
+
+def client_stats(where=None, max_ratio=None):
+    clients = len(SIZE)
+    return ClientStats(
+        size=jnp.asarray(SIZE),
+        label_counts=jnp.ones((clients, 2), jnp.int32),
+        epoch_losses=None,
+        epochs=None,
+        extra=None,
+        max_ratio=jnp.ones(clients) if max_ratio is None else jnp.asarray(max_ratio, jnp.float32),
+        where=jnp.ones(clients, bool) if where is None else jnp.asarray(where),
+    )
+
+
+@pytest.mark.parametrize(
+    "ratios", [RATIOS, PER_LAYER, np.full(6, 0.1), np.full(6, 1.0)], ids=["", "layers", "low", "full"]
+)
+@pytest.mark.parametrize("weight", ["clients", "examples"])
+@pytest.mark.parametrize("mean_ratio", [0.1, 0.3, 0.55, 0.9, 1.0])
+def test_budget_is_met_in_order_and_in_range(ratios, weight, mean_ratio):
+    budgeted = jax.jit(with_budget(policies.manual(ratios), mean_ratio, weight))
+    moved, _ = budgeted(KEY, client_stats(WHERE))
+    share = np.where(WHERE, SIZE if weight == "examples" else 1, 0)
+    mean = np.average(np.asarray(moved, float).reshape(6, -1).mean(axis=1), weights=share)
+    np.testing.assert_allclose(mean, mean_ratio, atol=1e-6)
+    assert moved.min() >= np.float32(0.1)
+    assert moved.max() <= 1
+    before, after = ratios.ravel(), np.asarray(moved).ravel()
+    assert (np.diff(after[np.argsort(before)]) >= -1e-7).all()
+    if 0.1 < mean_ratio < 1 and len(set(before.tolist())) > 1:
+        assert len(np.unique(after[before < 1])) >= len(np.unique(before[before < 1])) - 1
+
+
+@pytest.mark.parametrize("weight", ["clients", "examples"])
+def test_integer_ranks_meet_the_budget_within_one_rank(weight):
+    max_ranks = {"a": 160, "b": 100}
+    ratios, _ = with_budget(policies.by_size(), 0.4, weight)(KEY, client_stats())
+    share = SIZE if weight == "examples" else np.ones(6)
+    for path, ranks in policies.ranks_from_ratios(ratios, max_ranks).items():
+        assert abs(np.average(ranks, weights=share) - 0.4 * max_ranks[path]) < 1
+
+
+def test_layer_weights_price_the_layers():
+    prices = [1.0, 5.0, 2.0]
+    ratios, _ = with_budget(policies.manual(PER_LAYER), 0.4, layer_weights=prices)(KEY, client_stats())
+    np.testing.assert_allclose(np.average(np.asarray(ratios).mean(axis=0), weights=prices), 0.4, atol=1e-6)
+
+
+def test_budget_takes_a_traced_mean():
+    ratios_at = jax.jit(lambda m: with_budget(policies.manual(RATIOS), m)(KEY, client_stats())[0])
+    np.testing.assert_allclose(ratios_at(jnp.float32(0.7)).mean(), 0.7, atol=1e-6)
+
+
+def test_budget_of_nobody_is_finite():
+    ratios, _ = with_budget(policies.manual(RATIOS), 0.5)(KEY, client_stats(np.zeros(6, bool)))
+    assert bool(((ratios >= 0.1) & (ratios <= 1)).all())
+
+
+@pytest.mark.parametrize("ratios", [RATIOS, PER_LAYER])
+def test_caps_bind_where_the_device_is_small(ratios):
+    caps = np.array([1, 0.5, 0.05, 1, 0.25, 1], np.float32)
+    capped, _ = with_caps(policies.manual(ratios))(KEY, client_stats(max_ratio=caps))
+    np.testing.assert_allclose(capped, np.minimum(ratios.T, caps).T, rtol=1e-6)
+
+
+@pytest.mark.parametrize("control", [shuffled, reversed_ranks])
+@pytest.mark.parametrize("ratios", [RATIOS, PER_LAYER])
+def test_controls_deal_the_same_ratios_to_the_clients_present(control, ratios):
+    dealt, _ = jax.jit(control(policies.manual(ratios)))(KEY, client_stats(WHERE))
+    rows = [tuple(np.atleast_1d(row)) for row in np.asarray(dealt)[WHERE]]
+    assert sorted(rows) == sorted(tuple(np.atleast_1d(row)) for row in ratios[WHERE].astype(np.float32))
+    np.testing.assert_allclose(dealt[~WHERE], ratios[~WHERE], rtol=1e-6)
+
+
+def test_reversed_ranks_turn_the_order_round():
+    dealt, _ = reversed_ranks(policies.manual(RATIOS))(KEY, client_stats(WHERE))
+    np.testing.assert_allclose(dealt, [0.6, 0.1, 0.2, 0.35, 0.5, 1.0], rtol=1e-6)
+
+
+def test_shuffles_follow_the_key_and_reach_every_place_alike():
+    keys = jax.random.split(KEY, 2000)
+    shuffle = jax.jit(jax.vmap(lambda key: shuffled(policies.manual(RATIOS))(key, client_stats(WHERE))[0]))
+    dealt = np.asarray(shuffle(keys))
+    np.testing.assert_array_equal(dealt, shuffle(keys))
+    np.testing.assert_allclose(np.mean(dealt[:, WHERE] == 1, axis=0), 1 / 5, atol=0.04)
+
+
+EXPECTED = {
+    "homogeneous": [0, 0, 0, 1],
+    "random": [0.25] * 4,
+    "heavy_tail_light": [0.85, 0.05, 0.05, 0.05],
+    "heavy_tail_strong": [0.05, 0.05, 0.05, 0.85],
+    "normal": [0.1345, 0.3655, 0.3655, 0.1345],
+}
+
+
+@pytest.mark.parametrize("name", RESOURCE_PROFILES)
+def test_profiles_have_the_documented_distribution(name):
+    ratios = np.asarray(resource_profile(name, KEY, 4000))
+    np.testing.assert_allclose([np.mean(ratios == level) for level in DEVICE_LEVELS], EXPECTED[name], atol=0.03)
+
+
+@pytest.mark.parametrize("name", RESOURCE_PROFILES)
+def test_profiles_of_more_clients_leave_the_first_as_they_are(name):
+    np.testing.assert_array_equal(resource_profile(name, KEY, 50)[:20], resource_profile(name, KEY, 20))
+
+
+@pytest.mark.parametrize("name", RESOURCE_PROFILES)
+def test_profiles_take_any_number_of_levels(name):
+    assert set(np.unique(resource_profile(name, KEY, 30, levels=(0.5,)))) == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (
+            lambda: with_budget(policies.uniform(), 0.05),
+            r"mean_ratio: expected .*\[0.1, 1\], got 0.05.*lower min_ratio",
+        ),
+        (lambda: with_budget(policies.uniform(), 1.2), "mean_ratio: .*got 1.2"),
+        (lambda: with_budget(policies.uniform(), 0.5, min_ratio=0), "min_ratio: .*got 0"),
+        (lambda: with_budget(policies.uniform(), 0.5, "bytes"), "weight: expected one of .*got 'bytes'"),
+        (
+            lambda: with_budget(policies.uniform(), 0.5, layer_weights=[1, 2])(KEY, client_stats()),
+            r"layer_weights: expected 1 of them, got shape \(2,\)",
+        ),
+        (lambda: resource_profile("heavy", KEY, 3), "resource profile: expected one of .*got 'heavy'"),
+        (lambda: resource_profile("random", KEY, 0), "clients: expected at least 1"),
+        (lambda: resource_profile("random", KEY, 3, levels=(8, 200)), "levels: .*probably ranks"),
+    ],
+)
+def test_mistakes_are_named(mistake, message):
+    with pytest.raises(ValueError, match=message):
+        mistake()

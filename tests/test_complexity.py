@@ -1,0 +1,157 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from autorank_jax.complexity import (
+    CRITERIA,
+    complexity_matrix,
+    criterion_names,
+    gini_simpson,
+    label_entropy,
+    loss_entropy,
+)
+from autorank_jax.types import ClientStats
+
+COUNTS = np.array([[10, 0, 0], [5, 5, 0], [30, 10, 20], [0, 0, 0]], np.int32)
+LOSSES = np.array([[2.0, 1.0, 0.5], [3.0, 1.0, 9.0], [1.0, 1.0, 1.0], [7.0, 7.0, 7.0]], np.float32)
+
+
+def client_stats(**changes):
+    clients = COUNTS.shape[0]
+    stats = ClientStats(
+        size=jnp.asarray(COUNTS.sum(1)),
+        label_counts=jnp.asarray(COUNTS),
+        epoch_losses=jnp.asarray(LOSSES),
+        epochs=None,
+        extra=None,
+        max_ratio=jnp.ones(clients),
+        where=jnp.ones(clients, bool),
+    )
+    return stats._replace(**changes)
+
+
+def test_label_entropy_is_scipys():
+    counts = np.random.default_rng(0).integers(0, 50, (20, 7)) + np.eye(20, 7, dtype=int)
+    np.testing.assert_allclose(label_entropy(counts), scipy_stats.entropy(counts, axis=1), rtol=1e-5)
+
+
+def test_gini_simpson_is_the_chance_that_two_examples_differ():
+    labels = np.repeat(np.arange(3), [30, 10, 20])
+    differ = np.mean(labels[:, None] != labels[None, :])
+    np.testing.assert_allclose(gini_simpson(np.array([30, 10, 20])), differ, rtol=1e-6)
+
+
+@pytest.mark.parametrize("criterion", [label_entropy, gini_simpson])
+def test_an_empty_client_or_one_class_has_no_complexity(criterion):
+    np.testing.assert_array_equal(criterion(np.array([[0, 0], [0, 4]])), 0)
+
+
+def test_loss_entropy_is_the_normalised_entropy_of_the_curve():
+    np.testing.assert_allclose(loss_entropy(LOSSES), scipy_stats.entropy(LOSSES, axis=1) / np.log(3), rtol=1e-5)
+
+
+def test_loss_entropy_counts_only_the_epochs_that_were_run():
+    value = loss_entropy(LOSSES, np.array([2, 3, 2, 3], np.int32))
+    np.testing.assert_allclose(value[0], scipy_stats.entropy([2, 1]) / np.log(2), rtol=1e-5)
+    np.testing.assert_allclose(value[1], scipy_stats.entropy(LOSSES[1]) / np.log(3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("missing", ["no epochs", "diverged"])
+def test_a_client_without_a_curve_takes_the_mean_of_the_others(missing):
+    epochs = np.array([3, 3, 3, 0 if missing == "no epochs" else 3], np.int32)
+    losses = LOSSES if missing == "no epochs" else np.where([[False], [False], [False], [True]], np.inf, LOSSES)
+    value = loss_entropy(losses, epochs)
+    np.testing.assert_allclose(value[3], np.mean(value[:3]), rtol=1e-6)
+    np.testing.assert_allclose(value[:3], loss_entropy(LOSSES[:3]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("losses", "epochs"),
+    [
+        (np.array([[3.0], [5.0]]), None),
+        (np.array([[3.0, 9.0], [5.0, 1.0]]), np.array([1, 1])),
+        (np.zeros((2, 4)), None),
+        (np.array([[3.0, 9.0], [5.0, 1.0]]), np.array([0, 0])),
+    ],
+    ids=["one epoch", "one epoch run", "zero losses", "nobody"],
+)
+def test_an_undefined_loss_entropy_is_one(losses, epochs):
+    np.testing.assert_array_equal(loss_entropy(losses, epochs), 1)
+
+
+@pytest.mark.parametrize("criterion", [label_entropy, gini_simpson, loss_entropy])
+@pytest.mark.parametrize("row", [[0.0, 0.0], [0.0, 4.0], [4.0, 4.0], [4.0]])
+def test_gradients_are_finite(criterion, row):
+    assert jnp.isfinite(jax.grad(criterion)(jnp.array(row))).all()
+
+
+def test_one_client_equals_its_row_under_jit_and_vmap():
+    counts = jnp.asarray(COUNTS)
+    for criterion in (label_entropy, gini_simpson):
+        np.testing.assert_allclose(jax.jit(jax.vmap(criterion))(counts), criterion(counts), rtol=1e-6)
+        np.testing.assert_allclose(criterion(counts[2]), criterion(counts)[2], rtol=1e-6)
+
+
+def test_matrix_has_a_column_per_criterion_in_the_order_asked_for():
+    matrix = complexity_matrix(client_stats(), criteria=("gini_simpson", "size", "classes"))
+    np.testing.assert_allclose(matrix[:, 0], gini_simpson(COUNTS))
+    np.testing.assert_array_equal(matrix[:, 1], [10, 10, 60, 0])
+    np.testing.assert_array_equal(matrix[:, 2], [1, 2, 3, 0])
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_every_registered_criterion_gives_a_finite_column_with_or_without_64_bit(name):
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            column = jax.jit(lambda stats: complexity_matrix(stats, criteria=(name,)))(client_stats())
+            assert column.shape == (4, 1)
+            assert column.dtype == (jnp.float64 if x64 else jnp.float32)
+            assert jnp.isfinite(column).all()
+
+
+def test_own_functions_and_extra_columns_enter():
+    def dominance(stats):
+        return stats.label_counts.max(axis=1)
+
+    stats = client_stats(extra=jnp.arange(8.0).reshape(4, 2))
+    criteria = ("size", dominance)
+    assert criterion_names(stats, criteria=criteria) == ("size", "dominance", "extra_0", "extra_1")
+    matrix = complexity_matrix(stats, criteria=criteria)
+    np.testing.assert_array_equal(matrix[:, 1], [10, 5, 30, 0])
+    np.testing.assert_array_equal(matrix[:, 2:], stats.extra)
+    np.testing.assert_array_equal(complexity_matrix(stats, criteria=()), stats.extra)
+
+
+def test_absent_clients_stay_out_of_the_mean_curve():
+    where = jnp.array([True, False, True, True])
+    stats = client_stats(epochs=jnp.array([3, 3, 3, 0], jnp.int32), where=where)
+    column = complexity_matrix(stats, criteria=("loss_entropy",))[:, 0]
+    np.testing.assert_allclose(column[3], (column[0] + column[2]) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "criteria", "message"),
+    [
+        (
+            {"epoch_losses": None},
+            ("loss_entropy",),
+            "expected stats.epoch_losses, got None, probably no probe.*drop the",
+        ),
+        ({}, ("entropy",), "expected names among .*'label_entropy'.*got 'entropy'"),
+        ({}, (), "expected at least one, got none"),
+        ({}, (lambda stats: stats.label_counts,), r"expected shape \(4,\), got \(4, 3\)"),
+        ({"extra": jnp.ones(4)}, ("size",), r"stats.extra: expected shape \(4, k\), got \(4,\)"),
+    ],
+)
+def test_static_mistakes_are_named(changes, criteria, message):
+    with pytest.raises(ValueError, match=message):
+        complexity_matrix(client_stats(**changes), criteria=criteria)
+
+
+def test_loss_entropy_names_wrong_shapes():
+    with pytest.raises(ValueError, match=r"at least one epoch, got \(3, 0\)"):
+        loss_entropy(np.ones((3, 0)))
+    with pytest.raises(ValueError, match=r"epochs: expected shape \(3,\), got \(2,\)"):
+        loss_entropy(np.ones((3, 5)), np.ones(2, int))
