@@ -161,9 +161,9 @@ def dirichlet_lognormal(
     """Split into log-normal amounts with Dirichlet label mixes: `n_i ∝ exp(σ z_i)`, `p_i ~ Dir(α, …, α)` over classes.
 
     Double imbalance for any number of clients. In each pass every client asks for what it still lacks, classes drawn
-    from `p_i` among those not used up; a class in too much demand is dealt at random among the requests. A pass
-    serves everyone or uses up a class, so there are at most `classes` passes, each linear. Amounts are met exactly;
-    mixes as far as the examples go: with small α the last requests take what is left.
+    from `p_i` among those not used up; a class in too much demand serves clients in random order. A pass serves
+    everyone or uses up a class, so there are at most `classes` passes, each linear. Amounts are met exactly; mixes as
+    far as the examples go: with small α the last requests take what is left.
 
     Args:
       labels: (n,) class of each example.
@@ -187,9 +187,8 @@ def dirichlet_lognormal(
         active, some_left = np.flatnonzero(lacking), np.flatnonzero(left)
         wishes = rng.multinomial(lacking[active], _softmax(log_mix[np.ix_(active, some_left)]))
         for c, wish in zip(some_left, wishes.T, strict=True):
-            takers = np.repeat(active, wish)
-            if takers.size > left[c]:
-                takers = rng.permutation(takers)[: left[c]]
+            turn = rng.permutation(active.size)
+            takers = np.repeat(active[turn], wish[turn])[: left[c]]
             owner[pools[c][left[c] - takers.size : left[c]]] = takers
             left[c] -= takers.size
             lacking -= np.bincount(takers, minlength=clients)
