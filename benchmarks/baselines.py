@@ -1,0 +1,140 @@
+"""Engines to compare with, around the very same local step and aggregation rule.
+
+- `make_lockstep`: `jit(vmap(scan))`, what a JAX researcher writes first and what DrJAX compiles to: all clients side by
+  side, everyone waits for the longest.
+- `make_loop`: a Python loop over a jitted client.
+- `make_centralised`: the yardstick: one shared model at the clients' mean rank, big batches, no clients at all.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from autorank_jax.batches import take_batch
+from autorank_jax.engine import level_widths, make_plan
+from autorank_jax.lanes import Level, Program, Round, Seat, finish, make_queue, take_seat
+from autorank_jax.lora import cut, max_ranks, narrow, rank_masks
+from autorank_jax.participation import by_examples, everyone
+from autorank_jax.types import (
+    Aggregator,
+    Array,
+    Batch,
+    Client,
+    FederatedData,
+    Key,
+    LocalState,
+    LocalTraining,
+    Setting,
+    State,
+    Sums,
+    Trains,
+)
+
+OneRound = Callable[[Key, State, FederatedData], State]
+
+
+def _level(local: LocalTraining, aggregator: Aggregator, key: Key, state: State, data: FederatedData) -> Level:
+    widths = max_ranks(state.server.trainable)
+    program = Program(local, aggregator, data.size.shape[0], level_widths(widths, 1))
+    _, training, _ = jax.random.split(jax.random.fold_in(key, state.round), 3)
+    cohort, weight = everyone(key, data), by_examples(data)
+    queue = make_queue(training, state, data, cohort, weight, program=program)
+    return Level(program, Round(state, data, queue, make_plan(state, cohort, weight, jnp.sum(weight))), widths)
+
+
+def _begin(level: Level, seat: Seat) -> LocalState:
+    return level.program.local.begin(level.round.state.hparams, seat.start, seat.client)
+
+
+def _step(level: Level, seat: Seat, trained: LocalState, step: Array) -> LocalState:
+    local, state = level.program.local, level.round.state
+    batch, _ = take_batch(level.round.data, seat.client.row, seat.words, step, local.batch_size)
+    trains = level.program.aggregator.trains(state.aggregator)
+    setting = Setting(seat.client, seat.start, state.server.frozen, trains)
+    return local.step(state.hparams, setting, trained, batch, jax.random.fold_in(seat.noise, step))[0]
+
+
+def _server_step(level: Level, key: Key, sums: Sums) -> State:
+    state = level.round.state
+    server, memory = level.program.aggregator.update(key, sums, state.aggregator, state.server)
+    return state._replace(server=server, aggregator=memory, round=state.round + 1)
+
+
+def make_lockstep(local: LocalTraining, aggregator: Aggregator, *, steps: int) -> OneRound:
+    """Make a round in which all clients are vmapped and scan over the longest client's `steps`."""
+
+    def round_fn(key: Key, state: State, data: FederatedData) -> State:
+        level = _level(local, aggregator, key, state, data)
+        seats = jax.vmap(lambda place: take_seat(level, place))(jnp.arange(data.size.shape[0]))
+
+        def one(seat: Seat, trained: LocalState, step: Array) -> LocalState:
+            stepped = _step(level, seat, trained, step)
+            return jax.tree.map(lambda new, old: jnp.where(step < seat.steps, new, old), stepped, trained)
+
+        def forward(trained: LocalState, step: Array) -> tuple[LocalState, None]:
+            return jax.vmap(one, in_axes=(0, 0, None))(seats, trained, step), None
+
+        trained, _ = lax.scan(forward, jax.vmap(lambda seat: _begin(level, seat))(seats), jnp.arange(steps))
+        done = jnp.ones(data.size.shape[0], bool)
+        sums, _, _ = jax.vmap(lambda *lane: finish(level, *lane))(seats, trained, done)
+        return _server_step(level, key, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums))
+
+    return round_fn
+
+
+def make_loop(local: LocalTraining, aggregator: Aggregator) -> OneRound:
+    """Make a round that is a Python loop over a jitted client; not to be jitted itself."""
+
+    @jax.jit
+    def client(key: Key, state: State, data: FederatedData, place: Array) -> Sums:
+        level = _level(local, aggregator, key, state, data)
+        seat = take_seat(level, place)
+        trained = lax.fori_loop(0, seat.steps, lambda i, t: _step(level, seat, t, i), _begin(level, seat))
+        return finish(level, seat, trained, jnp.array(True))[0]
+
+    add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+    server_step = jax.jit(
+        lambda key, state, data, sums: _server_step(_level(local, aggregator, key, state, data), key, sums)
+    )
+
+    def round_fn(key: Key, state: State, data: FederatedData) -> State:
+        sums = None
+        for place in range(data.size.shape[0]):
+            one = client(key, state, data, jnp.int32(place))
+            sums = one if sums is None else add(sums, one)
+        return server_step(key, state, data, sums)
+
+    return round_fn
+
+
+def mean_widths(state: State, data: FederatedData) -> dict[str, int]:
+    """Return the clients' mean rank of each layer, weighted by examples."""
+    size = np.asarray(data.size, np.float64)
+    return {p: max(1, round(float(np.asarray(r) @ size / size.sum()))) for p, r in state.ranks.items()}
+
+
+def make_centralised(local: LocalTraining, *, widths: dict[str, int], batch_size: int) -> OneRound:
+    """Make one epoch of one shared model of really truncated width over all examples."""
+
+    def round_fn(key: Key, state: State, data: FederatedData) -> State:
+        del key
+        masks = rank_masks({p: jnp.array(w) for p, w in widths.items()}, widths)
+        client = Client(jnp.array(0), masks, jnp.array(1.0), ())
+        start = cut(narrow(state.server.trainable, widths), masks)
+        setting = Setting(client, start, state.server.frozen, Trains())
+        used = data.order.shape[0]
+        steps = state.hparams["local_epochs"] * -(-used // batch_size)
+
+        def forward(step: Array, trained: LocalState) -> LocalState:
+            position = (step * batch_size + jnp.arange(batch_size)) % used
+            x, y = jax.tree.map(lambda leaf: leaf[data.order[position]], (data.inputs, data.targets))
+            return local.step(state.hparams, setting, trained, Batch(x, y, jnp.ones(batch_size)), jax.random.key(0))[0]
+
+        trained = lax.fori_loop(0, steps, forward, local.begin(state.hparams, start, client))
+        server = state.server._replace(trainable=local.end(trained, client))
+        return state._replace(server=server, round=state.round + 1)
+
+    return round_fn

@@ -1,0 +1,99 @@
+"""What every benchmark shares: alternating timing, JSON rows with versions and device, tables.
+
+A benchmark warms every competitor up, then lets them alternate within one run, and reports medians and ratios: single
+absolute times on a shared machine mean little.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+Row = dict[str, Any]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of Python, of this package's dependencies and of further packages."""
+    names = ("autorank-jax", "jax", "jaxlib", "flax", "optax", "numpy", *packages)
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def device() -> dict[str, Any]:
+    """Describe what the measurement ran on."""
+    first = jax.devices()[0]
+    return {
+        "platform": first.platform,
+        "kind": first.device_kind,
+        "devices": jax.device_count(),
+        "cores": len(os.sched_getaffinity(0)),
+        "date": date.today().isoformat(),
+    }
+
+
+def alternate(competitors: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Time competitors in turn, `repeats` times each, after one warm-up of each.
+
+    Args:
+        competitors: functions that return arrays, which are waited for.
+        repeats: rounds of turns.
+
+    Returns:
+        Seconds by competitor.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    for run in competitors.values():
+        jax.block_until_ready(run())
+    for _ in range(repeats):
+        for name, run in competitors.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def compiled(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], float]:
+    """Compile a function for these arguments and return it with the seconds that took."""
+    begin = time.perf_counter()
+    program = jax.jit(function).lower(*arguments).compile()
+    return program, time.perf_counter() - begin
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Return the median and the half-width of the middle half."""
+    low, high = np.percentile(seconds, [25, 75])
+    return {"median": statistics.median(seconds), "spread": float(high - low) / 2}
+
+
+def write_json(path: str | Path | None, content: Any) -> None:
+    """Write JSON under a temporary name, then rename it; do nothing where there is no path."""
+    if path is None:
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+        file.write("\n")
+    os.replace(file.name, path)
+
+
+def markdown_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Lay rows out as a Markdown table, the form in which `benchmarks/README.md` holds them."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
