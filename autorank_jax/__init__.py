@@ -1,3 +1,83 @@
-"""AutoRank: federated LoRA with a rank for every client, simulated fast in JAX."""
+"""AutoRank: federated LoRA with a rank for every client, simulated fast in JAX.
+
+The pipeline, a module each: `datasets` and `partition` → `federated_data` → `complexity` → `mcda` → `policies` →
+`engine` (with `local` and `aggregators`) → `simulation` → `evaluation`.
+"""
+
+from autorank_jax import aggregators, budgets, controls, datasets, federated_data, models, partition, policies
+from autorank_jax.complexity import complexity_matrix, gini_simpson, label_entropy, loss_entropy
+from autorank_jax.datasets import load_dataset
+from autorank_jax.engine import make_round
+from autorank_jax.evaluation import client_costs, label_weighted_accuracy, make_evaluate, training_flops
+from autorank_jax.federated_data import client_stats, from_client_ids, from_parts
+from autorank_jax.local import make_local_training, with_proximal_term
+from autorank_jax.lora import max_ranks
+from autorank_jax.mcda import critic_weights, topsis
+from autorank_jax.participation import sample_uniformly
+from autorank_jax.policies import autorank_ranks, ranks_from_ratios, with_reranking
+from autorank_jax.simulation import init_state, simulate
+from autorank_jax.tasks import task_from_nnx
+from autorank_jax.types import (
+    Adapter,
+    Aggregator,
+    Base,
+    Batch,
+    ClientStats,
+    FederatedData,
+    RankInfo,
+    RoundInfo,
+    Server,
+    State,
+    Task,
+    Trainable,
+)
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "Aggregator",
+    "Base",
+    "Batch",
+    "ClientStats",
+    "FederatedData",
+    "RankInfo",
+    "RoundInfo",
+    "Server",
+    "State",
+    "Task",
+    "Trainable",
+    "aggregators",
+    "autorank_ranks",
+    "budgets",
+    "client_costs",
+    "client_stats",
+    "complexity_matrix",
+    "controls",
+    "critic_weights",
+    "datasets",
+    "federated_data",
+    "from_client_ids",
+    "from_parts",
+    "gini_simpson",
+    "init_state",
+    "label_entropy",
+    "label_weighted_accuracy",
+    "load_dataset",
+    "loss_entropy",
+    "make_evaluate",
+    "make_local_training",
+    "make_round",
+    "max_ranks",
+    "models",
+    "partition",
+    "policies",
+    "ranks_from_ratios",
+    "sample_uniformly",
+    "simulate",
+    "task_from_nnx",
+    "topsis",
+    "training_flops",
+    "with_proximal_term",
+    "with_reranking",
+]
