@@ -184,7 +184,8 @@ def _decision_problem(
 
     x = jnp.where(where_[:, None], x, 0)
     x = jnp.where(where_[:, None], x, x[jnp.argmax(where_)][None, :])
-    scale = lax.stop_gradient(jnp.max(jnp.abs(x), axis=0))
+    largest = jnp.finfo(x.dtype).max / 8  # whose reciprocal is still a normal number: XLA may multiply by it
+    scale = lax.stop_gradient(jnp.minimum(jnp.max(jnp.abs(x), axis=0), jnp.asarray(largest, x.dtype)))
     return x / jnp.where(scale > 0, scale, 1)[None, :], benefit_, where_
 
 

@@ -135,6 +135,15 @@ def test_absent_clients_count_nowhere(case, normalization):
     np.testing.assert_array_equal(scores[~where], 0)
 
 
+@pytest.mark.parametrize("normalization", mcda.NORMALIZATIONS)
+@pytest.mark.parametrize("unit", [3e38, 1e-30])
+def test_units_at_the_ends_of_float32_do_not_matter(unit, normalization):
+    matrix = np.array([[1, 0.2], [-1, 0.9], [0.5, -1]], np.float32)
+    np.testing.assert_allclose(jit_weights(matrix * np.float32(unit)), jit_weights(matrix), rtol=1e-5)
+    scores = jit_topsis(matrix * np.float32(unit), normalization=normalization)
+    np.testing.assert_allclose(scores, jit_topsis(matrix, normalization=normalization), rtol=1e-5)
+
+
 def test_nobody_present_gives_equal_weights():
     matrix, where = GUARDED["nobody_present"]
     np.testing.assert_allclose(jit_weights(matrix, where=where), 1 / 3, rtol=1e-6)
