@@ -19,6 +19,7 @@ from autorank_jax.types import (
     LocalTraining,
     PyTree,
     Setting,
+    Task,
     Trainable,
     Trains,
 )
@@ -78,10 +79,11 @@ def with_proximal_term(loss: LocalLoss, strength: float) -> LocalLoss:
 
 
 def make_local_training(
-    loss: LocalLoss,
+    task: Task,
     optimizer: optax.GradientTransformation | Callable[[Hparams], optax.GradientTransformation],
     *,
     batch_size: int,
+    loss: LocalLoss | None = None,
     scale: Scale | None = None,
 ) -> LocalTraining:
     """Make the local training of one client.
@@ -95,10 +97,11 @@ def make_local_training(
     the scale changes how a client trains and never what its numbers mean to others: the server has no scale.
 
     Args:
-        loss: the local loss; `from_task_loss(task.loss)` for a plain one.
+        task: the model.
         optimizer: an optax transformation, or a function that makes one of `State.hparams`, such as
             `lambda h: optax.sgd(h["learning_rate"])`: then a new learning rate compiles nothing.
         batch_size: examples per step; the last batch of an epoch may be shorter, and its mean is over what is there.
+        loss: what clients minimise; the task's own loss where None.
         scale: LoRA scale by rank, 1 where None.
 
     Raises:
@@ -106,6 +109,7 @@ def make_local_training(
     """
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+    local_loss = loss or from_task_loss(task.loss)
 
     def transformation(hparams: Hparams) -> optax.GradientTransformation:
         return optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(hparams)
@@ -117,7 +121,7 @@ def make_local_training(
     def step(hparams: Hparams, setting: Setting, state: LocalState, batch: Batch, key: Key) -> tuple[LocalState, Array]:
         def mean_loss(params: Trainable) -> tuple[Array, Array]:
             effective = _rescale(_stop(params, setting.trains), setting.client, scale)
-            losses = loss(setting.frozen, effective, setting.start, batch, key)
+            losses = local_loss(setting.frozen, effective, setting.start, batch, key)
             losses = jnp.where(batch.weight > 0, losses, 0)
             return jnp.sum(losses) / jnp.maximum(jnp.sum(batch.weight).astype(losses.dtype), 1), losses
 
