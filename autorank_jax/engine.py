@@ -65,6 +65,7 @@ def make_round(
 
         tally = _train_exactly(train, cohort, weight) if aggregator.exact_plan else train(weight)
         server, memory = aggregator.update(server_step, tally.sums, state.aggregator, state.server)
+        diagnostics = aggregator.report(tally.sums, state.server, server)
         state = state._replace(
             server=server,
             aggregator=memory,
@@ -73,7 +74,7 @@ def make_round(
             epochs=tally.epochs,
             clients=tally.clients,
         )
-        return state, _describe(tally, cohort, weight)
+        return state, _describe(tally, cohort, weight)._replace(diagnostics=diagnostics)
 
     return round_fn
 

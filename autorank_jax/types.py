@@ -164,12 +164,32 @@ Sums = PyTree
 AggState = PyTree
 
 
+def _same_state(state: AggState) -> AggState:
+    return state
+
+
+class ServerStep(NamedTuple):
+    """A rule's server step taken apart, so that a server optimiser can come between the mean and its writing back.
+
+    `read` and `mean` return trees of the same structure. Where nobody reported, `mean` is what `read` gives.
+    """
+
+    read: Callable[[Server], PyTree]  # what the rule averages, as the server has it
+    mean: Callable[[Sums, AggState, Server], tuple[PyTree, PyTree]]  # the cohort's; bools where anyone reported
+    write: Callable[[Key, PyTree, AggState, Server], Server]  # put (optimised) values into the model
+    advance: Callable[[AggState], AggState] = _same_state  # the rule's own state, after every round
+
+
 def _no_client_state(server: Server) -> PyTree:  # noqa: ARG001
     return ()
 
 
 def _keep_nothing(update: ClientUpdate, server: Server) -> PyTree:  # noqa: ARG001
     return ()
+
+
+def _report_nothing(sums: Sums, before: Server, after: Server) -> dict[str, Array]:  # noqa: ARG001
+    return {}
 
 
 class Aggregator(NamedTuple):
@@ -186,6 +206,8 @@ class Aggregator(NamedTuple):
     client_init: Callable[[Server], PyTree] = _no_client_state  # what ONE client keeps, before its first round
     client_keep: Callable[[ClientUpdate, Server], PyTree] = _keep_nothing  # ... and after a round
     exact_plan: bool = False  # the summand divides by `plan.owners`: rerun the round if a client turns out non-finite
+    step: ServerStep | None = None  # what `update` consists of; None where it cannot be taken apart
+    report: Callable[[Sums, Server, Server], dict[str, Array]] = _report_nothing  # diagnostics: sums, before, after
 
 
 class State(NamedTuple):

@@ -1,0 +1,158 @@
+"""Rules that merge products of adapters into the base weights. `server.frozen` must be a `Base`."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from autorank_jax.aggregators.base import (
+    ClientSums,
+    Values,
+    assemble,
+    make_summand,
+    mean_dense,
+    mean_factors,
+    mean_product,
+    owned,
+    reported,
+)
+from autorank_jax.aggregators.segments import (
+    Levels,
+    check_levels,
+    check_levels_fit,
+    make_owner_summand,
+    owner_product,
+)
+from autorank_jax.lora import check_mergeable, init_adapter
+from autorank_jax.types import Adapter, Aggregator, AggState, Array, Key, Server, ServerStep, Trainable
+
+Restart = Literal["start", "fresh"]
+"""`lora_a` after a merge: as it was at the start, or drawn anew every round."""
+
+Product = Callable[[Server, ClientSums, str], Array]
+
+
+def flora(*, restart: Restart = "start") -> Aggregator:
+    """Merge the mean product and restart the adapters: `W + Σ_k w_k A_k B_k / Σ_k w_k` (FLoRA, arXiv 2409.05976).
+
+    The paper stacks the clients' factors, whose product is this sum, sends the stack to everybody and draws a new
+    `lora_a` every round. Adapters must start with `lora_b = 0`: products, not differences, are merged.
+
+    Args:
+        restart: `"start"` gives every round the `lora_a` of the first, `"fresh"` draws a new one.
+
+    Raises:
+        ValueError: for another `restart`; when initialised, if the server has no mergeable base.
+    """
+
+    def product(server: Server, sums: ClientSums, path: str) -> Array:
+        return mean_product(server.trainable.adapters[path], sums.products[path], sums.weight)
+
+    init = _remember("flora", restart, None)
+    return assemble(make_summand(products=True), _merge_step("flora", product, restart), init=init)
+
+
+def owner_merge(*, levels: Levels = None, restart: Restart = "start") -> Aggregator:
+    """Merge the product whose rank positions are averaged over their owners, and restart the adapters (ours).
+
+    `W + Σ_h Σ_{k: r_k ≥ r_h} w_k A_k[:, r_{h-1}:r_h] B_k[r_{h-1}:r_h] / Σ_{k: r_k ≥ r_h} w_k`: what `raflora`
+    averages, without the loss of an SVD. Segments that nobody covers contribute the server's own product.
+
+    Args:
+        levels: as in `raflora`.
+        restart: as in `flora`.
+
+    Raises:
+        ValueError: for levels that do not increase or exceed an adapter, or another `restart`; when initialised, if
+            the server has no mergeable base.
+    """
+    check_levels(levels)
+    init = _remember("owner_merge", restart, levels)
+    step = _merge_step("owner_merge", owner_product, restart)
+    return assemble(make_owner_summand(levels), step, init=init, exact_plan=True)
+
+
+def fedex_lora(*, owners: bool = False) -> Aggregator:
+    """Average factors and merge what is missing: `W + Σ_k p_k A_k B_k - Ā B̄` (FedEx-LoRA, arXiv 2410.09432).
+
+    The model `W + Ā B̄` moves by the mean product exactly, however `Ā` and `B̄` were formed.
+
+    Args:
+        owners: average factors over owners, as RBLA does (ours); padded with zeros where False.
+
+    Raises:
+        ValueError: when initialised, if the server has no mergeable base.
+    """
+
+    def init(server: Server) -> AggState:
+        check_mergeable(server, "fedex_lora")
+        return ()
+
+    def mean(sums: ClientSums, state: AggState, server: Server) -> tuple[Values, Values]:  # noqa: ARG001
+        kernels, seen = _kernels(server, "fedex_lora"), {}
+        means, dense = mean_factors(server, sums, owners=owners), mean_dense(server, sums)
+        for path, (a, b) in means.items():
+            residual = mean_product(server.trainable.adapters[path], sums.products[path], sums.weight) - a @ b
+            kernels[path] = kernels[path] + jnp.where(sums.weight > 0, residual, 0).astype(kernels[path].dtype)
+            seen[path] = owned(sums.owners[path])
+        values = Values(dense, means, kernels)
+        return values, reported(values, sums.weight)._replace(adapters=seen)
+
+    step = ServerStep(
+        read=lambda server: Values(server.trainable.dense, server.trainable.adapters, _kernels(server, "fedex_lora")),
+        mean=mean,
+        write=lambda key, values, state, server: _write(values.adapters, values, server),  # noqa: ARG005
+    )
+    return assemble(make_summand(factors=True, products=True), step, init=init)
+
+
+def _remember(rule: str, restart: Restart, levels: Levels) -> Callable[[Server], dict[str, Array]]:
+    """Make the `init` that remembers the first `lora_a` of each adapter where it will be needed."""
+    if restart not in ("start", "fresh"):
+        raise ValueError(f"expected restart to be 'start' or 'fresh', got {restart!r}")
+
+    def init(server: Server) -> dict[str, Array]:
+        check_mergeable(server, rule)
+        check_levels_fit(levels, server)
+        return {path: a.lora_a for path, a in server.trainable.adapters.items()} if restart == "start" else {}
+
+    return init
+
+
+def _merge_step(rule: str, product: Product, restart: Restart) -> ServerStep:
+    """Make the server step that adds a product to each kernel and restarts the adapters."""
+
+    def mean(sums: ClientSums, state: AggState, server: Server) -> tuple[Values, Values]:  # noqa: ARG001
+        kernels = {
+            path: kernel + jnp.where(sums.weight > 0, product(server, sums, path), 0).astype(kernel.dtype)
+            for path, kernel in _kernels(server, rule).items()
+        }
+        values = Values(mean_dense(server, sums), {}, kernels)
+        return values, reported(values, sums.weight)
+
+    def write(key: Key, values: Values, state: AggState, server: Server) -> Server:
+        adapters = {}
+        for number, path in enumerate(sorted(server.trainable.adapters)):
+            old = server.trainable.adapters[path]
+            lora_a = state[path] if restart == "start" else _draw(jax.random.fold_in(key, number), old)
+            adapters[path] = Adapter(lora_a, jnp.zeros_like(old.lora_b))
+        return _write(adapters, values, server)
+
+    return ServerStep(lambda server: Values(server.trainable.dense, {}, _kernels(server, rule)), mean, write)
+
+
+def _draw(key: Key, old: Adapter) -> Array:
+    d_in, width = old.lora_a.shape
+    return init_adapter(key, d_in, old.lora_b.shape[1], width, old.lora_a.dtype).lora_a
+
+
+def _kernels(server: Server, rule: str) -> dict[str, Array]:
+    """Return the kernels that adapters can be merged into."""
+    check_mergeable(server, rule)
+    return {path: server.frozen.kernels[path] for path in server.trainable.adapters}
+
+
+def _write(adapters: dict[str, Adapter], values: Values, server: Server) -> Server:
+    base = server.frozen._replace(kernels={**server.frozen.kernels, **values.matrices})
+    return Server(Trainable(adapters, values.dense), base)
