@@ -1,0 +1,207 @@
+"""The commands of the command line: options in, work elsewhere, tables out."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+from autorank_jax import mcda, policies
+from autorank_jax.configuration import ConfigurationError, Experiment, outside, unknown
+from autorank_jax.criteria_file import read_criteria
+from autorank_jax.datasets import available_datasets, cache_folder
+from autorank_jax.display import Display
+from autorank_jax.experiment import run_experiment
+from autorank_jax.report import FILES, ReportError, check_folder, write_results
+from autorank_jax.tables import comparison_tables, criteria_table, datasets_table
+
+__all__ = ["ReportError", "execute", "parse"]
+
+PROGRAM = "autorank-jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Score double-imbalanced clients, give each its LoRA rank, train them, and compare rank policies.
+
+    Attributes:
+        experiment: what to run
+        out: folder of the results; default runs/DATASET-SPLIT, with a number where that is taken
+        overwrite: replace the run that the folder holds
+        quiet: print nothing but errors
+    """
+
+    experiment: tyro.conf.OmitArgPrefixes[Experiment] = dataclasses.field(default_factory=Experiment)
+    out: Path | None = None
+    overwrite: bool = False
+    quiet: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Score the clients of a table and give each its rank: for use with any other training stack.
+
+    Attributes:
+        criteria: CSV file with a header and one row per client; the first column may hold names
+        max_rank: rank of the most complex client
+        min_ratio: share of it that the least complex client gets
+        cost: columns of which less means more complex
+        normalization: of TOPSIS: vector or minmax
+        json: print JSON in place of tables
+    """
+
+    criteria: Path
+    max_rank: int = 64
+    min_ratio: float = 0.1
+    cost: tuple[str, ...] = ()
+    normalization: str = "vector"
+    json: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """List the datasets and say for each whether it is there."""
+
+
+def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
+    """Parse the command line.
+
+    Raises:
+        ConfigurationError: in one line, for options that do not exist or do not parse.
+        SystemExit: of code 0, after help.
+    """
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(comma_separated)
+    commands = (
+        Annotated[Run, tyro.conf.subcommand("run")]
+        | Annotated[Ranks, tyro.conf.subcommand("ranks")]
+        | Annotated[Data, tyro.conf.subcommand("data")]
+    )
+    complaint = io.StringIO()
+    try:
+        with registry, contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                commands,
+                args=list(arguments),
+                prog=PROGRAM,
+                description="Federated LoRA with a rank for every client, chosen by AutoRank.",
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ConfigurationError([one_line(complaint.getvalue())]) from stop
+
+
+def comma_separated(info: Any) -> Any:
+    """Read a tuple of any length from one word with commas: the rule that tyro is given."""
+    arguments = get_args(info.type)
+    if get_origin(info.type) is not tuple or len(arguments) != 2 or arguments[1] is not Ellipsis:
+        return None
+    item = arguments[0]
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{item.__name__.upper()},…",
+        instance_from_str=lambda words: tuple(item(word.strip()) for word in words[0].split(",") if word.strip()),
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(v, item) for v in value),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+
+
+def one_line(complaint: str) -> str:
+    """Condense a boxed complaint to one line: what is wrong, and what was probably meant."""
+    lines = [line.strip("╭╮╰╯│─ \t") for line in complaint.splitlines()]
+    lines = [line for line in lines if line]
+    problem = [line for line in lines[1:] if not line.startswith("For full help")]
+    ends = [i for i, line in enumerate(problem) if line.startswith(("Perhaps you meant", "Argument helptext"))]
+    if problem and problem[0].startswith("Missing from"):
+        problem = [problem[0], *(line for line in problem[1:] if line.startswith("--"))]
+    what = " ".join(problem[: ends[0]] if ends else problem) or complaint.strip() or "unknown mistake"
+    meant = ""
+    if ends and problem[ends[0]].startswith("Perhaps"):
+        options = [line.split()[0] for line in problem[ends[0] :] if line.startswith("--")]
+        meant = f"; probably {options[0]}" if options else ""
+    return f"{what}{meant} (see {PROGRAM} --help)"
+
+
+def execute(command: Run | Ranks | Data) -> None:
+    """Do what a command says."""
+    match command:
+        case Run():
+            run(command)
+        case Ranks():
+            rank(command)
+        case Data():
+            console = Console()
+            console.print(datasets_table(available_datasets()))
+            console.print(f"Files are looked for in {cache_folder()}", soft_wrap=True, highlight=False)
+
+
+def run(command: Run) -> None:
+    """Run an experiment, show it, and write its files."""
+    experiment = command.experiment
+    experiment.validate()
+    folder = check_folder(command.out or default_folder(experiment, command.overwrite), overwrite=command.overwrite)
+    console = Console(quiet=command.quiet, highlight=False)
+    with Display(console, experiment) as display:
+        results = run_experiment(experiment, on_event=display)
+    paths = write_results(folder, results, overwrite=command.overwrite)
+    for table in comparison_tables(results):
+        console.print(table)
+    if experiment.split == "staircase":
+        console.print(
+            "On the staircase any rule that grows with a client's size gives nearly the same ranks, so it cannot tell "
+            "such rules apart: try --split dirichlet_lognormal, with several --seeds."
+        )
+    names = ", ".join(path.name for path in paths)
+    console.print(f"Written to {folder}: {names}", soft_wrap=True)
+
+
+def default_folder(experiment: Experiment, overwrite: bool) -> Path:
+    """Return `runs/DATASET-SPLIT`, with the first free number where it holds a run that is to be kept."""
+    base = Path("runs") / f"{experiment.dataset}-{experiment.split}"
+    numbered = (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))
+    taken = lambda path: any((path / name).exists() for name in FILES)  # noqa: E731
+    return base if overwrite else next(path for path in itertools.chain([base], numbered) if not taken(path))
+
+
+def rank(command: Ranks) -> None:
+    """Score the clients of a criteria file and print their ranks."""
+    problems = [
+        *outside("max_rank", command.max_rank, 1, whole=True),
+        *outside("min_ratio", command.min_ratio, 0, 1, open_start=True, cause="a percentage"),
+        *unknown("normalization", [command.normalization], mcda.NORMALIZATIONS),
+    ]
+    if problems:
+        raise ConfigurationError(problems)
+    table = read_criteria(command.criteria, cost=command.cost)
+    with jax.enable_x64(True):
+        weights = mcda.critic_weights(table.matrix, benefit=table.benefit)
+        closeness = mcda.topsis(table.matrix, weights, benefit=table.benefit, normalization=command.normalization)
+        ratios = policies.ratios_from_scores(closeness, min_ratio=command.min_ratio)
+        ranks = policies.ranks_from_ratios(ratios, {"rank": command.max_rank})["rank"]
+    columns = [np.asarray(column) for column in (closeness, ratios, ranks)]
+    named = dict(zip(table.criteria, np.asarray(weights).tolist(), strict=True))
+    if command.json:
+        keys = ("client", "closeness", "ratio", "rank")
+        rows = zip(table.clients, *(column.tolist() for column in columns), strict=True)
+        content = {
+            "weights": named,
+            "clients": [dict(zip(keys, row, strict=True)) for row in rows],
+            "max_rank": command.max_rank,
+            "min_ratio": command.min_ratio,
+        }
+        sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        return
+    console = Console(highlight=False)
+    for shown in criteria_table(table.clients, named, *columns):
+        console.print(shown)

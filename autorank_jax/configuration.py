@@ -1,0 +1,231 @@
+"""What an experiment is: all its options in one frozen dataclass, checked at once."""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from autorank_jax import aggregators, complexity, datasets, partition
+from autorank_jax.types import Aggregator
+
+AGGREGATORS: Mapping[str, Any] = {"rbla": aggregators.rbla, "zero_pad": aggregators.zero_pad}
+MODELS: Mapping[str, str] = {
+    "mlp": "multi-layer perceptron, 784-200-200-10 on Fashion-MNIST",
+    "cnn": "two 3×3 convolutions and a linear layer",
+}
+OPTIMIZERS = ("sgd", "adam", "adamw")
+POLICIES: Mapping[str, str] = {
+    "autorank": "CRITIC and TOPSIS on the criteria",
+    "by_size": "ratio grows with the client's number of examples",
+    "uniform": "one ratio for all: AutoRank's mean over examples, so equal training FLOPs",
+    "uniform_bytes": "one ratio for all: AutoRank's mean over clients, so equal bytes",
+    "full": "ratio 1 for all",
+    "shuffled": "AutoRank's ratios dealt out at random",
+    "reversed": "AutoRank's ratios, largest to the least complex client",
+    "manual": "the ratios given as --ratios",
+}
+SCORED = ("autorank", "uniform", "uniform_bytes", "shuffled", "reversed")
+"""Policies that need AutoRank's scores, if only for their mean."""
+
+
+class ConfigurationError(ValueError):
+    """Options that make no experiment: one line per mistake, all of them."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        """Keep the lines in `problems`."""
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """All options of a run. The defaults are the main job.
+
+    Attributes:
+        dataset: name of a dataset; `autorank-jax data` lists them
+        split: how examples are split over clients: iid, dirichlet, shards, quantity, staircase, dirichlet_lognormal
+        clients: number of clients
+        alpha: Dirichlet concentration of the label mixes, small = few classes per client
+        sigma: size imbalance of the log-normal splits, 0 = equal sizes
+        classes_per_client: for the split 'shards'
+        model: mlp or cnn
+        hidden: widths of the hidden layers (mlp) or channels of the convolutions (cnn); default 200,200 or 16,32
+        max_ranks: maximum rank of every layer, one number for all or one each; default 160,160,100 for the default mlp
+        rank_policies: autorank, by_size, uniform, uniform_bytes, full, shuffled, reversed, manual
+        ratios: rank ratio of every client, for the policy 'manual'
+        min_ratio: smallest rank ratio, of the least complex client
+        criteria: columns of the decision matrix: size, classes, label_entropy, gini_simpson, loss_entropy
+        probe_epochs: epochs of the probe behind the criterion loss_entropy
+        rerank_every: rounds after which ranks are set anew, 0 = set once
+        aggregators: rbla, zero_pad
+        rounds: rounds of federated training
+        local_epochs: passes over its data that a client makes each round
+        batch_size: examples per local step
+        optimizer: of the clients: sgd, adam, adamw
+        learning_rate: of the clients
+        momentum: of sgd
+        participation: share of the clients that take part in a round
+        seeds: how many seeds to run
+        first_seed: the first of them
+        eval_every: rounds between evaluations on the test set; the last round always is
+        targets: accuracies whose first round is reported
+        lanes: clients trained side by side, or auto
+        rank_levels: adapter widths that are compiled; more of them save work and cost compile time
+    """
+
+    dataset: str = "fashion_mnist_mini"
+    split: str = "staircase"
+    clients: int = 10
+    alpha: float = 0.3
+    sigma: float = 1.0
+    classes_per_client: int = 2
+    model: str = "mlp"
+    hidden: tuple[int, ...] = ()
+    max_ranks: tuple[int, ...] = ()
+    rank_policies: tuple[str, ...] = ("autorank", "by_size", "uniform", "full")
+    ratios: tuple[float, ...] = ()
+    min_ratio: float = 0.1
+    criteria: tuple[str, ...] = tuple(complexity.CRITERIA)
+    probe_epochs: int = 5
+    rerank_every: int = 0
+    aggregators: tuple[str, ...] = ("rbla",)
+    rounds: int = 20
+    local_epochs: int = 5
+    batch_size: int = 64
+    optimizer: str = "sgd"
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    participation: float = 1.0
+    seeds: int = 1
+    first_seed: int = 0
+    eval_every: int = 1
+    targets: tuple[float, ...] = (0.6, 0.7, 0.75)
+    lanes: int | Literal["auto"] = "auto"
+    rank_levels: int = 4
+
+    def validate(self) -> None:
+        """Check every option.
+
+        Raises:
+            ConfigurationError: naming all mistakes, one per line.
+        """
+        problems = [*_name_problems(self), *_number_problems(self), *_joint_problems(self)]
+        if problems:
+            raise ConfigurationError(problems)
+
+    @property
+    def scored(self) -> bool:
+        """Whether a policy needs AutoRank's scores."""
+        return any(policy in SCORED for policy in self.rank_policies)
+
+    @property
+    def probed(self) -> bool:
+        """Whether a probe must be run."""
+        return "loss_entropy" in self.criteria and self.scored
+
+    @property
+    def cohort(self) -> int:
+        """Number of clients that take part in a round."""
+        return min(self.clients, max(1, math.floor(self.participation * self.clients + 0.5)))
+
+    @property
+    def all_seeds(self) -> range:
+        """The seeds to run."""
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+
+def make_aggregator(name: str) -> Aggregator:
+    """Make an aggregation rule by name."""
+    return AGGREGATORS[name]()
+
+
+def _name_problems(e: Experiment) -> Iterable[str]:
+    """Check the options that are names, or lists of names."""
+    known = {info.name: info for info in datasets.available_datasets()}
+    yield from unknown("dataset", [e.dataset], known)
+    if e.dataset in known and not known[e.dataset].present:
+        yield (
+            f"dataset: expected a file at {known[e.dataset].where}, got none; put {e.dataset}.npz there or set "
+            f"{datasets.ENVIRONMENT_VARIABLE} to the folder that holds it (see autorank-jax data)"
+        )
+    yield from unknown("split", [e.split], partition.SPLITS)
+    yield from unknown("model", [e.model], MODELS)
+    yield from unknown("optimizer", [e.optimizer], OPTIMIZERS)
+    for option, words, allowed in (
+        ("rank-policies", e.rank_policies, POLICIES),
+        ("criteria", e.criteria, complexity.CRITERIA),
+        ("aggregators", e.aggregators, AGGREGATORS),
+    ):
+        yield from unknown(option, words, allowed)
+        if not words:
+            yield f"{option}: expected at least one out of {', '.join(allowed)}, got none"
+        if len(set(words)) < len(words):
+            yield f"{option}: expected every name once, got {','.join(words)}"
+
+
+def unknown(option: str, words: Iterable[str], allowed: Iterable[str]) -> Iterable[str]:
+    """Yield a line for every word that is not allowed, with what comes close."""
+    names = list(allowed)
+    for word in words:
+        if word not in names:
+            close = difflib.get_close_matches(word, names, n=1)
+            hint = f", probably {close[0]!r}" if close else ""
+            yield f"{option}: expected one of {', '.join(names)}, got {word!r}{hint}"
+
+
+def _number_problems(e: Experiment) -> Iterable[str]:
+    """Check the options that are numbers."""
+    for option in ("clients", "classes_per_client", "rounds", "local_epochs", "probe_epochs", "batch_size", "seeds"):
+        yield from outside(option, getattr(e, option), 1, whole=True)
+    for option in ("eval_every", "rank_levels"):
+        yield from outside(option, getattr(e, option), 1, whole=True)
+    for option in ("rerank_every", "first_seed"):
+        yield from outside(option, getattr(e, option), 0, whole=True)
+    for option in ("alpha", "learning_rate"):
+        yield from outside(option, getattr(e, option), 0, open_start=True)
+    yield from outside("sigma", e.sigma, 0)
+    yield from outside("momentum", e.momentum, 0, 1, cause="a percentage")
+    for option in ("min_ratio", "participation"):
+        yield from outside(option, getattr(e, option), 0, 1, open_start=True, cause="a percentage")
+    for option, low in (("hidden", 1), ("max_ranks", 1)):
+        for value in getattr(e, option):
+            yield from outside(option, value, low, whole=True)
+    for option in ("ratios", "targets"):
+        for value in getattr(e, option):
+            yield from outside(option, value, 0, 1, open_start=True, cause="a rank or a percentage")
+    if e.lanes != "auto":
+        yield from outside("lanes", e.lanes, 1, whole=True)
+
+
+def outside(
+    option: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    whole: bool = False,
+    open_start: bool = False,
+    cause: str = "",
+) -> Iterable[str]:
+    """Yield a line if a number is not in its range or not whole."""
+    kind = "a whole number" if whole else "a number"
+    right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    above = right_type and (value > low if open_start else value >= low)
+    if right_type and above and value <= high and value < math.inf:
+        return
+    bounds = f"above {low}" if open_start else f"of at least {low}"
+    bounds += "" if high == math.inf else f" and at most {high}"
+    probably = f", probably {cause}" if cause and right_type and value > high else ""
+    yield f"{option.replace('_', '-')}: expected {kind} {bounds}, got {value!r}{probably}"
+
+
+def _joint_problems(e: Experiment) -> Iterable[str]:
+    """Check options against each other."""
+    if "manual" in e.rank_policies and len(e.ratios) != e.clients:
+        yield f"ratios: expected one for each of {e.clients} clients, for the policy manual, got {len(e.ratios)}"
+    if e.ratios and "manual" not in e.rank_policies:
+        yield "ratios: expected only with the policy manual, got them without it, probably forgotten in rank-policies"
+    layers = len(e.hidden or ("first", "second")) + 1
+    if len(e.max_ranks) not in (0, 1, layers):
+        yield f"max-ranks: expected one number or one for each of {layers} layers, got {len(e.max_ranks)}"

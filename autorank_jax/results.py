@@ -1,0 +1,186 @@
+"""What an experiment leaves behind, and the numbers that sum it up."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Row(NamedTuple):
+    """One round of one run: a row of the history."""
+
+    policy: str
+    aggregator: str
+    seed: int
+    round: int  # counted from 1
+    accuracy: float | None  # on the test set; None in rounds without evaluation, and where it is not finite
+    loss: float | None  # on the test set, likewise
+    train_loss: float | None  # mean over the examples seen in this round
+    participants: int
+    excluded: int  # of them, left out because their update was not finite
+    train_flops: float  # spent so far, with the probe
+    bytes: float  # sent so far, up and down
+    seconds: float  # training of this round
+
+
+class Costs(NamedTuple):
+    """What one round costs, in expectation over who takes part."""
+
+    trained_parameters: float  # summed over the clients of a round
+    bytes_up: float
+    bytes_down: float
+    flops: float
+    slowest_client: float  # FLOPs of the client that needs most of them
+
+
+class Scores(NamedTuple):
+    """What AutoRank saw of the clients under one seed."""
+
+    seed: int
+    criteria: tuple[str, ...]
+    size: np.ndarray  # (clients,)
+    label_counts: np.ndarray  # (clients, classes)
+    matrix: np.ndarray  # (clients, criteria)
+    weights: np.ndarray | None  # (criteria,); None where no policy needs scores
+    closeness: np.ndarray | None  # (clients,)
+    ratios: Mapping[str, np.ndarray]  # by policy, (clients,): the first ranking
+    ranks: Mapping[str, Mapping[str, np.ndarray]]  # by policy and layer, (clients,)
+    probe_flops: float
+
+
+class Run(NamedTuple):
+    """One policy under one aggregator and one seed."""
+
+    policy: str
+    aggregator: str
+    seed: int
+    rows: tuple[Row, ...]
+    costs: Costs  # under the first ranking
+    ratio_by_clients: float
+    ratio_by_examples: float
+    probe_flops: float  # charged to this policy: 0 where its ranks do not come from scores
+
+    @property
+    def seconds(self) -> float:
+        """Training time of all rounds."""
+        return sum(row.seconds for row in self.rows)
+
+
+class Results(NamedTuple):
+    """Everything a run of an experiment found."""
+
+    config: Mapping[str, Any]
+    scores: tuple[Scores, ...]  # one per seed
+    runs: tuple[Run, ...]
+    compile_seconds: Mapping[str, float]  # by aggregator
+    device: str
+    versions: Mapping[str, str]
+
+
+def run_names(results: Results) -> dict[str, list[Run]]:
+    """Group the runs of all seeds by name: the policy, or `policy+aggregator` where there are several aggregators."""
+    several = len({run.aggregator for run in results.runs}) > 1
+    groups: dict[str, list[Run]] = {}
+    for run in results.runs:
+        groups.setdefault(f"{run.policy}+{run.aggregator}" if several else run.policy, []).append(run)
+    return groups
+
+
+def accuracies(run: Run) -> list[tuple[int, float]]:
+    """Return round and accuracy of the rounds that were evaluated."""
+    return [(row.round, row.accuracy) for row in run.rows if row.accuracy is not None]
+
+
+def summarize(results: Results) -> dict[str, Any]:
+    """Sum up an experiment as the contents of `summary.json`."""
+    weights = [s.weights for s in results.scores if s.weights is not None]
+    mean_weights = np.mean(weights, axis=0).tolist() if weights else []
+    return {
+        "policies": {name: _summarize_runs(runs, results) for name, runs in run_names(results).items()},
+        "critic_weights": dict(zip(results.scores[0].criteria, mean_weights, strict=False)),
+        "clients": [row for scores in results.scores for row in client_rows(scores)],
+        "device": results.device,
+        "versions": dict(results.versions),
+        "config": dict(results.config),
+    }
+
+
+def _summarize_runs(runs: Sequence[Run], results: Results) -> dict[str, Any]:
+    curves = [[accuracy for _, accuracy in accuracies(run)] for run in runs]
+    costs = [run.costs for run in runs]
+    total = [run.rows[-1].train_flops for run in runs]
+    return {
+        "final_accuracy": spread([curve[-1] if curve else None for curve in curves]),
+        "best_accuracy": spread([max(curve, default=None) for curve in curves]),
+        "area_under_curve": spread([statistics.fmean(curve) if curve else None for curve in curves]),
+        "rounds_to": {f"{t:g}": _mean([rounds_to(run, t) for run in runs]) for t in results.config["targets"]},
+        "mean_ratio": {
+            "clients": _mean([run.ratio_by_clients for run in runs]),
+            "examples": _mean([run.ratio_by_examples for run in runs]),
+        },
+        "trained_parameters": _mean([c.trained_parameters for c in costs]),
+        "bytes_per_round": {"up": _mean([c.bytes_up for c in costs]), "down": _mean([c.bytes_down for c in costs])},
+        "train_flops": {
+            "per_round": _mean([c.flops for c in costs]),
+            "total": _mean(total),
+            "probe": _mean([run.probe_flops for run in runs]),
+            "slowest_client": _mean([c.slowest_client for c in costs]),
+        },
+        "seconds": {
+            "compile": results.compile_seconds[runs[0].aggregator],
+            "train": _mean([run.seconds for run in runs]),
+        },
+    }
+
+
+def rounds_to(run: Run, target: float) -> int | None:
+    """Return the first round whose accuracy reaches a target."""
+    return next((number for number, accuracy in accuracies(run) if accuracy >= target), None)
+
+
+def client_rows(scores: Scores) -> list[dict[str, Any]]:
+    """Return one row per client, as in `criteria.csv`: criteria, closeness, and every policy's ratio and ranks."""
+    rows = []
+    for client, size in enumerate(scores.size.tolist()):
+        row: dict[str, Any] = {"seed": scores.seed, "client": client, "examples": size}
+        row |= dict(zip(scores.criteria, map(_tidy, scores.matrix[client].tolist()), strict=True))
+        row["closeness"] = None if scores.closeness is None else _tidy(scores.closeness[client])
+        for policy, ratios in scores.ratios.items():
+            row[f"ratio.{policy}"] = _tidy(ratios[client])
+            row |= {f"rank.{policy}.{path}": int(ranks[client]) for path, ranks in scores.ranks[policy].items()}
+        rows.append(row)
+    return rows
+
+
+def si(value: float | None, digits: int = 3) -> str:
+    """Write a number with a prefix: 4.2e11 is `420 G`; a missing one is a dash."""
+    if value is None:
+        return "–"
+    for scale, prefix in ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= scale:
+            return f"{value / scale:.{digits}g}{prefix}"
+    return f"{value:.{digits}g}"
+
+
+def spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """Return mean, sample standard deviation (0 for one value) and the values; null where a value is missing."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return {"mean": None, "sd": None, "values": list(values)}
+    return {
+        "mean": statistics.fmean(known),
+        "sd": statistics.stdev(known) if len(known) > 1 else 0.0,
+        "values": known,
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean, or None if any value is missing."""
+    return spread(values)["mean"]
+
+
+def _tidy(value: float) -> float:
+    """Round to the digits that float32 holds."""
+    return float(f"{float(value):.6g}") if math.isfinite(value) else float(value)
