@@ -291,7 +291,7 @@ def _add(tally: Tally, seats: Seat, finished: tuple[Sums, Array, PyTree], losses
     good, nowhere = done & finite, tally.finite.shape[0]
     row, good_row = (jnp.where(flag, seats.client.row, nowhere) for flag in (done, good))
     size, max_epochs = jnp.maximum(seats.size, 1).astype(losses.dtype), losses.shape[1] - 1
-    whole = jnp.arange(max_epochs)[None, :] < seats.epochs[:, None]
+    whole = jnp.arange(max_epochs, dtype=jnp.int32)[None, :] < seats.epochs[:, None]
     mean_losses = jnp.where(whole, losses[:, :max_epochs] / size[:, None], 0)
     return tally._replace(
         sums=jax.tree.map(lambda total, s: total + jnp.sum(s, axis=0), tally.sums, sums),
