@@ -52,7 +52,7 @@ def rank_masks(ranks: Mapping[str, Array], widths: Mapping[str, int]) -> dict[st
     Returns:
         By path, `(width,)` in the default float type.
     """
-    return {p: (jnp.arange(widths[p]) < ranks[p]).astype(jnp.result_type(float)) for p in ranks}
+    return {p: (jnp.arange(widths[p], dtype=jnp.int32) < ranks[p]).astype(jnp.result_type(float)) for p in ranks}
 
 
 def cut(trainable: Trainable, masks: Mapping[str, Array]) -> Trainable:
