@@ -1,18 +1,43 @@
 """Flax NNX layers with an adapter: subclasses that a matched layer's class is swapped for.
 
-`ADAPTED[type]` names the subclass, and its static method `adapter_shape(layer)` the `(d_in, d_out)` of the adapter.
-Swapping the class of a layer keeps its path, its attributes and tied weights; wrapping it would not.
+`ADAPTED[type]` names the subclass, its `weight` the parameter that is adapted, and its static method `form(layer)` how
+that is read as a matrix. Swapping the class of a layer keeps its path, its attributes and tied weights; wrapping it
+would not.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from autorank_jax.types import Array
+from autorank_jax.updates import (
+    Form,
+    attend_update,
+    check_convolution,
+    conv_form,
+    conv_update,
+    einsum_form,
+    einsum_update,
+    embed_form,
+    embed_update,
+    general_update,
+    linear_form,
+    linear_update,
+    make_window,
+    patches,
+)
+
+__all__ = [
+    "ADAPTED",
+    "AdaptedConv",
+    "AdaptedEinsum",
+    "AdaptedEmbed",
+    "AdaptedLinear",
+    "AdaptedLinearGeneral",
+    "Factor",
+    "patches",
+]
 
 
 class Factor(nnx.Variable):
@@ -22,100 +47,123 @@ class Factor(nnx.Variable):
 class AdaptedLinear(nnx.Linear):
     """`y = x W + b + (x A) B`."""
 
+    weight = "kernel"
     lora_a: nnx.Variable
     lora_b: nnx.Variable
 
     @staticmethod
-    def adapter_shape(layer: nnx.Linear) -> tuple[int, int]:
-        """Return `(d_in, d_out)`."""
-        return layer.in_features, layer.out_features
+    def form(layer: nnx.Linear) -> Form:
+        """Return the form of a kernel `(d_in, d_out)`."""
+        return linear_form(layer.kernel.shape)
 
-    def __call__(self, inputs: Array, *args: object, **kwargs: object) -> Array:
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
         """Apply the layer to `(..., d_in)`."""
         outputs = super().__call__(inputs, *args, **kwargs)
-        lora_a, lora_b = self.lora_a[...], self.lora_b[...]
-        return outputs + ((inputs.astype(lora_a.dtype) @ lora_a) @ lora_b).astype(outputs.dtype)
+        return outputs + linear_update(inputs, self.lora_a[...], self.lora_b[...]).astype(outputs.dtype)
+
+
+class AdaptedLinearGeneral(nnx.LinearGeneral):
+    """A linear layer over several axes; `d_in` and `d_out` are their products."""
+
+    weight = "kernel"
+    lora_a: nnx.Variable
+    lora_b: nnx.Variable
+
+    @staticmethod
+    def form(layer: nnx.LinearGeneral) -> Form:
+        """Return the form of a kernel `(*in_features, *out_features)`."""
+        if layer.batch_axis:
+            raise ValueError(
+                f"expected a LinearGeneral without batch_axis, got {dict(layer.batch_axis)}: it holds one matrix per "
+                "batch entry, leave it out"
+            )
+        return linear_form(layer.kernel.shape, len(layer.in_features))
+
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        """Apply the layer over its axes."""
+        outputs = super().__call__(inputs, *args, **kwargs)
+        update = general_update(inputs, self.lora_a[...], self.lora_b[...], self.axis, self.form(self))
+        return outputs + update.astype(outputs.dtype)
+
+
+class AdaptedEinsum(nnx.Einsum):
+    """An einsum layer whose equation maps inputs through one matrix."""
+
+    weight = "kernel"
+    lora_a: nnx.Variable
+    lora_b: nnx.Variable
+
+    @staticmethod
+    def form(layer: nnx.Einsum) -> Form:
+        """Return the form that the equation gives the kernel."""
+        return einsum_form(layer.einsum_str, layer.kernel.shape)
+
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        """Apply the layer's own equation: the adapter is made for it.
+
+        Raises:
+            ValueError: if another equation is given.
+        """
+        given = args[0] if args else kwargs.get("einsum_str")
+        if given is not None and given.replace(" ", "") != self.einsum_str:
+            raise ValueError(f"expected the adapted layer's own equation {self.einsum_str!r}, got {given!r}")
+        outputs = super().__call__(inputs, *args, **kwargs)
+        update = einsum_update(self.einsum_str, inputs, self.lora_a[...], self.lora_b[...], self.form(self))
+        return outputs + update.astype(outputs.dtype)
 
 
 class AdaptedConv(nnx.Conv):
-    """A convolution whose update is a k×k convolution to `r` channels (A) and a 1×1 convolution (B).
+    """A convolution whose update is a k×k convolution to `r` channels (A) and a 1×1 convolution (B)."""
 
-    A is applied to patches, as a matrix product: under `vmap` over clients a convolution with a kernel per client would
-    become a grouped convolution, which is slow on every backend.
-    """
-
+    weight = "kernel"
     lora_a: nnx.Variable
     lora_b: nnx.Variable
 
     @staticmethod
-    def adapter_shape(layer: nnx.Conv) -> tuple[int, int]:
-        """Return `(kh·kw·c_in, c_out)`."""
-        if layer.feature_group_count != 1:
-            raise ValueError(
-                f"expected a convolution with feature_group_count=1, got {layer.feature_group_count}, "
-                "probably a depthwise layer: leave it out of `where`"
-            )
-        if (
-            layer.input_dilation not in (1, None)
-            or not isinstance(layer.padding, str | int)
-            or layer.padding == "CAUSAL"
-        ):
-            raise ValueError(
-                f"expected a convolution with padding 'SAME' or 'VALID' and no input dilation, got "
-                f"padding={layer.padding!r}, input_dilation={layer.input_dilation!r}: leave it out of `where`"
-            )
-        return math.prod(layer.kernel_size) * layer.in_features, layer.out_features
+    def form(layer: nnx.Conv) -> Form:
+        """Return the form of a kernel `(*window, c_in, c_out)`."""
+        check_convolution(layer.feature_group_count, _sequence(layer.input_dilation), layer.mask)
+        make_window(layer.kernel_size, layer.strides, layer.kernel_dilation, layer.padding)
+        return conv_form(layer.kernel.shape)
 
-    def __call__(self, inputs: Array, *args: object, **kwargs: object) -> Array:
-        """Apply the layer to `(b, *spatial, c_in)`."""
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        """Apply the layer to `(..., *spatial, c_in)`."""
         outputs = super().__call__(inputs, *args, **kwargs)
-        lora_a, lora_b = self.lora_a[...], self.lora_b[...]
-        cols = patches(
-            inputs.astype(lora_a.dtype), self.kernel_size, self.strides, self.kernel_dilation, str(self.padding)
-        )
-        return outputs + ((cols @ lora_a) @ lora_b).astype(outputs.dtype)
+        window = make_window(self.kernel_size, self.strides, self.kernel_dilation, self.padding)
+        return outputs + conv_update(inputs, self.lora_a[...], self.lora_b[...], window).astype(outputs.dtype)
 
 
-def _per_axis(value: int | Sequence[int] | None, axes: int) -> tuple[int, ...]:
-    if value is None:
-        value = 1
-    return (value,) * axes if isinstance(value, int) else tuple(value)
+class AdaptedEmbed(nnx.Embed):
+    """An embedding whose update is looked up (`A[ids] B`) and, where it is tied to the output, attended to."""
+
+    weight = "embedding"
+    lora_a: nnx.Variable
+    lora_b: nnx.Variable
+
+    @staticmethod
+    def form(layer: nnx.Embed) -> Form:
+        """Return the form of a table `(num_embeddings, features)`."""
+        return embed_form(layer.embedding.shape)
+
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        """Look up `(...)` ids."""
+        outputs = super().__call__(inputs, *args, **kwargs)
+        return outputs + embed_update(inputs, self.lora_a[...], self.lora_b[...]).astype(outputs.dtype)
+
+    def attend(self, query: Array, *args: Any, **kwargs: Any) -> Array:
+        """Return logits over the entries for queries `(..., features)`."""
+        outputs = super().attend(query, *args, **kwargs)
+        return outputs + attend_update(query, self.lora_a[...], self.lora_b[...]).astype(outputs.dtype)
 
 
-def patches(
-    inputs: Array,
-    kernel_size: tuple[int, ...],
-    strides: int | Sequence[int] | None,
-    dilation: int | Sequence[int] | None,
-    padding: str,
-) -> Array:
-    """Gather the window under every output position: `(b, *spatial, c) -> (b, *out, Π kernel_size · c)`.
-
-    The last axis is ordered as a flattened `(*kernel_size, c)` kernel, so `patches(x) @ kernel.reshape(-1, c_out)` is
-    the convolution.
-    """
-    axes = len(kernel_size)
-    strides, dilation = _per_axis(strides, axes), _per_axis(dilation, axes)
-    extent = tuple((k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True))
-    pads = lax.padtype_to_pads(inputs.shape[1:-1], extent, strides, padding)
-    padded = jnp.pad(inputs, [(0, 0), *pads, (0, 0)])
-    out = [(n - e) // s + 1 for n, e, s in zip(padded.shape[1:-1], extent, strides, strict=True)]
-    shifted = []
-    for tap in range(math.prod(kernel_size)):
-        offset = [int(o) * d for o, d in zip(_unravel(tap, kernel_size), dilation, strict=True)]
-        limit = [o + (n - 1) * s + 1 for o, n, s in zip(offset, out, strides, strict=True)]
-        shifted.append(
-            lax.slice(padded, (0, *offset, 0), (padded.shape[0], *limit, padded.shape[-1]), (1, *strides, 1))
-        )
-    return jnp.concatenate(shifted, axis=-1)
+def _sequence(value: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
+    return value if value is None or isinstance(value, int) else tuple(value)
 
 
-def _unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    digits = []
-    for size in reversed(shape):
-        index, digit = divmod(index, size)
-        digits.append(digit)
-    return tuple(reversed(digits))
-
-
-ADAPTED: dict[type, Any] = {nnx.Linear: AdaptedLinear, nnx.Conv: AdaptedConv}
+ADAPTED: dict[type, Any] = {
+    nnx.Linear: AdaptedLinear,
+    nnx.LinearGeneral: AdaptedLinearGeneral,
+    nnx.Einsum: AdaptedEinsum,
+    nnx.Conv: AdaptedConv,
+    nnx.Embed: AdaptedEmbed,
+}

@@ -17,7 +17,9 @@ from autorank_jax.types import Adapter, Array, Base, Key, PyTree, Server, Traina
 T = TypeVar("T")
 
 
-def init_adapter(key: Key, d_in: int, d_out: int, max_rank: int, dtype: jnp.dtype | None = None) -> Adapter:
+def init_adapter(
+    key: Key, d_in: int, d_out: int, max_rank: int, dtype: jnp.dtype | None = None, *, fan_in: int | None = None
+) -> Adapter:
     """Draw the start of one adapter: `lora_a ~ U(-1/√d_in, 1/√d_in)`, `lora_b = 0`.
 
     The bound is Kaiming-uniform with `a = √5`, as LoRA's reference implementation has it (arXiv 2106.09685).
@@ -28,12 +30,13 @@ def init_adapter(key: Key, d_in: int, d_out: int, max_rank: int, dtype: jnp.dtyp
         d_out: output features.
         max_rank: rank positions.
         dtype: of the factors, JAX's default float where None.
+        fan_in: inputs that are non-zero at a time, in place of `d_in` in the bound: 1 for an embedding.
 
     Returns:
         An adapter of shapes `(d_in, max_rank)` and `(max_rank, d_out)` whose product is zero.
     """
     dtype = dtype or jnp.result_type(float)
-    bound = 1.0 / math.sqrt(d_in)
+    bound = 1.0 / math.sqrt(fan_in or d_in)
     return Adapter(jax.random.uniform(key, (d_in, max_rank), dtype, -bound, bound), jnp.zeros((max_rank, d_out), dtype))
 
 

@@ -46,12 +46,21 @@ class Server(NamedTuple):
     frozen: PyTree  # a `Base` where rules shall be able to merge into it, else anything
 
 
+class Origin(NamedTuple):
+    """What a task remembers of the model it was made of, for merging and export."""
+
+    merge: Callable[[Server], Any]  # the user's model with the adapters merged in
+    kinds: dict[str, str]  # by adapter path: "linear", "conv" or "embed"
+    shapes: dict[str, tuple[int, ...]]  # by adapter path, the weight as the layer stores it
+
+
 class Task(NamedTuple):
     """A model as the engine sees it: start values and functions only."""
 
     server: Server  # the start
     loss: Callable[[PyTree, Trainable, "Batch", Key], Array]  # frozen, trainable, batch, key -> per-example losses (b,)
     predict: Callable[[PyTree, Trainable, PyTree], Array]  # frozen, trainable, inputs -> logits or outputs
+    origin: Origin | None = None  # None where the task was built by hand
 
 
 class Batch(NamedTuple):
