@@ -2,14 +2,18 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from autorank_jax import aggregators, complexity, datasets, partition
 from autorank_jax.types import Aggregator
 
-AGGREGATORS: Mapping[str, Any] = {"rbla": aggregators.rbla, "zero_pad": aggregators.zero_pad}
+AGGREGATORS: Mapping[str, Callable[..., Aggregator]] = {
+    name: rule for name, rule in aggregators.RULES.items() if name not in ("fedavg", "local_only")
+}
+"""Rules that train the adapters of one global model: `fedavg` has no adapters, `local_only` no global model."""
+
 MODELS: Mapping[str, str] = {
     "mlp": "multi-layer perceptron, 784-200-200-10 on Fashion-MNIST",
     "cnn": "two 3×3 convolutions and a linear layer",
@@ -58,7 +62,7 @@ class Experiment:
         criteria: columns of the decision matrix: size, classes, label_entropy, gini_simpson, loss_entropy
         probe_epochs: epochs of the probe behind the criterion loss_entropy
         rerank_every: rounds after which ranks are set anew, 0 = set once
-        aggregators: rbla, zero_pad
+        aggregators: rules such as rbla, zero_pad, flexlora, flora, raflora (a wrong name lists them all)
         rounds: rounds of federated training
         local_epochs: passes over its data that a client makes each round
         batch_size: examples per local step

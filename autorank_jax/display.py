@@ -42,8 +42,7 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the terminal as it was, the bars at where they stand."""
-        self.status.stop()
-        self.bars.stop()
+        self._pause()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -69,7 +68,8 @@ class Display:
 
     def _pause(self) -> None:
         self.status.stop()
-        self.bars.stop()
+        if self.bars.live.is_started:
+            self.bars.stop()
 
     def _begin(self, name: str) -> None:
         if not self.console.is_terminal:

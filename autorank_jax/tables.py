@@ -11,7 +11,7 @@ from autorank_jax.datasets import DatasetInfo
 from autorank_jax.results import Results, Scores, si, summarize
 
 SHOWN_CLIENTS = 20
-POLICIES_PER_TABLE = 5
+POLICIES_PER_TABLE = 4
 
 
 def scores_table(scores: Scores) -> Table:
@@ -68,7 +68,7 @@ def comparison_tables(results: Results) -> Iterator[Table]:
         table = _table("Comparison" + (f", mean ± sd over {seeds} seeds" if seeds > 1 else ""))
         table.add_column("")
         for name in chosen:
-            table.add_column(name, justify="right")
+            table.add_column(name.replace("+", "\n+ "), justify="right")
         for label, show, ends in _lines(results):
             table.add_row(label, *(show(summary[name]) for name in chosen), end_section=ends)
         yield table

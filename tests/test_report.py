@@ -1,0 +1,228 @@
+"""Files of a run: numbers worked by hand, schemas in full, nothing half-written."""
+
+import csv
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from autorank_jax import report
+from autorank_jax.configuration import Experiment
+from autorank_jax.figures import SHOWN_CLIENTS, accuracy_figure, ranks_figure
+from autorank_jax.report import FILES, ReportError, check_folder, write_results
+from autorank_jax.results import Costs, Results, Row, Run, Scores, client_rows, run_names, si, spread, summarize
+from autorank_jax.tables import comparison_tables, scores_table
+
+CRITERIA = ("size", "label_entropy")
+COSTS = Costs(trained_parameters=100.0, bytes_up=400.0, bytes_down=400.0, flops=1e6, slowest_client=6e5)
+
+
+def make_scores(seed, policies=("autorank", "full")):
+    ratios = {policy: np.array([0.1, 1.0]) if policy == "autorank" else np.ones(2) for policy in policies}
+    return Scores(
+        seed=seed,
+        criteria=CRITERIA,
+        size=np.array([10, 30]),
+        label_counts=np.array([[10, 0], [15, 15]]),
+        matrix=np.array([[10.0, 0.0], [30.0, 0.6931472]]),
+        weights=np.array([0.25 + 0.5 * seed, 0.75 - 0.5 * seed]),
+        closeness=np.array([0.0, 1.0]),
+        ratios=ratios,
+        ranks={policy: {"layers/0": np.maximum(1, (10 * r).astype(int))} for policy, r in ratios.items()},
+        probe_flops=5e6,
+    )
+
+
+def make_run(policy, seed, curve, aggregator="rbla"):
+    probe = 5e6 if policy == "autorank" else 0.0
+    rows = tuple(
+        Row(policy, aggregator, seed, n, accuracy, 1.0, 2.0, 2, 0, probe + n * 1e6, n * 800.0, 0.5)
+        for n, accuracy in enumerate(curve, 1)
+    )
+    ratios = (0.55, 0.775) if policy == "autorank" else (1.0, 1.0)
+    return Run(policy, aggregator, seed, rows, COSTS, *ratios, probe)
+
+
+def make_results(aggregators=("rbla",)):
+    experiment = Experiment(
+        dataset="synthetic", clients=2, rank_policies=("autorank", "full"), rounds=3, seeds=2, targets=(0.5, 0.95),
+        aggregators=aggregators,
+    )  # fmt: skip
+    curves = {("autorank", 0): (0.2, 0.6, 0.5), ("autorank", 1): (0.1, 0.4, 0.7)}
+    curves |= {("full", 0): (0.2, None, 0.96), ("full", 1): (0.3, None, 0.4)}
+    runs = [make_run(*key, curve, rule) for rule in aggregators for key, curve in curves.items()]
+    scores = (make_scores(0), make_scores(1))
+    seconds = dict.fromkeys(aggregators, 1.5)
+    return Results(dataclasses.asdict(experiment), scores, tuple(runs), seconds, "a cpu", {"jax": "0"})
+
+
+def test_summary_worked_by_hand():
+    summary = summarize(make_results())
+    assert list(summary) == ["policies", "critic_weights", "clients", "device", "versions", "config"]
+    assert summary["critic_weights"] == {"size": 0.5, "label_entropy": 0.5}
+    assert summary["policies"]["autorank"] == {
+        "final_accuracy": {"mean": 0.6, "sd": pytest.approx(0.1414214), "values": [0.5, 0.7]},
+        "best_accuracy": {"mean": pytest.approx(0.65), "sd": pytest.approx(0.0707107), "values": [0.6, 0.7]},
+        "area_under_curve": {
+            "mean": pytest.approx(2.5 / 6),
+            "sd": pytest.approx(0.0235702),
+            "values": [pytest.approx(1.3 / 3), pytest.approx(0.4)],
+        },
+        "rounds_to": {"0.5": 2.5, "0.95": None},
+        "mean_ratio": {"clients": 0.55, "examples": 0.775},
+        "trained_parameters": 100.0,
+        "bytes_per_round": {"up": 400.0, "down": 400.0},
+        "train_flops": {"per_round": 1e6, "total": 8e6, "probe": 5e6, "slowest_client": 6e5},
+        "seconds": {"compile": 1.5, "train": 1.5},
+    }
+    full = summary["policies"]["full"]
+    assert full["rounds_to"] == {"0.5": None, "0.95": None}  # one seed never gets there
+    assert full["final_accuracy"]["values"] == [0.96, 0.4]
+    assert full["area_under_curve"]["values"] == [pytest.approx(0.58), pytest.approx(0.35)]  # of evaluated rounds
+
+
+def test_names_of_several_aggregators():
+    assert list(run_names(make_results(("rbla", "zero_pad")))) == [
+        "autorank+rbla", "full+rbla", "autorank+zero_pad", "full+zero_pad",
+    ]  # fmt: skip
+    assert set(summarize(make_results(("rbla", "zero_pad")))["policies"]) == set(
+        run_names(make_results(("rbla", "zero_pad")))
+    )
+
+
+def test_client_rows():
+    rows = client_rows(make_scores(0))
+    assert rows[1] == {
+        "seed": 0, "client": 1, "examples": 30, "size": 30.0, "label_entropy": 0.693147, "closeness": 1.0,
+        "ratio.autorank": 1.0, "rank.autorank.layers/0": 10, "ratio.full": 1.0, "rank.full.layers/0": 10,
+    }  # fmt: skip
+
+
+def test_spread():
+    assert spread([1.0, 3.0]) == {"mean": 2.0, "sd": pytest.approx(2**0.5), "values": [1.0, 3.0]}
+    assert spread([4.0]) == {"mean": 4.0, "sd": 0.0, "values": [4.0]}
+    assert spread([1.0, None]) == {"mean": None, "sd": None, "values": [1.0, None]}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(4.2e11, "420 G"), (1234.0, "1.23 k"), (0.5, "0.5"), (0, "0"), (None, "–"), (2e12, "2 T")]
+)
+def test_si(value, text):
+    assert si(value) == text
+
+
+def test_all_files_are_written(tmp_path):
+    paths = write_results(tmp_path / "a" / "b", make_results())
+    assert [path.name for path in paths] == list(FILES)
+    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == sorted(FILES)
+    read = {path.name: path.read_bytes() for path in paths}
+    results = make_results()
+    assert json.loads(read["config.json"]) == json.loads(json.dumps(results.config))
+    Experiment(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(read["config.json"]).items()})
+    history = json.loads(read["history.json"])
+    assert history == [row._asdict() for run in results.runs for row in run.rows]
+    assert list(history[0]) == list(Row._fields)
+    assert [row["round"] for row in history[:3]] == [1, 2, 3]
+    table = list(csv.DictReader(io.StringIO(read["history.csv"].decode())))
+    assert list(table[0]) == list(Row._fields)
+    assert [row["accuracy"] for row in table[6:9]] == ["0.2", "", "0.96"]
+    clients = list(csv.DictReader(io.StringIO(read["criteria.csv"].decode())))
+    assert [(row["seed"], row["client"]) for row in clients] == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
+    summary = json.loads(read["summary.json"])
+    assert summary == json.loads(json.dumps(summarize(results)))
+    assert [list(row) for row in summary["clients"]] == [list(clients[0])] * 4
+    for picture in ("accuracy.png", "ranks.png"):
+        assert read[picture].startswith(b"\x89PNG")
+        assert len(read[picture]) > 10_000
+
+
+def test_a_run_is_not_overwritten_by_accident(tmp_path):
+    write_results(tmp_path, make_results())
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    with pytest.raises(ReportError, match="--overwrite"):
+        write_results(tmp_path, make_results())
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    write_results(tmp_path, make_results(("rbla", "zero_pad")), overwrite=True)
+    assert "autorank+rbla" in json.loads((tmp_path / "summary.json").read_text())["policies"]
+
+
+def test_other_files_in_the_folder_do_not_matter(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    write_results(tmp_path, make_results())
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_checking_a_folder_makes_nothing(tmp_path):
+    check_folder(tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ReportError, match="is a file"):
+        check_folder(tmp_path / "file" / "run")
+    with pytest.raises(ReportError, match="is a file"):
+        check_folder(tmp_path / "file")
+
+
+def test_a_failing_write_leaves_no_summary_and_no_rest(tmp_path, monkeypatch):
+    write_results(tmp_path, make_results())
+    real = report._write
+
+    def full_disk(path, content):
+        if path.name == "accuracy.png":
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(report, "_write", full_disk)
+    with pytest.raises(ReportError, match="No space left on device"):
+        write_results(tmp_path, make_results(), overwrite=True)
+    assert not (tmp_path / "summary.json").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_nan_never_gets_into_a_file():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        report.to_json([{"accuracy": float("nan")}])
+
+
+def test_pictures_show_every_policy_and_client():
+    figure = accuracy_figure(make_results(("rbla", "zero_pad")))
+    assert isinstance(figure, Figure)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "autorank+rbla", "full+rbla", "autorank+zero_pad", "full+zero_pad",
+    ]  # fmt: skip
+    by_round, by_flops = figure.axes
+    first, second = by_round.lines[0], by_flops.lines[0]
+    np.testing.assert_allclose(first.get_xdata(), [1, 2, 3])
+    np.testing.assert_allclose(first.get_ydata(), [0.15, 0.5, 0.6])
+    np.testing.assert_allclose(second.get_xdata(), [6e6, 7e6, 8e6])  # the probe comes first
+    np.testing.assert_allclose(by_round.lines[1].get_xdata(), [1, 3])  # evaluated rounds only
+    bars, table = ranks_figure(make_scores(0)).axes
+    assert [patch.get_height() for patch in bars.patches] == [10, 15, 0, 15]
+    assert [text.get_text() for text in table.texts] == ["1", "10", "10", "10"]
+
+
+def test_many_clients_fit_into_the_picture():
+    scores = make_scores(0)
+    many = scores._replace(
+        size=np.arange(1, 501),
+        label_counts=np.stack([np.arange(1, 501), np.zeros(500, int)], axis=1),
+        ratios={"full": np.ones(500)},
+        ranks={"full": {"layers/0": np.full(500, 10)}},
+    )
+    figure = ranks_figure(many)
+    assert len(figure.axes[1].texts) == SHOWN_CLIENTS
+    assert figure.get_size_inches()[0] <= 14
+
+
+def test_tables_fit_a_terminal():
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(scores_table(make_scores(0)))
+    for table in comparison_tables(make_results(("rbla", "zero_pad"))):
+        console.print(table)
+    text = console.export_text()
+    assert "…" not in text
+    for word in ("weight", "0.750", "closeness", "60.0 ± 14.1 %", "rounds to 95 %", "training FLOPs", "8 M"):
+        assert word in text
