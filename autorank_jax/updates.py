@@ -101,7 +101,7 @@ def general_update(inputs: Array, lora_a: Array, lora_b: Array, axis: Sequence[i
     return out.reshape(*out.shape[:-1], *(form.shape[a] for a in form.order[form.inputs :]))
 
 
-def einsum_update(equation: str, inputs: Array, lora_a: Array, lora_b: Array, form: Form) -> Array:
+def einsum_update(equation: str | None, inputs: Array, lora_a: Array, lora_b: Array, form: Form) -> Array:
     """Return `(x A) B` for `inputs,kernel->outputs`, with the rank axis in place of what is contracted."""
     lhs, kernel, out = _operands(equation)
     into = "".join(kernel[axis] for axis in form.order[: form.inputs])
