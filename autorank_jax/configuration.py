@@ -94,7 +94,7 @@ class Experiment:
     probe_epochs: int = 5
     rerank_every: int = 0
     aggregators: tuple[str, ...] = ("rbla",)
-    rounds: int = 20
+    rounds: int = 15
     local_epochs: int = 5
     batch_size: int = 64
     optimizer: str = "sgd"

@@ -26,7 +26,7 @@ class Display:
             MofNCompleteColumn(),
             TextColumn("{task.fields[accuracy]:>8}"),
             TextColumn("{task.fields[speed]:>16}"),
-            TimeRemainingColumn(compact=True),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=console,
         )
         self.tasks: dict[str, TaskID] = {}

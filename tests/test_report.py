@@ -69,8 +69,8 @@ def test_summary_worked_by_hand():
         "best_accuracy": {"mean": pytest.approx(0.65), "sd": pytest.approx(0.0707107), "values": [0.6, 0.7]},
         "area_under_curve": {
             "mean": pytest.approx(2.5 / 6),
-            "sd": pytest.approx(0.0235702),
-            "values": [pytest.approx(1.3 / 3), pytest.approx(0.4)],
+            "sd": pytest.approx(0.02357023),
+            "values": pytest.approx([1.3 / 3, 0.4]),
         },
         "rounds_to": {"0.5": 2.5, "0.95": None},
         "mean_ratio": {"clients": 0.55, "examples": 0.775},
