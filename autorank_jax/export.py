@@ -1,0 +1,150 @@
+"""Adapters for other libraries: the layout of Hugging Face PEFT."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from autorank_jax.types import Adapter, Server, Task
+
+Names = Callable[[str], str | None]
+"""Path of a layer -> name of the module in PyTorch, None for what the PyTorch model does not have."""
+
+
+def export_peft(
+    path: str | Path, task: Task, server: Server, *, names: Names | None = None, base_model: str | None = None
+) -> Path:
+    """Write the adapters as `adapter_model.safetensors` and `adapter_config.json`, as Hugging Face PEFT reads them.
+
+    Every module has its own rank through `rank_pattern`, and the same number as its alpha, so that PEFT's scale
+    `alpha / r` is 1: updates here are in units of the weights. Biases and heads that were trained whole go along under
+    the names of the base model, which `PeftModel.from_pretrained` loads too.
+
+    Args:
+        path: of a folder, made where it does not exist.
+        task: made of an NNX model with linear, convolutional and embedding layers.
+        server: the global model, such as `state.server`.
+        names: module names in PyTorch, such as `text.bert_name`; the path with dots where None. Where it gives None for
+            a layer that was trained whole, that is left out.
+        base_model: name or path of the base model, for the config.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ImportError: without the package safetensors.
+        ValueError: if the task was built by hand, if the rule has changed the base weights, if two layers get one name,
+            or if a parameter trained whole has no counterpart.
+    """
+    try:
+        from safetensors.numpy import save_file  # noqa: PLC0415  optional
+    except ImportError as error:
+        message = "expected the package 'safetensors' for this, got none: pip install 'autorank-jax[text]'"
+        raise ImportError(message) from error
+    _check(task, server)
+    modules = _module_names(server, names or (lambda layer: layer.replace("/", ".")))
+    tensors, ranks = {}, {}
+    for layer, adapter in server.trainable.adapters.items():
+        module = modules[layer]
+        tensors.update(_factors(f"base_model.model.{module}", adapter, task.origin, layer))
+        ranks[f"^{re.escape(module)}"] = adapter.lora_a.shape[-1]
+    dense = _dense(server, names or (lambda layer: layer.replace("/", ".")))
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = _config(sorted(modules.values()), ranks, any(name.endswith("bias") for name in dense), base_model)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_file(tensors | dense, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    return folder
+
+
+def _check(task: Task, server: Server) -> None:
+    if task.origin is None:
+        raise ValueError("expected a task made by a task_from_ function, got one built by hand, which has no layers")
+    if not server.trainable.adapters:
+        raise ValueError("expected a server with adapters, got none, probably a task made with max_rank={}")
+    start, now = task.server.frozen.kernels, server.frozen.kernels
+    changed = sorted(path for path in start if not bool(jnp.array_equal(start[path], now[path])))
+    if changed:
+        raise ValueError(
+            f"expected the base weights that the task began with, got others for {changed}, probably from a rule that "
+            "merges into the base: the adapters alone are not the model, use merge"
+        )
+
+
+def _module_names(server: Server, names: Names) -> dict[str, str]:
+    modules: dict[str, str] = {}
+    for layer in sorted(server.trainable.adapters):
+        module = names(layer)
+        if not module or module in modules.values():
+            raise ValueError(f"expected one module name for each adapted layer, got {module!r} for {layer!r}")
+        modules[layer] = module
+    return modules
+
+
+def _factors(prefix: str, adapter: Adapter, origin: Any, layer: str) -> dict[str, np.ndarray]:
+    """Return both factors as PyTorch lays them out: outputs first."""
+    lora_a, lora_b = (np.asarray(factor, np.float32) for factor in adapter)
+    if origin.kinds[layer] == "embed":
+        tensors = {"lora_embedding_A": lora_a.T, "lora_embedding_B": lora_b.T}
+    elif origin.kinds[layer] == "conv":
+        *window, channels, _ = origin.shapes[layer]
+        kernel = lora_a.T.reshape(-1, *window, channels)  # (r, *window, c_in)
+        ones = (1,) * len(window)
+        tensors = {
+            "lora_A.weight": np.moveaxis(kernel, -1, 1),
+            "lora_B.weight": lora_b.T.reshape(-1, len(lora_b), *ones),
+        }
+    else:
+        tensors = {"lora_A.weight": lora_a.T, "lora_B.weight": lora_b.T}
+    return {f"{prefix}.{name}": np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def _dense(server: Server, names: Names) -> dict[str, np.ndarray]:
+    """Return what was trained whole under the names of the base model."""
+    tensors = {}
+    for path, value in server.trainable.dense.items():
+        layer, _, leaf = path.rpartition("/")
+        module = names(layer)
+        if module is None:
+            continue
+        array = np.asarray(value, np.float32)
+        if leaf == "kernel" and array.ndim == 2:
+            leaf, array = "weight", array.T
+        elif leaf in ("scale", "embedding"):
+            leaf = "weight"
+        elif leaf == "bias":
+            array = array.reshape(-1)
+        else:
+            raise ValueError(
+                f"expected kernels of linear layers, embeddings, scales and biases among what is trained whole, got "
+                f"{path!r}: let names return None for {layer!r}, or use merge"
+            )
+        inner = "base_layer." if layer in server.trainable.adapters else ""
+        tensors[f"base_model.model.{module}.{inner}{leaf}"] = np.ascontiguousarray(array)
+    return tensors
+
+
+def _config(modules: list[str], ranks: dict[str, int], biases: bool, base_model: str | None) -> dict[str, Any]:
+    widest = max(ranks.values())
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_model,
+        "target_modules": modules,
+        "r": widest,
+        "lora_alpha": widest,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "lora_dropout": 0.0,
+        "bias": "all" if biases else "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }

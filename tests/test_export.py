@@ -1,0 +1,100 @@
+"""Adapters written in PEFT's layout: read back here; `test_peft.py` has the real one read them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from autorank_jax.assembly import merge
+from autorank_jax.export import export_peft
+from autorank_jax.lora import merge_products
+from autorank_jax.tasks import task_from_nnx
+from autorank_jax.text import bert_name
+from autorank_jax.transformer import Encoder, Size, TextClassifier
+
+safetensors = pytest.importorskip("safetensors.numpy", reason="the package safetensors is not installed")
+
+SMALL = Size(width=8, depth=2, heads=2, hidden=12, length=10)
+
+
+class Mixed(nnx.Module):
+    """One layer of every kind that can be exported."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(7, 4, rngs=rngs)
+        self.conv = nnx.Conv(4, 6, (3,), rngs=rngs)
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, ids):
+        return self.head(jnp.mean(jax.nn.relu(self.conv(self.embed(ids))), axis=1))
+
+
+def trained(task, seed=1):
+    """Pretend that everything trainable has been trained."""
+    leaves, structure = jax.tree.flatten(task.server.trainable)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+    return task.server._replace(trainable=jax.tree.unflatten(structure, moved))
+
+
+def bert_names(path):
+    """Name layers as BertModel does, which has no head."""
+    return None if path == "head" else bert_name(path.removeprefix("encoder/"))
+
+
+def bert_task():
+    model = TextClassifier(Encoder(20, SMALL, rngs=nnx.Rngs(0)), 2, rngs=nnx.Rngs(1))
+    ranks = {"encoder/blocks/*/attention/*": 3, "encoder/blocks/1/up": 5, "encoder/blocks/0/down": 2}
+    return task_from_nnx(model, max_rank=ranks, train_dense=("*/bias", "head/*"))
+
+
+def test_exported_factors_multiply_to_the_update(tmp_path):
+    task = task_from_nnx(Mixed(nnx.Rngs(0)), max_rank={"embed": 2, "conv": 3, "head": 4})
+    server = trained(task)
+    tensors = safetensors.load_file(export(tmp_path, task, server) / "adapter_model.safetensors")
+    prefix = "base_model.model."
+    a, b = tensors[f"{prefix}head.lora_A.weight"], tensors[f"{prefix}head.lora_B.weight"]
+    before, after = task.server.frozen.kernels, merge(task, server)
+    np.testing.assert_allclose((b @ a).T, after.head.kernel[...] - before["head"], atol=1e-6)
+    a, b = tensors[f"{prefix}embed.lora_embedding_A"], tensors[f"{prefix}embed.lora_embedding_B"]
+    np.testing.assert_allclose((b @ a).T, after.embed.embedding[...] - before["embed"], atol=1e-6)
+    a, b = tensors[f"{prefix}conv.lora_A.weight"], tensors[f"{prefix}conv.lora_B.weight"]
+    assert a.shape == (3, 4, 3)
+    assert b.shape == (6, 3, 1)
+    update = np.einsum("or,rck->kco", b[..., 0], a)
+    np.testing.assert_allclose(update, after.conv.kernel[...] - before["conv"].reshape(3, 4, 6), atol=1e-6)
+
+
+def export(folder, task, server, **options):
+    return export_peft(folder / "adapter", task, server, **options)
+
+
+def test_every_module_has_its_rank_and_scale_one(tmp_path):
+    task = bert_task()
+    folder = export(tmp_path, task, task.server, names=bert_names, base_model="some/model")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some/model"
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert len(config["rank_pattern"]) == len(config["target_modules"]) == 10
+    assert sorted(set(config["rank_pattern"].values())) == [2, 3, 5]
+    assert config["bias"] == "all"
+
+
+def test_export_refuses_what_the_adapters_do_not_tell(tmp_path):
+    task = bert_task()
+    delta = {"encoder/blocks/1/up": jnp.ones((8, 12))}
+    with pytest.raises(ValueError, match=r"merges into the base.*use merge"):
+        export(tmp_path, task, merge_products(task.server, delta), names=bert_names)
+    with pytest.raises(ValueError, match="built by hand"):
+        export(tmp_path, task._replace(origin=None), task.server)
+    with pytest.raises(ValueError, match="one module name for each adapted layer"):
+        export(tmp_path, task, task.server, names=lambda _: "same")
+    frozen = task_from_nnx(Mixed(nnx.Rngs(0)), max_rank={}, train_dense="*")
+    with pytest.raises(ValueError, match="with adapters, got none"):
+        export(tmp_path, frozen, frozen.server)
+    whole = task_from_nnx(Mixed(nnx.Rngs(0)), max_rank={"head": 2}, train_dense="conv/*")
+    with pytest.raises(ValueError, match="conv/kernel"):
+        export(tmp_path, whole, whole.server)
