@@ -23,9 +23,9 @@ from matplotlib import pyplot as plt
 
 from autorank_jax import aggregators, datasets, federated_data, partition
 from autorank_jax.engine import make_round
-from autorank_jax.lanes import choose_lanes
 from autorank_jax.local import make_local_training
 from autorank_jax.models import MLP
+from autorank_jax.scheduling import choose_lanes
 from autorank_jax.simulation import init_state
 from autorank_jax.tasks import task_from_nnx
 
