@@ -33,23 +33,25 @@ Scale = Callable[[Array], Array]
 
 def constant_scale(value: float = 1.0) -> Scale:
     """Scale every client's update alike: `x W + value · (x A) B`."""
-    return lambda rank: jnp.full_like(rank, _positive("value", value))
+    _check_positive("value", value)
+    return lambda rank: jnp.full_like(rank, value)
 
 
 def alpha_over_rank(alpha: float) -> Scale:
     """Scale by `alpha / rank`, LoRA's own rule (arXiv 2106.09685)."""
-    return lambda rank: _positive("alpha", alpha) / jnp.maximum(rank, 1)
+    _check_positive("alpha", alpha)
+    return lambda rank: alpha / jnp.maximum(rank, 1)
 
 
 def alpha_over_sqrt_rank(alpha: float) -> Scale:
     """Scale by `alpha / √rank`, the rank-stabilised rule (arXiv 2312.03732)."""
-    return lambda rank: _positive("alpha", alpha) / jnp.sqrt(jnp.maximum(rank, 1))
+    _check_positive("alpha", alpha)
+    return lambda rank: alpha / jnp.sqrt(jnp.maximum(rank, 1))
 
 
-def _positive(name: str, value: float) -> float:
+def _check_positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"expected a positive LoRA {name}, got {value}")
-    return value
 
 
 def from_task_loss(loss: Callable[[PyTree, Trainable, Batch, Key], Array]) -> LocalLoss:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from autorank_jax.types import (
@@ -36,6 +37,7 @@ def init_state(
     learning_rate: float = 0.01,
     local_epochs: int = 1,
     max_epochs: int = 5,
+    clients: int | None = None,
     **hparams: float,
 ) -> State:
     """Make the state before the first round.
@@ -47,17 +49,19 @@ def init_state(
         learning_rate: for an optimiser made of `hparams`.
         local_epochs: passes over its data that a client makes each round, ≥ 1.
         max_epochs: epochs per round whose mean loss is kept for every client.
+        clients: how many there are; needed only without adapters, where there are no ranks to tell.
         **hparams: further numbers that the optimiser is made of.
 
     Returns:
         A state without weakly typed leaves, so that the next round finds the same types.
 
     Raises:
-        ValueError: if ranks are missing, have unequal lengths, or lie outside `1..max_rank`.
+        ValueError: if ranks are missing, have unequal lengths, or lie outside `1..max_rank`, or if
+            local_epochs is below 1.
     """
     if local_epochs < 1:
         raise ValueError(f"expected local_epochs >= 1, got {local_epochs}")
-    clients = _check_ranks(server, ranks)
+    clients = _check_ranks(server, ranks, clients)
     dtype = jnp.result_type(float)
     numbers = {"learning_rate": learning_rate, **hparams}
     kept = aggregator.client_init(server)
@@ -74,22 +78,28 @@ def init_state(
     )
 
 
-def _check_ranks(server: Server, ranks: Mapping[str, Array]) -> int:
+def _check_ranks(server: Server, ranks: Mapping[str, Array], clients: int | None) -> int:
     adapters = server.trainable.adapters
     if set(ranks) != set(adapters):
         raise ValueError(f"expected ranks for the adapters {sorted(adapters)}, got {sorted(ranks)}")
-    lengths = {len(jnp.shape(r)) == 1 and jnp.shape(r)[0] for r in ranks.values()}
-    if len(lengths) != 1 or False in lengths:
-        shapes = {p: jnp.shape(r) for p, r in ranks.items()}
-        raise ValueError(f"expected ranks of one shape (clients,) for every adapter, got {shapes}")
+    if clients is None:
+        if not ranks:
+            raise ValueError("expected clients=, got none: without adapters there are no ranks to count them by")
+        clients = jnp.size(next(iter(ranks.values())))
+    shapes = {path: jnp.shape(rank) for path, rank in ranks.items()}
+    if any(shape != (clients,) for shape in shapes.values()):
+        raise ValueError(f"expected ranks of shape (clients,) = ({clients},) for every adapter, got {shapes}")
     for path, rank in ranks.items():
         widest = adapters[path].lora_a.shape[-1]
-        if not isinstance(rank, jax.core.Tracer) and (jnp.min(rank) < 1 or jnp.max(rank) > widest):
+        if isinstance(rank, jax.core.Tracer):
+            continue
+        least, most = np.min(rank), np.max(rank)  # not jnp: under jit it would trace ranks that are known
+        if least < 1 or most > widest:
             raise ValueError(
-                f"expected ranks of {path!r} in 1..{widest}, got {int(jnp.min(rank))}..{int(jnp.max(rank))}, "
+                f"expected ranks of {path!r} in 1..{widest}, got {least}..{most}, "
                 "probably ranks made for a larger max_rank"
             )
-    return lengths.pop()
+    return clients
 
 
 def with_server(state: State, server: PyTree) -> State:
