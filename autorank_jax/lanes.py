@@ -128,7 +128,7 @@ def make_queue(
     numbers = jnp.arange(len(program.levels), dtype=jnp.int32)
     ends = jnp.searchsorted(level[order], numbers, side="right").astype(jnp.int32)
     row = cohort.row[order]
-    shuffle, noise = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)), out_axes=1)(data.id[row])
+    shuffle, noise = jax.vmap(lambda i: tuple(jax.random.split(jax.random.fold_in(key, i))))(data.id[row])
     words = jax.vmap(lambda k: jax.random.bits(k, (2,), jnp.uint32))(shuffle)
     return Queue(row, weight[order], steps[order], words, noise, ends)
 
