@@ -25,6 +25,7 @@ from autorank_jax.federations import Federation, make_federations
 from autorank_jax.participation import everyone, sample_uniformly
 from autorank_jax.ranking import PROBE_POLICIES, Ranker, make_ranker, score_clients
 from autorank_jax.results import Costs, Results, Row, Run, Scores
+from autorank_jax.scheduling import choose_lanes
 from autorank_jax.types import Aggregator, Array, EvaluateFn, FederatedData, RoundFn, State
 
 
@@ -149,7 +150,7 @@ def compile_program(experiment: Experiment, dataset: Dataset, federation: Federa
     round_fn = engine.make_round(
         training,
         rule,
-        lanes=choose_lanes(experiment, np.asarray(federation.data.size)),
+        lanes=lanes_of(experiment, federation),
         rank_levels=experiment.rank_levels,
         participation=sample_uniformly(experiment.cohort) if sampled else everyone,
     )
@@ -178,14 +179,11 @@ def make_optimizer(experiment: Experiment) -> Callable[[Mapping[str, Array]], op
     return lambda h: make(h["learning_rate"])
 
 
-def choose_lanes(experiment: Experiment, size: np.ndarray) -> int:
-    """Choose how many clients train side by side: one on a CPU, as many as keep each other busy on an accelerator."""
+def lanes_of(experiment: Experiment, federation: Federation) -> int:
+    """Return how many clients train side by side: what was asked for, or what suits data, model and device."""
     if experiment.lanes != "auto":
         return min(int(experiment.lanes), experiment.cohort)
-    if jax.default_backend() == "cpu":
-        return 1
-    steps = -(-size // experiment.batch_size)
-    return int(np.clip(steps.sum() // steps.max(), 1, min(experiment.cohort, 256)))
+    return choose_lanes(federation.data, federation.task, batch_size=experiment.batch_size, cohort=experiment.cohort)
 
 
 def start_state(

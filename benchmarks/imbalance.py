@@ -1,6 +1,6 @@
 """Seconds per round against size imbalance: the queue engine stays flat, the plain vmapped round rises.
 
-100 clients share the 5,000 images of the embedded Fashion-MNIST subset; their amounts are log-normal with σ from 0 to 2,
+100 clients share the 5,000 images of the embedded Fashion-MNIST subset; their amounts are log-normal, σ from 0 to 2,
 so that the total work is the same throughout. Model, local step, ranks and aggregation rule are the same on both sides.
 
 Command:  python benchmarks/imbalance.py            (about two minutes on two CPU cores)

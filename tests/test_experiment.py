@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -288,13 +287,3 @@ def test_a_dataset_that_is_not_there(monkeypatch, tmp_path):
     monkeypatch.setenv(datasets.ENVIRONMENT_VARIABLE, str(tmp_path))
     with pytest.raises(ConfigurationError, match=r"expected a file at .*mnist\.npz"):
         dataclasses.replace(TINY, dataset="mnist").validate()
-
-
-def test_lanes_are_few_on_a_cpu_and_balanced_elsewhere(monkeypatch):
-    size = np.array([100, 10, 10, 10])
-    four = dataclasses.replace(TINY, clients=4, batch_size=10)
-    assert experiment_module.choose_lanes(four, size) == 1
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert experiment_module.choose_lanes(four, size) == 1  # 13 steps, the longest client has 10 of them
-    assert experiment_module.choose_lanes(four, np.array([100, 100, 100, 100])) == 4
-    assert experiment_module.choose_lanes(dataclasses.replace(four, lanes=3), size) == 3
