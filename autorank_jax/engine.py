@@ -5,7 +5,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
+from autorank_jax.dealing import check_mesh
+from autorank_jax.devices import add_up, on_mesh, own_clients
 from autorank_jax.lanes import Program, Round, Tally, Widths, make_queue, run_queue
 from autorank_jax.lora import max_ranks
 from autorank_jax.participation import Cohort, Participation, by_examples, everyone
@@ -30,23 +33,30 @@ def make_round(
     rank_levels: int = 1,
     participation: Participation = everyone,
     weigh: Callable[[FederatedData], Array] = by_examples,
+    mesh: Mesh | None = None,
 ) -> RoundFn:
     """Make the function of one federated round, to be jitted by the caller.
 
     Args:
         local: local training of one client.
         aggregator: the rule.
-        lanes: clients trained side by side; few suit a CPU, many a GPU. Results depend on it by rounding only.
+        lanes: clients trained side by side on each device; few suit a CPU, many a GPU. Results depend on it by
+            rounding only.
         rank_levels: widths at which adapters are trained, `⌈R·q/levels⌉`. Each adds compile time; cost follows rank.
         participation: chooses the cohort.
         weigh: weight of each client in the aggregate, `(clients,)`; a client of weight 0 is absent.
+        mesh: devices to deal the clients to, from `dealing.client_mesh`, on one host or many; where None the round runs
+            where its arrays are. Place state, key and data by `dealing.replicate`, or make data by
+            `dealing.owned_data`. Results depend on the mesh by rounding only.
 
     Returns:
         `round(key, state, data) -> (state, info)`. The same `key` serves all rounds: each folds in its number.
 
     Raises:
-        ValueError: if lanes or levels are below 1.
+        ValueError: if lanes or levels are below 1, or the mesh has other axes than `clients`.
     """
+    if mesh is not None:
+        check_mesh(mesh)
     for name, value in (("lanes", lanes), ("rank_levels", rank_levels)):
         if value < 1:
             raise ValueError(f"expected {name} >= 1, got {value}")
@@ -59,9 +69,11 @@ def make_round(
         weight = jnp.where(cohort.present, weights[cohort.row], 0)
 
         def train(weight: Array) -> Tally:
-            queue = make_queue(training, state, data, cohort, weight, program=program)
+            mine = jnp.array(True) if mesh is None else own_clients(program, state, data, cohort, weight)
+            queue = make_queue(training, state, data, cohort, jnp.where(mine, weight, 0), program=program)
             plan = make_plan(state, cohort, weight, jnp.sum(weights))
-            return run_queue(program, Round(state, data, queue, plan))
+            tally = run_queue(program, Round(state, data, queue, plan))
+            return tally if mesh is None else add_up(tally, state, cohort.row, mine)
 
         tally = _train_exactly(train, cohort, weight) if aggregator.exact_plan else train(weight)
         server, memory = aggregator.update(server_step, tally.sums, state.aggregator, state.server)
@@ -76,7 +88,7 @@ def make_round(
         )
         return state, _describe(tally, cohort, weight)._replace(diagnostics=diagnostics)
 
-    return round_fn
+    return round_fn if mesh is None else on_mesh(round_fn, mesh)
 
 
 def level_widths(widest: Widths, levels: int) -> list[Widths]:

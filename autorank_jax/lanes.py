@@ -117,12 +117,7 @@ def make_queue(
     A client belongs to the smallest level that is wide enough for its integer ranks in every layer. Its random numbers
     follow its identity, not its place.
     """
-    per_epoch = steps_per_epoch(data.size[cohort.row], program.local.batch_size)
-    steps = state.hparams["local_epochs"].astype(jnp.int32) * per_epoch
-    level = jnp.zeros(cohort.row.shape, jnp.int32)
-    for path, ranks in state.ranks.items():
-        edges = jnp.array([widths[path] for widths in program.levels[:-1]], jnp.int32)
-        level = jnp.maximum(level, jnp.searchsorted(edges, ranks[cohort.row], side="left").astype(jnp.int32))
+    steps, level = steps_and_levels(state, data, cohort.row, program=program)
     level = jnp.where(cohort.present & (weight > 0) & (steps > 0), level, len(program.levels))
     order = jnp.lexsort((-steps, level))
     numbers = jnp.arange(len(program.levels), dtype=jnp.int32)
@@ -131,6 +126,16 @@ def make_queue(
     shuffle, noise = jax.vmap(lambda i: tuple(jax.random.split(jax.random.fold_in(key, i))))(data.id[row])
     words = jax.vmap(lambda k: jax.random.bits(k, (2,), jnp.uint32))(shuffle)
     return Queue(row, weight[order], steps[order], words, noise, ends)
+
+
+def steps_and_levels(state: State, data: FederatedData, row: Array, *, program: Program) -> tuple[Array, Array]:
+    """Return the local steps of clients this round, and the number of their rank level, in the shape of `row`."""
+    per_epoch = steps_per_epoch(data.size[row], program.local.batch_size)
+    level = jnp.zeros(row.shape, jnp.int32)
+    for path, ranks in state.ranks.items():
+        edges = jnp.array([widths[path] for widths in program.levels[:-1]], jnp.int32)
+        level = jnp.maximum(level, jnp.searchsorted(edges, ranks[row], side="left").astype(jnp.int32))
+    return state.hparams["local_epochs"].astype(jnp.int32) * per_epoch, level
 
 
 def run_queue(program: Program, round_: Round) -> Tally:

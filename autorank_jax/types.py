@@ -80,6 +80,7 @@ class FederatedData(NamedTuple):
     start: Array  # (clients,) int32 first position of a client in `order`
     size: Array  # (clients,) int32 examples
     id: Array  # (clients,) int32 identity: random numbers follow it, not the position
+    owner: Array | None = None  # (clients,) int32 device that holds the examples; None: every device holds all
 
 
 class ClientStats(NamedTuple):
