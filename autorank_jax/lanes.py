@@ -183,7 +183,8 @@ def run_level(level: Level, bounds: tuple[Array, Array], tally: Tally) -> Tally:
         fresh = jax.vmap(lambda seat: _begin(level, seat))(seats)
         lanes = lanes._replace(local=_select(lanes.free, fresh, lanes.local))
         active = lanes.place < end
-        count = jnp.min(jnp.where(active, seats.steps - lanes.step, jnp.iinfo(jnp.int32).max))
+        remaining = jnp.where(active, seats.steps - lanes.step, jnp.iinfo(jnp.int32).max)
+        count = jnp.where(jnp.any(active), jnp.min(remaining), 0)  # 0: under vmap, while others still train
         step = jax.vmap(lambda seat, lane: _advance(level, seat, lane))
         lanes = lax.fori_loop(0, count, lambda _, lanes: step(seats, lanes), lanes)
         done = active & (lanes.step == seats.steps)
