@@ -135,7 +135,7 @@ def _tail_start(rank: Array, shrink: float) -> Array:
 
 def _tail_score(adapter: Adapter, rank: Array, shrink: float) -> Array:
     """Return `‖A[:, t:r]‖_F ‖B[t:r]‖_F` with `t = max(1, ⌊γ r⌋)`; its gradient is 0 where a norm is."""
-    position = jnp.arange(adapter.lora_a.shape[-1])
+    position = jnp.arange(adapter.lora_a.shape[-1], dtype=jnp.int32)
     tail = (position >= _tail_start(rank, shrink)) & (position < rank)
     a, b = jnp.where(tail[None, :], adapter.lora_a, 0), jnp.where(tail[:, None], adapter.lora_b, 0)
     return _norm(jnp.sum(jnp.square(a))) * _norm(jnp.sum(jnp.square(b)))
@@ -155,11 +155,14 @@ def _ranks(client: Client) -> dict[str, Array]:
 def _limited(client: Client, widths: dict[str, int]) -> dict[str, Array]:
     """Return the masks of what a client has not pruned, at full width."""
     dtype = jnp.result_type(float)
-    return {path: (jnp.arange(widths[path]) < client.state[path]).astype(dtype) for path in widths}
+    return {path: (jnp.arange(widths[path], dtype=jnp.int32) < client.state[path]).astype(dtype) for path in widths}
 
 
 def _masks(ranks: dict[str, Array], masks: dict[str, Array]) -> dict[str, Array]:
-    return {path: jnp.where(jnp.arange(mask.shape[0]) < ranks[path], mask, 0) for path, mask in masks.items()}
+    return {
+        path: jnp.where(jnp.arange(mask.shape[0], dtype=jnp.int32) < ranks[path], mask, 0)
+        for path, mask in masks.items()
+    }
 
 
 def _pruned(update: ClientUpdate, shrink: float) -> dict[str, Array]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
+from jax.scipy.linalg import cho_factor, cho_solve
 
 from autorank_jax.aggregators.base import (
     ClientSums,
@@ -131,7 +132,8 @@ def _correction(a: Array, gap: Array, ridge: float) -> Array:
     """Solve `min ‖gap - A ΔB‖_F² + λ ‖ΔB‖_F²` for ΔB."""
     if ridge == 0:
         return jnp.linalg.lstsq(a, gap)[0]
-    return jnp.linalg.solve(a.T @ a + ridge * jnp.eye(a.shape[1], dtype=a.dtype), a.T @ gap)
+    factor = cho_factor(a.T @ a + ridge * jnp.eye(a.shape[1], dtype=a.dtype))
+    return cho_solve(factor, a.T @ gap)
 
 
 def _mean_products(server: Server, sums: ClientSums) -> dict[str, Array]:
@@ -184,9 +186,12 @@ def split_product(product: Array, old: Adapter, *, sigma: Sigma, keep: Keep | No
     count = min(old.lora_a.shape[-1], s.shape[0])
     live = s > 10 * max(product.shape) * jnp.finfo(s.dtype).eps * s[0]
     if keep is not None:
-        live = live & (jnp.arange(s.shape[0]) < keep(s))
+        live = live & (jnp.arange(s.shape[0], dtype=jnp.int32) < keep(s))
     live, (left, right) = live[:count], (s[:count] ** power for power in _POWERS[sigma])
-    a, b = (u[:, :count] * left).astype(old.lora_a.dtype), (right[:, None] * vt[:count]).astype(old.lora_b.dtype)
+    a, b = (
+        (u[:, :count] * left[None, :]).astype(old.lora_a.dtype),
+        (right[:, None] * vt[:count]).astype(old.lora_b.dtype),
+    )
     return Adapter(
         old.lora_a.at[:, :count].set(jnp.where(live[None, :], a, old.lora_a[:, :count])),
         jnp.zeros_like(old.lora_b).at[:count].set(jnp.where(live[:, None], b, 0)),
