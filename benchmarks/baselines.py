@@ -36,7 +36,7 @@ from autorank_jax.types import (
 OneRound = Callable[[Key, State, FederatedData], State]
 
 
-def _level(local: LocalTraining, aggregator: Aggregator, key: Key, state: State, data: FederatedData) -> Level:
+def make_level(local: LocalTraining, aggregator: Aggregator, key: Key, state: State, data: FederatedData) -> Level:
     widths = max_ranks(state.server.trainable)
     program = Program(local, aggregator, data.size.shape[0], level_widths(widths, 1))
     _, training, _ = jax.random.split(jax.random.fold_in(key, state.round), 3)
@@ -67,7 +67,7 @@ def make_lockstep(local: LocalTraining, aggregator: Aggregator, *, steps: int) -
     """Make a round in which all clients are vmapped and scan over the longest client's `steps`."""
 
     def round_fn(key: Key, state: State, data: FederatedData) -> State:
-        level = _level(local, aggregator, key, state, data)
+        level = make_level(local, aggregator, key, state, data)
         seats = jax.vmap(lambda place: take_seat(level, place))(jnp.arange(data.size.shape[0]))
 
         def one(seat: Seat, trained: LocalState, step: Array) -> LocalState:
@@ -90,14 +90,14 @@ def make_loop(local: LocalTraining, aggregator: Aggregator) -> OneRound:
 
     @jax.jit
     def client(key: Key, state: State, data: FederatedData, place: Array) -> Sums:
-        level = _level(local, aggregator, key, state, data)
+        level = make_level(local, aggregator, key, state, data)
         seat = take_seat(level, place)
         trained = lax.fori_loop(0, seat.steps, lambda i, t: _step(level, seat, t, i), _begin(level, seat))
         return finish(level, seat, trained, jnp.array(True))[0]
 
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
     server_step = jax.jit(
-        lambda key, state, data, sums: _server_step(_level(local, aggregator, key, state, data), key, sums)
+        lambda key, state, data, sums: _server_step(make_level(local, aggregator, key, state, data), key, sums)
     )
 
     def round_fn(key: Key, state: State, data: FederatedData) -> State:

@@ -1,0 +1,194 @@
+"""The competitors of `speed.py`, made ready to be timed: compiled, warmed up, and held against our result."""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import harness
+import jax
+import numpy as np
+import workloads
+from baselines import make_centralised, make_lockstep, make_loop, mean_widths
+from peer import ENVIRONMENTS, Peer, PeerError
+from workloads import Workload
+
+from autorank_jax.engine import make_round
+from autorank_jax.types import State
+
+ENGINES = ("centralised", "lockstep", "loop")
+BIG_BATCHES = (256, 512, 1024, 2048)
+TOLERANCE = 1e-4
+KEY = 0
+
+
+class Entry(NamedTuple):
+    """A competitor that is ready to be timed."""
+
+    run: Callable[[], float]  # one round; returns its seconds
+    compile_seconds: float | None
+    peak_bytes: Callable[[], int | None]
+    detail: dict[str, Any]
+
+
+def timed(program: Callable[..., Any], *arguments: Any) -> float:
+    """Run a program once and return the seconds it took."""
+    begin = time.perf_counter()
+    jax.block_until_ready(program(*arguments))
+    return time.perf_counter() - begin
+
+
+def compiled_entry(function: Callable[..., Any], workload: Workload, **detail: Any) -> Entry:
+    """Compile a round and warm it up."""
+    arguments = (jax.random.key(KEY), workload.state, workload.data)
+    program, seconds = harness.compiled(function, *arguments)
+    timed(program, *arguments)
+    memory = program.memory_analysis()
+    cost = (program.cost_analysis() or {}).get("bytes accessed")
+    parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
+    peak = None if memory is None else sum(getattr(memory, part) for part in parts)
+    return Entry(
+        lambda: timed(program, *arguments),
+        seconds,
+        lambda: peak,
+        {**detail, "bytes_accessed": cost, "program": program},
+    )
+
+
+def make_ours(workload: Workload, lanes: int) -> Entry:
+    """Compile this package's round."""
+    lanes = min(lanes, workload.data.size.shape[0])
+    round_fn = make_round(workload.local, workload.rule, lanes=lanes, rank_levels=workload.rank_levels)
+    return compiled_entry(lambda *a: round_fn(*a)[0], workload, lanes=lanes)
+
+
+def make_best_centralised(workload: Workload) -> Entry:
+    """Compile the yardstick at several batch sizes and keep the fastest."""
+    widths, entries = mean_widths(workload.state, workload.data), []
+    for batch_size in BIG_BATCHES:
+        if batch_size <= max(BIG_BATCHES[0], workloads.examples_per_round(workload)):
+            function = make_centralised(workload.local, widths=widths, batch_size=batch_size)
+            entries.append(compiled_entry(function, workload, batch_size=batch_size))
+    return min(entries, key=lambda entry: min(entry.run() for _ in range(2)))
+
+
+def make_engine(name: str, workload: Workload) -> Entry:
+    """Make an engine that runs in this process."""
+    if name == "centralised":
+        return make_best_centralised(workload)
+    if name == "lockstep":
+        function = make_lockstep(workload.local, workload.rule, steps=workloads.longest(workload))
+        return compiled_entry(function, workload)
+    program = make_loop(workload.local, workload.rule)
+    arguments = (jax.random.key(KEY), workload.state, workload.data)
+    first = timed(program, *arguments)
+    return Entry(
+        lambda: timed(program, *arguments),
+        max(0.0, first - timed(program, *arguments)),
+        lambda: None,
+        {"program": program},
+    )
+
+
+def make_peer(name: str, workload: Workload, options: argparse.Namespace, folder: Path) -> tuple[Entry, Peer]:
+    """Start a peer's worker on the exported workload and let it warm up."""
+    exported = folder / "workload.npz"
+    if not exported.exists():
+        workloads.export_workload(workload, jax.random.key(KEY), exported)
+    peer = Peer(name, options.peers, exported, folder, patience=options.patience)
+    peak: list[int] = [0]
+
+    def run() -> float:
+        answer = peer.ask("run")
+        peak[0] = answer["peak_bytes"]
+        return answer["seconds"]
+
+    try:
+        first = run()
+        return Entry(run, max(0.0, first - run()), lambda: peak[0], {}), peer
+    except PeerError:
+        peer.close()
+        raise
+
+
+def trained_values(state: State) -> dict[str, np.ndarray]:
+    """Return the trained values under the names that peers use."""
+    trainable = state.server.trainable
+    values = {f"dense:{name}": value for name, value in trainable.dense.items()}
+    for path, (a, b) in trainable.adapters.items():
+        values |= {f"lora_a:{path}": a, f"lora_b:{path}": b}
+    return {name: np.asarray(value) for name, value in values.items()}
+
+
+def difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    """Return the largest relative difference of any factor (Frobenius norm), and of all dense values together.
+
+    `lora_b` starts at zero, so that who trains nothing differs by 1. Some biases (of attention keys) have no gradient
+    but rounding, hence the dense values together.
+    """
+
+    def relative(names: list[str]) -> float:
+        gap = sum(float(np.sum(np.square(ours[name] - theirs[name], dtype=np.float64))) for name in names)
+        size = sum(float(np.sum(np.square(ours[name], dtype=np.float64))) for name in names)
+        return (gap / max(size, 1e-300)) ** 0.5
+
+    factors = [relative([name]) for name in ours if not name.startswith("dense:")]
+    worst = max(*factors, relative([name for name in ours if name.startswith("dense:")]))
+    return worst if np.isfinite(worst) else float("inf")
+
+
+def gate(name: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    """Return how far a competitor's result is from ours; raise `PeerError` where it is another result."""
+    gap = difference(ours, theirs)
+    print(f"  {name}: differs from ours by {gap:.1e}", flush=True)
+    if gap > TOLERANCE:
+        raise PeerError(f"trained something else: values differ by {gap:.1e}, more than {TOLERANCE:.0e}")
+    return gap
+
+
+def add_engines(
+    workload: Workload, names: list[str], entries: dict[str, Entry], skipped: dict[str, str], gaps: dict[str, float]
+) -> None:
+    """Make the engines of this process; `centralised` trains another model and so passes no gate."""
+    ours = trained_values(entries["ours"].detail["program"](jax.random.key(KEY), workload.state, workload.data))
+    for name in names:
+        print(f"  {name} …", flush=True)
+        entry = make_engine(name, workload)
+        try:
+            if name != "centralised":
+                state = entry.detail["program"](jax.random.key(KEY), workload.state, workload.data)
+                gaps[name] = gate(name, ours, trained_values(state))
+            entries[name] = entry
+        except PeerError as error:
+            skipped[name] = str(error)
+
+
+def add_peers(
+    workload: Workload, options: argparse.Namespace, folder: Path, entries: dict[str, Entry], skipped: dict[str, str]
+) -> tuple[list[Peer], dict[str, float]]:
+    """Start the peers and hold their results against ours."""
+    ours = trained_values(entries["ours"].detail["program"](jax.random.key(KEY), workload.state, workload.data))
+    peers, gaps = [], {}
+    for name in [name for name in options.competitors if name in ENVIRONMENTS]:
+        print(f"  {name} …", flush=True)
+        try:
+            entry, peer = make_peer(name, workload, options, folder)
+            peers.append(peer)
+            gaps[name] = gate(name, ours, peer.values())
+            entries[name] = entry
+        except PeerError as error:
+            skipped[name] = str(error)
+            print(f"  {name}: no number: {error}", flush=True)
+    return peers, gaps
+
+
+def sweep(workload: Workload, lanes: tuple[int, ...]) -> dict[str, Entry]:
+    """Compile our round for several numbers of lanes; the fastest is `ours`, the others `ours, N lanes`."""
+    counts = sorted({min(count, workload.data.size.shape[0]) for count in lanes})
+    entries = {}
+    for count in counts:
+        print(f"  ours, {count} lanes …", flush=True)
+        entries[count] = make_ours(workload, count)
+    best = counts[0] if len(counts) == 1 else min(counts, key=lambda c: min(entries[c].run() for _ in range(2)))
+    return {"ours" if count == best else f"ours, {count} lanes": entry for count, entry in entries.items()}

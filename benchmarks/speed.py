@@ -1,0 +1,172 @@
+"""Samples per second of the engine beside `centralised`, hand-written JAX engines and other simulators.
+
+Competitors: `centralised` (one shared model, big batches, no clients: the yardstick), `lockstep` (`jit(vmap(scan))`),
+`loop` (a Python loop over a jitted client), and the peers `drjax, fedjax, pfl, flower, torch, torch_vmap`, each in an
+environment of its own (`benchmarks/peers/setup.sh DIR`). All train the very same round: start values, examples, order
+of batches, ranks. A competitor whose trained values differ from ours by more than 1e-4 gets no number.
+
+Command:  AUTORANK_JAX_DATA=DIR python benchmarks/speed.py --json benchmarks/results/speed.json
+          (see `--help`; `--quick` needs no data; an existing file is added to, workload by workload)
+Hardware: two CPU cores, or one GPU with `--device gpu`, which sweeps the lanes from 1 to 4096
+Time and numbers to expect: see benchmarks/README.md
+Writes:   after each workload the rows and ratios as JSON, and beside it a picture
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import harness
+import jax
+import matplotlib as mpl
+import workloads
+from competitors import ENGINES, Entry, add_engines, add_peers, sweep
+from peer import ENVIRONMENTS, peer_versions
+from speed_picture import draw
+from workloads import Workload
+
+from autorank_jax.evaluation import client_costs, training_flops
+
+SWEEP = (1, 4, 16, 64, 256, 1024, 4096)
+COMPETITORS = (*ENGINES, *ENVIRONMENTS)
+COLUMNS = ("competitor", "samples_per_second", "seconds_per_round", "spread_seconds", "compile_seconds", "peak_bytes")
+
+
+def alternate(entries: dict[str, Entry], repeats: int, budget: float) -> dict[str, list[float]]:
+    """Let competitors take turns; who has used up its budget of seconds sits out, after at least one turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in entries}
+    for _ in range(repeats):
+        for name, entry in entries.items():
+            if not seconds[name] or sum(seconds[name]) + seconds[name][-1] <= budget:
+                seconds[name].append(entry.run())
+    return seconds
+
+
+def make_row(workload: Workload, name: str, entry: Entry, seconds: list[float], flops: float) -> harness.Row:
+    """Summarise the turns of one competitor."""
+    measured, examples = harness.summary(seconds), workloads.examples_per_round(workload)
+    detail = {key: value for key, value in entry.detail.items() if key != "program"}
+    return {
+        "workload": workload.name,
+        "competitor": name,
+        "samples_per_second": examples / measured["median"],
+        "seconds_per_round": measured["median"],
+        "spread_seconds": measured["spread"],
+        "compile_seconds": entry.compile_seconds,
+        "peak_bytes": entry.peak_bytes(),
+        "repeats": len(seconds),
+        "flops_per_second": flops / measured["median"],
+        **detail,
+    }
+
+
+def useful_flops(workload: Workload) -> float:
+    """Return the FLOPs of a round: forward and backward of every example at its client's ranks, nothing else."""
+    epochs = int(workload.state.hparams["local_epochs"])
+    model = training_flops(workload.task, workload.data)
+    costs = client_costs(workload.state.server, workload.state.ranks, workload.data.size, model, local_epochs=epochs)
+    return float(costs.flops.sum())
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Time all competitors on one workload."""
+    print(f"{name}: making the workload", flush=True)
+    workload = workloads.make_workload(name, quick=options.quick)
+    lanes = options.lanes or ((workload.lanes,) if options.device == "cpu" else SWEEP)
+    entries, skipped, gaps = sweep(workload, lanes), {}, {}
+    add_engines(workload, [c for c in options.competitors if c in ENGINES], entries, skipped, gaps)
+    with tempfile.TemporaryDirectory() as folder:
+        peers, peer_gaps = add_peers(workload, options, Path(folder), entries, skipped)
+        try:
+            print(f"  taking turns, {options.repeats} times: {', '.join(entries)}", flush=True)
+            seconds = alternate(entries, options.repeats, options.budget)
+        finally:
+            for peer in peers:
+                peer.close()
+    gaps |= peer_gaps
+    flops = useful_flops(workload)
+    rows = [make_row(workload, c, e, seconds[c], flops) | {"difference": gaps.get(c)} for c, e in entries.items()]
+    speed = {row["competitor"]: row["samples_per_second"] for row in rows}
+    ratios = {c: speed["ours"] / s for c, s in speed.items() if c != "ours"}
+    return {"rows": rows, "ratios": ratios, "skipped": skipped}
+
+
+def merge(path: Path | None, name: str, measured: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Write one workload's results into the file: what was measured anew replaces what stood there."""
+    content: dict[str, Any] = {"rows": [], "ratios": {}, "skipped": {}}
+    if path is not None and path.exists():
+        content |= json.loads(path.read_text())
+    new = {row["competitor"] for row in measured["rows"]}
+    kept = [row for row in content["rows"] if row["workload"] != name or row["competitor"] not in new]
+    skipped = {c: why for c, why in content["skipped"].get(name, {}).items() if c not in new} | measured["skipped"]
+    content["rows"] = kept + measured["rows"]
+    content["ratios"][name] = {
+        c: r for c, r in content["ratios"].get(name, {}).items() if c not in measured["skipped"]
+    } | measured["ratios"]
+    content["skipped"][name] = skipped
+    content["versions"] = content.get("versions", {}) | about["versions"]
+    content["device"] = about["device"]
+    harness.write_json(path, content)
+    return content
+
+
+def report(name: str, measured: dict[str, Any]) -> None:
+    """Print the table of one workload."""
+    rows = [row | {"ours/theirs": measured["ratios"].get(row["competitor"])} for row in measured["rows"]]
+    print(f"\n### {name}\n\n{harness.markdown_table(rows, [*COLUMNS, 'ours/theirs'])}\n")
+    for competitor, why in measured["skipped"].items():
+        print(f"no number for {competitor}: {why}")
+    print(flush=True)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(workloads.WORKLOADS)
+    parser.add_argument("--workloads", type=listed, default=names, help=f"of {','.join(names)}")
+    parser.add_argument("--competitors", type=listed, default=list(COMPETITORS), help=f"of {','.join(COMPETITORS)}")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=120, help="seconds of turns per competitor and workload")
+    parser.add_argument("--patience", type=float, default=1800, help="seconds that a peer may take to answer")
+    parser.add_argument("--quick", action="store_true", help="small workloads of embedded images, at most two turns")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--lanes", type=lambda text: tuple(map(int, text.split(","))), help="such as 1,4,16")
+    parser.add_argument("--peers", type=Path, default=Path(os.environ.get("PEERS", "build/peers")))
+    parser.add_argument("--json", type=Path, help="file that results are merged into, after each workload")
+    options = parser.parse_args()
+    for given, known in ((options.workloads, names), (options.competitors, COMPETITORS)):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"expected names among {', '.join(known)}, got {', '.join(unknown)}")
+    if options.quick:
+        options.repeats = min(options.repeats, 2)
+    return options
+
+
+def listed(text: str) -> list[str]:
+    """Split a list of names."""
+    return [name for name in text.split(",") if name]
+
+
+def main() -> None:
+    """Measure, print, write, workload by workload."""
+    options = parse()
+    jax.config.update("jax_platforms", "cpu" if options.device == "cpu" else "cuda")
+    mpl.use("Agg")
+    about = {"versions": harness.versions() | peer_versions(options.peers, options.competitors)}
+    about["device"] = harness.device()
+    for name in options.workloads:
+        try:
+            measured = measure(name, options)
+        except ValueError as error:  # a dataset that is not at hand, among others
+            raise SystemExit(f"{name}: {error}") from error
+        report(name, measured)
+        content = merge(options.json, name, measured, about)
+        if options.json is not None:
+            draw(content, options.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
