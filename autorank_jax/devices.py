@@ -46,7 +46,7 @@ def own_clients(program: Program, state: State, data: FederatedData, cohort: Coh
     """
     if data.owner is not None:
         return data.owner[cohort.row] == lax.axis_index(AXIS)
-    steps, level = steps_and_levels(state, data, cohort.row, program=program)
+    steps, level = steps_and_levels(state, data, cohort, program=program)
     costs = jnp.array([step_cost(state.server.trainable, widths) for widths in program.levels])
     cost = jnp.where(weight > 0, steps.astype(costs.dtype) * costs[level], 0)
     return deal(cost, lax.axis_size(AXIS)) == lax.axis_index(AXIS)

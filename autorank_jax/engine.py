@@ -1,6 +1,6 @@
 """The federated round: who takes part, their training in lanes, one server step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from autorank_jax.dealing import check_mesh
 from autorank_jax.devices import add_up, on_mesh, own_clients
-from autorank_jax.lanes import Program, Round, Tally, Widths, make_queue, run_queue
+from autorank_jax.faults import Fault, apply_faults
+from autorank_jax.lanes import Program, Round, Tally, Widths, make_queue, run_queue, steps_of_epochs
 from autorank_jax.lora import max_ranks
 from autorank_jax.participation import Cohort, Participation, by_examples, everyone
 from autorank_jax.types import (
@@ -32,6 +33,7 @@ def make_round(
     lanes: int = 1,
     rank_levels: int = 1,
     participation: Participation = everyone,
+    faults: Sequence[Fault] = (),
     weigh: Callable[[FederatedData], Array] = by_examples,
     mesh: Mesh | None = None,
 ) -> RoundFn:
@@ -44,6 +46,7 @@ def make_round(
             rounding only.
         rank_levels: widths at which adapters are trained, `⌈R·q/levels⌉`. Each adds compile time; cost follows rank.
         participation: chooses the cohort.
+        faults: what becomes of it, from `faults`.
         weigh: weight of each client in the aggregate, `(clients,)`; a client of weight 0 is absent.
         mesh: devices to deal the clients to, from `dealing.client_mesh`, on one host or many; where None the round runs
             where its arrays are. Place state, key and data by `dealing.replicate`, or make data by
@@ -62,10 +65,11 @@ def make_round(
             raise ValueError(f"expected {name} >= 1, got {value}")
 
     def round_fn(key: Key, state: State, data: FederatedData) -> tuple[State, RoundInfo]:
-        who, training, server_step = jax.random.split(jax.random.fold_in(key, state.round), 3)
+        who, training, server_step, luck = jax.random.split(jax.random.fold_in(key, state.round), 4)
         program = Program(local, aggregator, lanes, level_widths(max_ranks(state.server.trainable), rank_levels))
-        cohort = participation(who, data)
-        weights = weigh(data)
+        invited = participation(who, data)
+        cohort = apply_faults(faults, luck, state.round, data, invited)
+        weights = jnp.where(data.size > 0, weigh(data), 0)
         weight = jnp.where(cohort.present, weights[cohort.row], 0)
 
         def train(weight: Array) -> Tally:
@@ -86,7 +90,9 @@ def make_round(
             epochs=tally.epochs,
             clients=tally.clients,
         )
-        return state, _describe(tally, cohort, weight)._replace(diagnostics=diagnostics)
+        meant = jnp.where(invited.present, weights[invited.row], 0) > 0
+        full = steps_of_epochs(state, data, cohort.row, local.batch_size)
+        return state, _describe(tally, cohort, meant, weight > 0, full)._replace(diagnostics=diagnostics)
 
     return round_fn if mesh is None else on_mesh(round_fn, mesh)
 
@@ -120,12 +126,15 @@ def _train_exactly(train: Callable[[Array], Tally], cohort: Cohort, weight: Arra
     return lax.while_loop(lambda carry: carry[3], again, carry)[1]
 
 
-def _describe(tally: Tally, cohort: Cohort, weight: Array) -> RoundInfo:
-    meant = weight > 0
+def _describe(tally: Tally, cohort: Cohort, meant: Array, trained: Array, full: Array) -> RoundInfo:
+    """Count; `meant` were to train, `trained` did, and `full` are the steps of their epochs, `(cohort,)` each."""
+    short = jnp.zeros_like(trained) if cohort.max_steps is None else trained & (cohort.max_steps < full)
     return RoundInfo(
         loss=tally.loss / jnp.maximum(tally.examples, 1),
         participants=jnp.sum(meant, dtype=jnp.int32),
-        excluded=jnp.sum(meant & ~tally.finite[cohort.row], dtype=jnp.int32),
+        dropped=jnp.sum(meant & ~trained, dtype=jnp.int32),
+        excluded=jnp.sum(trained & ~tally.finite[cohort.row], dtype=jnp.int32),
+        cut_short=jnp.sum(short, dtype=jnp.int32),
         steps=tally.steps,
         examples=tally.examples,
         lane_steps=tally.lane_steps,

@@ -117,7 +117,7 @@ def make_queue(
     A client belongs to the smallest level that is wide enough for its integer ranks in every layer. Its random numbers
     follow its identity, not its place.
     """
-    steps, level = steps_and_levels(state, data, cohort.row, program=program)
+    steps, level = steps_and_levels(state, data, cohort, program=program)
     level = jnp.where(cohort.present & (weight > 0) & (steps > 0), level, len(program.levels))
     order = jnp.lexsort((-steps, level))
     numbers = jnp.arange(len(program.levels), dtype=jnp.int32)
@@ -128,14 +128,22 @@ def make_queue(
     return Queue(row, weight[order], steps[order], words, noise, ends)
 
 
-def steps_and_levels(state: State, data: FederatedData, row: Array, *, program: Program) -> tuple[Array, Array]:
-    """Return the local steps of clients this round, and the number of their rank level, in the shape of `row`."""
-    per_epoch = steps_per_epoch(data.size[row], program.local.batch_size)
+def steps_and_levels(state: State, data: FederatedData, cohort: Cohort, *, program: Program) -> tuple[Array, Array]:
+    """Return the local steps of clients this round, and the number of their rank level, `(cohort,)` each."""
+    row = cohort.row
+    steps = steps_of_epochs(state, data, row, program.local.batch_size)
+    if cohort.max_steps is not None:
+        steps = jnp.minimum(steps, cohort.max_steps)
     level = jnp.zeros(row.shape, jnp.int32)
     for path, ranks in state.ranks.items():
         edges = jnp.array([widths[path] for widths in program.levels[:-1]], jnp.int32)
         level = jnp.maximum(level, jnp.searchsorted(edges, ranks[row], side="left").astype(jnp.int32))
-    return state.hparams["local_epochs"].astype(jnp.int32) * per_epoch, level
+    return steps, level
+
+
+def steps_of_epochs(state: State, data: FederatedData, row: Array, batch_size: int) -> Array:
+    """Return the steps that all local epochs of clients take, in the shape of `row`."""
+    return state.hparams["local_epochs"].astype(jnp.int32) * steps_per_epoch(data.size[row], batch_size)
 
 
 def run_queue(program: Program, round_: Round) -> Tally:
@@ -295,14 +303,16 @@ def _add(tally: Tally, seats: Seat, finished: tuple[Sums, Array, PyTree], losses
     """Add the finished lanes to the tally; remember of each client what was finite."""
     sums, finite, kept = finished
     good, nowhere = done & finite, tally.finite.shape[0]
-    row, good_row = (jnp.where(flag, seats.client.row, nowhere) for flag in (done, good))
+    row, good_row, whole_row = (
+        jnp.where(flag, seats.client.row, nowhere) for flag in (done, good, good & (seats.epochs > 0))
+    )
     size, max_epochs = jnp.maximum(seats.size, 1).astype(losses.dtype), losses.shape[1] - 1
     whole = jnp.arange(max_epochs, dtype=jnp.int32)[None, :] < seats.epochs[:, None]
     mean_losses = jnp.where(whole, losses[:, :max_epochs] / size[:, None], 0)
     return tally._replace(
         sums=jax.tree.map(lambda total, s: total + jnp.sum(s, axis=0), tally.sums, sums),
-        epoch_losses=tally.epoch_losses.at[good_row].set(mean_losses, mode="drop"),
-        epochs=tally.epochs.at[good_row].set(jnp.minimum(seats.epochs, max_epochs), mode="drop"),
+        epoch_losses=tally.epoch_losses.at[whole_row].set(mean_losses, mode="drop"),
+        epochs=tally.epochs.at[whole_row].set(jnp.minimum(seats.epochs, max_epochs), mode="drop"),
         clients=jax.tree.map(lambda a, k: a.at[good_row].set(k, mode="drop"), tally.clients, kept),
         finite=tally.finite.at[row].set(finite, mode="drop"),
         loss=tally.loss + jnp.sum(jnp.where(good[:, None], losses, 0)).astype(tally.loss.dtype),

@@ -15,6 +15,7 @@ class Cohort(NamedTuple):
 
     row: Array  # (cohort,) int32 rows of `FederatedData`, each at most once
     present: Array  # (cohort,) bool
+    max_steps: Array | None = None  # (cohort,) int32 budget of local steps, ≥ 1; None: as many as the epochs take
 
 
 Participation = Callable[[Key, FederatedData], Cohort]
@@ -33,19 +34,66 @@ def sample_uniformly(cohort: int) -> Participation:
     Raises:
         ValueError: if the cohort is below 1 or, when traced, above the number of clients.
     """
+    _check_cohort(cohort)
+    return lambda key, data: _take_largest(_draw(key, data), cohort)
+
+
+def sample_by_size(cohort: int) -> Participation:
+    """Sample a fixed number of clients without replacement, each next one in proportion to its examples.
+
+    The clients with the largest `ln u_i / n_i` are taken (Efraimidis, Spirakis 2006); those without examples come last.
+    Weighing by examples as well favours large clients twice: give `make_round` equal weights, `weigh=equally`.
+
+    Raises:
+        ValueError: if the cohort is below 1 or, when traced, above the number of clients.
+    """
+    _check_cohort(cohort)
+
+    def sample(key: Key, data: FederatedData) -> Cohort:
+        size = data.size.astype(jnp.result_type(float))
+        draws = jnp.log(jnp.maximum(_draw(key, data), jnp.finfo(jnp.float32).tiny)) / jnp.maximum(size, 1)
+        return _take_largest(jnp.where(size > 0, draws, -jnp.inf), cohort)
+
+    return sample
+
+
+def sample_independently(probability: float) -> Participation:
+    """Let every client take part with a probability, whatever the others do: the cohort's size is random, even 0.
+
+    Raises:
+        ValueError: for a probability that is not above 0 and at most 1.
+    """
+    if not 0 < probability <= 1:
+        raise ValueError(f"expected a probability above 0 and at most 1, got {probability}, probably a percentage")
+
+    def sample(key: Key, data: FederatedData) -> Cohort:
+        return Cohort(jnp.arange(data.size.shape[0], dtype=jnp.int32), _draw(key, data) < probability)
+
+    return sample
+
+
+def _check_cohort(cohort: int) -> None:
     if cohort < 1:
         raise ValueError(f"expected a cohort of at least one client, got {cohort}")
 
-    def sample(key: Key, data: FederatedData) -> Cohort:
-        clients = data.size.shape[0]
-        if cohort > clients:
-            raise ValueError(f"expected a cohort of at most all {clients} clients, got {cohort}")
-        draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(data.id)
-        return Cohort(lax.top_k(draws, cohort)[1].astype(jnp.int32), jnp.ones(cohort, bool))
 
-    return sample
+def _draw(key: Key, data: FederatedData) -> Array:
+    """Draw a number in 0..1 for every client by its identity."""
+    return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(data.id)
+
+
+def _take_largest(draws: Array, cohort: int) -> Cohort:
+    clients = draws.shape[0]
+    if cohort > clients:
+        raise ValueError(f"expected a cohort of at most all {clients} clients, got {cohort}")
+    return Cohort(lax.top_k(draws, cohort)[1].astype(jnp.int32), jnp.ones(cohort, bool))
 
 
 def by_examples(data: FederatedData) -> Array:
     """Weigh clients by their number of examples, `(clients,)`."""
     return data.size.astype(jnp.result_type(float))
+
+
+def equally(data: FederatedData) -> Array:
+    """Weigh all clients that have examples alike, `(clients,)`."""
+    return (data.size > 0).astype(jnp.result_type(float))

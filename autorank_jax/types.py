@@ -238,7 +238,9 @@ class RoundInfo(NamedTuple):
 
     loss: Array  # () mean training loss over the examples seen
     participants: Array  # () int32 clients that were to train
+    dropped: Array  # () int32 of them, dropped out and sent nothing
     excluded: Array  # () int32 of them, left out because their update was not finite
+    cut_short: Array  # () int32 of them, stopped by their budget of steps before their epochs were over
     steps: Array  # () int32 client steps
     examples: Array  # () float examples seen, counted once per epoch
     lane_steps: Array  # () int32 steps that lanes were held for, busy or idle
