@@ -60,7 +60,7 @@ class Peer:
             env=os.environ | threads | quiet,
             start_new_session=True,
         )
-        self.buffer = b""
+        self.unread = b""
         try:
             self.answer()
         except PeerError:
@@ -81,20 +81,31 @@ class Peer:
         return answer
 
     def answer(self) -> dict[str, Any]:
-        """Read one line of JSON, at most `patience` seconds long."""
-        stdout, until = self.process.stdout, time.monotonic() + self.patience
+        """Read the next line of JSON; what libraries print in between is passed over."""
+        until = time.monotonic() + self.patience
+        while True:
+            try:
+                answer = json.loads(self.line(until))
+            except ValueError:
+                continue
+            if isinstance(answer, dict):
+                return answer
+
+    def line(self, until: float) -> bytes:
+        """Read one line, or raise `PeerError` when the time is up."""
+        stdout = self.process.stdout
         assert stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(stdout, selectors.EVENT_READ)
-            while b"\n" not in self.buffer:
+            while b"\n" not in self.unread:
                 if not selector.select(max(0.0, until - time.monotonic())):
                     raise PeerError(f"no answer within {self.patience:.0f} s")
                 part = os.read(stdout.fileno(), 65536)
                 if not part:
                     raise PeerError(self.last_words())
-                self.buffer += part
-        line, _, self.buffer = self.buffer.partition(b"\n")
-        return json.loads(line)
+                self.unread += part
+        line, _, self.unread = self.unread.partition(b"\n")
+        return line
 
     def last_words(self) -> str:
         """Return the last line that the worker wrote to its standard error."""

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,19 @@ COMPETITORS = (*ENGINES, *ENVIRONMENTS)
 COLUMNS = ("competitor", "samples_per_second", "seconds_per_round", "spread_seconds", "compile_seconds", "peak_bytes")
 
 
-def alternate(entries: dict[str, Entry], repeats: int, budget: float) -> dict[str, list[float]]:
-    """Let competitors take turns; who has used up its budget of seconds sits out, after at least one turn."""
+def take_turn(entry: Entry, rounds: int) -> float:
+    """Run several rounds and return the mean seconds of one."""
+    return sum(entry.run() for _ in range(rounds)) / rounds
+
+
+def alternate(entries: dict[str, Entry], repeats: int, budget: float, turn: float) -> dict[str, list[float]]:
+    """Let competitors take turns of at least `turn` seconds; who has used up its budget sits out after its first."""
+    rounds = {name: max(1, round(turn / entry.run())) for name, entry in entries.items()}
     seconds: dict[str, list[float]] = {name: [] for name in entries}
     for _ in range(repeats):
         for name, entry in entries.items():
-            if not seconds[name] or sum(seconds[name]) + seconds[name][-1] <= budget:
-                seconds[name].append(entry.run())
+            if not seconds[name] or (sum(seconds[name]) + seconds[name][-1]) * rounds[name] <= budget:
+                seconds[name].append(take_turn(entry, rounds[name]))
     return seconds
 
 
@@ -71,10 +78,8 @@ def useful_flops(workload: Workload) -> float:
     return float(costs.flops.sum())
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
     """Time all competitors on one workload."""
-    print(f"{name}: making the workload", flush=True)
-    workload = workloads.make_workload(name, quick=options.quick)
     lanes = options.lanes or ((workload.lanes,) if options.device == "cpu" else SWEEP)
     entries, skipped, gaps = sweep(workload, lanes), {}, {}
     add_engines(workload, [c for c in options.competitors if c in ENGINES], entries, skipped, gaps)
@@ -82,7 +87,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         peers, peer_gaps = add_peers(workload, options, Path(folder), entries, skipped)
         try:
             print(f"  taking turns, {options.repeats} times: {', '.join(entries)}", flush=True)
-            seconds = alternate(entries, options.repeats, options.budget)
+            seconds = alternate(entries, options.repeats, options.budget, options.turn)
         finally:
             for peer in peers:
                 peer.close()
@@ -122,7 +127,7 @@ def report(name: str, measured: dict[str, Any]) -> None:
     print(flush=True)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(workloads.WORKLOADS)
@@ -130,18 +135,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--competitors", type=listed, default=list(COMPETITORS), help=f"of {','.join(COMPETITORS)}")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--budget", type=float, default=120, help="seconds of turns per competitor and workload")
+    parser.add_argument("--turn", type=float, default=0.5, help="seconds that a turn lasts at least: several rounds")
     parser.add_argument("--patience", type=float, default=1800, help="seconds that a peer may take to answer")
     parser.add_argument("--quick", action="store_true", help="small workloads of embedded images, at most two turns")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--lanes", type=lambda text: tuple(map(int, text.split(","))), help="such as 1,4,16")
     parser.add_argument("--peers", type=Path, default=Path(os.environ.get("PEERS", "build/peers")))
     parser.add_argument("--json", type=Path, help="file that results are merged into, after each workload")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for given, known in ((options.workloads, names), (options.competitors, COMPETITORS)):
         if unknown := [name for name in given if name not in known]:
             parser.error(f"expected names among {', '.join(known)}, got {', '.join(unknown)}")
     if options.quick:
-        options.repeats = min(options.repeats, 2)
+        options.repeats, options.turn = min(options.repeats, 2), 0.0
     return options
 
 
@@ -158,10 +164,12 @@ def main() -> None:
     about = {"versions": harness.versions() | peer_versions(options.peers, options.competitors)}
     about["device"] = harness.device()
     for name in options.workloads:
+        print(f"{name}: making the workload", flush=True)
         try:
-            measured = measure(name, options)
-        except ValueError as error:  # a dataset that is not at hand, among others
+            workload = workloads.make_workload(name, quick=options.quick)
+        except ValueError as error:  # the dataset is not at hand
             raise SystemExit(f"{name}: {error}") from error
+        measured = measure(workload, options)
         report(name, measured)
         content = merge(options.json, name, measured, about)
         if options.json is not None:

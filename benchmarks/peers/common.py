@@ -7,7 +7,6 @@ standard input with one line of JSON: `run` trains one round from the start valu
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -125,14 +124,21 @@ def owned_weights(workload: Workload) -> dict[str, np.ndarray]:
     return {name: np.tensordot(size, mask, axes=1) for name, mask in masks(workload).items()}
 
 
-def serve(run: Callable[[], Values], export: Callable[[Values], dict[str, np.ndarray]]) -> None:
+def serve(
+    run: Callable[[], Values],
+    export: Callable[[Values], dict[str, np.ndarray]],
+    prepare: Callable[[Callable[[], Values]], None] | None = None,
+) -> None:
     """Answer commands until the standard input ends.
 
     Args:
         run: trains one round from the start values and waits for the result.
         export: turns that result into NumPy arrays at full rank.
+        prepare: called with `run` before the first answer.
     """
     out, latest = take_stdout(), None
+    if prepare is not None:
+        prepare(run)
     say(out, {"ready": True})
     for command in map(str.strip, sys.stdin):
         try:
@@ -162,6 +168,6 @@ def say(out: TextIO, answer: dict[str, Any]) -> None:
 
 
 def peak_bytes() -> int:
-    """Return the largest memory this process, or one of its ended children, ever held."""
-    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return 1024 * max(own, children)
+    """Return the most memory this process ever held; that of processes which it started is not in it."""
+    with open("/proc/self/status") as status:
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))

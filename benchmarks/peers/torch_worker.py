@@ -31,5 +31,4 @@ def export(values: Values) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in values.items()}
 
 
-choose_threads(run)
-serve(run, export)
+serve(run, export, choose_threads)

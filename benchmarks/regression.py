@@ -1,0 +1,72 @@
+"""Say whether the engine got slower than what the repository holds: ratios against `lockstep` and `centralised`.
+
+Ratios of competitors that take turns in one run mean something on any machine of the same kind; single times do not.
+
+Command:  AUTORANK_JAX_DATA=DIR python benchmarks/regression.py
+Hardware: as `device` in benchmarks/results/speed.json says
+Time and numbers to expect: see benchmarks/README.md
+Exit:     1 if a ratio fell by more than 15 %, 2 if there is nothing to compare with
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import harness
+import speed
+import workloads
+
+COMMITTED = Path(__file__).parent / "results" / "speed.json"
+WORKLOADS = ("tiny", "staircase", "lognormal", "equal")
+COMPETITORS = ("lockstep", "centralised")
+TOLERANCE = 0.15
+
+
+def compare(
+    committed: dict[str, dict[str, float]], measured: dict[str, dict[str, float]], tolerance: float
+) -> list[harness.Row]:
+    """Return a row for each ratio that both hold; `worse` where it fell by more than the tolerance."""
+    return [
+        {
+            "workload": workload,
+            "competitor": competitor,
+            "committed": committed[workload][competitor],
+            "measured": ratio,
+            "change": ratio / committed[workload][competitor] - 1,
+            "worse": ratio < (1 - tolerance) * committed[workload][competitor],
+        }
+        for workload, ratios in measured.items()
+        for competitor, ratio in ratios.items()
+        if competitor in committed.get(workload, {})
+    ]
+
+
+def main() -> None:
+    """Measure anew, compare, and exit with 1 where something got worse."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", type=speed.listed, default=list(WORKLOADS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="share that a ratio may fall by")
+    parser.add_argument("--committed", type=Path, default=COMMITTED)
+    options = parser.parse_args()
+    if not options.committed.exists():
+        print(f"nothing to compare with: run benchmarks/speed.py --json {options.committed}")
+        raise SystemExit(2)
+    committed = json.loads(options.committed.read_text())["ratios"]
+    settings = speed.parse(["--competitors", ",".join(COMPETITORS), "--repeats", str(options.repeats)])
+    measured = {}
+    for name in options.workloads:
+        print(f"{name} …", flush=True)
+        try:
+            measured[name] = speed.measure(workloads.make_workload(name), settings)["ratios"]
+        except ValueError as error:
+            raise SystemExit(f"{name}: {error}") from error
+    rows = compare(committed, measured, options.tolerance)
+    print(harness.markdown_table(rows, ["workload", "competitor", "committed", "measured", "change", "worse"]))
+    if not rows:
+        raise SystemExit(2)
+    raise SystemExit(1 if any(row["worse"] for row in rows) else 0)
+
+
+if __name__ == "__main__":
+    main()
