@@ -1,0 +1,76 @@
+"""Patches are what a convolution sees, whatever its strides, dilation, padding and size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from autorank_jax.layers import ADAPTED, Factor
+from autorank_jax.tasks import task_from_nnx
+from autorank_jax.updates import patches
+
+CASES = [  # size of the inputs, kernel, strides, dilation, padding
+    ((5, 7), (3, 3), (1, 1), (1, 1), "SAME"),
+    ((5, 7), (3, 3), (1, 1), (1, 1), "VALID"),
+    ((6, 7), (2, 4), (1, 1), (1, 1), "SAME"),
+    ((7, 8), (3, 2), (2, 3), (1, 1), "SAME"),
+    ((7, 8), (3, 2), (2, 3), (1, 1), "VALID"),
+    ((9, 8), (3, 3), (1, 1), (2, 3), "SAME"),
+    ((9, 11), (3, 2), (2, 2), (2, 3), "VALID"),
+    ((9, 11), (3, 2), (2, 3), (3, 2), "SAME"),
+    ((4, 5), (3, 3), (1, 1), (1, 1), ((2, 1), (0, 3))),
+    ((5,), (4,), (2,), (1,), "SAME"),
+    ((3, 4, 5), (2, 1, 3), (1, 2, 1), (1, 1, 2), "SAME"),
+    ((6, 6), (1, 1), (2, 2), (1, 1), "SAME"),
+]
+
+
+def convolve(inputs, kernel, strides, dilation, padding):
+    letters = "DHW"[3 - len(strides) :]
+    numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
+    return lax.conv_general_dilated(
+        inputs, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=numbers, precision="highest"
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_patches_times_a_matrix_is_a_convolution(case):
+    spatial, size, strides, dilation, padding = case
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.normal(size=(2, *spatial, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(*size, 3, 4)), jnp.float32)
+    expected = convolve(inputs, kernel, strides, dilation, padding)
+    cols = patches(inputs, size, strides, dilation, padding)
+    assert cols.shape == (*expected.shape[:-1], 3 * np.prod(size))
+    np.testing.assert_allclose(cols @ kernel.reshape(-1, 4), expected, rtol=0, atol=1e-4)
+
+
+def test_patches_keep_their_numbers():
+    """Of a 2×2 image every patch is written out: rows first, then columns, then channels; zeros outside."""
+    image = jnp.arange(1.0, 9).reshape(1, 2, 2, 2)
+    got = patches(image, (2, 2), None, None, "SAME")[0]
+    assert got[0, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert got[0, 1].tolist() == [3, 4, 0, 0, 7, 8, 0, 0]
+    assert got[1, 1].tolist() == [7, 8, 0, 0, 0, 0, 0, 0]
+
+
+def test_no_grouped_convolution_under_vmap():
+    """Clients with adapters of their own share the convolution of the base; theirs are matrix products."""
+    conv = nnx.Conv(2, 3, (3, 3), rngs=nnx.Rngs(0))
+    task = task_from_nnx(conv, max_rank=2)
+    clients = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), task.server.trainable)
+    images = jnp.ones((4, 5, 6, 6, 2))
+    lowered = jax.jit(jax.vmap(task.predict, (None, 0, 0))).lower(task.server.frozen, clients, images).as_text()
+    assert lowered.count("stablehlo.convolution") == 1
+    assert "feature_group_count = 1 " in lowered
+
+
+def test_every_adapted_class_extends_its_layer():
+    for plain, adapted in ADAPTED.items():
+        assert issubclass(adapted, plain)
+        assert callable(adapted.form)
+        assert isinstance(adapted.weight, str)
+    assert issubclass(Factor, nnx.Variable)
+    assert not issubclass(Factor, nnx.Param)  # or it would be trained whole
