@@ -23,14 +23,15 @@ LAYERS = {  # a module imports from lower numbers only; a folder is one module h
     4: "engine",
     5: "simulation checkpoint criteria_file export text",  # here the host begins: jit, files, logging
     6: "configuration events figures tables",
-    7: "federations launch report resuming",
+    7: "federations launch report",
     8: "ranking",
     9: "rounds",
-    10: "experiment",
-    11: "display",
-    12: "commands",
-    13: "cli",
-    14: "__main__ __init__",
+    10: "resuming",
+    11: "experiment",
+    12: "display",
+    13: "commands",
+    14: "cli",
+    15: "__main__ __init__",
 }
 NUMBER = {name: number for number, names in LAYERS.items() for name in names.split()}
 HOST = 5
