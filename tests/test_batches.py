@@ -62,6 +62,32 @@ def test_no_overflow_at_the_largest_sizes(n):
     assert_uniform(np.bincount(images // (n // 64 + 1), minlength=64))
 
 
+def exactly_permuted(x, n, words, epoch):
+    """Do the same in Python's integers, which do not overflow."""
+
+    def mix(x):
+        x = ((x ^ (x >> 16)) * 0x85EBCA6B) % 2**32
+        x = ((x ^ (x >> 13)) * 0xC2B2AE35) % 2**32
+        return x ^ (x >> 16)
+
+    tweak = mix(words[1] ^ mix(epoch))
+    for number in range(24):
+        key = mix(words[0] ^ mix((tweak + number) % 2**32))
+        salt = mix(tweak ^ mix((words[0] + number + 24) % 2**32))
+        partner = (key - x) % n
+        if mix(max(x, partner) ^ salt) % 2 == 1:
+            x = partner
+    return x
+
+
+@pytest.mark.parametrize("n", [1, 2, 1000, 2**31 - 1, 2**31 - 2, 2**30 + 1])
+def test_arithmetic_is_exact(n):
+    positions = np.random.default_rng(1).integers(0, n, 8)
+    got = shuffles(n, positions, epoch=2)[:20]
+    words = np.asarray(WORDS[:20]).tolist()
+    assert got.tolist() == [[exactly_permuted(x, n, w, 2) for x in positions.tolist()] for w in words]
+
+
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_every_permutation_is_equally_likely(n):
     every = {order: number for number, order in enumerate(itertools.permutations(range(n)))}

@@ -146,7 +146,7 @@ def test_only_public_jax(name):
     assert "jax._src" not in SOURCES[name], f"{name} uses jax._src, which changes without notice"
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if NUMBER.get(module_of(n), 0) < HOST])
+@pytest.mark.parametrize("name", [n for n in FILES if NUMBER.get(module_of(n), HOST) < HOST])
 def test_below_the_host_there_are_only_functions_of_arrays(name):
     if module_of(name) not in EFFECTS_BELOW:
         found = effects(SOURCES[name])
