@@ -78,7 +78,7 @@ def save_state(
     folder = Path(folder).expanduser().absolute()
     leaves = [_describe(path, leaf) for path, leaf in _named(state)]
     about = {"format": FORMAT, "step": step, "config": config or {}, "extra": extra, "leaves": leaves}
-    target, hidden = _folder_of(folder, step), folder / f"{_HIDDEN}{os.getpid()}"
+    target, hidden = step_folder(folder, step), folder / f"{_HIDDEN}{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(f"{_HIDDEN}*"):
@@ -88,7 +88,7 @@ def save_state(
             target.replace(folder / f"{_HIDDEN}replaced")
         hidden.replace(target)
         _sync(folder)
-        for old in [folder / f"{_HIDDEN}replaced", *(_folder_of(folder, s) for s in saved_steps(folder)[:-keep])]:
+        for old in [folder / f"{_HIDDEN}replaced", *(step_folder(folder, s) for s in saved_steps(folder)[:-keep])]:
             if old.exists():
                 shutil.rmtree(old)
     except OSError as error:
@@ -128,13 +128,16 @@ def restore_state(
     return Restored(jax.tree.unflatten(jax.tree.structure(like), leaves), _about(content))
 
 
-def read_about(folder: str | Path, *, step: int | None = None) -> About:
+def read_about(folder: str | Path, *, step: int | None = None, config: Mapping[str, Any] | None = None) -> About:
     """Read what a checkpoint says about itself, and check it as `restore_state` does.
 
     Raises:
-        CheckpointError: if there is none, it is damaged, or of a newer format.
+        CheckpointError: if there is none, it is damaged, of a newer format, or of another configuration.
     """
-    return _about(_read(_find(folder, step)))
+    path = _find(folder, step)
+    content = _read(path)
+    _compare("configuration", config, content["config"], path)
+    return _about(content)
 
 
 def saved_steps(folder: str | Path) -> list[int]:
@@ -148,7 +151,8 @@ def _about(content: Mapping[str, Any]) -> About:
     return About(content["step"], content["config"], content["extra"])
 
 
-def _folder_of(folder: Path, step: int) -> Path:
+def step_folder(folder: Path, step: int) -> Path:
+    """Return the folder of a checkpoint."""
     return folder / f"step_{step:08d}"
 
 
@@ -159,7 +163,7 @@ def _find(folder: str | Path, step: int | None) -> Path:
         raise CheckpointError(f"expected checkpoints in {folder}, got none; probably another folder, or saved too late")
     if step is not None and step not in steps:
         raise CheckpointError(f"expected a checkpoint of step {step} in {folder}, got steps {steps}")
-    return _folder_of(folder, steps[-1] if step is None else step)
+    return step_folder(folder, steps[-1] if step is None else step)
 
 
 def _named(tree: PyTree) -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; those of the process where None.
 
     Returns:
-        Exit code: 0, 1 without the extra packages, 2 for a mistake of the user, 130 after an interrupt.
+        Exit code: 0, 1 without the extra packages, 2 for a mistake of the user, 3 for a run that diverged, 130 after
+        an interrupt (143 after SIGTERM).
     """
     try:
         commands = importlib.import_module("autorank_jax.commands")
@@ -30,10 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands.execute(commands.parse(sys.argv[1:] if arguments is None else arguments))
     except ConfigurationError as error:
         return _say(2, error.problems)
-    except (CriteriaError, DatasetError, commands.ReportError) as error:
+    except (CriteriaError, DatasetError, commands.ReportError, commands.CheckpointError) as error:
         return _say(2, [str(error)])
-    except KeyboardInterrupt:
-        return _say(130, ["interrupted; nothing was written"])
+    except commands.DivergedError as error:
+        return _say(3, [str(error)])
+    except KeyboardInterrupt as stop:
+        return _say(getattr(stop, "code", 130), [str(stop) or "interrupted; nothing was written"])
     return 0
 
 

@@ -16,15 +16,29 @@ import tyro
 from rich.console import Console
 
 from autorank_jax import mcda, policies
+from autorank_jax.checkpoint import CheckpointError
 from autorank_jax.configuration import ConfigurationError, Experiment, outside, unknown
 from autorank_jax.criteria_file import read_criteria
 from autorank_jax.datasets import available_datasets, cache_folder
 from autorank_jax.display import Display
 from autorank_jax.experiment import run_experiment
-from autorank_jax.report import FILES, ReportError, check_folder, write_results
+from autorank_jax.report import ReportError, check_folder, held_of_a_run, write_results
+from autorank_jax.results import Results
+from autorank_jax.rounds import DivergedError
+from autorank_jax.runner import (
+    Interrupted,
+    Interruption,
+    begin_folder,
+    checkpoints_of,
+    how_to_resume,
+    read_config,
+    read_run,
+    word_after,
+    write_run,
+)
 from autorank_jax.tables import comparison_tables, criteria_table, datasets_table
 
-__all__ = ["ReportError", "execute", "parse"]
+__all__ = ["CheckpointError", "DivergedError", "ReportError", "execute", "parse"]
 
 PROGRAM = "autorank-jax"
 
@@ -35,12 +49,20 @@ class Run:
 
     Attributes:
         experiment: what to run
+        config: take the options from a run's config.json; others on the command line go before it
+        resume: folder of a run to go on with from its latest checkpoint
+        checkpoint_every: rounds between checkpoints, 0 = only when interrupted
+        keep_checkpoints: how many of the latest checkpoints stay
         out: folder of the results; default runs/DATASET-SPLIT, with a number where that is taken
         overwrite: replace the run that the folder holds
         quiet: print nothing but errors
     """
 
     experiment: tyro.conf.OmitArgPrefixes[Experiment] = dataclasses.field(default_factory=Experiment)
+    config: Path | None = None
+    resume: Path | None = None
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 3
     out: Path | None = None
     overwrite: bool = False
     quiet: bool = False
@@ -76,13 +98,14 @@ def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
     """Parse the command line.
 
     Raises:
-        ConfigurationError: in one line, for options that do not exist or do not parse.
+        ConfigurationError: in one line, for options that do not exist or do not parse; for a file of options that
+            cannot be used.
         SystemExit: of code 0, after help.
     """
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(comma_separated)
     commands = (
-        Annotated[Run, tyro.conf.subcommand("run")]
+        Annotated[Run, tyro.conf.subcommand("run", default=starting_point(arguments))]
         | Annotated[Ranks, tyro.conf.subcommand("ranks")]
         | Annotated[Data, tyro.conf.subcommand("data")]
     )
@@ -100,6 +123,19 @@ def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
         if stop.code in (0, None):
             raise
         raise ConfigurationError([one_line(complaint.getvalue())]) from stop
+
+
+def starting_point(arguments: Sequence[str]) -> Run:
+    """Return a run's defaults: those of the package, of a file of options, or of a run to be taken up again."""
+    if list(arguments[:1]) != ["run"] or "--help" in arguments:
+        return Run()
+    config, resume = word_after(arguments, "--config"), word_after(arguments, "--resume")
+    if config and resume:
+        raise ConfigurationError(["resume: expected no --config beside it: a run goes on with its own options"])
+    if resume:
+        experiment, every, keep = read_run(Path(resume))
+        return Run(experiment, checkpoint_every=every, keep_checkpoints=keep)
+    return Run(read_config(Path(config))) if config else Run()
 
 
 def comma_separated(info: Any) -> Any:
@@ -147,14 +183,58 @@ def execute(command: Run | Ranks | Data) -> None:
 
 
 def run(command: Run) -> None:
-    """Run an experiment, show it, and write its files."""
+    """Run an experiment, or what is left of it, show it, and write its files."""
     experiment = command.experiment
-    experiment.validate()
-    folder = check_folder(command.out or default_folder(experiment, command.overwrite), overwrite=command.overwrite)
+    check_run(command)
+    if command.resume:
+        folder = check_folder(command.resume, overwrite=True)
+    else:
+        folder = command.out or default_folder(experiment, command.overwrite)
+        folder = check_folder(folder, overwrite=command.overwrite)
+    checkpoints = checkpoints_of(folder, every=command.checkpoint_every, keep=command.keep_checkpoints)
+    if not command.resume:
+        begin_folder(folder, experiment, checkpoints)
     console = Console(quiet=command.quiet, highlight=False)
-    with Display(console, experiment) as display:
-        results = run_experiment(experiment, on_event=display)
-    paths = write_results(folder, results, overwrite=command.overwrite)
+    try:
+        with Interruption() as interruption, Display(console, experiment) as display:
+            results = run_experiment(
+                experiment,
+                on_event=interruption.watch(display),
+                on_round=interruption.on_round,
+                checkpoints=checkpoints,
+            )
+    except Interrupted as stop:
+        write_run(folder, experiment, checkpoints)
+        raise Interrupted(f"{stop}; go on with: {how_to_resume(folder)}", stop.code) from None
+    except DivergedError as error:
+        if error.results:
+            write_results(folder, error.results, overwrite=True)
+        raise
+    show(console, experiment, results, write_results(folder, results, overwrite=True))
+
+
+def check_run(command: Run) -> None:
+    """Check all options of a run.
+
+    Raises:
+        ConfigurationError: naming all mistakes.
+    """
+    problems = [
+        *outside("checkpoint_every", command.checkpoint_every, 0, whole=True),
+        *outside("keep_checkpoints", command.keep_checkpoints, 1, whole=True),
+    ]
+    if command.resume and command.out:
+        problems.append("out: expected none beside --resume, got one: a run goes on in its own folder")
+    try:
+        command.experiment.validate()
+    except ConfigurationError as error:
+        problems = [*error.problems, *problems]
+    if problems:
+        raise ConfigurationError(problems)
+
+
+def show(console: Console, experiment: Experiment, results: Results, paths: Sequence[Path]) -> None:
+    """Print what was found and where it was written."""
     for table in comparison_tables(results):
         console.print(table)
     if experiment.split == "staircase":
@@ -163,15 +243,14 @@ def run(command: Run) -> None:
             "such rules apart: try --split dirichlet_lognormal, with several --seeds."
         )
     names = ", ".join(path.name for path in paths)
-    console.print(f"Written to {folder}: {names}", soft_wrap=True)
+    console.print(f"Written to {paths[0].parent}: {names}", soft_wrap=True)
 
 
 def default_folder(experiment: Experiment, overwrite: bool) -> Path:
     """Return `runs/DATASET-SPLIT`, with the first free number where it holds a run that is to be kept."""
     base = Path("runs") / f"{experiment.dataset}-{experiment.split}"
     numbered = (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))
-    taken = lambda path: any((path / name).exists() for name in FILES)  # noqa: E731
-    return base if overwrite else next(path for path in itertools.chain([base], numbered) if not taken(path))
+    return base if overwrite else next(path for path in itertools.chain([base], numbered) if not held_of_a_run(path))
 
 
 def rank(command: Ranks) -> None:

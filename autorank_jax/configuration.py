@@ -29,6 +29,7 @@ POLICIES: Mapping[str, str] = {
     "reversed": "AutoRank's ratios, largest to the least complex client",
     "manual": "the ratios given as --ratios",
 }
+SAMPLINGS = ("uniform", "by_size", "independent")
 SCORED = ("autorank", "uniform", "uniform_bytes", "shuffled", "reversed")
 """Policies that need AutoRank's scores, if only for their mean."""
 
@@ -70,6 +71,11 @@ class Experiment:
         learning_rate: of the clients
         momentum: of sgd
         participation: share of the clients that take part in a round
+        sampling: how these are chosen: uniform, by_size (larger clients more often), independent (cohorts vary in size)
+        drop_out: share of the participants that drop out of each round and send nothing
+        stragglers: share of the participants that only get straggler-steps done in each round
+        straggler_steps: local steps of a straggler
+        clip_norm: largest norm of what a client sends, longer updates are shrunk; 0 = any
         seeds: how many seeds to run
         first_seed: the first of them
         eval_every: rounds between evaluations on the test set; the last round always is
@@ -101,6 +107,11 @@ class Experiment:
     learning_rate: float = 0.01
     momentum: float = 0.9
     participation: float = 1.0
+    sampling: str = "uniform"
+    drop_out: float = 0.0
+    stragglers: float = 0.0
+    straggler_steps: int = 1
+    clip_norm: float = 0.0
     seeds: int = 1
     first_seed: int = 0
     eval_every: int = 1
@@ -134,14 +145,55 @@ class Experiment:
         return min(self.clients, max(1, math.floor(self.participation * self.clients + 0.5)))
 
     @property
+    def eventful(self) -> bool:
+        """Whether some rounds do without some of the clients, or of their steps."""
+        return self.cohort < self.clients or self.sampling == "independent" or self.drop_out > 0 or self.stragglers > 0
+
+    @property
     def all_seeds(self) -> range:
         """The seeds to run."""
         return range(self.first_seed, self.first_seed + self.seeds)
 
 
-def make_aggregator(name: str) -> Aggregator:
-    """Make an aggregation rule by name."""
-    return AGGREGATORS[name]()
+def make_aggregator(name: str, *, clip_norm: float = 0.0) -> Aggregator:
+    """Make an aggregation rule by name, with clipping of what clients send where a norm is given."""
+    rule = AGGREGATORS[name]()
+    return aggregators.with_norm_clipping(rule, clip_norm) if clip_norm else rule
+
+
+def experiment_from(config: Any) -> Experiment:
+    """Make an experiment of what `config.json` holds; options that are not there have their defaults.
+
+    Raises:
+        ConfigurationError: for unknown options and for values of another kind, all of them at once.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigurationError([f"config: expected options by name, got {type(config).__name__}"])
+    problems = list(unknown("config", config, Experiment.__dataclass_fields__))
+    values: dict[str, Any] = {}
+    for name, field in Experiment.__dataclass_fields__.items():
+        if name not in config:
+            continue
+        value, default = config[name], field.default
+        if isinstance(default, tuple):
+            kind = str if "str" in str(field.type) else (int, float)
+            if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+                problems.append(f"{name.replace('_', '-')}: expected a list of {_words(kind)}, got {value!r}")
+                continue
+            value = tuple(float(item) if "float" in str(field.type) else item for item in value)
+        elif isinstance(default, str) and name != "lanes" and not isinstance(value, str):
+            problems.append(f"{name.replace('_', '-')}: expected a name, got {value!r}")
+            continue
+        elif isinstance(default, float) and type(value) is int:
+            value = float(value)
+        values[name] = value
+    if problems:
+        raise ConfigurationError(problems)
+    return Experiment(**values)
+
+
+def _words(kind: Any) -> str:
+    return "names" if kind is str else "numbers"
 
 
 def _name_problems(e: Experiment) -> Iterable[str]:
@@ -156,6 +208,7 @@ def _name_problems(e: Experiment) -> Iterable[str]:
     yield from unknown("split", [e.split], partition.SPLITS)
     yield from unknown("model", [e.model], MODELS)
     yield from unknown("optimizer", [e.optimizer], OPTIMIZERS)
+    yield from unknown("sampling", [e.sampling], SAMPLINGS)
     for option, words, allowed in (
         ("rank-policies", e.rank_policies, POLICIES),
         ("criteria", e.criteria, complexity.CRITERIA),
@@ -182,13 +235,16 @@ def _number_problems(e: Experiment) -> Iterable[str]:
     """Check the options that are numbers."""
     for option in ("clients", "classes_per_client", "rounds", "local_epochs", "probe_epochs", "batch_size", "seeds"):
         yield from outside(option, getattr(e, option), 1, whole=True)
-    for option in ("eval_every", "rank_levels"):
+    for option in ("eval_every", "rank_levels", "straggler_steps"):
         yield from outside(option, getattr(e, option), 1, whole=True)
     for option in ("rerank_every", "first_seed"):
         yield from outside(option, getattr(e, option), 0, whole=True)
     for option in ("alpha", "learning_rate"):
         yield from outside(option, getattr(e, option), 0, open_start=True)
-    yield from outside("sigma", e.sigma, 0)
+    for option in ("sigma", "clip_norm"):
+        yield from outside(option, getattr(e, option), 0)
+    for option in ("drop_out", "stragglers"):
+        yield from outside(option, getattr(e, option), 0, 1, cause="a percentage")
     yield from outside("momentum", e.momentum, 0, 1, cause="a percentage")
     for option in ("min_ratio", "participation"):
         yield from outside(option, getattr(e, option), 0, 1, open_start=True, cause="a percentage")

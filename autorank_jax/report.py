@@ -18,6 +18,9 @@ FILES = (
     "config.json", "criteria.csv", "history.json", "history.csv", "accuracy.png", "ranks.png", "summary.json",
 )  # fmt: skip
 
+CHECKPOINTS = "checkpoints"
+"""The folder within a run's folder that holds its checkpoints."""
+
 
 class ReportError(ValueError):
     """A folder that results cannot be written to. The message is one line."""
@@ -30,10 +33,12 @@ def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
         ReportError: if it holds a run and may not be overwritten, or cannot be written.
     """
     folder = Path(folder).expanduser()
-    held = [name for name in FILES if (folder / name).exists()]
+    held = held_of_a_run(folder)
     if held and not overwrite:
+        resume = f", --resume {folder}" if CHECKPOINTS in held else ""
         raise ReportError(
-            f"out: expected a folder without a run, got {folder} with {held[0]}; give --overwrite or another --out"
+            f"out: expected a folder without a run, got {folder} with {held[0]}; "
+            f"give --overwrite{resume} or another --out"
         )
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir():
@@ -41,6 +46,11 @@ def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
     if not os.access(above, os.W_OK | os.X_OK):
         raise ReportError(f"out: expected a folder that can be written, got {folder}; probably not yours")
     return folder
+
+
+def held_of_a_run(folder: Path) -> list[str]:
+    """Return what a folder holds of a run."""
+    return [name for name in (*FILES, CHECKPOINTS) if (folder / name).exists()]
 
 
 def write_results(folder: str | Path, results: Results, *, overwrite: bool = False) -> list[Path]:
@@ -66,7 +76,7 @@ def write_results(folder: str | Path, results: Results, *, overwrite: bool = Fal
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").unlink(missing_ok=True)
         for name, content in contents.items():
-            _write(folder / name, content)
+            write_file(folder / name, content)
     except OSError as error:
         raise ReportError(
             f"out: expected to write {folder}, got: {error.strerror or error}; probably a full disk"
@@ -112,7 +122,7 @@ def to_png(figure: Figure) -> bytes:
     return image.getvalue()
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Write one file under a temporary name and rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

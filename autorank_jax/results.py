@@ -18,8 +18,11 @@ class Row(NamedTuple):
     accuracy: float | None  # on the test set; None in rounds without evaluation, and where it is not finite
     loss: float | None  # on the test set, likewise
     train_loss: float | None  # mean over the examples seen in this round
-    participants: int
+    participants: int  # clients that were to train
+    dropped: int  # of them, dropped out and sent nothing
     excluded: int  # of them, left out because their update was not finite
+    cut_short: int  # of them, stopped by their budget of steps before their epochs were over
+    reported: int  # of them, neither dropped nor excluded; where 0, the server stays as it was
     train_flops: float  # spent so far, with the probe
     bytes: float  # sent so far, up and down
     seconds: float  # training of this round

@@ -40,7 +40,7 @@ def make_scores(seed, policies=("autorank", "full")):
 def make_run(policy, seed, curve, aggregator="rbla"):
     probe = 5e6 if policy == "autorank" else 0.0
     rows = tuple(
-        Row(policy, aggregator, seed, n, accuracy, 1.0, 2.0, 2, 0, probe + n * 1e6, n * 800.0, 0.5)
+        Row(policy, aggregator, seed, n, accuracy, 1.0, 2.0, 2, 0, 0, 0, 2, probe + n * 1e6, n * 800.0, 0.5)
         for n, accuracy in enumerate(curve, 1)
     )
     ratios = (0.55, 0.775) if policy == "autorank" else (1.0, 1.0)
@@ -168,14 +168,14 @@ def test_checking_a_folder_makes_nothing(tmp_path):
 
 def test_a_failing_write_leaves_no_summary_and_no_rest(tmp_path, monkeypatch):
     write_results(tmp_path, make_results())
-    real = report._write
+    real = report.write_file
 
     def full_disk(path, content):
         if path.name == "accuracy.png":
             raise OSError(28, "No space left on device")
         real(path, content)
 
-    monkeypatch.setattr(report, "_write", full_disk)
+    monkeypatch.setattr(report, "write_file", full_disk)
     with pytest.raises(ReportError, match="No space left on device"):
         write_results(tmp_path, make_results(), overwrite=True)
     assert not (tmp_path / "summary.json").exists()
