@@ -45,14 +45,13 @@ def compiled_entry(function: Callable[..., Any], workload: Workload, **detail: A
     program, seconds = harness.compiled(function, *arguments)
     timed(program, *arguments)
     memory = program.memory_analysis()
-    cost = (program.cost_analysis() or {}).get("bytes accessed")
     parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
     peak = None if memory is None else sum(getattr(memory, part) for part in parts)
     return Entry(
         lambda: timed(program, *arguments),
         seconds,
         lambda: peak,
-        {**detail, "bytes_accessed": cost, "program": program},
+        {**detail, "program": program},
     )
 
 

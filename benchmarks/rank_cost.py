@@ -28,7 +28,7 @@ from autorank_jax.lora import max_ranks
 from autorank_jax.types import State
 
 RATIOS = (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
-LEVELS = (1, 4)
+LEVELS = 4
 COLUMNS = ("ranks", "mean_ratio", "rank_levels", "seconds_per_round", "spread_seconds", "seconds_share", "flops_share")
 
 
@@ -57,16 +57,16 @@ def flops_of(workload: Workload, states: dict[str, State]) -> dict[str, float]:
     return {name: float(cost.flops.sum()) for name, cost in costs.items()}
 
 
-def measure(workload: Workload, ratios: tuple[float, ...], repeats: int) -> list[harness.Row]:
+def measure(workload: Workload, ratios: tuple[float, ...], repeats: int, most_levels: int) -> list[harness.Row]:
     """Let all ranks and numbers of levels take turns."""
     states, key, rows = states_of(workload, ratios), jax.random.key(0), []
     flops = flops_of(workload, states)
     programs = {}
-    for levels in LEVELS:
+    for levels in (1, most_levels):
         print(f"compiling {levels} rank levels …", flush=True)
         round_fn = make_round(workload.local, workload.rule, lanes=workload.lanes, rank_levels=levels)
         programs[levels], _ = harness.compiled(round_fn, key, workload.state, workload.data)
-    seconds: dict[tuple[str, int], list[float]] = {(name, levels): [] for name in states for levels in LEVELS}
+    seconds: dict[tuple[str, int], list[float]] = {(name, levels): [] for name in states for levels in programs}
     for turn in range(repeats + 1):
         print(f"turn {turn} of {repeats} …", flush=True)
         for (name, levels), times in seconds.items():
@@ -91,7 +91,11 @@ def measure(workload: Workload, ratios: tuple[float, ...], repeats: int) -> list
 def draw(rows: list[harness.Row], path: Path) -> None:
     """Draw the shares of a round at full rank."""
     figure, axes = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
-    for levels, label, colour in ((1, "seconds, no rank levels", "#D55E00"), (LEVELS[-1], "seconds, 4", "#0072B2")):
+    most = max(row["rank_levels"] for row in rows)
+    for levels, label, colour in (
+        (1, "seconds, no rank levels", "#D55E00"),
+        (most, f"seconds, {most} rank levels", "#0072B2"),
+    ):
         line = [row for row in rows if row["rank_levels"] == levels and row["ranks"] != "AutoRank"]
         ratios = [row["mean_ratio"] for row in line]
         axes.plot(ratios, [row["seconds_share"] for row in line], marker="o", color=colour, label=label)
@@ -109,16 +113,16 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="embedded images, two ratios, one turn")
+    parser.add_argument("--quick", action="store_true", help="embedded images, two ratios, two levels, one turn")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     mpl.use("Agg")
-    ratios, repeats = ((0.5,), 1) if options.quick else (RATIOS, options.repeats)
+    ratios, repeats, levels = ((0.5,), 1, 2) if options.quick else (RATIOS, options.repeats, LEVELS)
     try:
         workload = workloads.make_workload("staircase", quick=options.quick)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    rows = measure(workload, ratios, repeats)
+    rows = measure(workload, ratios, repeats, levels)
     print(harness.markdown_table(rows, COLUMNS))
     content = {"rows": rows, "versions": harness.versions(), "device": harness.device()}
     harness.write_json(options.json, content)

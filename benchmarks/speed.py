@@ -18,11 +18,12 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 import jax
 import matplotlib as mpl
+import numpy as np
 import workloads
 from competitors import ENGINES, Entry, add_engines, add_peers, sweep
 from peer import ENVIRONMENTS, peer_versions
@@ -52,30 +53,43 @@ def alternate(entries: dict[str, Entry], repeats: int, budget: float, turn: floa
     return seconds
 
 
-def make_row(workload: Workload, name: str, entry: Entry, seconds: list[float], flops: float) -> harness.Row:
+class Work(NamedTuple):
+    """What a round must do at least, whoever does it."""
+
+    examples: int
+    flops: float  # forward and backward of every example at its client's ranks
+    bytes: float  # of every client step: read values, write and read gradients, write values; read the examples
+
+
+def useful_work(workload: Workload) -> Work:
+    """Count the work of a round; frozen weights are shared and so left out of the bytes."""
+    epochs, size = int(workload.state.hparams["local_epochs"]), np.asarray(workload.data.size, np.float64)
+    model = training_flops(workload.task, workload.data)
+    costs = client_costs(workload.state.server, workload.state.ranks, size, model, local_epochs=epochs)
+    steps = epochs * np.ceil(size / workload.local.batch_size)
+    example = sum(
+        leaf.nbytes / leaf.shape[0] for leaf in jax.tree.leaves((workload.data.inputs, workload.data.targets))
+    )
+    touched = float(np.sum(steps * 4 * 4 * costs.parameters) + epochs * size.sum() * example)
+    return Work(workloads.examples_per_round(workload), float(costs.flops.sum()), touched)
+
+
+def make_row(name: str, competitor: str, entry: Entry, seconds: list[float], work: Work) -> harness.Row:
     """Summarise the turns of one competitor."""
-    measured, examples = harness.summary(seconds), workloads.examples_per_round(workload)
-    detail = {key: value for key, value in entry.detail.items() if key != "program"}
+    measured = harness.summary(seconds)
     return {
-        "workload": workload.name,
-        "competitor": name,
-        "samples_per_second": examples / measured["median"],
+        "workload": name,
+        "competitor": competitor,
+        "samples_per_second": work.examples / measured["median"],
         "seconds_per_round": measured["median"],
         "spread_seconds": measured["spread"],
         "compile_seconds": entry.compile_seconds,
         "peak_bytes": entry.peak_bytes(),
         "repeats": len(seconds),
-        "flops_per_second": flops / measured["median"],
-        **detail,
+        "flops_per_second": work.flops / measured["median"],
+        "bytes_per_second": None if competitor == "centralised" else work.bytes / measured["median"],
+        **{key: value for key, value in entry.detail.items() if key != "program"},
     }
-
-
-def useful_flops(workload: Workload) -> float:
-    """Return the FLOPs of a round: forward and backward of every example at its client's ranks, nothing else."""
-    epochs = int(workload.state.hparams["local_epochs"])
-    model = training_flops(workload.task, workload.data)
-    costs = client_costs(workload.state.server, workload.state.ranks, workload.data.size, model, local_epochs=epochs)
-    return float(costs.flops.sum())
 
 
 def measure(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
@@ -92,8 +106,8 @@ def measure(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
             for peer in peers:
                 peer.close()
     gaps |= peer_gaps
-    flops = useful_flops(workload)
-    rows = [make_row(workload, c, e, seconds[c], flops) | {"difference": gaps.get(c)} for c, e in entries.items()]
+    work = useful_work(workload)
+    rows = [make_row(workload.name, c, e, seconds[c], work) | {"difference": gaps.get(c)} for c, e in entries.items()]
     speed = {row["competitor"]: row["samples_per_second"] for row in rows}
     ratios = {c: speed["ours"] / s for c, s in speed.items() if c != "ours"}
     return {"rows": rows, "ratios": ratios, "skipped": skipped}
@@ -116,6 +130,15 @@ def merge(path: Path | None, name: str, measured: dict[str, Any], about: dict[st
     content["device"] = about["device"]
     harness.write_json(path, content)
     return content
+
+
+def is_done(path: Path | None, name: str, competitors: Sequence[str]) -> bool:
+    """Return whether the file has a row, or a reason for none, of every competitor on a workload."""
+    if path is None or not path.exists():
+        return False
+    content = json.loads(path.read_text())
+    rows = {row["competitor"] for row in content["rows"] if row["workload"] == name}
+    return set(competitors) <= rows | set(content["skipped"].get(name, {}))
 
 
 def report(name: str, measured: dict[str, Any]) -> None:
@@ -142,6 +165,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lanes", type=lambda text: tuple(map(int, text.split(","))), help="such as 1,4,16")
     parser.add_argument("--peers", type=Path, default=Path(os.environ.get("PEERS", "build/peers")))
     parser.add_argument("--json", type=Path, help="file that results are merged into, after each workload")
+    parser.add_argument("--resume", action="store_true", help="leave out workloads that the file has in full")
     options = parser.parse_args(arguments)
     for given, known in ((options.workloads, names), (options.competitors, COMPETITORS)):
         if unknown := [name for name in given if name not in known]:
@@ -164,6 +188,9 @@ def main() -> None:
     about = {"versions": harness.versions() | peer_versions(options.peers, options.competitors)}
     about["device"] = harness.device()
     for name in options.workloads:
+        if options.resume and is_done(options.json, name, options.competitors):
+            print(f"{name}: in {options.json} already", flush=True)
+            continue
         print(f"{name}: making the workload", flush=True)
         try:
             workload = workloads.make_workload(name, quick=options.quick)

@@ -1,0 +1,174 @@
+"""The benchmarks run at tiny settings, and their competitors train the very same round."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+sys.path += [str(FOLDER), str(FOLDER / "peers")]
+
+import common  # noqa: E402
+import competitors  # noqa: E402
+import regression  # noqa: E402
+import speed  # noqa: E402
+import workloads  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return workloads.make_workload("tiny", quick=True)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "workload.npz"
+    workloads.export_workload(tiny, jax.random.key(competitors.KEY), path)
+    return common.load(str(path))
+
+
+@pytest.fixture(scope="module")
+def ours(tiny):
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        entry = competitors.make_ours(tiny, tiny.lanes)
+        return competitors.trained_values(
+            entry.detail["program"](jax.random.key(competitors.KEY), tiny.state, tiny.data)
+        )
+
+
+def softmax_gradient(logits, labels):
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    p[np.arange(len(labels)), labels] -= 1
+    return p / len(labels)
+
+
+def train_by_hand(workload, client):
+    """Train one client's two-layer perceptron in float64 with gradients written down."""
+    v = {name: value.astype(np.float64) for name, value in common.truncated(workload, client).items()}
+    w = {name: value.astype(np.float64) for name, value in workload.frozen.items()}
+    one, two = workload.network["layers"]
+    for batch in common.batches(workload, client):
+        x, y = workload.inputs[batch].astype(np.float64), workload.targets[batch]
+        effective = [w[f"kernel:{p}"] + v[f"lora_a:{p}"] @ v[f"lora_b:{p}"] for p in (one, two)]
+        before = x @ effective[0] + v[f"dense:{one}/bias"]
+        hidden = np.maximum(before, 0)
+        upper = softmax_gradient(hidden @ effective[1] + v[f"dense:{two}/bias"], y)
+        lower = (upper @ effective[1].T) * (before > 0)
+        slopes = {}
+        for path, inputs, gradient in ((one, x, lower), (two, hidden, upper)):
+            product = inputs.T @ gradient
+            slopes[f"lora_a:{path}"] = product @ v[f"lora_b:{path}"].T
+            slopes[f"lora_b:{path}"] = v[f"lora_a:{path}"].T @ product
+            slopes[f"dense:{path}/bias"] = gradient.sum(0)
+        v = {name: value - workload.learning_rate * slopes[name] for name, value in v.items()}
+    return v
+
+
+def test_exported_round_is_ours(exported, ours):
+    """A peer that reads nothing but the file and trains by hand arrives where we do."""
+    totals = {name: np.zeros(value.shape) for name, value in exported.trainable.items()}
+    for client in range(exported.clients):
+        start, trained = common.truncated(exported, client), train_by_hand(exported, client)
+        for name, value in trained.items():
+            totals[name][tuple(map(slice, value.shape))] += exported.size[client] * (value - start[name])
+    owners = common.owned_weights(exported)
+    theirs = {name: value + totals[name] / owners[name] for name, value in exported.trainable.items()}
+    assert competitors.difference(ours, theirs) < 1e-5
+
+
+def test_every_example_is_seen_once(exported):
+    for client in range(exported.clients):
+        seen = common.seen(exported, client)
+        first = exported.start[client]
+        own = np.arange(first, first + exported.size[client])  # the synthetic clients' examples lie in a row
+        assert np.array_equal(np.sort(seen[0]), own)
+        assert not np.array_equal(seen[0], own)
+
+
+def test_padded_batches_hold_the_batches(exported):
+    examples, weights = common.padded_batches(exported)
+    for client in range(exported.clients):
+        flat = examples[client][weights[client] > 0]
+        assert np.array_equal(flat, np.concatenate(common.batches(exported, client)))
+
+
+def test_the_gate_refuses_who_did_not_train(exported, ours):
+    assert competitors.difference(ours, ours) == 0
+    assert competitors.difference(ours, exported.trainable) >= 1
+    with pytest.raises(competitors.PeerError, match="trained something else"):
+        competitors.gate("idler", ours, exported.trainable)
+
+
+def test_a_peer_that_is_not_installed_says_how_to(tmp_path):
+    with pytest.raises(competitors.PeerError, match=r"setup\.sh .* torch"):
+        competitors.Peer("torch_vmap", tmp_path, tmp_path / "workload.npz", tmp_path, patience=1)
+
+
+def test_a_worker_converses(tmp_path):
+    """A worker answers each command with one line, whatever else it prints."""
+    worker = (
+        "import sys; sys.argv[1:] = ['unused', sys.argv[1]]\n"
+        "from common import serve\nimport numpy as np\n"
+        "print('noise')\nserve(lambda: {'a': np.ones(2)}, lambda values: values)\n"
+    )
+    saved = tmp_path / "saved.npz"
+    done = subprocess.run(
+        [sys.executable, "-c", worker, str(saved)],
+        input="run\nsave\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=FOLDER / "peers",
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert answers[0] == {"ready": True}
+    assert answers[1]["seconds"] >= 0
+    assert np.array_equal(np.load(saved)["a"], np.ones(2))
+
+
+def test_regression_tells_worse_from_noise():
+    committed = {"tiny": {"lockstep": 1.0, "centralised": 0.8}}
+    rows = regression.compare(committed, {"tiny": {"lockstep": 0.84, "centralised": 0.69, "loop": 3.0}}, 0.15)
+    assert [row["worse"] for row in rows] == [True, False]
+
+
+def test_results_are_merged_by_workload_and_competitor(tmp_path):
+    path, about = tmp_path / "speed.json", {"versions": {}, "device": {}}
+
+    def measured(**speeds):
+        rows = [{"workload": "tiny", "competitor": c, "samples_per_second": s} for c, s in speeds.items()]
+        return {
+            "rows": rows,
+            "ratios": {c: speeds["ours"] / s for c, s in speeds.items() if c != "ours"},
+            "skipped": {},
+        }
+
+    speed.merge(path, "tiny", measured(ours=4.0, loop=1.0), about)
+    content = speed.merge(path, "tiny", measured(ours=6.0, torch=2.0), about)
+    assert content["ratios"]["tiny"] == {"loop": 4.0, "torch": 3.0}
+    assert sorted(row["competitor"] for row in content["rows"]) == ["loop", "ours", "torch"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script",
+    [
+        ("speed.py", "--workloads", "tiny", "--competitors", "lockstep,loop"),
+        ("scale.py", "--clients", "100"),
+        ("rank_cost.py",),
+    ],
+    ids=lambda script: script[0],
+)
+def test_scripts_run_quickly(script, tmp_path):
+    results = tmp_path / "results.json"
+    command = [sys.executable, str(FOLDER / script[0]), *script[1:], "--quick", "--json", str(results)]
+    subprocess.run(command, check=True, timeout=900)
+    content = json.loads(results.read_text())
+    assert content["rows"]
+    assert {"jax", "python"} <= set(content["versions"])
+    assert results.with_suffix(".png").stat().st_size > 0
