@@ -1,0 +1,163 @@
+"""Rounds on one and on two devices, how evenly clients are dealt, and on paper how a round scales to 8 and 256.
+
+Three tables:
+
+1. Measured: seconds per round on one device and on `--devices` virtual CPU devices (or GPUs, where JAX finds them) of
+   one process, alternating in one run, with the same model, data, ranks and rule.
+2. Counted: steps of the busiest device over the mean of all, on 2, 8 and 256 devices. Nothing is trained.
+3. On paper: a round of log-normal clients (σ = 1, 60 examples each on average, batch 32) from the counted steps, the
+   bytes of the one sum, and an interconnect that is stated in `PAPER`. `efficiency` is the share of the devices' time
+   that is client steps; `stops_at` names what takes most of the rest: the longest client, which devices cannot share,
+   or the sum.
+
+Command:  AUTORANK_JAX_DATA=DIR python benchmarks/devices.py --json benchmarks/results/devices.json
+          (--quick: few clients of the embedded images)
+Hardware: two CPU cores
+Time and numbers to expect: see benchmarks/README.md
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import workloads
+from workloads import Workload
+
+from autorank_jax import dealing
+from autorank_jax.engine import level_widths, make_round
+from autorank_jax.lanes import Program, steps_and_levels
+from autorank_jax.lora import max_ranks
+from autorank_jax.participation import everyone
+
+COUNTED = (2, 8, 256)
+PAPER = {
+    "lanes": 64,  # of one accelerator
+    "milliseconds_per_step": 1.0,  # of all its lanes together
+    "links": {1: 1.0, 8: 300e9, 256: 40e9},  # bytes/s of each device: NVLink within a host of 8, 400 Gb/s between hosts
+    "latency": {1: 0.0, 8: 2e-5, 256: 2e-4},  # seconds of one all-reduce, however small
+}
+"""Round numbers for an accelerator, to be replaced by measured ones."""
+
+
+def measure(workload: Workload, devices: int, repeats: int) -> harness.Row:
+    """Time a round on one device and on many."""
+    mesh, key = dealing.client_mesh(jax.devices()[:devices]), jax.random.key(0)
+    useful = float(np.sum(client_steps(workload)) / np.max(client_steps(workload)))
+    lanes = {1: workload.lanes, devices: max(1, min(workload.lanes, int(useful / devices)))}
+    placed = {1: (key, workload.state, workload.data)}
+    placed[devices] = dealing.replicate(placed[1], mesh)
+    compiled = {}
+    for count, arguments in placed.items():
+        options = {"lanes": lanes[count], "rank_levels": workload.rank_levels, "mesh": mesh if count > 1 else None}
+        compiled[count] = harness.compiled(make_round(workload.local, workload.rule, **options), *arguments)
+    run = {str(count): lambda count=count: compiled[count][0](*placed[count]) for count in placed}
+    seconds = {int(count): harness.summary(s) for count, s in harness.alternate(run, repeats).items()}
+    return {
+        "workload": workload.name,
+        "devices": devices,
+        "lanes_per_device": lanes[devices],
+        "one_seconds": seconds[1]["median"],
+        "one_spread": seconds[1]["spread"],
+        "many_seconds": seconds[devices]["median"],
+        "many_spread": seconds[devices]["spread"],
+        "one_compile_seconds": compiled[1][1],
+        "many_compile_seconds": compiled[devices][1],
+        "speedup": seconds[1]["median"] / seconds[devices]["median"],
+    }
+
+
+def client_steps(workload: Workload) -> np.ndarray:
+    """Return the steps of each client in a round."""
+    return -(-np.asarray(workload.data.size, np.int64) // workload.local.batch_size)
+
+
+def count(workload: Workload, devices: int) -> harness.Row:
+    """Deal the clients as a round would, and count the steps of each device."""
+    widths = level_widths(max_ranks(workload.state.server.trainable), workload.rank_levels)
+    program = Program(workload.local, workload.rule, 1, widths)
+    cohort = everyone(jax.random.key(0), workload.data)
+    steps, level = steps_and_levels(workload.state, workload.data, cohort, program=program)
+    costs = jnp.array([dealing.step_cost(workload.state.server.trainable, w) for w in widths])
+    cost = steps * costs[level]
+    device = np.asarray(dealing.deal(cost, devices))
+    load = np.bincount(device, weights=np.asarray(cost, float), minlength=devices)
+    taken = np.bincount(device, weights=np.asarray(steps, float), minlength=devices)
+    return {
+        "workload": workload.name,
+        "devices": devices,
+        "clients": len(device),
+        "busiest_over_mean_steps": float(taken.max() / taken.mean()),
+        "busiest_over_mean_cost": float(load.max() / load.mean()),
+        "longest_client_over_mean_cost": float(cost.max() / load.mean()),
+    }
+
+
+def sum_bytes(workload: Workload, cohort: int) -> int:
+    """Return the bytes of the sum that ends a round: what is trained, and a few numbers per client."""
+    model = sum(4 * leaf.size for leaf in jax.tree.leaves(workload.state.server.trainable))
+    return model + 4 * cohort * (workload.state.epoch_losses.shape[1] + 2)
+
+
+def on_paper(workload: Workload, clients: int, devices: int) -> harness.Row:
+    """Predict a round from counted steps, bytes and the numbers in `PAPER`."""
+    size = np.ceil(60 * np.exp(np.random.default_rng(0).normal(-0.5, 1.0, clients)))
+    steps = -(-size // 32)
+    device = np.asarray(dealing.deal(jnp.asarray(steps, jnp.float32), devices))
+    load = np.bincount(device, weights=steps, minlength=devices)
+    lanes, step = PAPER["lanes"], PAPER["milliseconds_per_step"] / 1e3
+    train = max(steps.max(), load.max() / lanes) * step
+    size_of_sum = sum_bytes(workload, clients)
+    together = 2 * (devices - 1) / devices * size_of_sum / PAPER["links"][devices] + PAPER["latency"][devices]
+    useful = steps.sum() / lanes / devices * step
+    return {
+        "clients": clients,
+        "devices": devices,
+        "busiest_over_mean_steps": float(load.max() / load.mean()),
+        "sum_megabytes": size_of_sum / 1e6,
+        "sum_milliseconds": 1e3 * together,
+        "round_milliseconds": 1e3 * (train + together),
+        "efficiency": float(useful / (train + together)),
+        "stops_at": "sum"
+        if together > train - useful
+        else "longest client"
+        if steps.max() >= load.max() / lanes
+        else "",
+    }
+
+
+def report(title: str, rows: list[harness.Row]) -> None:
+    print(f"\n{title}\n\n{harness.markdown_table(rows, list(rows[0]))}")
+
+
+def main() -> None:
+    """Measure, count, compute, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", default="lognormal,staircase")
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="few clients of the embedded images, two repeats")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=86400"
+    )
+    jax.config.update("jax_num_cpu_devices", options.devices)
+    chosen = [workloads.make_workload(name, quick=options.quick) for name in options.workloads.split(",")]
+    content: dict[str, Any] = {"versions": harness.versions(), "device": harness.device(), "paper": PAPER}
+    content["measured"] = [measure(w, options.devices, 2 if options.quick else options.repeats) for w in chosen]
+    content["counted"] = [count(w, devices) for w in chosen for devices in COUNTED]
+    sizes = (1_000,) if options.quick else (1_000, 10_000, 100_000, 1_000_000)
+    content["on_paper"] = [on_paper(chosen[0], clients, devices) for clients in sizes for devices in PAPER["links"]]
+    report(f"Measured on 1 and {options.devices} devices", content["measured"])
+    report("Counted", content["counted"])
+    report("On paper", content["on_paper"])
+    harness.write_json(options.json, content)
+
+
+if __name__ == "__main__":
+    main()
