@@ -1,5 +1,7 @@
 """Adapters on any Flax model: start, merge, rank masks, precision, errors; Linen modules and bare functions."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,10 +134,11 @@ def test_base_kernels_are_matrices(case):
         assert task.server.frozen.kernels[path].shape == (adapter.lora_a.shape[0], adapter.lora_b.shape[1])
 
 
-def test_einsum_kernels_are_transposed_inputs_first():
-    form = einsum_form("...i,oi->...o", (5, 3))
-    weight = jnp.arange(15.0).reshape(5, 3)
-    np.testing.assert_array_equal(form.matrix(weight), weight.T)
+@pytest.mark.parametrize(("equation", "shape"), [("...i,oi->...o", (5, 3)), ("bij,oij->bo", (5, 2, 3))])
+def test_einsum_kernels_are_transposed_inputs_first(equation, shape):
+    form = einsum_form(equation, shape)
+    weight = jnp.arange(math.prod(shape)).reshape(shape)
+    np.testing.assert_array_equal(form.matrix(weight), weight.reshape(5, -1).T)
     np.testing.assert_array_equal(form.weight(form.matrix(weight)), weight)
 
 
