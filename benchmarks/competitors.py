@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import workloads
 from baselines import make_centralised, make_lockstep, make_loop, mean_widths
+from jax.sharding import Mesh
 from peer import ENVIRONMENTS, Peer, PeerError
 from workloads import Workload
 
+from autorank_jax import dealing
 from autorank_jax.engine import make_round
 from autorank_jax.types import State
 
@@ -26,7 +28,8 @@ KEY = 0
 class Entry(NamedTuple):
     """A competitor that is ready to be timed."""
 
-    run: Callable[[], float]  # one round; returns its seconds
+    run: Callable[[], float]  # one round from the start values; returns its seconds
+    values: Callable[[], dict[str, np.ndarray]]  # what such a round trains, under the names that peers use
     compile_seconds: float | None
     peak_bytes: Callable[[], int | None]
     detail: dict[str, Any]
@@ -39,27 +42,30 @@ def timed(program: Callable[..., Any], *arguments: Any) -> float:
     return time.perf_counter() - begin
 
 
-def compiled_entry(function: Callable[..., Any], workload: Workload, **detail: Any) -> Entry:
-    """Compile a round and warm it up."""
+def arguments_of(workload: Workload, mesh: Mesh | None = None) -> tuple[Any, ...]:
+    """Return the arguments of every round, on all devices of a mesh where there is one."""
     arguments = (jax.random.key(KEY), workload.state, workload.data)
+    return arguments if mesh is None else dealing.replicate(arguments, mesh)
+
+
+def compiled_entry(function: Callable[..., State], arguments: tuple[Any, ...], **detail: Any) -> Entry:
+    """Compile a round and warm it up."""
     program, seconds = harness.compiled(function, *arguments)
     timed(program, *arguments)
     memory = program.memory_analysis()
     parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
     peak = None if memory is None else sum(getattr(memory, part) for part in parts)
     return Entry(
-        lambda: timed(program, *arguments),
-        seconds,
-        lambda: peak,
-        {**detail, "program": program},
+        lambda: timed(program, *arguments), lambda: trained_values(program(*arguments)), seconds, lambda: peak, detail
     )
 
 
-def make_ours(workload: Workload, lanes: int) -> Entry:
-    """Compile this package's round."""
-    lanes = min(lanes, workload.data.size.shape[0])
-    round_fn = make_round(workload.local, workload.rule, lanes=lanes, rank_levels=workload.rank_levels)
-    return compiled_entry(lambda *a: round_fn(*a)[0], workload, lanes=lanes)
+def make_ours(workload: Workload, lanes: int, devices: int = 1) -> Entry:
+    """Compile this package's round, for several devices where asked for."""
+    mesh = dealing.client_mesh(jax.devices()[:devices]) if devices > 1 else None
+    lanes = min(lanes, max(1, workload.data.size.shape[0] // devices))
+    round_fn = make_round(workload.local, workload.rule, lanes=lanes, rank_levels=workload.rank_levels, mesh=mesh)
+    return compiled_entry(lambda *a: round_fn(*a)[0], arguments_of(workload, mesh), lanes=lanes, devices=devices)
 
 
 def make_best_centralised(workload: Workload) -> Entry:
@@ -68,7 +74,7 @@ def make_best_centralised(workload: Workload) -> Entry:
     for batch_size in BIG_BATCHES:
         if batch_size <= max(BIG_BATCHES[0], workloads.examples_per_round(workload)):
             function = make_centralised(workload.local, widths=widths, batch_size=batch_size)
-            entries.append(compiled_entry(function, workload, batch_size=batch_size))
+            entries.append(compiled_entry(function, arguments_of(workload), batch_size=batch_size))
     return min(entries, key=lambda entry: min(entry.run() for _ in range(2)))
 
 
@@ -78,15 +84,15 @@ def make_engine(name: str, workload: Workload) -> Entry:
         return make_best_centralised(workload)
     if name == "lockstep":
         function = make_lockstep(workload.local, workload.rule, steps=workloads.longest(workload))
-        return compiled_entry(function, workload)
-    program = make_loop(workload.local, workload.rule)
-    arguments = (jax.random.key(KEY), workload.state, workload.data)
+        return compiled_entry(function, arguments_of(workload))
+    program, arguments = make_loop(workload.local, workload.rule), arguments_of(workload)
     first = timed(program, *arguments)
     return Entry(
         lambda: timed(program, *arguments),
+        lambda: trained_values(program(*arguments)),
         max(0.0, first - timed(program, *arguments)),
         lambda: None,
-        {"program": program},
+        {},
     )
 
 
@@ -105,7 +111,7 @@ def make_peer(name: str, workload: Workload, options: argparse.Namespace, folder
 
     try:
         first = run()
-        return Entry(run, max(0.0, first - run()), lambda: peak[0], {}), peer
+        return Entry(run, peer.values, max(0.0, first - run()), lambda: peak[0], {}), peer
     except PeerError:
         peer.close()
         raise
@@ -150,14 +156,13 @@ def add_engines(
     workload: Workload, names: list[str], entries: dict[str, Entry], skipped: dict[str, str], gaps: dict[str, float]
 ) -> None:
     """Make the engines of this process; `centralised` trains another model and so passes no gate."""
-    ours = trained_values(entries["ours"].detail["program"](jax.random.key(KEY), workload.state, workload.data))
+    ours = entries["ours"].values()
     for name in names:
         print(f"  {name} …", flush=True)
         entry = make_engine(name, workload)
         try:
             if name != "centralised":
-                state = entry.detail["program"](jax.random.key(KEY), workload.state, workload.data)
-                gaps[name] = gate(name, ours, trained_values(state))
+                gaps[name] = gate(name, ours, entry.values())
             entries[name] = entry
         except PeerError as error:
             skipped[name] = str(error)
@@ -167,14 +172,14 @@ def add_peers(
     workload: Workload, options: argparse.Namespace, folder: Path, entries: dict[str, Entry], skipped: dict[str, str]
 ) -> tuple[list[Peer], dict[str, float]]:
     """Start the peers and hold their results against ours."""
-    ours = trained_values(entries["ours"].detail["program"](jax.random.key(KEY), workload.state, workload.data))
+    ours = entries["ours"].values()
     peers, gaps = [], {}
     for name in [name for name in options.competitors if name in ENVIRONMENTS]:
         print(f"  {name} …", flush=True)
         try:
             entry, peer = make_peer(name, workload, options, folder)
             peers.append(peer)
-            gaps[name] = gate(name, ours, peer.values())
+            gaps[name] = gate(name, ours, entry.values())
             entries[name] = entry
         except PeerError as error:
             skipped[name] = str(error)
@@ -182,12 +187,11 @@ def add_peers(
     return peers, gaps
 
 
-def sweep(workload: Workload, lanes: tuple[int, ...]) -> dict[str, Entry]:
+def sweep(workload: Workload, lanes: tuple[int, ...], devices: int) -> dict[str, Entry]:
     """Compile our round for several numbers of lanes; the fastest is `ours`, the others `ours, N lanes`."""
-    counts = sorted({min(count, workload.data.size.shape[0]) for count in lanes})
     entries = {}
-    for count in counts:
+    for count in sorted({min(count, workload.data.size.shape[0]) for count in lanes}):
         print(f"  ours, {count} lanes …", flush=True)
-        entries[count] = make_ours(workload, count)
-    best = counts[0] if len(counts) == 1 else min(counts, key=lambda c: min(entries[c].run() for _ in range(2)))
+        entries[count] = make_ours(workload, count, devices)
+    best = min(entries, key=lambda c: min(entries[c].run() for _ in range(2)))
     return {"ours" if count == best else f"ours, {count} lanes": entry for count, entry in entries.items()}

@@ -88,14 +88,14 @@ def make_row(name: str, competitor: str, entry: Entry, seconds: list[float], wor
         "repeats": len(seconds),
         "flops_per_second": work.flops / measured["median"],
         "bytes_per_second": None if competitor == "centralised" else work.bytes / measured["median"],
-        **{key: value for key, value in entry.detail.items() if key != "program"},
+        **entry.detail,
     }
 
 
 def measure(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
     """Time all competitors on one workload."""
     lanes = options.lanes or ((workload.lanes,) if options.device == "cpu" else SWEEP)
-    entries, skipped, gaps = sweep(workload, lanes), {}, {}
+    entries, skipped, gaps = sweep(workload, lanes, options.devices), {}, {}
     add_engines(workload, [c for c in options.competitors if c in ENGINES], entries, skipped, gaps)
     with tempfile.TemporaryDirectory() as folder:
         peers, peer_gaps = add_peers(workload, options, Path(folder), entries, skipped)
@@ -162,6 +162,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=1800, help="seconds that a peer may take to answer")
     parser.add_argument("--quick", action="store_true", help="small workloads of embedded images, at most two turns")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--devices", type=int, default=1, help="that `ours` deals clients to; on a CPU virtual ones")
     parser.add_argument("--lanes", type=lambda text: tuple(map(int, text.split(","))), help="such as 1,4,16")
     parser.add_argument("--peers", type=Path, default=Path(os.environ.get("PEERS", "build/peers")))
     parser.add_argument("--json", type=Path, help="file that results are merged into, after each workload")
@@ -184,6 +185,8 @@ def main() -> None:
     """Measure, print, write, workload by workload."""
     options = parse()
     jax.config.update("jax_platforms", "cpu" if options.device == "cpu" else "cuda")
+    if options.device == "cpu":
+        jax.config.update("jax_num_cpu_devices", options.devices)
     mpl.use("Agg")
     about = {"versions": harness.versions() | peer_versions(options.peers, options.competitors)}
     about["device"] = harness.device()
