@@ -5,13 +5,18 @@ The pipeline, a module each: `datasets` and `partition` → `federated_data` →
 """
 
 from autorank_jax import aggregators, budgets, controls, datasets, federated_data, models, partition, policies
+from autorank_jax.assembly import merge
 from autorank_jax.complexity import complexity_matrix, gini_simpson, label_entropy, loss_entropy
 from autorank_jax.datasets import load_dataset
 from autorank_jax.engine import make_round
 from autorank_jax.evaluation import client_costs, label_weighted_accuracy, make_evaluate, training_flops
+from autorank_jax.export import export_peft
 from autorank_jax.federated_data import client_stats, from_client_ids, from_parts
+from autorank_jax.functions import task_from_function
+from autorank_jax.linen import task_from_linen
 from autorank_jax.local import make_local_training, with_proximal_term
 from autorank_jax.lora import max_ranks
+from autorank_jax.losses import classification_loss, regression_loss, token_loss
 from autorank_jax.mcda import critic_weights, topsis
 from autorank_jax.participation import sample_uniformly
 from autorank_jax.policies import autorank_ranks, ranks_from_ratios, with_reranking
@@ -50,12 +55,14 @@ __all__ = [
     "aggregators",
     "autorank_ranks",
     "budgets",
+    "classification_loss",
     "client_costs",
     "client_stats",
     "complexity_matrix",
     "controls",
     "critic_weights",
     "datasets",
+    "export_peft",
     "federated_data",
     "from_client_ids",
     "from_parts",
@@ -69,13 +76,18 @@ __all__ = [
     "make_local_training",
     "make_round",
     "max_ranks",
+    "merge",
     "models",
     "partition",
     "policies",
     "ranks_from_ratios",
+    "regression_loss",
     "sample_uniformly",
     "simulate",
+    "task_from_function",
+    "task_from_linen",
     "task_from_nnx",
+    "token_loss",
     "topsis",
     "training_flops",
     "with_proximal_term",
