@@ -18,11 +18,11 @@ Fault = Callable[[Key, Array, FederatedData, Cohort], Cohort]
 """`(key, round, data, cohort) -> cohort`: what becomes of the clients that were invited; `round` counts from 0."""
 
 
-def drop_out(probability: float) -> Fault:
+def drop_out(probability: float | Array) -> Fault:
     """Let every client of every round drop out with a probability: it sends nothing, as if it had been away.
 
     Args:
-        probability: in 0..1.
+        probability: in 0..1; under jit it may be an argument, so that another one compiles nothing.
 
     Raises:
         ValueError: for a probability outside 0..1.
@@ -121,12 +121,12 @@ def apply_faults(faults: Sequence[Fault], key: Key, number: Array, data: Federat
     return cohort
 
 
-def _struck(key: Key, data: FederatedData, cohort: Cohort, probability: float) -> Array:
+def _struck(key: Key, data: FederatedData, cohort: Cohort, probability: float | Array) -> Array:
     """Draw who is struck, `(cohort,)` bool."""
     draw = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))
     return draw(data.id[cohort.row]) < probability
 
 
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
+def _check_share(name: str, value: float | Array) -> None:
+    if not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:
         raise ValueError(f"expected a {name} in 0 .. 1, got {value}, probably a percentage")
