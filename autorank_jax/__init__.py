@@ -4,8 +4,9 @@ The pipeline, a module each: `datasets` and `partition` → `federated_data` →
 `engine` (with `local` and `aggregators`) → `simulation` → `evaluation`.
 """
 
-from autorank_jax import aggregators, budgets, controls, datasets, federated_data, models, partition, policies
+from autorank_jax import aggregators, budgets, controls, datasets, faults, federated_data, models, partition, policies
 from autorank_jax.assembly import merge
+from autorank_jax.checkpoint import restore_state, save_state
 from autorank_jax.complexity import complexity_matrix, gini_simpson, label_entropy, loss_entropy
 from autorank_jax.datasets import load_dataset
 from autorank_jax.engine import make_round
@@ -18,7 +19,7 @@ from autorank_jax.local import make_local_training, with_proximal_term
 from autorank_jax.lora import max_ranks
 from autorank_jax.losses import classification_loss, regression_loss, token_loss
 from autorank_jax.mcda import critic_weights, topsis
-from autorank_jax.participation import sample_uniformly
+from autorank_jax.participation import sample_by_size, sample_independently, sample_uniformly
 from autorank_jax.policies import autorank_ranks, ranks_from_ratios, with_reranking
 from autorank_jax.simulation import init_state, simulate
 from autorank_jax.tasks import task_from_nnx
@@ -63,6 +64,7 @@ __all__ = [
     "critic_weights",
     "datasets",
     "export_peft",
+    "faults",
     "federated_data",
     "from_client_ids",
     "from_parts",
@@ -82,7 +84,11 @@ __all__ = [
     "policies",
     "ranks_from_ratios",
     "regression_loss",
+    "restore_state",
+    "sample_by_size",
+    "sample_independently",
     "sample_uniformly",
+    "save_state",
     "simulate",
     "task_from_function",
     "task_from_linen",
