@@ -121,7 +121,7 @@ def restore_state(
     _compare("configuration", config, content["config"], path)
     wanted = [(_describe(name, leaf), leaf) for name, leaf in _named(like)]
     _compare("arrays", _by_name([about for about, _ in wanted]), _by_name(content["leaves"]), path)
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _orbax() as checkpointer:
         held = checkpointer.restore(path / _ARRAYS) if any(map(_count, content["leaves"])) else {}
     number = {leaf["name"]: str(place) for place, leaf in enumerate(content["leaves"])}
     leaves = [_revive(held.get(number[about["name"]]), about, leaf) for about, leaf in wanted]
@@ -197,7 +197,7 @@ def _write(target: Path, about: Mapping[str, Any], values: Iterable[np.ndarray])
     target.mkdir()
     arrays = {str(number): np.atleast_1d(leaf) for number, leaf in enumerate(values) if leaf.size}
     if arrays:  # Orbax refuses arrays without elements
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _orbax() as checkpointer:
             checkpointer.save(target / _ARRAYS, arrays)
     files = sorted(path for path in target.rglob("*") if path.is_file())
     sums = {path.relative_to(target).as_posix(): _checksum(path.read_bytes()) for path in files}
@@ -208,6 +208,13 @@ def _write(target: Path, about: Mapping[str, Any], values: Iterable[np.ndarray])
         _sync(path)
     for path in (*(p for p in target.rglob("*") if p.is_dir()), target):
         _sync(path)
+
+
+def _orbax() -> ocp.Checkpointer:
+    """Return Orbax for this process alone: arrays are whole in each, and only one of them may be writing."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{me}")
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
 def _checksum(content: bytes) -> str:

@@ -1,8 +1,12 @@
 """The entry of the command line: exit codes, and mistakes in plain lines."""
 
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
+
+import jax
 
 from autorank_jax.configuration import ConfigurationError
 from autorank_jax.criteria_file import CriteriaError
@@ -14,13 +18,32 @@ EXTRA = ("tyro", "rich", "matplotlib")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
+    One of several processes that fails ends at once, without waiting for the others, so that they notice and end too.
+
     Args:
         arguments: without the program's name; those of the process where None.
 
     Returns:
         Exit code: 0, 1 without the extra packages, 2 for a mistake of the user, 3 for a run that diverged, 130 after
-        an interrupt (143 after SIGTERM).
+        an interrupt (143 after SIGTERM), 4 when another process was lost.
     """
+    try:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        lost = isinstance(error, jax.errors.JaxRuntimeError)
+        reason = "another process ended or cannot be reached: " if lost else ""
+        traceback.print_exc()
+        code = _say(4 if lost else 1, [f"{reason}{error}".splitlines()[0]])
+    if code and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         commands = importlib.import_module("autorank_jax.commands")
     except ModuleNotFoundError as error:
@@ -28,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _say(1, [f'the command line needs {error.name}: pip install "autorank-jax[cli]"'])
     try:
-        commands.execute(commands.parse(sys.argv[1:] if arguments is None else arguments))
+        commands.execute(commands.parse(arguments))
     except ConfigurationError as error:
         return _say(2, error.problems)
     except (CriteriaError, DatasetError, commands.ReportError, commands.CheckpointError) as error:

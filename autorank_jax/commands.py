@@ -22,6 +22,7 @@ from autorank_jax.criteria_file import read_criteria
 from autorank_jax.datasets import available_datasets, cache_folder
 from autorank_jax.display import Display
 from autorank_jax.experiment import run_experiment
+from autorank_jax.launch import Launch, is_first, start
 from autorank_jax.report import ReportError, check_folder, held_of_a_run, write_results
 from autorank_jax.results import Results
 from autorank_jax.rounds import DivergedError
@@ -49,6 +50,7 @@ class Run:
 
     Attributes:
         experiment: what to run
+        launch: where to run it
         config: take the options from a run's config.json; others on the command line go before it
         resume: folder of a run to go on with from its latest checkpoint
         checkpoint_every: rounds between checkpoints, 0 = only when interrupted
@@ -59,6 +61,7 @@ class Run:
     """
 
     experiment: tyro.conf.OmitArgPrefixes[Experiment] = dataclasses.field(default_factory=Experiment)
+    launch: tyro.conf.OmitArgPrefixes[Launch] = dataclasses.field(default_factory=Launch)
     config: Path | None = None
     resume: Path | None = None
     checkpoint_every: int = 0
@@ -186,6 +189,11 @@ def run(command: Run) -> None:
     """Run an experiment, or what is left of it, show it, and write its files."""
     experiment = command.experiment
     check_run(command)
+    mesh = start(command.launch, cohort=experiment.cohort)
+    if not is_first():
+        checkpoints = checkpoints_of(command.resume, every=0, keep=1) if command.resume else None
+        run_experiment(experiment, mesh=mesh, checkpoints=checkpoints)
+        return
     if command.resume:
         folder = check_folder(command.resume, overwrite=True)
     else:
@@ -199,6 +207,7 @@ def run(command: Run) -> None:
         with Interruption() as interruption, Display(console, experiment) as display:
             results = run_experiment(
                 experiment,
+                mesh=mesh,
                 on_event=interruption.watch(display),
                 on_round=interruption.on_round,
                 checkpoints=checkpoints,
@@ -225,10 +234,11 @@ def check_run(command: Run) -> None:
     ]
     if command.resume and command.out:
         problems.append("out: expected none beside --resume, got one: a run goes on in its own folder")
-    try:
-        command.experiment.validate()
-    except ConfigurationError as error:
-        problems = [*error.problems, *problems]
+    for part in (command.launch, command.experiment):
+        try:
+            part.validate()
+        except ConfigurationError as error:
+            problems = [*error.problems, *problems]
     if problems:
         raise ConfigurationError(problems)
 

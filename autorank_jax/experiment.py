@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from autorank_jax import datasets, engine, evaluation, faults, local
 from autorank_jax.checkpoint import saved_steps, step_folder
@@ -23,6 +24,7 @@ from autorank_jax.datasets import Dataset
 from autorank_jax.evaluation import FlopModel
 from autorank_jax.events import Compiled, Event, Finished, OnEvent, Resumed, RoundDone, Scored, Started
 from autorank_jax.federations import Federation, make_federations
+from autorank_jax.launch import compile_round, is_first
 from autorank_jax.ranking import Ranker, make_ranker, score_clients
 from autorank_jax.results import Results, Run, Scores
 from autorank_jax.resuming import Checkpoints, make_save, restore_book
@@ -52,6 +54,7 @@ class Setup(NamedTuple):
 
     experiment: Experiment
     dataset: Dataset
+    mesh: Mesh | None
     ranker: Ranker
     flops: FlopModel
     on_event: OnEvent
@@ -62,6 +65,7 @@ class Setup(NamedTuple):
 def run_experiment(
     experiment: Experiment,
     *,
+    mesh: Mesh | None = None,
     on_event: OnEvent = lambda _: None,
     on_round: OnRound = lambda _: None,
     checkpoints: Checkpoints | None = None,
@@ -72,6 +76,8 @@ def run_experiment(
 
     Args:
         experiment: the options.
+        mesh: devices to deal the clients to, from `dealing.client_mesh`; where there are several processes, all of them
+            call this function and get the results, and the first saves.
         on_event: called with what happens, as it happens.
         on_round: called after every round with its row, its information and the state; True ends that run early.
             Whatever it raises leaves through here, after a checkpoint.
@@ -93,7 +99,7 @@ def run_experiment(
         federations = make_federations(experiment, dataset)
     except ValueError as error:
         raise ConfigurationError([str(error)]) from error
-    about = {"device": _device(), "versions": _versions()}
+    about = {"device": _device(mesh), "versions": _versions()}
     book = Book()
     if checkpoints is not None:
         book, differences = restore_book(checkpoints, experiment, dataset, federations, about=about)
@@ -101,8 +107,8 @@ def run_experiment(
             on_event(Resumed(book.rounds, differences))
     flops = evaluation.training_flops(federations[0].task, federations[0].data)
     ranker = make_ranker(experiment, federations[0].task)
-    save = make_save(checkpoints, experiment, dataset, about=about)
-    setup = Setup(experiment, dataset, ranker, flops, on_event, on_round, save)
+    save = make_save(checkpoints if is_first() else None, experiment, dataset, about=about)
+    setup = Setup(experiment, dataset, mesh, ranker, flops, on_event, on_round, save)
     scores: list[Scores] = []
     runs: list[Run] = []
     try:
@@ -111,9 +117,9 @@ def run_experiment(
             seconds = book.seconds
             book = run_aggregator(setup, federations, program, book, (scores, runs))
     except DivergedError as error:
-        found = _results(experiment, scores, runs, seconds)
+        found = _results(setup, scores, runs, seconds)
         raise DivergedError(f"{error}; {_last_good(checkpoints)}", error.record, found) from None
-    return _results(experiment, scores, runs, book.seconds)
+    return _results(setup, scores, runs, book.seconds)
 
 
 def run_aggregator(
@@ -155,7 +161,7 @@ def prepare(setup: Setup, federation: Federation, name: str, book: Book, *, scor
     if known and over == len(experiment.rank_policies) * experiment.seeds:
         return Program(name, rule, _never, _never), book
     begin = time.perf_counter()
-    program = compile_program(experiment, setup.dataset, federation, name)
+    program = compile_program(experiment, setup, federation, name)
     seconds = time.perf_counter() - begin
     setup.on_event(Compiled(name, seconds))
     return program, book._replace(seconds={**book.seconds, name: seconds})
@@ -165,25 +171,26 @@ def _never(*arguments: Any) -> Any:
     raise AssertionError(f"a run that is over called its program with {len(arguments)} arguments")
 
 
-def compile_program(experiment: Experiment, dataset: Dataset, federation: Federation, name: str) -> Program:
+def compile_program(experiment: Experiment, setup: Setup, federation: Federation, name: str) -> Program:
     """Compile one round and one evaluation for an aggregation rule."""
     rule = make_aggregator(name, clip_norm=experiment.clip_norm)
     training = local.make_local_training(federation.task, make_optimizer(experiment), batch_size=experiment.batch_size)
     round_fn = engine.make_round(
         training,
         rule,
-        lanes=lanes_of(experiment, federation),
+        lanes=lanes_of(experiment, federation, setup.mesh),
         rank_levels=experiment.rank_levels,
         participation=make_participation(experiment),
         faults=make_faults(experiment),
+        mesh=setup.mesh,
     )
-    evaluate = evaluation.make_evaluate(federation.task, dataset.x_test, dataset.y_test)
+    evaluate = evaluation.make_evaluate(federation.task, setup.dataset.x_test, setup.dataset.y_test)
     state = start_state(experiment, federation, rule)
     key = federation.keys["training"]
     return Program(
         name,
         rule,
-        jax.jit(round_fn).lower(key, state, federation.data).compile(),
+        compile_round(round_fn, setup.mesh, key, state, federation.data),
         jax.jit(evaluate).lower(state).compile(),
     )
 
@@ -206,11 +213,12 @@ def make_optimizer(experiment: Experiment) -> Callable[[Mapping[str, Array]], op
     return lambda h: make(h["learning_rate"])
 
 
-def lanes_of(experiment: Experiment, federation: Federation) -> int:
-    """Return how many clients train side by side: what was asked for, or what suits data, model and device."""
+def lanes_of(experiment: Experiment, federation: Federation, mesh: Mesh | None) -> int:
+    """Return how many clients each device trains side by side: what was asked for, or what suits data and device."""
     if experiment.lanes != "auto":
         return min(int(experiment.lanes), experiment.cohort)
-    return choose_lanes(federation.data, federation.task, batch_size=experiment.batch_size, cohort=experiment.cohort)
+    share = max(1, experiment.cohort // (1 if mesh is None else mesh.devices.size))
+    return choose_lanes(federation.data, federation.task, batch_size=experiment.batch_size, cohort=share)
 
 
 def probe_all(setup: Setup, federations: Sequence[Federation], program: Program, book: Book) -> Book:
@@ -220,7 +228,7 @@ def probe_all(setup: Setup, federations: Sequence[Federation], program: Program,
         return book
     if experiment.eventful:
         calm = dataclasses.replace(experiment, participation=1.0, sampling="uniform", drop_out=0.0, stragglers=0.0)
-        program = compile_program(calm, setup.dataset, federations[0], program.name)
+        program = compile_program(calm, setup, federations[0], program.name)
     return book._replace(probes=tuple(probe(experiment, program, federation) for federation in federations))
 
 
@@ -240,10 +248,9 @@ def with_losses(federation: Federation, losses: tuple[Array, Array] | None) -> F
     return federation._replace(stats=federation.stats._replace(epoch_losses=losses[0], epochs=losses[1]))
 
 
-def _results(
-    experiment: Experiment, scores: Sequence[Scores], runs: Sequence[Run], seconds: Mapping[str, float]
-) -> Results:
-    return Results(dataclasses.asdict(experiment), tuple(scores), tuple(runs), dict(seconds), _device(), _versions())
+def _results(setup: Setup, scores: Sequence[Scores], runs: Sequence[Run], seconds: Mapping[str, float]) -> Results:
+    options, device = dataclasses.asdict(setup.experiment), _device(setup.mesh)
+    return Results(options, tuple(scores), tuple(runs), dict(seconds), device, _versions())
 
 
 def _last_good(checkpoints: Checkpoints | None) -> str:
@@ -253,9 +260,10 @@ def _last_good(checkpoints: Checkpoints | None) -> str:
     return f"the last good checkpoint is {step_folder(checkpoints.folder, steps[-1])}"
 
 
-def _device() -> str:
+def _device(mesh: Mesh | None) -> str:
     device = jax.devices()[0]
-    return f"{device.device_kind}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
+    name = f"{device.device_kind}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
+    return name if mesh is None else f"{name}, {mesh.devices.size} devices"
 
 
 def _versions() -> dict[str, str]:
