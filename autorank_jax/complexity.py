@@ -60,8 +60,8 @@ def loss_entropy(epoch_losses: ArrayLike, epochs: ArrayLike | None = None) -> Ar
     """Return how evenly the loss spreads over the epochs, `-(1/ln T) Σ_t q_t ln q_t` with `q_t = L_t / Σ_t L_t`.
 
     It is near 1 where the loss hardly falls (hard data) and smaller where it falls fast. `T = 1` and losses of zero
-    leave it undefined: it is 1 then. A client without a finite curve takes the mean of those that have one, and 1
-    where nobody has.
+    leave it undefined. A client for which it is undefined, or whose curve is missing or not finite, takes the mean of
+    the others, and 1 where it is undefined for all.
 
     Args:
         epoch_losses: `(..., max_epochs)` mean training loss per local epoch, ≥ 0.
@@ -95,12 +95,12 @@ def loss_entropy(epoch_losses: ArrayLike, epochs: ArrayLike | None = None) -> Ar
     run = lax.broadcasted_iota(jnp.int32, losses.shape, losses.ndim - 1) < T[..., None].astype(jnp.int32)
     known = (T > 0) & jnp.all(jnp.isfinite(losses) | ~run, axis=-1)
     losses = jnp.where(run & known[..., None], losses, 0)
-    defined = (T > 1) & (jnp.sum(losses, axis=-1) > 0)
+    defined = known & (T > 1) & (jnp.sum(losses, axis=-1) > 0)
     ln_T = jnp.log(jnp.where(defined, T, 2).astype(losses.dtype))
     value = jnp.where(defined, _entropy(_shares(losses)) / ln_T, 1)
-    curves = jnp.sum(known).astype(losses.dtype)
-    mean = jnp.where(curves > 0, jnp.sum(value, where=known) / jnp.maximum(curves, 1), 1)
-    return jnp.where(known, value, mean)
+    curves = jnp.sum(defined).astype(losses.dtype)
+    mean = jnp.where(curves > 0, jnp.sum(value, where=defined) / jnp.maximum(curves, 1), 1)
+    return jnp.where(defined, value, mean)
 
 
 def _classes(stats: ClientStats) -> Array:

@@ -75,4 +75,4 @@ def add_up(tally: Tally, state: State, row: Array, mine: Array) -> Tally:
     before = (state.epoch_losses, state.epochs, state.clients, jnp.ones_like(tally.finite))
     epoch_losses, epochs, clients, finite = jax.tree.map(write, before, picked)
     sums, loss, examples, steps, lane_steps = totals
-    return Tally(sums, epoch_losses, epochs, clients, finite, loss, examples, steps, lane_steps)
+    return Tally(sums, tally.lost, epoch_losses, epochs, clients, finite, loss, examples, steps, lane_steps)

@@ -47,7 +47,8 @@ def make_round(
         rank_levels: widths at which adapters are trained, `⌈R·q/levels⌉`. Each adds compile time; cost follows rank.
         participation: chooses the cohort.
         faults: what becomes of it, from `faults`.
-        weigh: weight of each client in the aggregate, `(clients,)`; a client of weight 0 is absent.
+        weigh: weight of each client in the aggregate, `(clients,)`; a client whose weight is not positive and finite
+            is absent.
         mesh: devices to deal the clients to, from `dealing.client_mesh`, on one host or many; where None the round runs
             where its arrays are. Place state, key and data by `dealing.replicate`, or make data by
             `dealing.owned_data`. Results depend on the mesh by rounding only.
@@ -69,7 +70,8 @@ def make_round(
         program = Program(local, aggregator, lanes, level_widths(max_ranks(state.server.trainable), rank_levels))
         invited = participation(who, data)
         cohort = apply_faults(faults, luck, state.round, data, invited)
-        weights = jnp.where(data.size > 0, weigh(data), 0)
+        weights = weigh(data)
+        weights = jnp.where((data.size > 0) & (weights > 0) & jnp.isfinite(weights), weights, 0)
         weight = jnp.where(cohort.present, weights[cohort.row], 0)
 
         def train(weight: Array) -> Tally:
@@ -98,8 +100,9 @@ def make_round(
 
 
 def level_widths(widest: Widths, levels: int) -> list[Widths]:
-    """Return the adapter widths of each rank level, `⌈R·q/levels⌉` for `q = 1..levels`."""
-    return [{path: -(-rank * q // levels) for path, rank in widest.items()} for q in range(1, levels + 1)]
+    """Return the adapter widths of each rank level, `⌈R·q/levels⌉` for `q = 1..levels`, each once."""
+    ladder = [{path: -(-rank * q // levels) for path, rank in widest.items()} for q in range(1, levels + 1)]
+    return [widths for widths, wider in zip(ladder, [*ladder[1:], None], strict=True) if widths != wider]
 
 
 def make_plan(state: State, cohort: Cohort, weight: Array, total: Array) -> Plan:

@@ -152,6 +152,7 @@ class PersonalScores(NamedTuple):
 
     before: Array  # (clients,) of the server cut to the client's rank
     after: Array  # (clients,) after the client's local training
+    examples: Array  # (clients,) int32 they were measured on; 0 for clients without any, absent, or diverged
 
 
 def with_personal_scores(rule: Aggregator, task: Task, held_out: FederatedData, *, batch_size: int = 64) -> Aggregator:
@@ -183,30 +184,42 @@ def with_personal_scores(rule: Aggregator, task: Task, held_out: FederatedData, 
 
     def keep(update: ClientUpdate, server: Server) -> tuple[PyTree, PersonalScores]:
         row = update.client.row
-        scores = PersonalScores(correct(server, update.start, row), correct(server, update.trained, row))
-        return update.client.state[0], scores
+        before, after = correct(server, update.start, row), correct(server, update.trained, row)
+        return update.client.state[0], PersonalScores(before, after, held_out.size[row])
 
     def start(server: Server, state: PyTree, client: Client) -> Trainable:
         return rule.start(server, state, client._replace(state=client.state[0]))
 
     nothing = jnp.zeros((), jnp.result_type(float))
+    unknown = PersonalScores(nothing, nothing, jnp.zeros((), jnp.int32))
     return rule._replace(
         start=start,
         summand=lambda update, server, plan: (),  # noqa: ARG005
         update=lambda key, sums, state, server: (server, state),  # noqa: ARG005
-        client_init=lambda server: (rule.client_init(server), PersonalScores(nothing, nothing)),
+        client_init=lambda server: (rule.client_init(server), unknown),
         client_keep=keep,
         exact_plan=False,
+        step=None,
+        report=lambda sums, before, after: {},  # noqa: ARG005
     )
 
 
-def summarise_clients(values: Array, size: Array) -> dict[str, Array]:
-    """Return the mean over clients, the mean weighted by examples, and the worst client of `(clients,)` numbers."""
-    weight = size.astype(values.dtype)
+def summarise_clients(values: Array, examples: Array) -> dict[str, Array]:
+    """Return the mean over clients, the mean weighted by examples, and the worst client.
+
+    Args:
+        values: `(clients,)`.
+        examples: `(clients,)` that each value was measured on; clients without any do not count.
+
+    Returns:
+        `mean`, `weighted_mean` and `worst`, 0 where no client has examples.
+    """
+    measured, weight = examples > 0, examples.astype(values.dtype)
+    worst = jnp.min(values, where=measured, initial=jnp.inf)
     return {
-        "mean": jnp.mean(values),
-        "weighted_mean": jnp.sum(values * weight) / jnp.maximum(jnp.sum(weight), 1),
-        "worst": jnp.min(values),
+        "mean": jnp.sum(values, where=measured) / jnp.maximum(jnp.sum(measured), 1).astype(values.dtype),
+        "weighted_mean": jnp.sum(values * weight, where=measured) / jnp.maximum(jnp.sum(weight), 1),
+        "worst": jnp.where(jnp.any(measured), worst, 0),
     }
 
 

@@ -173,6 +173,8 @@ def _assemble(inputs: PyTree, targets: PyTree, order: np.ndarray, size: np.ndarr
 
 def _label_counts(data: FederatedData, size: np.ndarray, classes: int | None, groups: ArrayLike | None) -> np.ndarray:
     """Count labels, or groups, of each client."""
+    if data.owner is not None:
+        raise ValueError("expected data that every device holds, got owned_data: make the stats before dealing it out")
     n = jax.tree.leaves(data.inputs)[0].shape[0]
     if groups is None and not isinstance(data.targets, (jax.Array, np.ndarray)):
         raise ValueError("expected targets as one vector of labels, got several arrays; give groups to count instead")

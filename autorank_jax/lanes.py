@@ -99,6 +99,7 @@ class Tally(NamedTuple):
     """What a round adds up."""
 
     sums: Sums
+    lost: Sums  # what rounding took from the small leaves of `sums`, given back with the next summand
     epoch_losses: Array  # (clients, max_epochs)
     epochs: Array  # (clients,)
     clients: PyTree
@@ -151,7 +152,8 @@ def run_queue(program: Program, round_: Round) -> Tally:
     levels = [_make_level(program, round_, widths) for widths in program.levels]
     state, clients, dtype = round_.state, round_.data.size.shape[0], jnp.result_type(float)
     tally = Tally(
-        sums=_no_sums(levels[-1]),
+        sums=(nothing := _no_sums(levels[-1])),
+        lost=_no_loss(nothing),
         epoch_losses=state.epoch_losses,
         epochs=state.epochs,
         clients=state.clients,
@@ -164,9 +166,11 @@ def run_queue(program: Program, round_: Round) -> Tally:
     begin = jnp.zeros((), jnp.int32)
     for level, end in zip(levels, round_.queue.ends, strict=True):
         sums = tally.sums
-        tally = tally._replace(sums=_no_sums(level))
+        blank = _no_sums(level)
+        tally = tally._replace(sums=blank, lost=_no_loss(blank))
         tally = run_level(level, (begin, end), tally)
-        tally = tally._replace(sums=jax.tree.map(jnp.add, sums, pad_like(tally.sums, sums)))
+        total = jax.tree.map(jnp.add, sums, pad_like(tally.sums, sums))
+        tally = tally._replace(sums=total, lost=_no_loss(total))
         begin = end
     return tally
 
@@ -246,17 +250,24 @@ def _advance(level: Level, seat: Seat, lane: Lanes) -> Lanes:
 def finish(level: Level, seat: Seat, local: LocalState, done: Array) -> tuple[Sums, Array, PyTree]:
     """Return one lane's summand, whether its update is finite, and what its client keeps.
 
-    A lane that is not done, or whose update is not finite, sends its start with weight 0.
+    A lane that is not done, or whose update is not finite, sends its start with weight 0; where even the summand is
+    not finite, zeros.
     """
     trained = level.program.local.end(local, seat.client)
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trained)]))
+    finite = _all_finite(trained)
     counts = done & finite
     trained = jax.tree.map(lambda new, old: jnp.where(counts, new, old), trained, seat.start)
     client = seat.client._replace(weight=jnp.where(counts, seat.client.weight, 0))
     update, server = ClientUpdate(trained, seat.start, client), level.round.state.server
     sums = level.program.aggregator.summand(update, server, level.round.plan)
     kept = level.program.aggregator.client_keep(update, server)
+    finite &= _all_finite((sums, kept))  # finite factors may have an infinite product
+    sums = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), sums)
     return sums, finite, pad_like(kept, seat.client.state)
+
+
+def _all_finite(tree: PyTree) -> Array:
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], bool))
 
 
 def _no_sums(level: Level) -> Sums:
@@ -309,8 +320,11 @@ def _add(tally: Tally, seats: Seat, finished: tuple[Sums, Array, PyTree], losses
     size, max_epochs = jnp.maximum(seats.size, 1).astype(losses.dtype), losses.shape[1] - 1
     whole = jnp.arange(max_epochs, dtype=jnp.int32)[None, :] < seats.epochs[:, None]
     mean_losses = jnp.where(whole, losses[:, :max_epochs] / size[:, None], 0)
+    sums = jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
+    totals, lost = (jax.tree.map(part, tally.sums, tally.lost, sums) for part in (_with_lost, _lost))
     return tally._replace(
-        sums=jax.tree.map(lambda total, s: total + jnp.sum(s, axis=0), tally.sums, sums),
+        sums=totals,
+        lost=lost,
         epoch_losses=tally.epoch_losses.at[whole_row].set(mean_losses, mode="drop"),
         epochs=tally.epochs.at[whole_row].set(jnp.minimum(seats.epochs, max_epochs), mode="drop"),
         clients=jax.tree.map(lambda a, k: a.at[good_row].set(k, mode="drop"), tally.clients, kept),
@@ -319,3 +333,22 @@ def _add(tally: Tally, seats: Seat, finished: tuple[Sums, Array, PyTree], losses
         examples=tally.examples + jnp.sum(jnp.where(good, seats.examples, 0)),
         steps=tally.steps + jnp.sum(jnp.where(done, seats.steps, 0), dtype=jnp.int32),
     )
+
+
+def _with_lost(total: Array, lost: Array, summand: Array) -> Array:
+    """Add to a running total what it lost before (Kahan 1965): a million float32 weights of 37 would lose 1.5 %.
+
+    Only leaves up to a vector are worth it: denominators. Matrices hold differences of either sign.
+    """
+    return total + (summand - lost) if total.ndim <= 1 else total + summand
+
+
+def _lost(total: Array, lost: Array, summand: Array) -> Array:
+    if total.ndim > 1:
+        return lost
+    corrected = summand - lost
+    return ((total + corrected) - total) - corrected
+
+
+def _no_loss(sums: Sums) -> Sums:
+    return jax.tree.map(lambda total: jnp.zeros_like(total) if total.ndim <= 1 else jnp.zeros((), total.dtype), sums)

@@ -1,4 +1,8 @@
-"""Rules that average products of adapters and go back to factors, by SVD or by least squares."""
+"""Rules that average products of adapters and go back to factors, by SVD or by least squares.
+
+The SVD is that of the dense `(d_in, d_out)` sum. Stacking factors and a QR of the stacks would need `cohort · max_rank`
+columns in the sums, which then grow with the cohort and depend on who sits where in it.
+"""
 
 from collections.abc import Callable
 from typing import Literal
@@ -184,7 +188,7 @@ def split_product(product: Array, old: Adapter, *, sigma: Sigma, keep: Keep | No
     wide = product.astype(jnp.promote_types(product.dtype, jnp.float32))  # no SVD in half precision
     u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
     count = min(old.lora_a.shape[-1], s.shape[0])
-    live = s > 10 * max(product.shape) * jnp.finfo(s.dtype).eps * s[0]
+    live = s > max(product.shape) * jnp.finfo(s.dtype).eps * s[0]
     if keep is not None:
         live = live & (jnp.arange(s.shape[0], dtype=jnp.int32) < keep(s))
     live, (left, right) = live[:count], (s[:count] ** power for power in _POWERS[sigma])
