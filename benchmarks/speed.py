@@ -26,7 +26,7 @@ import matplotlib as mpl
 import numpy as np
 import workloads
 from competitors import ENGINES, Entry, add_engines, add_peers, sweep
-from peer import ENVIRONMENTS, peer_versions
+from peer import ENVIRONMENTS, PeerError, peer_versions
 from speed_picture import draw
 from workloads import Workload
 
@@ -42,15 +42,29 @@ def take_turn(entry: Entry, rounds: int) -> float:
     return sum(entry.run() for _ in range(rounds)) / rounds
 
 
-def alternate(entries: dict[str, Entry], repeats: int, budget: float, turn: float) -> dict[str, list[float]]:
-    """Let competitors take turns of at least `turn` seconds; who has used up its budget sits out after its first."""
-    rounds = {name: max(1, round(turn / entry.run())) for name, entry in entries.items()}
+def alternate(
+    entries: dict[str, Entry], options: argparse.Namespace, skipped: dict[str, str]
+) -> dict[str, list[float]]:
+    """Let competitors take turns and return the seconds of a round in each.
+
+    A turn lasts at least `options.turn` seconds. Who has used up its budget sits out after its first turn; who fails is
+    noted in `skipped`.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in entries}
-    for _ in range(repeats):
+    rounds: dict[str, int] = {}
+    for turn in range(options.repeats + 1):
         for name, entry in entries.items():
-            if not seconds[name] or (sum(seconds[name]) + seconds[name][-1]) * rounds[name] <= budget:
-                seconds[name].append(take_turn(entry, rounds[name]))
-    return seconds
+            spent = sum(seconds[name]) * rounds.get(name, 1)
+            if name in skipped or (seconds[name] and spent * (1 + 1 / len(seconds[name])) > options.budget):
+                continue
+            try:
+                if turn == 0:
+                    rounds[name] = max(1, round(options.turn / entry.run()))
+                else:
+                    seconds[name].append(take_turn(entry, rounds[name]))
+            except PeerError as error:
+                skipped[name] = str(error)
+    return {name: turns for name, turns in seconds.items() if turns and name not in skipped}
 
 
 class Work(NamedTuple):
@@ -101,13 +115,16 @@ def measure(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
         peers, peer_gaps = add_peers(workload, options, Path(folder), entries, skipped)
         try:
             print(f"  taking turns, {options.repeats} times: {', '.join(entries)}", flush=True)
-            seconds = alternate(entries, options.repeats, options.budget, options.turn)
+            seconds = alternate(entries, options, skipped)
         finally:
             for peer in peers:
                 peer.close()
     gaps |= peer_gaps
     work = useful_work(workload)
-    rows = [make_row(workload.name, c, e, seconds[c], work) | {"difference": gaps.get(c)} for c, e in entries.items()]
+    rows = [
+        make_row(workload.name, c, entries[c], turns, work) | {"difference": gaps.get(c)}
+        for c, turns in seconds.items()
+    ]
     speed = {row["competitor"]: row["samples_per_second"] for row in rows}
     ratios = {c: speed["ours"] / s for c, s in speed.items() if c != "ours"}
     return {"rows": rows, "ratios": ratios, "skipped": skipped}

@@ -1,5 +1,6 @@
 """The benchmarks run at tiny settings, and their competitors train the very same round."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -126,6 +127,25 @@ def test_a_worker_converses(tmp_path):
     assert answers[0] == {"ready": True}
     assert answers[1]["seconds"] >= 0
     assert np.array_equal(np.load(saved)["a"], np.ones(2))
+
+
+def test_turns_end_with_the_budget_and_survive_failures():
+    calls = iter((1.0, 1.0))
+
+    def fails():
+        try:
+            return next(calls)
+        except StopIteration:
+            raise competitors.PeerError("gone") from None
+
+    entries = {
+        name: competitors.Entry(run, dict, None, lambda: None, {})
+        for name, run in (("quick", lambda: 0.1), ("dear", lambda: 2.0), ("failing", fails))
+    }
+    skipped = {}
+    seconds = speed.alternate(entries, argparse.Namespace(repeats=3, turn=0.2, budget=3), skipped)
+    assert seconds == {"quick": [0.1] * 3, "dear": [2.0]}
+    assert skipped == {"failing": "gone"}
 
 
 def test_regression_tells_worse_from_noise():
