@@ -1,0 +1,131 @@
+"""Evaluation against NumPy: accuracies by class, by label mix and personal; parameters, bytes and FLOPs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from autorank_jax import aggregators, evaluation
+from autorank_jax.aggregators import with_diagnostics
+from autorank_jax.engine import make_round
+from autorank_jax.federated_data import from_parts
+from autorank_jax.local import make_local_training
+from autorank_jax.models import MLP
+from autorank_jax.simulation import init_state
+from autorank_jax.tasks import task_from_nnx
+
+RANKS = {"layers/0": np.array([1, 2, 4, 3]), "layers/1": np.array([1, 1, 2, 2])}
+SIZES = (5, 9, 3, 7)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A small MLP with random adapters, and data of four clients."""
+    rng = np.random.default_rng(0)
+    task = task_from_nnx(MLP((6, 8, 3), rngs=nnx.Rngs(0)), max_rank={"layers/0": 4, "layers/1": 2})
+    adapters = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), task.server.trainable.adapters)
+    server = task.server._replace(trainable=task.server.trainable._replace(adapters=adapters))
+    task = task._replace(server=server)
+    inputs = rng.normal(size=(sum(SIZES), 6)).astype(np.float32)
+    labels = rng.integers(0, 3, sum(SIZES)).astype(np.int32)
+    parts = np.split(np.arange(sum(SIZES)), np.cumsum(SIZES)[:-1])
+    state = init_state(server, aggregators.rbla(), RANKS)
+    return task, inputs, labels, parts, state
+
+
+def logits_of(task, inputs, ranks=None):
+    """The forward pass in NumPy, with adapters cut to the ranks."""
+    x = np.asarray(inputs, np.float64)
+    for number in range(2):
+        path = f"layers/{number}"
+        a, b = (np.asarray(f, np.float64) for f in task.server.trainable.adapters[path])
+        r = a.shape[1] if ranks is None else ranks[path]
+        kernel = np.asarray(task.server.frozen.kernels[path], np.float64) + a[:, :r] @ b[:r]
+        x = x @ kernel + np.asarray(task.server.trainable.dense[f"{path}/bias"], np.float64)
+        x = np.maximum(x, 0) if number == 0 else x
+    return x
+
+
+def test_accuracy_and_loss_of_the_server_in_short_batches(world):
+    task, inputs, labels, _, state = world
+    logits = logits_of(task, inputs)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    for batch_size in (5, 24, 1000):
+        found = evaluation.make_evaluate(task, inputs, labels, batch_size=batch_size)(state)
+        np.testing.assert_allclose(found["accuracy"], np.mean(logits.argmax(1) == labels), rtol=1e-6)
+        np.testing.assert_allclose(found["loss"], -log_p[np.arange(len(labels)), labels].mean(), rtol=1e-4)
+
+
+def test_unequal_lengths_are_refused(world):
+    task, inputs, labels, _, _ = world
+    with pytest.raises(ValueError, match="expected inputs and targets of one length"):
+        evaluation.make_evaluate(task, inputs, labels[:-1])
+
+
+def test_accuracy_by_class_and_by_label_mix(world):
+    task, inputs, labels, parts, state = world
+    by_class = evaluation.class_accuracy(task, state.server, jnp.asarray(inputs), jnp.asarray(labels), classes=4)
+    right = logits_of(task, inputs).argmax(1) == labels
+    expected = [right[labels == c].mean() if (labels == c).any() else 0 for c in range(4)]
+    np.testing.assert_allclose(by_class, expected, rtol=1e-6)
+
+    counts = np.stack([np.bincount(labels[part], minlength=3) for part in parts])
+    found = evaluation.label_weighted_accuracy(
+        task, state, jnp.asarray(counts), jnp.asarray(inputs), jnp.asarray(labels), rank_levels=4
+    )
+    for client, share in enumerate(counts / counts.sum(1, keepdims=True)):
+        ladder = [{"layers/0": q, "layers/1": -(-2 * q // 4)} for q in range(1, 5)]
+        cut = next(widths for widths in ladder if all(widths[path] >= RANKS[path][client] for path in widths))
+        right = logits_of(task, inputs, cut).argmax(1) == labels
+        accuracy = sum(share[c] * right[labels == c].mean() for c in range(3) if (labels == c).any())
+        np.testing.assert_allclose(found[client], accuracy, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda rule: rule, with_diagnostics], ids=["plain", "diagnosed"])
+def test_personal_scores_before_and_after_training(world, wrap):
+    task, inputs, labels, parts, _ = world
+    held_parts = [part[:2] for part in parts[:3]] + [parts[3][:0]]
+    data = from_parts(inputs, labels, parts)
+    held = from_parts(inputs, labels, held_parts, allow_empty=True)
+    rule = evaluation.with_personal_scores(wrap(aggregators.rbla()), task, held, batch_size=4)
+    local = make_local_training(task, optax.sgd(0.0), batch_size=4)
+    state, _ = jax.jit(make_round(local, rule, lanes=2))(jax.random.key(0), init_state(task.server, rule, RANKS), data)
+    scores = state.clients[1]
+    np.testing.assert_array_equal(scores.examples, [2, 2, 2, 0])
+    np.testing.assert_array_equal(scores.before, scores.after)  # a learning rate of 0 changes nothing
+    for client in range(3):
+        ranks = {path: rank[client] for path, rank in RANKS.items()}
+        right = logits_of(task, inputs[held_parts[client]], ranks).argmax(1) == labels[held_parts[client]]
+        np.testing.assert_allclose(scores.before[client], right.mean(), rtol=1e-6)
+    for new, old in zip(jax.tree.leaves(state.server), jax.tree.leaves(task.server), strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_clients_without_held_out_examples_do_not_count():
+    found = evaluation.summarise_clients(jnp.array([0.9, 0.0, 0.5]), jnp.array([10, 0, 30]))
+    np.testing.assert_allclose(found["mean"], 0.7, rtol=1e-6)
+    np.testing.assert_allclose(found["weighted_mean"], 0.6, rtol=1e-6)
+    np.testing.assert_allclose(found["worst"], 0.5, rtol=1e-6)
+    assert evaluation.summarise_clients(jnp.zeros(2), jnp.zeros(2, jnp.int32))["worst"] == 0
+
+
+def test_flops_are_those_of_the_products(world):
+    task, inputs, labels, parts, _ = world
+    flops = evaluation.training_flops(task, from_parts(inputs, labels, parts))
+    # per rank: forward d_in + d_out, gradients of A (d_in), of B and of x A (d_out each); the second layer also of x
+    assert flops.per_rank["layers/0"] == 2 * (2 * 6 + 3 * 8)
+    assert flops.per_rank["layers/1"] == 2 * (3 * 8 + 3 * 3)
+    products = 2 * (6 * 8 + 8 * 3) + 2 * 8 * 3  # forward through both kernels, gradient through the second
+    assert products < flops.base < products + 200  # and the activations and the loss
+
+
+def test_costs_follow_ranks_and_sizes(world):
+    _, _, _, _, state = world
+    flops = evaluation.FlopModel(100.0, {"layers/0": 10.0, "layers/1": 1.0})
+    costs = evaluation.client_costs(state.server, RANKS, np.array(SIZES), flops, local_epochs=3)
+    parameters = [r0 * (6 + 8) + r1 * (8 + 3) + 8 + 3 for r0, r1 in zip(*RANKS.values(), strict=True)]
+    np.testing.assert_array_equal(costs.parameters, parameters)
+    np.testing.assert_array_equal(costs.bytes_up, 4 * np.array(parameters))
+    np.testing.assert_array_equal(costs.flops, 3 * np.array(SIZES) * (100 + 10 * RANKS["layers/0"] + RANKS["layers/1"]))
