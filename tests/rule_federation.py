@@ -28,7 +28,8 @@ from autorank_jax.types import (
 )
 
 SHAPES = {"conv": (18, 4, 4), "tall": (7, 11, 4), "wide": (5, 3, 5)}  # d_in, d_out, max_rank; conv: 3·3·2 inputs
-RANKS = {"conv": [1, 2, 4, 3, 2, 4], "tall": [4, 1, 2, 3, 3, 1], "wide": [2, 5, 1, 4, 3, 5]}
+# the top position of "tall" belongs to the absent client alone
+RANKS = {"conv": [1, 2, 4, 3, 2, 4], "tall": [3, 1, 2, 4, 3, 1], "wide": [2, 5, 1, 4, 3, 5]}
 SIZES = np.array([3, 1, 4, 2, 6, 5], np.int32)
 WEIGHTS = np.array([3.0, 1.0, 4.5, 2.0, 6.0, 0.7])
 PRESENT = np.array([1, 1, 1, 0, 1, 1])

@@ -126,6 +126,15 @@ def test_equal_ranks_make_rbla_the_padded_mean():
     assert not np.allclose(merged(step_of("rbla")(mixed))[0]["tall"], merged(step_of("zero_pad")(mixed))[0]["tall"])
 
 
+@pytest.mark.parametrize("per", ["model", "layer"])
+def test_hetlora_falls_back_on_sizes_where_no_product_has_a_norm(per):
+    cohort, server = make_cohort(), to_jax(make_server())
+    still = {path: Adapter(a.lora_a, jnp.zeros_like(a.lora_b)) for path, a in cohort.trained.adapters.items()}
+    cohort = cohort._replace(trained=cohort.trained._replace(adapters=still))
+    step = jax.jit(lambda rule_cohort: aggregate(aggregators.hetlora(per=per), server, rule_cohort)[0])
+    assert_close(step(cohort), step_of("zero_pad")(cohort))
+
+
 def mean_product(cohort, path):
     a, b = cohort.trained.adapters[path]
     return jnp.einsum("k,kir,kro->io", cohort.weight / jnp.sum(cohort.weight), a, b)

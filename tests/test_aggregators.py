@@ -25,13 +25,15 @@ from rule_federation import (
 )
 
 from autorank_jax import aggregators
-from autorank_jax.types import Client, ClientUpdate, Plan
+from autorank_jax.types import Client, ClientUpdate, Plan, Trains
 
 LEVELS = {"conv": (2,), "tall": (1, 3, 4), "wide": (2, 5)}
 GAMMA = 0.7
 OPTIONS = {
     "hetlora/layer": {"per": "layer"},
     "flexlora/left": {"sigma": "left"},
+    "hetlora/pruned": {"prune": GAMMA},
+    "raflora/levels": {"levels": LEVELS, "sigma": "right"},
     "owner_merge/levels": {"levels": LEVELS},
     "ffa_lora/owners": {"owners": True},
     "rolora/owners": {"owners": True},
@@ -41,10 +43,7 @@ OPTIONS = {
     "lora_fair/owners": {"ridge": 0.3, "owners": True},
     "lora_fair/exact": {"ridge": 0.0},
 }
-PLAIN = {name: {} for name in aggregators.RULES} | {
-    "raflora/levels": {"levels": LEVELS, "sigma": "right"},
-    "hetlora/pruned": {"prune": GAMMA},
-}
+PLAIN = {name: {} for name in aggregators.RULES}
 CASES = PLAIN | OPTIONS
 SPLIT_BY_SVD = ("flexlora", "raflora", "florist")
 ROUNDS, ABSENT = 3, int(np.flatnonzero(PRESENT == 0)[0])
@@ -57,9 +56,7 @@ def build(case):
 
 def trains(case, number):
     name = case.split("/")[0]
-    return {"ffa_lora": (False, True), "fedavg": (False, False), "rolora": (number % 2 == 1, number % 2 == 0)}.get(
-        name, (True, True)
-    )
+    return {"ffa_lora": (False, True), "rolora": (number % 2 == 1, number % 2 == 0)}.get(name, (True, True))
 
 
 class Oracle:
@@ -126,12 +123,12 @@ def assert_same(got, want, case, *, by_product):
 
 
 @cache
-def make_union(which="plain"):
+def make_union(which):
     """Rules side by side: without options (`inexact`: those that need no exact plan), or with options."""
     groups = {}
     for case in OPTIONS if which == "options" else PLAIN:
         rule, name = build(case), case.split("/")[0]
-        own = name in ("ffa_lora", "fedavg", "rolora", "local_only")
+        own = name in ("ffa_lora", "rolora", "local_only")  # fedavg looks at dense parameters alone
         group = name if own else case if name == "fedsa_lora" or case == "hetlora/pruned" else "shared"
         if which != "inexact" or not rule.exact_plan:
             groups.setdefault(group.replace("/", "_"), {})[case] = rule
@@ -159,16 +156,20 @@ def follow(rules, lanes, rank_levels):
 @pytest.mark.parametrize("rank_levels", [1, 2])
 @pytest.mark.parametrize("lanes", [1, 3, 6])
 def test_rounds_equal_the_oracle(lanes, rank_levels):
-    clients, oracles = follow(make_union(), lanes, rank_levels)
+    clients, oracles = follow(make_union("plain"), lanes, rank_levels)
     assert_fedsa(clients["fedsa_lora"], oracles["fedsa_lora"])
     assert_local(clients["local_only"], oracles["local_only"])
-    assert_pruned(clients["hetlora/pruned"], oracles["hetlora/pruned"])
 
 
 @in_64_bit
 def test_options_equal_the_oracle():
     clients, oracles = follow(make_union("options"), 3, 2)
     assert_fedsa(clients["fedsa_lora/padded"], oracles["fedsa_lora/padded"])
+    assert_pruned(clients["hetlora/pruned"], oracles["hetlora/pruned"])
+
+
+def test_fedavg_trains_dense_parameters_alone():
+    assert aggregators.fedavg().trains(()) == Trains(lora_a=False, lora_b=False, dense=True)
 
 
 def assert_fedsa(kept, oracle):
@@ -197,18 +198,18 @@ def assert_pruned(kept, oracle):
 
 
 @in_64_bit
-@pytest.mark.parametrize(("which", "lanes"), [("inexact", 1), ("plain", 1), ("plain", 3)])
-def test_non_finite_clients_are_absent(which, lanes):
+@pytest.mark.parametrize(("which", "lanes", "rank_levels"), [("inexact", 1, 1), ("plain", 1, 2), ("plain", 3, 2)])
+def test_non_finite_clients_are_absent(which, lanes, rank_levels):
     rules, broken = make_union(which), np.array([0, 2, 0, 0, 1, 0])
-    got, state, info = rules.round(rules.start(broken), make_data(), lanes=lanes, rank_levels=2)
+    got, state, info = rules.round(rules.start(broken), make_data(), lanes=lanes, rank_levels=rank_levels)
     masked = make_data(present=PRESENT * (broken == 0))
-    want, masked_state, masked_info = rules.round(rules.start(), masked, lanes=lanes, rank_levels=2)
+    want, masked_state, masked_info = rules.round(rules.start(), masked, lanes=lanes, rank_levels=rank_levels)
     assert (int(info.excluded), int(masked_info.excluded)) == (2, 0)
     assert int(info.participants) == int(masked_info.participants) + 2
-    # one lane adds the clients in the same order in both rounds, so that not a bit may differ
-    check = np.testing.assert_array_equal if lanes == 1 else partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
+    # rounding alone may differ: the zeros of absent clients pass through compensated sums
+    check = partial(np.testing.assert_allclose, rtol=1e-13, atol=1e-13)
     for case in got:
-        if lanes > 1 and case.startswith(SPLIT_BY_SVD):
+        if case.startswith(SPLIT_BY_SVD):
             assert_same(to_numpy(got[case]), to_numpy(want[case]), case, by_product=True)
         else:
             jax.tree.map(check, to_numpy(got[case]), to_numpy(want[case]))
@@ -218,7 +219,7 @@ def test_non_finite_clients_are_absent(which, lanes):
 @in_64_bit
 @pytest.mark.parametrize("everyone", ["absent", "broken"])
 def test_a_round_without_survivors_changes_nothing(everyone):
-    rules = make_union()
+    rules = make_union("plain")
     before = rules.start(int(everyone == "broken"))
     data = make_data(present=PRESENT * 0) if everyone == "absent" else make_data()
     servers, after, info = rules.round(before, data, lanes=1, rank_levels=2)
@@ -228,15 +229,13 @@ def test_a_round_without_survivors_changes_nothing(everyone):
     assert int(info.excluded) == (5 if everyone == "broken" else 0)
 
 
-@in_64_bit
 @pytest.mark.parametrize("name", ["flora", "owner_merge"])
 def test_fresh_restarts_draw_a_new_lora_a_each_round(name):
     rule, server, seen = aggregators.make_rule(name, restart="fresh"), to_jax(make_server()), []
     assert rule.init(server) == {}
-    sums = rule.summand(*one_client(server))
+    step = jax.jit(lambda key: rule.update(key, rule.summand(*one_client(server)), {}, server)[0])
     for number in range(2):
-        new, _ = rule.update(jax.random.key(number), sums, {}, server)
-        for path, (a, b) in new.trainable.adapters.items():
+        for path, (a, b) in step(jax.random.key(number)).trainable.adapters.items():
             assert np.all(b == 0)
             assert 0 < np.max(np.abs(a)) <= SHAPES[path][0] ** -0.5
             seen.append(float(a[0, 0]))
