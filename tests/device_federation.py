@@ -5,6 +5,7 @@ All aggregation rules are fed by the same clients in one compiled round: what co
 
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,12 @@ import numpy as np
 import optax
 
 from autorank_jax import aggregators, dealing, local
+from autorank_jax.configuration import Experiment
 from autorank_jax.engine import make_round
+from autorank_jax.experiment import run_experiment
 from autorank_jax.federated_data import from_parts
 from autorank_jax.participation import Cohort, sample_uniformly
+from autorank_jax.resuming import Checkpoints
 from autorank_jax.simulation import init_state
 from autorank_jax.types import Adapter, Aggregator, Base, LocalState, LocalTraining, Server, Task, Trainable, Trains
 
@@ -223,3 +227,32 @@ def train_until_killed(port, number):
         state, info = train(key, state, data)
         print("round", int(state.round), float(info.loss), flush=True)
         time.sleep(0.1)
+
+
+def resume_elsewhere(folder):
+    """Interrupt an experiment on one device and go on with it on four, and the other way round; compare with one."""
+    jax.config.update("jax_enable_x64", True)
+    experiment = Experiment(
+        dataset="synthetic", split="dirichlet_lognormal", clients=6, hidden=(6,), rank_policies=("autorank",),
+        rounds=2, local_epochs=1, probe_epochs=1, rank_levels=1, targets=(), drop_out=0.2,
+    )  # fmt: skip
+
+    def run(mesh, stop, path=None):
+        def on_round(end):
+            if end.row.round == stop:
+                raise KeyboardInterrupt
+
+        checkpoints = None if path is None else Checkpoints(path)
+        try:
+            results = run_experiment(experiment, mesh=mesh, on_round=on_round, checkpoints=checkpoints)
+        except KeyboardInterrupt:
+            return None
+        return [(row.loss, row.train_loss, row.accuracy) for row in results.runs[0].rows]
+
+    mesh = dealing.client_mesh()
+    expected = run(None, stop=0)
+    for number, (first, then) in enumerate(((None, mesh), (mesh, None))):
+        path = Path(folder) / str(number)
+        assert run(first, stop=1, path=path) is None
+        np.testing.assert_allclose(run(then, stop=0, path=path), expected, rtol=1e-5)  # rows keep six digits
+    print("equal", flush=True)

@@ -1,0 +1,135 @@
+"""Where a command runs: options, and the command line in two processes, one of which is killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from autorank_jax import dealing, launch
+from autorank_jax.configuration import ConfigurationError
+
+OPTIONS = {
+    "dataset": "synthetic", "clients": "5", "split": "dirichlet_lognormal", "hidden": "6", "rounds": "40",
+    "local-epochs": "1", "criteria": "size", "rank-levels": "1", "rank-policies": "autorank", "targets": "0.5",
+    "checkpoint-every": "1", "devices": "1",
+}  # fmt: skip
+RUN = ["run", *(word for name, value in OPTIONS.items() for word in (f"--{name}", value))]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"devices": -1}, "devices: expected a whole number of at least 0, got -1"),
+        ({"coordinator": "here:1"}, "expected only with --distributed"),
+        ({"distributed": True, "process_id": 0}, "expected all three or none"),
+        (
+            {"distributed": True, "coordinator": "here:1", "num_processes": 2, "process_id": 2},
+            "process-id: expected a whole number of at least 0 and at most 1, got 2",
+        ),
+        ({"devices": 99}, "devices: expected at most the "),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        launch.start(launch.Launch(**options), cohort=3)
+
+
+def test_one_device_needs_no_mesh_and_all_make_one():
+    assert launch.start(launch.Launch(devices=1), cohort=3) is None
+    mesh = launch.start(launch.Launch(), cohort=3)
+    assert (1 if mesh is None else mesh.devices.size) == jax.device_count()
+
+
+def test_the_collectives_of_a_cpu_are_patient(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--some_flag=1")
+    launch.start(launch.Launch(), cohort=3)
+    assert os.environ["XLA_FLAGS"] == "--some_flag=1 --xla_cpu_collective_call_terminate_timeout_seconds=86400"
+
+
+def test_a_compiled_round_takes_and_returns_what_lies_here():
+    mesh, seen = dealing.client_mesh(), []
+
+    def round_fn(key, state, data):
+        seen.append(1)
+        draw = jax.random.uniform(key)
+
+        def one(state, data):
+            return state + jax.lax.psum(data, "clients"), draw
+
+        spec = PartitionSpec()
+        return jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(state, data)
+
+    key, state, data = jax.random.key(0), jnp.zeros(3), jnp.ones(3)
+    run = launch.compile_round(round_fn, mesh, key, state, data)
+    first, _ = run(key, state, data)
+    second, draw = run(key, first, data)
+    np.testing.assert_array_equal(second, np.full(3, 2.0 * mesh.devices.size))
+    third, _ = run(key, first + 1, data)
+    np.testing.assert_array_equal(third, second + 1)
+    assert second.devices() == draw.devices() == {jax.local_devices()[0]}
+    assert len(seen) == 1
+
+
+# -------------------------------------------------------------------------------------------------------- two processes
+
+
+def start_two(*options):
+    """Start the command line in two processes."""
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port = server.getsockname()[1]
+    together = ["--distributed", "--coordinator", f"localhost:{port}", "--num-processes", "2"]
+    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "autorank_jax", *options, *together, "--process-id", str(number)],
+            env=os.environ | flags,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+
+
+def end(processes, seconds=300):
+    try:
+        return [(process.communicate(timeout=seconds), process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def history(folder):
+    rows = json.loads((folder / "history.json").read_text())
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_a_killed_process_ends_the_run_which_can_be_resumed(tmp_path):
+    assert [code for _, code in end(start_two(*RUN, "--out", str(tmp_path / "whole")))] == [0, 0]
+    folder = tmp_path / "killed"
+    processes = start_two(*RUN, "--out", str(folder))
+    while not list(folder.glob("checkpoints/step_*")):
+        assert processes[0].poll() is None, end(processes)
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    ((_, complaint), code), _ = end(processes, seconds=60)
+    assert time.monotonic() - begin < 60
+    assert code not in (0, 2)
+    assert "another task died" in complaint or "another process ended" in complaint, complaint
+    assert not (folder / "history.json").exists()
+    results = end(start_two("run", "--resume", str(folder), "--devices", "1"))
+    assert [code for _, code in results] == [0, 0], results
+    assert "Written to" in results[0][0][0]
+    assert "Written to" not in results[1][0][0]
+    assert history(folder) == history(tmp_path / "whole")
