@@ -4,7 +4,18 @@ The pipeline, a module each: `datasets` and `partition` → `federated_data` →
 `engine` (with `local` and `aggregators`) → `simulation` → `evaluation`.
 """
 
-from autorank_jax import aggregators, budgets, controls, datasets, faults, federated_data, models, partition, policies
+from autorank_jax import (
+    aggregators,
+    budgets,
+    controls,
+    datasets,
+    dealing,
+    faults,
+    federated_data,
+    models,
+    partition,
+    policies,
+)
 from autorank_jax.assembly import merge
 from autorank_jax.checkpoint import restore_state, save_state
 from autorank_jax.complexity import complexity_matrix, gini_simpson, label_entropy, loss_entropy
@@ -63,6 +74,7 @@ __all__ = [
     "controls",
     "critic_weights",
     "datasets",
+    "dealing",
     "export_peft",
     "faults",
     "federated_data",
