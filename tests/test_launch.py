@@ -39,6 +39,7 @@ RUN = ["run", *(word for name, value in OPTIONS.items() for word in (f"--{name}"
     ],
 )
 def test_mistakes_are_named(options, message):
+    jax.devices()  # no more of them from here on
     with pytest.raises(ConfigurationError, match=message):
         launch.start(launch.Launch(**options), cohort=3)
 
@@ -50,6 +51,7 @@ def test_one_device_needs_no_mesh_and_all_make_one():
 
 
 def test_the_collectives_of_a_cpu_are_patient(monkeypatch):
+    jax.devices()  # JAX reads the flags once
     monkeypatch.setenv("XLA_FLAGS", "--some_flag=1")
     launch.start(launch.Launch(), cohort=3)
     assert os.environ["XLA_FLAGS"] == "--some_flag=1 --xla_cpu_collective_call_terminate_timeout_seconds=86400"
