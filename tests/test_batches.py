@@ -131,7 +131,7 @@ def client_data():
 
 
 DATA = client_data()
-get_batch = jax.jit(lambda row, words, step: take_batch(DATA, row, words, step, 4))
+get_batch = jax.jit(lambda data, row, words, step: take_batch(data, row, words, step, 4))
 
 
 @pytest.mark.parametrize("row", range(4))
@@ -141,7 +141,7 @@ def test_every_example_exactly_once_per_epoch(row):
     for epoch in range(3):
         examples = []
         for number in range(steps):
-            batch, got_epoch = get_batch(row, WORDS[0], epoch * steps + number)
+            batch, got_epoch = get_batch(DATA, row, WORDS[0], epoch * steps + number)
             assert got_epoch == epoch
             used = np.asarray(batch.weight) == 1
             assert used.sum() == min(4, SIZES[row] - 4 * number)
@@ -159,12 +159,12 @@ def test_order_depends_on_the_clients_own_examples_only():
     rows = np.array([2, 0])
     moved = DATA._replace(start=DATA.start[rows], size=DATA.size[rows], id=DATA.id[rows])
     for step in range(6):
-        one, _ = take_batch(DATA, jnp.array(0), WORDS[0], jnp.array(step), 4)
-        other, _ = take_batch(moved, jnp.array(1), WORDS[0], jnp.array(step), 4)
+        one, _ = get_batch(DATA, 0, WORDS[0], step)
+        other, _ = get_batch(moved, 1, WORDS[0], step)
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_clients_without_examples_give_empty_batches():
     empty = DATA._replace(size=DATA.size.at[1].set(0))
-    batch, _ = take_batch(empty, jnp.array(1), WORDS[0], jnp.array(0), 4)
+    batch, _ = get_batch(empty, 1, WORDS[0], 0)
     assert batch.weight.tolist() == [0] * 4

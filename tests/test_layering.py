@@ -27,7 +27,7 @@ LAYERS = {  # a module imports from lower numbers only; a folder is one module h
     8: "ranking",
     9: "rounds",
     10: "resuming",
-    11: "experiment",
+    11: "experiment runner",
     12: "display",
     13: "commands",
     14: "cli",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from federations import assert_server, mlp_federation, to_oracle
+from federations import assert_server, fast_compilation, mlp_federation, to_oracle
 from jax import lax
 from reference import training
 
@@ -37,14 +37,13 @@ def train(trained, start, masks, *, trains=Trains(), hparams=None, batches=None)
     federation, default = problem()
     hparams, client = hparams or {}, Client(jnp.zeros((), jnp.int32), masks, jnp.ones(()), ())
 
-    @jax.jit
     def run(start, batches):
         setting = Setting(client, start, federation.task.server.frozen, trains)
         step = lambda state, batch: trained.step(hparams, setting, state, batch, jax.random.key(0))  # noqa: E731
         state, losses = lax.scan(step, trained.begin(hparams, start, client), batches)
         return trained.end(state, client), losses
 
-    return run(start, default if batches is None else batches)
+    return jax.jit(run, compiler_options=fast_compilation())(start, default if batches is None else batches)
 
 
 def train_cut(trained, ranks=RANKS, **options):

@@ -133,7 +133,7 @@ def test_random_numbers_are_used_once():
     trained = local.make_local_training(task, optax.sgd(0.1), batch_size=BATCH)
     ranks = {path: np.ones(CLIENTS, int) for path in task.server.trainable.adapters}
     state = init_state(task.server, RULE, ranks)
-    step = make_round(trained, RULE, lanes=2, rank_levels=2, participation=sample_uniformly(4))
+    step = make_round(trained, RULE, lanes=2, participation=sample_uniformly(4))
     with jax.debug_key_reuse(True):
         state, info = compiled(step)(jax.random.key(0), state, federation().data)
         assert info.participants == 4
