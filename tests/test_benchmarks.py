@@ -15,9 +15,12 @@ sys.path += [str(FOLDER), str(FOLDER / "peers")]
 
 import common  # noqa: E402
 import competitors  # noqa: E402
+import jax_network  # noqa: E402
 import regression  # noqa: E402
 import speed  # noqa: E402
 import workloads  # noqa: E402
+
+from autorank_jax.types import Batch  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,33 @@ def test_exported_round_is_ours(exported, ours):
     owners = common.owned_weights(exported)
     theirs = {name: value + totals[name] / owners[name] for name, value in exported.trainable.items()}
     assert competitors.difference(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["cnn", "transformer"])
+def test_peers_write_down_the_same_model(name, tmp_path):
+    """Loss and gradients of the peers' own model are those of the task, away from the start, where B is zero."""
+    workload = workloads.make_workload(name, quick=True)
+    task, noise = workload.task, np.random.default_rng(0)
+    server = task.server._replace(
+        trainable=jax.tree.map(lambda v: v + 0.1 * noise.normal(size=v.shape).astype(np.float32), task.server.trainable)
+    )
+    moved = workload._replace(state=workload.state._replace(server=server))
+    workloads.export_workload(moved, jax.random.key(0), tmp_path / "workload.npz")
+    exported = common.load(str(tmp_path / "workload.npz"))
+    chosen = common.batches(exported, 1)[0]
+    inputs, targets = (np.asarray(leaf)[chosen] for leaf in (workload.data.inputs, workload.data.targets))
+    weight = np.ones(len(chosen), np.float32)
+
+    def ours(trainable):
+        return task.loss(server.frozen, trainable, Batch(inputs, targets, weight), jax.random.key(0)).mean()
+
+    loss = jax_network.make_loss(exported.network, exported.frozen)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        one, own = jax.jit(jax.value_and_grad(ours))(server.trainable)
+        two, theirs = jax.jit(jax.value_and_grad(loss))(exported.trainable, exported.inputs[chosen], targets, weight)
+    assert float(two) == pytest.approx(float(one), rel=1e-5)
+    state = workload.state._replace(server=server._replace(trainable=own))
+    assert competitors.difference(competitors.trained_values(state), theirs) < 1e-4
 
 
 def test_every_example_is_seen_once(exported):
