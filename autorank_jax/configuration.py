@@ -10,9 +10,10 @@ from autorank_jax import aggregators, complexity, datasets, partition
 from autorank_jax.types import Aggregator
 
 AGGREGATORS: Mapping[str, Callable[..., Aggregator]] = {
-    name: rule for name, rule in aggregators.RULES.items() if name not in ("fedavg", "local_only")
+    name: rule for name, rule in aggregators.RULES.items() if name not in ("fedavg", "local_only", "fedsa_lora")
 }
-"""Rules that train the adapters of one global model: `fedavg` has no adapters, `local_only` no global model."""
+"""Rules that train the adapters of one global model: `fedavg` has no adapters, `local_only` and `fedsa_lora` leave
+(half of) them with the clients."""
 
 MODELS: Mapping[str, str] = {
     "mlp": "multi-layer perceptron, 784-200-200-10 on Fashion-MNIST",

@@ -25,6 +25,7 @@ from autorank_jax.evaluation import FlopModel
 from autorank_jax.events import Compiled, Event, Finished, OnEvent, Resumed, RoundDone, Scored, Started
 from autorank_jax.federations import Federation, make_federations
 from autorank_jax.launch import compile_round, is_first
+from autorank_jax.participation import by_examples, equally
 from autorank_jax.ranking import Ranker, make_ranker, score_clients
 from autorank_jax.results import Results, Run, Scores
 from autorank_jax.resuming import Checkpoints, make_save, restore_book
@@ -181,6 +182,7 @@ def compile_program(experiment: Experiment, setup: Setup, federation: Federation
         lanes=lanes_of(experiment, federation, setup.mesh),
         rank_levels=experiment.rank_levels,
         participation=make_participation(experiment),
+        weigh=equally if experiment.sampling == "by_size" and experiment.cohort < experiment.clients else by_examples,
         faults=make_faults(experiment),
         mesh=setup.mesh,
     )
@@ -222,13 +224,18 @@ def lanes_of(experiment: Experiment, federation: Federation, mesh: Mesh | None) 
 
 
 def probe_all(setup: Setup, federations: Sequence[Federation], program: Program, book: Book) -> Book:
-    """Run every seed's probe, unless a checkpoint holds it, with a program of its own where some clients stay away."""
+    """Run every seed's probe, unless a checkpoint holds it.
+
+    It has a program of its own where some clients stay away, or where the rule lets clients train only a part.
+    """
     experiment = setup.experiment
     if not experiment.probed or book.probes:
         return book
-    if experiment.eventful:
+    trains = program.rule.trains(program.rule.init(federations[0].task.server))
+    partial = any(flag is not True for flag in trains)
+    if experiment.eventful or partial:
         calm = dataclasses.replace(experiment, participation=1.0, sampling="uniform", drop_out=0.0, stragglers=0.0)
-        program = compile_program(calm, setup, federations[0], program.name)
+        program = compile_program(calm, setup, federations[0], "zero_pad" if partial else program.name)
     return book._replace(probes=tuple(probe(experiment, program, federation) for federation in federations))
 
 

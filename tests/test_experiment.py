@@ -153,6 +153,14 @@ def test_a_seed_a_probe_and_other_policies_change_no_run(tiny):
     assert [row.loss for row in first.rows] != [row.loss for row in second.rows]
 
 
+def test_the_probe_trains_everything_whichever_rule_comes_first(tiny):
+    one = dataclasses.replace(
+        TINY, rank_policies=("autorank",), ratios=(), rounds=1, seeds=1, aggregators=("ffa_lora",)
+    )
+    found = run_experiment(one).scores[0]
+    np.testing.assert_array_equal(found.matrix, tiny[0].scores[0].matrix)
+
+
 def test_one_program_per_aggregator_serves_everything(monkeypatch):
     traced = []
 
