@@ -233,7 +233,8 @@ def export_workload(workload: Workload, key: Key, path: Path) -> None:
     arrays = {"inputs": data.inputs, "targets": data.targets, "start": data.start, "size": data.size}
     arrays["order"] = batch_order(workload, key)
     arrays |= {f"dense:{name}": value for name, value in server.trainable.dense.items()}
-    arrays |= {f"rest:{name}": value for name, value in server.frozen.rest.items()}
+    weights = {name: leaf for name, leaf in server.frozen.rest.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    arrays |= {f"rest:{name}": leaf for name, leaf in weights.items()}  # without the state of random layers
     for adapted, (a, b) in server.trainable.adapters.items():
         arrays |= {f"lora_a:{adapted}": a, f"lora_b:{adapted}": b, f"kernel:{adapted}": server.frozen.kernels[adapted]}
         arrays[f"ranks:{adapted}"] = workload.state.ranks[adapted]
