@@ -153,21 +153,23 @@ def few_rules():
 # ------------------------------------------------------------------------------------- run in processes of their own
 
 
-def compare_all_rules():
-    """Compare 2, 4 and 8 devices with one, by the sums and by the server steps of all rules."""
+def compare_devices():
+    """Compare 8 devices with one by all rules, 2 and 4 by one rule of each kind: by sums and by server steps."""
     jax.config.update("jax_enable_x64", True)
-    rules, server = all_rules(), make_task().server
-    steps = jax.jit(lambda sums: server_steps(rules, jax.random.key(0), sums, server))
+    server = make_task().server
 
-    def results(mesh):
+    def results(rules, devices):
+        mesh = dealing.client_mesh(jax.devices()[:devices]) if devices > 1 else None
         state, info = run_rounds(rules, make_data(broken=True), mesh=mesh, update=False)
-        after = {name: (by_product(new), memory) for name, (new, memory) in steps(state.aggregator).items()}
+        steps = jax.jit(lambda sums: server_steps(rules, jax.random.key(0), sums, server))(state.aggregator)
+        after = {name: (by_product(new), memory) for name, (new, memory) in steps.items()}
         return state, info._replace(lane_steps=0), after
 
-    alone = results(None)
-    assert (alone[1].participants, alone[1].excluded) == (6, 1)
-    for devices in (2, 4, 8):
-        assert_close(results(dealing.client_mesh(jax.devices()[:devices])), alone)
+    for rules, counts in ((all_rules(), (8,)), (few_rules(), (2, 4))):
+        alone = results(rules, 1)
+        assert (alone[1].participants, alone[1].excluded) == (6, 1)
+        for devices in counts:
+            assert_close(results(rules, devices), alone)
     print("equal", flush=True)
 
 
