@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from autorank_jax.aggregators.base import make_summand
 from autorank_jax.engine import make_round
 from autorank_jax.participation import Cohort
 from autorank_jax.simulation import init_state
@@ -193,10 +194,18 @@ def sub_update(update, group, case):
     return ClientUpdate(sub_trainable(update.trained, group), sub_trainable(update.start, group), client)
 
 
+EVERYTHING = make_summand(factors=True, products=True)
+PARTIAL = {make_summand(factors=f, products=p): EVERYTHING for f in (False, True) for p in (False, True)}
+
+
 def summands(rules):
-    """The name of the first rule with the same summand, by case."""
+    """The case whose sums serve a case: of rules that weigh clients alike, and of those that weigh owners alike."""
     first = {}
-    return {case: first.setdefault(rule.summand, case) for case, rule in rules.items()}
+    keys = {
+        case: case.replace("owner_merge", "raflora") if rule.exact_plan else PARTIAL.get(rule.summand, rule.summand)
+        for case, rule in rules.items()
+    }
+    return {case: first.setdefault(key, case) for case, key in keys.items()}
 
 
 def union(groups):
@@ -220,7 +229,8 @@ def union(groups):
     def summand(update, server, plan):
         def one(group, case, rule):
             cut = plan._replace(owners=part(plan.owners, group))
-            return rule.summand(sub_update(update, group, case), sub_server(server, group), cut)
+            summed = PARTIAL.get(rule.summand, rule.summand)
+            return summed(sub_update(update, group, case), sub_server(server, group), cut)
 
         return nested(one, lambda rules: summands(rules).values())
 
