@@ -3,7 +3,7 @@
 Competitors: `centralised` (one shared model, big batches, no clients: the yardstick), `lockstep` (`jit(vmap(scan))`),
 `loop` (a Python loop over a jitted client), and the peers `drjax, fedjax, pfl, flower, torch, torch_vmap`, each in an
 environment of its own (`benchmarks/peers/setup.sh DIR`). All train the very same round: start values, examples, order
-of batches, ranks. A competitor whose trained adapters differ from ours by more than 1e-4 gets no number.
+of batches, ranks. A competitor whose trained values differ from ours by more than 1e-4 gets no number.
 
 Command:  AUTORANK_JAX_DATA=DIR python benchmarks/speed.py --json benchmarks/results/speed.json
           (see `--help`; `--quick` needs no data; an existing file is added to, workload by workload)
@@ -121,10 +121,10 @@ def measure(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
                 peer.close()
     gaps |= peer_gaps
     work = useful_work(workload)
-    rows = [make_row(workload.name, c, entries[c], turns, work) for c, turns in seconds.items()]
-    for row in rows:
-        gap = gaps.get(row["competitor"])
-        row |= {"difference": gap and gap.together, "worst_factor": gap and gap.worst}
+    rows = [
+        make_row(workload.name, c, entries[c], turns, work) | {"difference": gaps.get(c)}
+        for c, turns in seconds.items()
+    ]
     speed = {row["competitor"]: row["samples_per_second"] for row in rows}
     ratios = {c: speed["ours"] / s for c, s in speed.items() if c != "ours"}
     return {"rows": rows, "ratios": ratios, "skipped": skipped}
