@@ -14,7 +14,6 @@ from autorank_jax.types import (
     EvaluateFn,
     FederatedData,
     Key,
-    PyTree,
     RoundFn,
     RoundInfo,
     Server,
@@ -100,11 +99,6 @@ def _check_ranks(server: Server, ranks: Mapping[str, Array], clients: int | None
                 "probably ranks made for a larger max_rank"
             )
     return clients
-
-
-def with_server(state: State, server: PyTree) -> State:
-    """Replace the server of a state."""
-    return state._replace(server=server)
 
 
 def simulate(

@@ -3,10 +3,9 @@
 100 clients share the 5,000 images of the embedded Fashion-MNIST subset; their amounts are log-normal, σ from 0 to 2,
 so that the total work is the same throughout. Model, local step, ranks and aggregation rule are the same on both sides.
 
-Command:  python benchmarks/imbalance.py            (about two minutes on two CPU cores)
+Command:  python benchmarks/imbalance.py            (about one minute on two CPU cores)
 Writes:   benchmarks/results/imbalance.json and imbalance.png, the picture of the README
-Expect:   seconds of the queue within a factor of about 1.5 over all σ, the lockstep round an order of magnitude slower
-          at σ = 2
+Expect:   seconds of the queue within a factor of 2 over all σ, the lockstep round about seven times slower at σ = 2
 """
 
 import argparse

@@ -16,7 +16,7 @@ from autorank_jax import aggregators, local
 from autorank_jax.engine import make_round
 from autorank_jax.models import MLP
 from autorank_jax.participation import sample_uniformly
-from autorank_jax.simulation import History, init_state, simulate, with_server
+from autorank_jax.simulation import History, init_state, simulate
 from autorank_jax.tasks import task_from_nnx
 
 RULE = aggregators.rbla()
@@ -104,7 +104,7 @@ def test_whatever_is_data_compiles_nothing():
         "learning rate": step(key, start(learning_rate=0.5), data),
         "epochs": step(key, start(local_epochs=3), data),
         "sizes": step(key, start(), jax.tree.map(jnp.asarray, other_data)),
-        "server": step(key, with_server(start(), jax.tree.map(jnp.zeros_like, start().server)), data),
+        "server": step(key, start()._replace(server=jax.tree.map(jnp.zeros_like, start().server)), data),
     }
     for what, (state, _) in changed.items():
         bias = state.server.trainable.dense["layers/0/bias"]
