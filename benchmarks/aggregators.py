@@ -1,8 +1,8 @@
 """Every aggregation rule under every kind of rank: which rules hold up where rank and data are not nested?
 
-Rules × splits (staircase; Dirichlet 0.3 × log-normal 1) × rank policies (AutoRank; uniform at the same mean ratio over
-examples; AutoRank's ranks shuffled among clients, another permutation for every seed), ten clients, MLP
-784-200-200-10, one local epoch, batch 64, SGD 0.01 with momentum 0.9.
+Rules × splits (staircase; Dirichlet 0.3 × log-normal 1) × rank policies of equal bytes (AutoRank; one rank for all at
+AutoRank's mean ratio over clients; AutoRank's ranks shuffled among clients, another permutation for every seed; its
+ranks reversed), ten clients, MLP 784-200-200-10, one local epoch, batch 64, SGD 0.01 with momentum 0.9.
 
 Command:  AUTORANK_JAX_DATA=DIR python benchmarks/aggregators.py     (full Fashion-MNIST, an hour or more on two cores)
           python benchmarks/aggregators.py --quick                   (embedded subset)
@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 from autorank_jax.configuration import AGGREGATORS, Experiment
 
 SPLITS = ("staircase", "dirichlet_lognormal")
-POLICIES = ("autorank", "uniform", "shuffled")
+POLICIES = ("autorank", "uniform_bytes", "shuffled", "reversed")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -10,7 +10,7 @@ import harness
 import numpy as np
 from rich.progress import Progress
 
-from autorank_jax.configuration import Experiment
+from autorank_jax.configuration import Experiment, experiment_from
 from autorank_jax.experiment import DivergedError, RoundDone, run_experiment
 from autorank_jax.results import Results, summarize
 
@@ -22,7 +22,8 @@ def run_cells(cells: Mapping[str, Experiment], folder: Path) -> dict[str, Cell]:
 
     Args:
         cells: experiments by a name that is good for a file.
-        folder: where each finished cell lies as `NAME.json`; a cell of other options is run again.
+        folder: where each finished cell lies as `NAME.json`; a cell of other options is run again
+            (an option that a cell does not name has its default).
 
     Returns:
         Cells by name: `config`, `summary`, and `accuracy[policy][seed]` by round.
@@ -33,7 +34,7 @@ def run_cells(cells: Mapping[str, Experiment], folder: Path) -> dict[str, Cell]:
         for name, experiment in cells.items():
             path = folder / f"{name}.json"
             cell = json.loads(path.read_text()) if path.exists() else None
-            if cell is None or cell["config"] != _plain(experiment):
+            if cell is None or experiment_from(cell["config"]) != experiment:
                 cell = _run(experiment, progress, name)
                 harness.write_json(path, cell)
             found[name] = cell
