@@ -17,6 +17,7 @@ from autorank_jax.types import (
     Key,
     LocalState,
     LocalTraining,
+    Penalised,
     PyTree,
     Setting,
     Task,
@@ -24,8 +25,11 @@ from autorank_jax.types import (
     Trains,
 )
 
-LocalLoss = Callable[[PyTree, Trainable, Trainable, Batch, Key], Array]
-"""`(frozen, trainable, start, batch, key) -> (b,)`: a task's loss that may also look at where the client started."""
+LocalLoss = Callable[[PyTree, Trainable, Trainable, Batch, Key], Array | Penalised]
+"""`(frozen, trainable, start, batch, key) -> (b,)`: a task's loss that may also look at where the client started.
+
+A loss with a penalty returns it apart, in a `Penalised` (see `with_penalty`): only losses are recorded.
+"""
 
 Scale = Callable[[Array], Array]
 """LoRA scale of a client by its rank."""
@@ -59,6 +63,12 @@ def from_task_loss(loss: Callable[[PyTree, Trainable, Batch, Key], Array]) -> Lo
     return lambda frozen, trainable, start, batch, key: loss(frozen, trainable, batch, key)  # noqa: ARG005
 
 
+def with_penalty(value: Array | Penalised, penalty: Array) -> Penalised:
+    """Add a scalar penalty to what a local loss returns."""
+    losses, before = value if isinstance(value, Penalised) else (value, jnp.zeros((), value.dtype))
+    return Penalised(losses, before + penalty.astype(before.dtype))
+
+
 def with_proximal_term(loss: LocalLoss, strength: float) -> LocalLoss:
     """Add FedProx's pull to the start, `strength/2 · ‖w - start‖²`, to a local loss (arXiv 1812.06127).
 
@@ -72,10 +82,10 @@ def with_proximal_term(loss: LocalLoss, strength: float) -> LocalLoss:
     if strength < 0:
         raise ValueError(f"expected a proximal strength >= 0, got {strength}")
 
-    def proximal(frozen: PyTree, trainable: Trainable, start: Trainable, batch: Batch, key: Key) -> Array:
+    def proximal(frozen: PyTree, trainable: Trainable, start: Trainable, batch: Batch, key: Key) -> Penalised:
         pairs = zip(jax.tree.leaves(trainable), jax.tree.leaves(start), strict=True)
-        distance = sum(jnp.sum(jnp.square(w - s)) for w, s in pairs)
-        return loss(frozen, trainable, start, batch, key) + 0.5 * strength * distance
+        distance = jnp.asarray(sum(jnp.sum(jnp.square(w - s)) for w, s in pairs))
+        return with_penalty(loss(frozen, trainable, start, batch, key), 0.5 * strength * distance)
 
     return proximal
 
@@ -103,7 +113,7 @@ def make_local_training(
         optimizer: an optax transformation, or a function that makes one of `State.hparams`, such as
             `lambda h: optax.sgd(h["learning_rate"])`: then a new learning rate compiles nothing.
         batch_size: examples per step; the last batch of an epoch may be shorter, and its mean is over what is there.
-        loss: what clients minimise; the task's own loss where None.
+        loss: what clients minimise; the task's own loss where None. What is recorded leaves penalties out.
         scale: LoRA scale by rank, 1 where None.
 
     Raises:
@@ -123,9 +133,10 @@ def make_local_training(
     def step(hparams: Hparams, setting: Setting, state: LocalState, batch: Batch, key: Key) -> tuple[LocalState, Array]:
         def mean_loss(params: Trainable) -> tuple[Array, Array]:
             effective = _rescale(_stop(params, setting.trains), setting.client, scale)
-            losses = local_loss(setting.frozen, effective, setting.start, batch, key)
+            value = local_loss(setting.frozen, effective, setting.start, batch, key)
+            losses, penalty = value if isinstance(value, Penalised) else (value, 0)
             losses = jnp.where(batch.weight > 0, losses, 0)
-            return jnp.sum(losses) / jnp.maximum(jnp.sum(batch.weight).astype(losses.dtype), 1), losses
+            return jnp.sum(losses) / jnp.maximum(jnp.sum(batch.weight).astype(losses.dtype), 1) + penalty, losses
 
         grads, losses = jax.grad(mean_loss, has_aux=True)(state.params)
         updates, memory = transformation(hparams).update(grads, state.optimizer, state.params)

@@ -71,6 +71,13 @@ class Batch(NamedTuple):
     weight: Array  # (b,) 0 or 1
 
 
+class Penalised(NamedTuple):
+    """What a local loss with a penalty returns: training minimises the mean of `losses` plus `penalty`."""
+
+    losses: Array  # (b,) the task's own, which are what is recorded
+    penalty: Array  # ()
+
+
 class FederatedData(NamedTuple):
     """All clients' examples, flat: nothing is padded to the largest client."""
 

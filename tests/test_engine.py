@@ -107,7 +107,7 @@ def test_proximal_scaled_round_equals_the_slow_twin():
     )
     state = start_state(federation, aggregators.zero_pad())
     new, _ = jit_round(trained, aggregators.zero_pad(), lanes=3, rank_levels=2)(key, state, federation.data)
-    options = {"proximal": 0.7, "scale": ("alpha/sqrt(rank)", 3.0), "report_penalty": True}
+    options = {"proximal": 0.7, "scale": ("alpha/sqrt(rank)", 3.0)}
     batches, servers = recorded_batches(key, federation.data), {"zero_pad": new.server}
     assert_twin(federation, state, new, batches, servers=servers, optimizer=training.sgd(0.1, 0.5), **options)
 

@@ -156,7 +156,7 @@ def test_scaled_and_pulled_training_equals_the_twin(rule, proximal):
     scale, named = SCALES[rule]
     loss = local.with_proximal_term(local.from_task_loss(problem()[0].task.loss), proximal)
     got = train_cut(make(optax.adam(0.05), loss=loss, scale=scale))
-    options = {"scale": named, "proximal": proximal, "report_penalty": True}
+    options = {"scale": named, "proximal": proximal}  # recorded losses leave the pull out
     assert_client(got, oracle(optimizer=training.adam(0.05), **options))
     assert_zero_beyond(got[0])
 
@@ -173,7 +173,10 @@ def test_a_scale_does_not_change_what_is_sent_without_training():
 def test_proximal_term_by_hand():
     loss = local.with_proximal_term(lambda frozen, trainable, start, batch, key: jnp.array([1.0, 2.0]), 4.0)  # noqa: ARG005
     now, start = {"a": jnp.array([1.0, 3.0]), "b": jnp.array(2.0)}, {"a": jnp.array([0.0, 1.0]), "b": jnp.array(4.0)}
-    np.testing.assert_allclose(loss((), now, start, (), ()), [1 + 2 * 9, 2 + 2 * 9])
+    losses, penalty = loss((), now, start, (), ())
+    np.testing.assert_array_equal(losses, [1, 2])
+    np.testing.assert_allclose(penalty, 2 * 9)
+    np.testing.assert_allclose(local.with_proximal_term(loss, 2.0)((), now, start, (), ()).penalty, 3 * 9)
 
 
 # --------------------------------------------------------------------------------------------- what a rule lets train

@@ -1,6 +1,5 @@
 """HetLoRA (arXiv 2401.06432): means weighted by the norms of updates, and ranks that clients prune themselves."""
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from autorank_jax.aggregators.base import (
     weighted,
     write_trainable,
 )
+from autorank_jax.local import LocalLoss, with_penalty
 from autorank_jax.lora import cut, max_ranks
 from autorank_jax.types import (
     Adapter,
@@ -29,14 +29,13 @@ from autorank_jax.types import (
     Client,
     ClientUpdate,
     Key,
+    Penalised,
     Plan,
     PyTree,
     Server,
     ServerStep,
     Trainable,
 )
-
-Loss = Callable[[PyTree, Trainable, Trainable, Batch, Key], Array]  # as `autorank_jax.local.LocalLoss`
 
 
 class PathSums(NamedTuple):
@@ -97,7 +96,7 @@ def hetlora(*, per: Literal["model", "layer"] = "model", prune: float | None = N
     return assemble(summand, _step(), start=start, client_init=full, client_keep=keep)
 
 
-def with_tail_penalty(loss: Loss, shrink: float, strength: float) -> Loss:
+def with_tail_penalty(loss: LocalLoss, shrink: float, strength: float) -> LocalLoss:
     """Add HetLoRA's pull on the last rank positions, `λ Σ_l ‖A[:, ⌊γ r⌋:r]‖_F ‖B[⌊γ r⌋:r]‖_F`, to a local loss.
 
     Args:
@@ -112,13 +111,12 @@ def with_tail_penalty(loss: Loss, shrink: float, strength: float) -> Loss:
     if strength < 0:
         raise ValueError(f"expected a tail penalty >= 0, got {strength}")
 
-    def penalised(frozen: PyTree, trainable: Trainable, start: Trainable, batch: Batch, key: Key) -> Array:
-        losses = loss(frozen, trainable, start, batch, key)
+    def penalised(frozen: PyTree, trainable: Trainable, start: Trainable, batch: Batch, key: Key) -> Penalised:
+        value = with_penalty(loss(frozen, trainable, start, batch, key), jnp.zeros(()))
         for path, (a, b) in start.adapters.items():
             rank = jnp.sum(jnp.any(a != 0, axis=0) | jnp.any(b != 0, axis=1), dtype=jnp.int32)
-            penalty = strength * _tail_score(trainable.adapters[path], rank, shrink)
-            losses = losses + penalty.astype(losses.dtype)
-        return losses
+            value = with_penalty(value, strength * _tail_score(trainable.adapters[path], rank, shrink))
+        return value
 
     return penalised
 
