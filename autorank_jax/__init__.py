@@ -19,9 +19,10 @@ from autorank_jax import (
 from autorank_jax.assembly import merge
 from autorank_jax.checkpoint import restore_state, save_state
 from autorank_jax.complexity import complexity_matrix, gini_simpson, label_entropy, loss_entropy
+from autorank_jax.costs import client_costs, training_flops
 from autorank_jax.datasets import load_dataset
 from autorank_jax.engine import make_round
-from autorank_jax.evaluation import client_costs, label_weighted_accuracy, make_evaluate, training_flops
+from autorank_jax.evaluation import label_weighted_accuracy, make_evaluate
 from autorank_jax.export import export_peft
 from autorank_jax.federated_data import client_stats, from_client_ids, from_parts
 from autorank_jax.functions import task_from_function

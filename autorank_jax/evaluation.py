@@ -1,20 +1,17 @@
-"""What a federation has learnt and what it cost: accuracy of the server and of clients, parameters, bytes, FLOPs."""
+"""What a federation has learnt: accuracy of the server, by class and of clients."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from autorank_jax.batches import steps_per_epoch, take_batch
-from autorank_jax.lora import count_parameters, cut, max_ranks, rank_masks
+from autorank_jax.lora import cut, max_ranks, rank_masks
 from autorank_jax.types import (
-    Adapter,
     Aggregator,
     Array,
-    Batch,
     Client,
     ClientUpdate,
     EvaluateFn,
@@ -201,6 +198,7 @@ def with_personal_scores(rule: Aggregator, task: Task, held_out: FederatedData, 
         exact_plan=False,
         step=None,
         report=lambda sums, before, after: {},  # noqa: ARG005
+        client_ranks=lambda ranks, clients: rule.client_ranks(ranks, clients[0]),
     )
 
 
@@ -221,72 +219,3 @@ def summarise_clients(values: Array, examples: Array) -> dict[str, Array]:
         "weighted_mean": jnp.sum(values * weight, where=measured) / jnp.maximum(jnp.sum(weight), 1),
         "worst": jnp.where(jnp.any(measured), worst, 0),
     }
-
-
-class FlopModel(NamedTuple):
-    """FLOPs of training on one example, linear in the ranks: `base + Σ_l per_rank[l] · r_l`."""
-
-    base: float
-    per_rank: dict[str, float]
-
-
-def training_flops(task: Task, data: FederatedData, *, batch_size: int = 8) -> FlopModel:
-    """Count forward and backward FLOPs per example by lowering the gradient at rank 0 and at one rank per layer.
-
-    XLA's own analysis does the counting, so any model will do. Optimiser and aggregation are left out: they do not grow
-    with the examples.
-
-    Args:
-        task: the model.
-        data: for the shapes of inputs and targets.
-        batch_size: examples that are counted together and divided by.
-
-    Returns:
-        The linear model.
-    """
-    examples = jax.tree.map(lambda leaf: leaf[:batch_size], (data.inputs, data.targets))
-    count = jax.tree.leaves(examples)[0].shape[0]
-    batch = Batch(examples[0], examples[1], jnp.ones(count))
-    trainable, key = task.server.trainable, jax.random.key(0)
-
-    def flops(ranks: Mapping[str, int]) -> float:
-        adapters = {
-            path: Adapter(a.lora_a[:, : ranks.get(path, 0)], a.lora_b[: ranks.get(path, 0)])
-            for path, a in trainable.adapters.items()
-        }
-        gradient = jax.grad(lambda t: jnp.sum(task.loss(task.server.frozen, t, batch, key)))
-        cost = jax.jit(gradient).lower(trainable._replace(adapters=adapters)).cost_analysis()
-        return float((cost or {}).get("flops", 0.0)) / count
-
-    base = flops({})
-    return FlopModel(base, {path: flops({path: 1}) - base for path in sorted(trainable.adapters)})
-
-
-class ClientCosts(NamedTuple):
-    """What one round costs each client, `(clients,)` float64 each."""
-
-    parameters: np.ndarray  # trained
-    bytes_up: np.ndarray
-    bytes_down: np.ndarray
-    flops: np.ndarray  # of local training
-
-
-def client_costs(
-    server: Server, ranks: Mapping[str, Array], size: Array, flops: FlopModel, *, local_epochs: int
-) -> ClientCosts:
-    """Return what a round costs clients of these ranks that exchange their own rank positions and dense parameters.
-
-    Args:
-        server: for shapes and the item size.
-        ranks: by path, `(clients,)`.
-        size: `(clients,)` examples.
-        flops: from `training_flops`.
-        local_epochs: passes over the data per round.
-    """
-    parameters = np.asarray(count_parameters(server.trainable, ranks), np.float64)
-    parameters = np.broadcast_to(parameters, np.shape(size))
-    leaves = jax.tree.leaves(server.trainable)
-    item = max((leaf.dtype.itemsize for leaf in leaves), default=4)
-    per_example = flops.base + sum(flops.per_rank[p] * np.asarray(r, np.float64) for p, r in ranks.items())
-    total = np.asarray(size, np.float64) * local_epochs * per_example
-    return ClientCosts(parameters, parameters * item, parameters * item, total)

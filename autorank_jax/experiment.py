@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from autorank_jax import datasets, engine, evaluation, faults, local
 from autorank_jax.checkpoint import saved_steps, step_folder
 from autorank_jax.configuration import ConfigurationError, Experiment, make_aggregator
+from autorank_jax.costs import FlopModel, training_flops
 from autorank_jax.datasets import Dataset
-from autorank_jax.evaluation import FlopModel
 from autorank_jax.events import Compiled, Event, Finished, OnEvent, Resumed, RoundDone, Scored, Started
 from autorank_jax.federations import Federation, make_federations
 from autorank_jax.launch import compile_round, is_first
@@ -106,7 +106,7 @@ def run_experiment(
         book, differences = restore_book(checkpoints, experiment, dataset, federations, about=about)
         if book.records:
             on_event(Resumed(book.rounds, differences))
-    flops = evaluation.training_flops(federations[0].task, federations[0].data)
+    flops = training_flops(federations[0].task, federations[0].data)
     ranker = make_ranker(experiment, federations[0].task)
     save = make_save(checkpoints if is_first() else None, experiment, dataset, about=about)
     setup = Setup(experiment, dataset, mesh, ranker, flops, on_event, on_round, save)
@@ -141,7 +141,7 @@ def run_aggregator(
             record = book.records[len(runs)]
             setup.on_event(Started(policy, name, federation.seed, len(record.rows)))
             start = start_state(experiment, federation, program.rule, first_ranks(seen, policy))
-            costs = round_costs(experiment, start, federation.data, setup.flops)
+            costs = round_costs(experiment, program.rule, start, federation.data, setup.flops)
             try:
                 if not record.over:
                     book = run_policy(job, federation, seen, book)

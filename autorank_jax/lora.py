@@ -1,4 +1,4 @@
-"""Algebra of adapters: start values, rank masks, cutting, widths, products, merging, counting.
+"""Algebra of adapters: start values, rank masks, cutting, widths, products, merging.
 
 A client of rank `r` holds matrices whose positions `r..max_rank-1` are zero in *both* factors. Such a position has
 exactly zero gradient in both factors (`∂A_j ∝ B_j = 0`, `∂B_j ∝ x A_j = 0`), so training zero-padded matrices is
@@ -109,22 +109,3 @@ def merge_products(server: Server, deltas: Mapping[str, Array]) -> Server:
     base: Base = server.frozen
     merged = {p: k + deltas[p].astype(k.dtype) if p in deltas else k for p, k in base.kernels.items()}
     return server._replace(frozen=base._replace(kernels=merged))
-
-
-def count_parameters(trainable: Trainable, ranks: Mapping[str, Array]) -> Array:
-    """Count what a client trains and sends: `Σ_l r_l (d_in + d_out) + dense`.
-
-    Args:
-        trainable: the server's, for its shapes.
-        ranks: by path, integers of any common shape, for example `(clients,)`.
-
-    Returns:
-        Parameters in that shape, as float (a million clients overflow int32).
-    """
-    dense = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable.dense))
-    shape = jnp.shape(next(iter(ranks.values()))) if ranks else ()
-    total = jnp.full(shape, float(dense))
-    for path, adapter in trainable.adapters.items():
-        per_rank = adapter.lora_a.shape[-2] + adapter.lora_b.shape[-1]
-        total = total + ranks[path].astype(total.dtype) * per_rank
-    return total

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax import complexity, controls, evaluation, lora, policies
+from autorank_jax import complexity, controls, lora, policies
 from autorank_jax.configuration import Experiment
-from autorank_jax.evaluation import FlopModel
+from autorank_jax.costs import FlopModel, client_costs
 from autorank_jax.federations import Federation
 from autorank_jax.results import Scores
 from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy, Task
@@ -103,4 +103,4 @@ def probe_flops(experiment: Experiment, federation: Federation, flops: FlopModel
         return 0.0
     server, size = federation.task.server, federation.stats.size
     full = {path: jnp.full(size.shape, width, jnp.int32) for path, width in lora.max_ranks(server.trainable).items()}
-    return float(evaluation.client_costs(server, full, size, flops, local_epochs=experiment.probe_epochs).flops.sum())
+    return float(client_costs(server, full, size, flops, local_epochs=experiment.probe_epochs).flops.sum())

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax import evaluation, lora, simulation
+from autorank_jax import lora, simulation
 from autorank_jax.configuration import Experiment
-from autorank_jax.evaluation import FlopModel
+from autorank_jax.costs import FlopModel, client_costs
 from autorank_jax.events import OnEvent, RoundDone
 from autorank_jax.federations import Federation
 from autorank_jax.participation import (
@@ -137,7 +137,7 @@ def run_policy(job: Job, federation: Federation, scores: Scores, book: Book) -> 
     charged = scores.probe_flops if record.policy in PROBE_POLICIES else 0.0
     if state is None:
         state = start_state(experiment, federation, job.program.rule, first_ranks(scores, record.policy))
-    costs = round_costs(experiment, state, federation.data, job.flops)
+    costs = round_costs(experiment, job.program.rule, state, federation.data, job.flops)
     while not record.over:
         state, measured = run_round(job, federation, len(record.rows) + 1, state)
         row = make_row(record, measured, costs, charged)
@@ -146,7 +146,7 @@ def run_policy(job: Job, federation: Federation, scores: Scores, book: Book) -> 
         check_progress(record, experiment)
         if experiment.rerank_every and len(record.rows) % experiment.rerank_every == 0:
             state = rank_again(job, federation, record.policy, state)
-            costs = round_costs(experiment, state, federation.data, job.flops)
+            costs = round_costs(experiment, job.program.rule, state, federation.data, job.flops)
         book = book._replace(records=(*book.records[:-1], record), state=state)
         try:
             stop = job.on_round(RoundEnd(row, measured.info, state))
@@ -231,10 +231,20 @@ def rank_again(job: Job, federation: Federation, policy: str, state: State) -> S
     return state._replace(ranks=ranked[policy].ranks)
 
 
-def round_costs(experiment: Experiment, state: State, data: FederatedData, flops: FlopModel) -> Costs:
+def round_costs(
+    experiment: Experiment, rule: Aggregator, state: State, data: FederatedData, flops: FlopModel
+) -> Costs:
     """Return what one round costs if nobody fails; where clients are sampled, the expectation over who takes part."""
-    each = evaluation.client_costs(state.server, state.ranks, data.size, flops, local_epochs=experiment.local_epochs)
     share = attendance(experiment, data)
+    each = client_costs(
+        state.server,
+        rule.client_ranks(state.ranks, state.clients),
+        data.size,
+        flops,
+        local_epochs=experiment.local_epochs,
+        traffic=rule.traffic,
+        attendance=share,
+    )
     return Costs(
         trained_parameters=float(np.sum(share * np.asarray(each.parameters))),
         bytes_up=float(np.sum(share * np.asarray(each.bytes_up))),

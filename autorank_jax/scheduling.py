@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from autorank_jax.evaluation import training_flops
+from autorank_jax.costs import training_flops
 from autorank_jax.lora import max_ranks
 from autorank_jax.types import FederatedData, Task
 

@@ -181,6 +181,24 @@ Sums = PyTree
 AggState = PyTree
 
 
+class Travels(NamedTuple):
+    """What travels one way between the server and a client: a part of every round's, or of some rounds' (½: half)."""
+
+    lora_a: float = 1.0  # the client's rank positions of it
+    lora_b: float = 1.0  # likewise
+    dense: float = 1.0
+    kernels: bool = False  # what is merged into the adapted base weights, as whole matrices
+    stack: bool = False  # where that is less: in place of these matrices all participants' factors
+    live: bool = False  # positions at which the server's lora_b is zero are left out
+
+
+class Traffic(NamedTuple):
+    """What a rule sends between the server and a client in a round."""
+
+    up: Travels = Travels()
+    down: Travels = Travels()
+
+
 def _same_state(state: AggState) -> AggState:
     return state
 
@@ -205,6 +223,10 @@ def _keep_nothing(update: ClientUpdate, server: Server) -> PyTree:  # noqa: ARG0
     return ()
 
 
+def _same_ranks(ranks: dict[str, Array], clients: PyTree) -> dict[str, Array]:  # noqa: ARG001
+    return ranks
+
+
 def _report_nothing(sums: Sums, before: Server, after: Server) -> dict[str, Array]:  # noqa: ARG001
     return {}
 
@@ -225,6 +247,8 @@ class Aggregator(NamedTuple):
     exact_plan: bool = False  # the summand divides by `plan.owners`: rerun the round if a client turns out non-finite
     step: ServerStep | None = None  # what `update` consists of; None where it cannot be taken apart
     report: Callable[[Sums, Server, Server], dict[str, Array]] = _report_nothing  # diagnostics: sums, before, after
+    traffic: Traffic = Traffic()  # what travels; by default everything that is trained, both ways
+    client_ranks: Callable[[dict[str, Array], PyTree], dict[str, Array]] = _same_ranks  # of `State.ranks, .clients`
 
 
 class State(NamedTuple):

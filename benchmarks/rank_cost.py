@@ -22,8 +22,8 @@ from competitors import timed
 from matplotlib import pyplot as plt
 from workloads import Workload
 
+from autorank_jax.costs import client_costs, training_flops
 from autorank_jax.engine import make_round
-from autorank_jax.evaluation import client_costs, training_flops
 from autorank_jax.lora import max_ranks
 from autorank_jax.types import State
 

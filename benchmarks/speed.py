@@ -30,7 +30,7 @@ from peer import ENVIRONMENTS, PeerError, peer_versions
 from speed_picture import draw
 from workloads import Workload
 
-from autorank_jax.evaluation import client_costs, training_flops
+from autorank_jax.costs import client_costs, training_flops
 
 SWEEP = (1, 4, 16, 64, 256, 1024, 4096)
 COMPETITORS = (*ENGINES, *ENVIRONMENTS)

@@ -35,8 +35,9 @@ from flax import nnx
 from harness import Row, compiled, device, markdown_table, versions, write_json
 
 from autorank_jax import aggregators, budgets, partition, policies
+from autorank_jax.costs import FlopModel, client_costs
 from autorank_jax.engine import make_round
-from autorank_jax.evaluation import FlopModel, client_costs, make_evaluate
+from autorank_jax.evaluation import make_evaluate
 from autorank_jax.federated_data import client_stats, from_parts
 from autorank_jax.local import make_local_training
 from autorank_jax.lora import max_ranks

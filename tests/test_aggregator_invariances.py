@@ -89,6 +89,25 @@ def test_a_client_without_weight_is_absent(name):
     )
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_only_what_is_sent_matters(name):
+    cohort, other, up = cohort_for(name), make_cohort(seed=9), RULES[name]().traffic.up
+    want = step_of(name)(cohort)  # of round 0, in which rolora sends lora_b
+    factors = {
+        part: {
+            p: a._replace(**{part: getattr(other.trained.adapters[p], part)})
+            for p, a in cohort.trained.adapters.items()
+        }
+        for part in Adapter._fields
+    }
+    changed = {part: cohort.trained._replace(adapters=adapters) for part, adapters in factors.items()}
+    changed["dense"] = cohort.trained._replace(dense=other.trained.dense)
+    for part, trained in changed.items():
+        got = step_of(name)(cohort._replace(trained=trained))
+        moved = any(not np.allclose(g, w) for g, w in zip(*map(jax.tree.leaves, (got, want)), strict=True))
+        assert moved == (getattr(up, part) > 0 and not (name == "rolora" and part == "lora_a"))
+
+
 @pytest.mark.parametrize("name", [name for name in RULES if name not in FROZEN])
 def test_one_client_of_full_rank_is_the_identity(name):
     full = {path: [shape[2]] * CLIENTS for path, shape in SHAPES.items()}

@@ -18,7 +18,7 @@ LAYERS = {  # a module imports from lower numbers only; a folder is one module h
     0: "types matching results",
     1: "batches budgets checks complexity controls datasets local lora losses mcda models participation transformer "
     "updates",
-    2: "aggregators assembly dealing evaluation faults federated_data lanes layers partition policies",
+    2: "aggregators assembly costs dealing evaluation faults federated_data lanes layers partition policies",
     3: "devices functions linen scheduling tasks",
     4: "engine",
     5: "simulation checkpoint criteria_file export text",  # here the host begins: jit, files, logging
@@ -37,7 +37,7 @@ NUMBER = {name: number for number, names in LAYERS.items() for name in names.spl
 HOST = 5
 EFFECTS_BELOW = {
     "datasets": "reads and keeps files",
-    "evaluation": "asks the compiler for FLOPs",
+    "costs": "asks the compiler for FLOPs",
 }
 ENGINE_KNOWS_NOTHING_OF = {"aggregators", "local", "models", "tasks", "policies"}
 OPTIONAL = {"matplotlib", "PIL", "rich", "safetensors", "tensorflow", "tensorflow_datasets", "tokenizers", "tyro"}

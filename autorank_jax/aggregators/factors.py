@@ -17,7 +17,7 @@ from autorank_jax.aggregators.base import (
     train_all,
     write_trainable,
 )
-from autorank_jax.types import Adapter, Aggregator, AggState, Array, Server, ServerStep, Trains
+from autorank_jax.types import Adapter, Aggregator, AggState, Array, Server, ServerStep, Traffic, Trains, Travels
 
 
 def factor_step(
@@ -80,7 +80,8 @@ def ffa_lora(*, owners: bool = False) -> Aggregator:
     def only_b(state: AggState) -> Trains:  # noqa: ARG001
         return Trains(lora_a=False)
 
-    return assemble(make_summand(factors=True), factor_step(owners=owners, averages=only_b), trains=only_b)
+    step, only = factor_step(owners=owners, averages=only_b), Travels(lora_a=0)
+    return assemble(make_summand(factors=True), step, trains=only_b, traffic=Traffic(only, only))
 
 
 def rolora(*, owners: bool = False) -> Aggregator:
@@ -96,12 +97,13 @@ def rolora(*, owners: bool = False) -> Aggregator:
         even = rounds % 2 == 0
         return Trains(lora_a=~even, lora_b=even)
 
-    step = factor_step(owners=owners, averages=alternate, advance=lambda rounds: rounds + 1)
+    step, half = factor_step(owners=owners, averages=alternate, advance=lambda n: n + 1), Travels(0.5, 0.5)
     return assemble(
         make_summand(factors=True),
         step,
         init=lambda server: jnp.zeros((), jnp.int32),  # noqa: ARG005
         trains=alternate,
+        traffic=Traffic(half, half),
     )
 
 
@@ -125,4 +127,5 @@ def fedavg() -> Aggregator:
             trainable=server.trainable._replace(dense=values.dense)
         ),
     )
-    return assemble(make_summand(), step, trains=neither)
+    dense = Travels(lora_a=0, lora_b=0)
+    return assemble(make_summand(), step, trains=neither, traffic=Traffic(dense, dense))

@@ -62,7 +62,9 @@ def hetlora(*, per: Literal["model", "layer"] = "model", prune: float | None = N
 
     Rank self-pruning: a client whose tail, positions `⌊γ r⌋..r-1`, weighs less after training than before,
     `‖A[:, tail]‖_F ‖B[tail]‖_F`, drops it for good, `r ← max(1, ⌊γ r⌋)`, and sends what is left. Its local loss should
-    carry the penalty of `with_tail_penalty`.
+    carry the penalty of `with_tail_penalty`. `State.ranks` stay as they were set; the ranks that clients have pruned
+    to are `rule.client_ranks(state.ranks, state.clients)`, which is what costs go by. The engine saves no time: a
+    client trains at the rank level of `State.ranks`.
 
     Args:
         per: one norm over all layers, or one for each; the paper has one adapter.
@@ -93,7 +95,10 @@ def hetlora(*, per: Literal["model", "layer"] = "model", prune: float | None = N
     def full(server: Server) -> dict[str, Array]:
         return {path: jnp.array(rank, jnp.int32) for path, rank in max_ranks(server.trainable).items()}
 
-    return assemble(summand, _step(), start=start, client_init=full, client_keep=keep)
+    def own(ranks: dict[str, Array], clients: PyTree) -> dict[str, Array]:
+        return {path: jnp.minimum(rank, clients[path]) for path, rank in ranks.items()}
+
+    return assemble(summand, _step(), start=start, client_init=full, client_keep=keep, client_ranks=own)
 
 
 def with_tail_penalty(loss: LocalLoss, shrink: float, strength: float) -> LocalLoss:

@@ -25,12 +25,26 @@ from autorank_jax.aggregators.segments import (
     owner_product,
 )
 from autorank_jax.lora import check_mergeable, init_adapter
-from autorank_jax.types import Adapter, Aggregator, AggState, Array, Key, Server, ServerStep, Trainable
+from autorank_jax.types import (
+    Adapter,
+    Aggregator,
+    AggState,
+    Array,
+    Key,
+    Server,
+    ServerStep,
+    Traffic,
+    Trainable,
+    Travels,
+)
 
 Restart = Literal["start", "fresh"]
 """`lora_a` after a merge: as it was at the start, or drawn anew every round."""
 
 Product = Callable[[Server, ClientSums, str], Array]
+
+_MERGED = Traffic(down=Travels(lora_a=0, lora_b=0, kernels=True, stack=True))
+"""Clients fetch what is merged; adapters restart from what they know."""
 
 
 def flora(*, restart: Restart = "start") -> Aggregator:
@@ -50,7 +64,7 @@ def flora(*, restart: Restart = "start") -> Aggregator:
         return mean_product(server.trainable.adapters[path], sums.products[path], sums.weight)
 
     init = _remember("flora", restart, None)
-    return assemble(make_summand(products=True), _merge_step("flora", product, restart), init=init)
+    return assemble(make_summand(products=True), _merge_step("flora", product, restart), init=init, traffic=_MERGED)
 
 
 def owner_merge(*, levels: Levels = None, restart: Restart = "start") -> Aggregator:
@@ -70,7 +84,7 @@ def owner_merge(*, levels: Levels = None, restart: Restart = "start") -> Aggrega
     check_levels(levels)
     init = _remember("owner_merge", restart, levels)
     step = _merge_step("owner_merge", owner_product, restart)
-    return assemble(make_owner_summand(levels), step, init=init, exact_plan=True)
+    return assemble(make_owner_summand(levels), step, init=init, exact_plan=True, traffic=_MERGED)
 
 
 def fedex_lora(*, owners: bool = False) -> Aggregator:
@@ -104,7 +118,8 @@ def fedex_lora(*, owners: bool = False) -> Aggregator:
         mean=mean,
         write=lambda key, values, state, server: _write(values.adapters, values, server),  # noqa: ARG005
     )
-    return assemble(make_summand(factors=True, products=True), step, init=init)
+    traffic = Traffic(down=Travels(kernels=True, stack=True))
+    return assemble(make_summand(factors=True, products=True), step, init=init, traffic=traffic)
 
 
 def _remember(rule: str, restart: Restart, levels: Levels) -> Callable[[Server], dict[str, Array]]:

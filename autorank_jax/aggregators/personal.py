@@ -22,8 +22,10 @@ from autorank_jax.types import (
     Plan,
     Server,
     ServerStep,
+    Traffic,
     Trainable,
     Trains,
+    Travels,
 )
 
 
@@ -64,6 +66,7 @@ def fedsa_lora(*, owners: bool = True) -> Aggregator:
         start=start,
         client_init=lambda server: {path: a.lora_b for path, a in server.trainable.adapters.items()},
         client_keep=keep,
+        traffic=Traffic(Travels(lora_b=0), Travels(lora_b=0)),
     )
 
 
@@ -96,7 +99,15 @@ def local_only() -> Aggregator:
         mean=lambda sums, state, server: (nothing, nothing),  # noqa: ARG005
         write=lambda key, values, state, server: server,  # noqa: ARG005
     )
-    return assemble(summand, step, start=start, client_init=lambda server: server.trainable, client_keep=keep)
+    silence = Travels(0, 0, 0)
+    return assemble(
+        summand,
+        step,
+        start=start,
+        client_init=lambda server: server.trainable,
+        client_keep=keep,
+        traffic=Traffic(silence, silence),
+    )
 
 
 def _merge(mask: Array, new: Array, before: Array) -> Array:

@@ -30,7 +30,18 @@ from autorank_jax.aggregators.segments import (
     make_owner_summand,
     owner_product,
 )
-from autorank_jax.types import Adapter, Aggregator, AggState, Array, Key, Server, ServerStep, Trainable
+from autorank_jax.types import (
+    Adapter,
+    Aggregator,
+    AggState,
+    Array,
+    Key,
+    Server,
+    ServerStep,
+    Traffic,
+    Trainable,
+    Travels,
+)
 
 Sigma = Literal["left", "right", "both"]
 """Where the singular values go: `U Σ, Vᵀ`, or `U, Σ Vᵀ`, or `U √Σ, √Σ Vᵀ`."""
@@ -101,7 +112,8 @@ def florist(*, tau: float = 0.99, sigma: Sigma = "right") -> Aggregator:
         before = jnp.concatenate([jnp.zeros_like(energy[:1]), energy[:-1]])
         return jnp.sum(before < enough, dtype=jnp.int32)
 
-    return assemble(make_summand(products=True), _svd_step(_mean_products, sigma, keep))
+    step, traffic = _svd_step(_mean_products, sigma, keep), Traffic(down=Travels(live=True))
+    return assemble(make_summand(products=True), step, traffic=traffic)
 
 
 def lora_fair(*, ridge: float = 0.01, owners: bool = False) -> Aggregator:

@@ -57,6 +57,7 @@ def with_server_optimizer(rule: Aggregator, optimizer: optax.GradientTransformat
         trains=lambda state: rule.trains(state[0]),
         update=update,
         step=None,
+        traffic=rule.traffic._replace(down=rule.traffic.down._replace(stack=False)),  # factors do not tell the step
     )
 
 
