@@ -27,7 +27,7 @@ RESOURCE_PROFILES = (*_PROFILES, "normal")
 
 def with_budget(
     policy: RankPolicy,
-    mean_ratio: float,
+    mean_ratio: float | Array,
     weight: str = "clients",
     *,
     min_ratio: float = 0.1,

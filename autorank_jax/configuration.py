@@ -6,14 +6,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import optax
+
 from autorank_jax import aggregators, complexity, datasets, partition
 from autorank_jax.types import Aggregator
 
-AGGREGATORS: Mapping[str, Callable[..., Aggregator]] = {
-    name: rule for name, rule in aggregators.RULES.items() if name not in ("fedavg", "local_only", "fedsa_lora")
-}
-"""Rules that train the adapters of one global model: `fedavg` has no adapters, `local_only` and `fedsa_lora` leave
-(half of) them with the clients."""
+AGGREGATORS: Mapping[str, Callable[..., Aggregator]] = aggregators.RULES
+WHOLE_RULES = ("fedavg",)
+"""Rules that train whole weights: there are no adapters, hence no ranks."""
+PERSONAL_RULES = ("local_only", "fedsa_lora")
+"""Rules that leave adapters, or half of them, with the clients: no server model is worth testing."""
+GLOBAL_RULES = tuple(name for name in AGGREGATORS if name not in (*WHOLE_RULES, *PERSONAL_RULES))
+"""Rules that train the adapters of one global model."""
 
 MODELS: Mapping[str, str] = {
     "mlp": "multi-layer perceptron, 784-200-200-10 on Fashion-MNIST",
@@ -25,13 +29,14 @@ POLICIES: Mapping[str, str] = {
     "by_size": "ratio grows with the client's number of examples",
     "uniform": "one ratio for all: AutoRank's mean over examples, so equal training FLOPs",
     "uniform_bytes": "one ratio for all: AutoRank's mean over clients, so equal bytes",
+    "by_size_bytes": "ratio grows with the number of examples, at AutoRank's mean over clients",
     "full": "ratio 1 for all",
     "shuffled": "AutoRank's ratios dealt out at random",
     "reversed": "AutoRank's ratios, largest to the least complex client",
     "manual": "the ratios given as --ratios",
 }
 SAMPLINGS = ("uniform", "by_size", "independent")
-SCORED = ("autorank", "uniform", "uniform_bytes", "shuffled", "reversed")
+SCORED = ("autorank", "uniform", "uniform_bytes", "by_size_bytes", "shuffled", "reversed")
 """Policies that need AutoRank's scores, if only for their mean."""
 
 
@@ -58,7 +63,7 @@ class Experiment:
         model: mlp or cnn
         hidden: widths of the hidden layers (mlp) or channels of the convolutions (cnn); default 200,200 or 16,32
         max_ranks: maximum rank of every layer, one number for all or one each; default 160,160,100 for the default mlp
-        rank_policies: autorank, by_size, uniform, uniform_bytes, full, shuffled, reversed, manual
+        rank_policies: autorank, by_size, by_size_bytes, uniform, uniform_bytes, full, shuffled, reversed, manual
         ratios: rank ratio of every client, for the policy 'manual'
         min_ratio: smallest rank ratio, of the least complex client
         criteria: columns of the decision matrix: size, classes, label_entropy, gini_simpson, loss_entropy
@@ -77,10 +82,14 @@ class Experiment:
         stragglers: share of the participants that only get straggler-steps done in each round
         straggler_steps: local steps of a straggler
         clip_norm: largest norm of what a client sends, longer updates are shrunk; 0 = any
+        server_learning_rate: step of the server towards the clients' mean; 1 = all the way
+        server_momentum: of that step
         seeds: how many seeds to run
         first_seed: the first of them
         eval_every: rounds between evaluations on the test set; the last round always is
         targets: accuracies whose first round is reported
+        validation: share of the training examples that takes the place of the test set, for choosing options without it
+        personal: measure every client's own accuracy after the last round, before and after local training
         lanes: clients trained side by side, or auto
         rank_levels: adapter widths that are compiled; more of them save work and cost compile time
     """
@@ -113,10 +122,14 @@ class Experiment:
     stragglers: float = 0.0
     straggler_steps: int = 1
     clip_norm: float = 0.0
+    server_learning_rate: float = 1.0
+    server_momentum: float = 0.0
     seeds: int = 1
     first_seed: int = 0
     eval_every: int = 1
     targets: tuple[float, ...] = (0.6, 0.7, 0.75)
+    validation: float = 0.0
+    personal: bool = False
     lanes: int | Literal["auto"] = "auto"
     rank_levels: int = 4
 
@@ -156,10 +169,13 @@ class Experiment:
         return range(self.first_seed, self.first_seed + self.seeds)
 
 
-def make_aggregator(name: str, *, clip_norm: float = 0.0) -> Aggregator:
-    """Make an aggregation rule by name, with clipping of what clients send where a norm is given."""
-    rule = AGGREGATORS[name]()
-    return aggregators.with_norm_clipping(rule, clip_norm) if clip_norm else rule
+def make_aggregator(name: str, experiment: Experiment | None = None) -> Aggregator:
+    """Make an aggregation rule by name, with an experiment's server step and clipping of what clients send."""
+    rule, e = AGGREGATORS[name](), experiment or Experiment()
+    if e.server_learning_rate != 1 or e.server_momentum:
+        step = optax.sgd(e.server_learning_rate, momentum=e.server_momentum or None)
+        rule = aggregators.with_server_optimizer(rule, step)
+    return aggregators.with_norm_clipping(rule, e.clip_norm) if e.clip_norm else rule
 
 
 def experiment_from(config: Any) -> Experiment:
@@ -184,6 +200,9 @@ def experiment_from(config: Any) -> Experiment:
             value = tuple(float(item) if "float" in str(field.type) else item for item in value)
         elif isinstance(default, str) and name != "lanes" and not isinstance(value, str):
             problems.append(f"{name.replace('_', '-')}: expected a name, got {value!r}")
+            continue
+        elif isinstance(default, bool) and not isinstance(value, bool):
+            problems.append(f"{name.replace('_', '-')}: expected true or false, got {value!r}")
             continue
         elif isinstance(default, float) and type(value) is int:
             value = float(value)
@@ -240,13 +259,15 @@ def _number_problems(e: Experiment) -> Iterable[str]:
         yield from outside(option, getattr(e, option), 1, whole=True)
     for option in ("rerank_every", "first_seed"):
         yield from outside(option, getattr(e, option), 0, whole=True)
-    for option in ("alpha", "learning_rate"):
+    for option in ("alpha", "learning_rate", "server_learning_rate"):
         yield from outside(option, getattr(e, option), 0, open_start=True)
     for option in ("sigma", "clip_norm"):
         yield from outside(option, getattr(e, option), 0)
     for option in ("drop_out", "stragglers"):
         yield from outside(option, getattr(e, option), 0, 1, cause="a percentage")
     yield from outside("momentum", e.momentum, 0, 1, cause="a percentage")
+    yield from outside("server_momentum", e.server_momentum, 0, 1, cause="a percentage")
+    yield from outside("validation", e.validation, 0, 0.5, cause="a percentage")
     for option in ("min_ratio", "participation"):
         yield from outside(option, getattr(e, option), 0, 1, open_start=True, cause="a percentage")
     for option, low in (("hidden", 1), ("max_ranks", 1)):
@@ -290,3 +311,14 @@ def _joint_problems(e: Experiment) -> Iterable[str]:
     layers = len(e.hidden or ("first", "second")) + 1
     if len(e.max_ranks) not in (0, 1, layers):
         yield f"max-ranks: expected one number or one for each of {layers} layers, got {len(e.max_ranks)}"
+    for rule in e.aggregators:
+        if rule in WHOLE_RULES and (e.aggregators != (rule,) or e.rank_policies != ("full",)):
+            yield (
+                f"aggregators: expected {rule} alone and with the rank policy full alone, got "
+                f"{','.join(e.aggregators)} with {','.join(e.rank_policies)}: it trains whole weights, without ranks"
+            )
+        if rule in PERSONAL_RULES and not e.personal:
+            yield (
+                f"personal: expected it with {rule}, got it without, probably forgotten: adapters stay with the "
+                "clients, so that their own accuracy is the only measure"
+            )

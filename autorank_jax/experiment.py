@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -26,6 +27,7 @@ from autorank_jax.events import Compiled, Event, Finished, OnEvent, Resumed, Rou
 from autorank_jax.federations import Federation, make_federations
 from autorank_jax.launch import compile_round, is_first
 from autorank_jax.participation import by_examples, equally
+from autorank_jax.personal import make_measure
 from autorank_jax.ranking import Ranker, make_ranker, score_clients
 from autorank_jax.results import Results, Run, Scores
 from autorank_jax.resuming import Checkpoints, make_save, restore_book
@@ -95,7 +97,7 @@ def run_experiment(
         DivergedError: if the loss of a run is no number any more; its `results` are those so far.
     """
     experiment.validate()
-    dataset = datasets.load_dataset(experiment.dataset)
+    dataset = with_validation(datasets.load_dataset(experiment.dataset), experiment.validation)
     try:
         federations = make_federations(experiment, dataset)
     except ValueError as error:
@@ -156,7 +158,7 @@ def run_aggregator(
 def prepare(setup: Setup, federation: Federation, name: str, book: Book, *, scored: bool) -> tuple[Program, Book]:
     """Compile the program of a rule, unless all its runs are over."""
     experiment = setup.experiment
-    rule = make_aggregator(name, clip_norm=experiment.clip_norm)
+    rule = make_aggregator(name, experiment)
     over = sum(record.over for record in book.records if record.aggregator == name)
     known = scored or bool(book.probes) or not experiment.probed
     if known and over == len(experiment.rank_policies) * experiment.seeds:
@@ -174,7 +176,7 @@ def _never(*arguments: Any) -> Any:
 
 def compile_program(experiment: Experiment, setup: Setup, federation: Federation, name: str) -> Program:
     """Compile one round and one evaluation for an aggregation rule."""
-    rule = make_aggregator(name, clip_norm=experiment.clip_norm)
+    rule = make_aggregator(name, experiment)
     training = local.make_local_training(federation.task, make_optimizer(experiment), batch_size=experiment.batch_size)
     round_fn = engine.make_round(
         training,
@@ -189,12 +191,27 @@ def compile_program(experiment: Experiment, setup: Setup, federation: Federation
     evaluate = evaluation.make_evaluate(federation.task, setup.dataset.x_test, setup.dataset.y_test)
     state = start_state(experiment, federation, rule)
     key = federation.keys["training"]
+    measure = None
+    if experiment.personal:
+        lanes = lanes_of(dataclasses.replace(experiment, participation=1.0), federation, None)
+        measure = make_measure(experiment, name, training, federation, setup.dataset, lanes=lanes)
     return Program(
         name,
         rule,
         compile_round(round_fn, setup.mesh, key, state, federation.data),
         jax.jit(evaluate).lower(state).compile(),
+        measure,
     )
+
+
+def with_validation(dataset: Dataset, share: float) -> Dataset:
+    """Put a share of the training examples, evenly spaced, in the place of the test set; do nothing where it is 0."""
+    if not share:
+        return dataset
+    place = np.floor(share * np.arange(len(dataset.y_train) + 1) * (1 + 1e-12))
+    held = np.diff(place) > 0
+    x, y = dataset.x_train, dataset.y_train
+    return dataset._replace(x_train=x[~held], y_train=y[~held], x_test=x[held], y_test=y[held])
 
 
 def make_faults(experiment: Experiment) -> list[faults.Fault]:

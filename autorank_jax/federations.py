@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from autorank_jax import federated_data, models, partition, tasks
-from autorank_jax.configuration import Experiment
+from autorank_jax.configuration import WHOLE_RULES, Experiment
 from autorank_jax.datasets import Dataset
 from autorank_jax.types import ClientStats, FederatedData, Key, Task
 
@@ -41,7 +41,7 @@ def make_federations(experiment: Experiment, dataset: Dataset) -> list[Federatio
 
 
 def make_task(experiment: Experiment, dataset: Dataset, *, model_key: Key, adapter_key: Key) -> Task:
-    """Make the model of an experiment, with adapters on every layer.
+    """Make the model of an experiment, with adapters on every layer, or trained whole where the rule does that.
 
     Raises:
         ValueError: if the model does not fit the shape of the examples.
@@ -64,6 +64,8 @@ def make_task(experiment: Experiment, dataset: Dataset, *, model_key: Key, adapt
         model = models.MLP((int(np.prod(shape)), *hidden, dataset.classes), rngs=rngs)
         paths = [f"layers/{number}" for number in range(len(hidden) + 1)]
         default = (*(max(1, width * 4 // 5) for width in hidden), max(1, hidden[-1] // 2))
+    if set(experiment.aggregators) & set(WHOLE_RULES):
+        return tasks.task_from_nnx(model, max_rank={}, train_dense="*", key=adapter_key)
     widest = experiment.max_ranks or default
     widest = widest * len(paths) if len(widest) == 1 else widest
     return tasks.task_from_nnx(model, max_rank=dict(zip(paths, widest, strict=True)), key=adapter_key)

@@ -140,6 +140,8 @@ def _draw_ranks(axes: Any, scores: Scores, chosen: np.ndarray) -> None:
     ratios = np.array([scores.ratios[policy][chosen] for policy in policies])
     axes.imshow(ratios, aspect="auto", cmap="Blues", vmin=0, vmax=1.25)
     for row, policy in enumerate(policies):
+        if not scores.ranks[policy]:  # whole weights are trained
+            continue
         widest = max(scores.ranks[policy].values(), key=lambda ranks: ranks.max())[chosen]
         for column, rank in enumerate(widest):
             colour = "white" if ratios[row, column] > 0.7 else "#222222"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax import complexity, controls, lora, policies
+from autorank_jax import budgets, complexity, controls, lora, policies
 from autorank_jax.configuration import Experiment
 from autorank_jax.costs import FlopModel, client_costs
 from autorank_jax.federations import Federation
@@ -35,6 +35,7 @@ def rank_policy(name: str, experiment: Experiment) -> RankPolicy:
         "autorank": lambda: scored,
         "by_size": lambda: policies.by_size(min_ratio=experiment.min_ratio),
         "uniform": lambda: at_mean_ratio(scored, by_examples=True),
+        "by_size_bytes": lambda: by_size_at_mean(scored, experiment.min_ratio),
         "uniform_bytes": lambda: at_mean_ratio(scored, by_examples=False),
         "full": lambda: policies.uniform(1.0),
         "shuffled": lambda: controls.shuffled(scored),
@@ -53,6 +54,17 @@ def at_mean_ratio(policy: RankPolicy, *, by_examples: bool) -> RankPolicy:
         return jnp.full_like(ratios, jnp.sum(weight * ratios) / jnp.sum(weight)), info
 
     return one_ratio
+
+
+def by_size_at_mean(policy: RankPolicy, min_ratio: float) -> RankPolicy:
+    """Let ratios grow with the number of examples, at a policy's mean over clients (equal bytes)."""
+
+    def sized(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
+        ratios, info = policy(key, stats)
+        moved = budgets.with_budget(policies.by_size(min_ratio=min_ratio), jnp.mean(ratios), min_ratio=min_ratio)
+        return moved(key, stats)[0], info
+
+    return sized
 
 
 def make_ranker(experiment: Experiment, task: Task) -> Ranker:

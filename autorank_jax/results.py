@@ -64,6 +64,7 @@ class Run(NamedTuple):
     ratio_by_clients: float
     ratio_by_examples: float
     probe_flops: float  # charged to this policy: 0 where its ranks do not come from scores
+    clients: Mapping[str, Mapping[str, float]] = {}  # their own accuracy at the end, where it was asked for
 
     @property
     def seconds(self) -> float:
@@ -114,7 +115,9 @@ def _summarize_runs(runs: Sequence[Run], results: Results) -> dict[str, Any]:
     curves = [[accuracy for _, accuracy in accuracies(run)] for run in runs]
     costs = [run.costs for run in runs]
     total = [run.rows[-1].train_flops for run in runs]
-    return {
+    measured = {what: list(row) for what, row in runs[0].clients.items()}
+    clients = {what: {k: spread([r.clients[what][k] for r in runs]) for k in kinds} for what, kinds in measured.items()}
+    return ({"clients": clients} if clients else {}) | {
         "final_accuracy": spread([curve[-1] if curve else None for curve in curves]),
         "best_accuracy": spread([max(curve, default=None) for curve in curves]),
         "area_under_curve": spread([statistics.fmean(curve) if curve else None for curve in curves]),

@@ -65,7 +65,7 @@ def restore_book(
     extra = read_about(checkpoints.folder, config=config).extra
     records = tuple(Record(**r | {"rows": tuple(Row(**row) for row in r["rows"])}) for r in extra["records"])
     federation = next(f for f in federations if f.seed == records[-1].seed)
-    rule = make_aggregator(records[-1].aggregator, clip_norm=experiment.clip_norm)
+    rule = make_aggregator(records[-1].aggregator, experiment)
     state = start_state(experiment, federation, rule)
     probes = tuple((jnp.zeros_like(state.epoch_losses), jnp.zeros_like(state.epochs)) for _ in federations)
     like = {"state": state, "probes": probes if experiment.probed else ()}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax import lora, simulation
-from autorank_jax.configuration import Experiment
+from autorank_jax.configuration import PERSONAL_RULES, Experiment
 from autorank_jax.costs import FlopModel, client_costs
 from autorank_jax.events import OnEvent, RoundDone
 from autorank_jax.federations import Federation
@@ -20,6 +20,7 @@ from autorank_jax.participation import (
     sample_independently,
     sample_uniformly,
 )
+from autorank_jax.personal import Measure
 from autorank_jax.ranking import PROBE_POLICIES, Ranker
 from autorank_jax.results import Costs, Results, Row, Run, Scores
 from autorank_jax.types import Aggregator, Array, EvaluateFn, FederatedData, RoundFn, RoundInfo, State
@@ -35,6 +36,7 @@ class Program(NamedTuple):
     rule: Aggregator
     round: RoundFn
     evaluate: EvaluateFn
+    measure: Measure | None = None  # of the clients' own accuracy, after the last round
 
 
 class Record(NamedTuple):
@@ -45,6 +47,7 @@ class Record(NamedTuple):
     seed: int
     rows: tuple[Row, ...] = ()
     over: bool = False
+    clients: Mapping[str, Mapping[str, float]] = {}  # their own accuracy at the end, where it was asked for
 
 
 class DivergedError(RuntimeError):
@@ -154,6 +157,8 @@ def run_policy(job: Job, federation: Federation, scores: Scores, book: Book) -> 
             job.save(book, True)
             raise
         record = record._replace(over=bool(stop) or len(record.rows) >= experiment.rounds)
+        if record.over and job.program.measure:
+            record = record._replace(clients=job.program.measure(federation, state))
         book = book._replace(records=(*book.records[:-1], record))
         job.save(book, False)
     return book
@@ -165,7 +170,7 @@ def finished_run(record: Record, scores: Scores, costs: Costs) -> Run:
     by_examples = float(np.average(ratios, weights=scores.size))
     charged = scores.probe_flops if record.policy in PROBE_POLICIES else 0.0
     name = (record.policy, record.aggregator, record.seed)
-    return Run(*name, record.rows, costs, float(ratios.mean()), by_examples, charged)
+    return Run(*name, record.rows, costs, float(ratios.mean()), by_examples, charged, record.clients)
 
 
 def run_round(job: Job, federation: Federation, number: int, state: State) -> tuple[State, Measured]:
@@ -174,8 +179,14 @@ def run_round(job: Job, federation: Federation, number: int, state: State) -> tu
     state, info = job.program.round(federation.keys["training"], state, federation.data)
     jax.block_until_ready((state, info))
     seconds = time.perf_counter() - begin
-    due = number % job.experiment.eval_every == 0 or number == job.experiment.rounds
+    due = evaluated(job.experiment, job.program.name, number)
     return state, Measured(info, job.program.evaluate(state) if due else {}, seconds)
+
+
+def evaluated(experiment: Experiment, aggregator: str, number: int) -> bool:
+    """Return whether the server is tested after a round: when it is time to, and if there is one model of all."""
+    due = number % experiment.eval_every == 0 or number == experiment.rounds
+    return due and aggregator not in PERSONAL_RULES
 
 
 def make_row(record: Record, measured: Measured, costs: Costs, charged: float) -> Row:
@@ -209,7 +220,7 @@ def check_progress(record: Record, experiment: Experiment) -> None:
         DivergedError: if the model's loss is not finite, or nobody has sent a finite update for `PATIENCE` rounds.
     """
     row = record.rows[-1]
-    due = row.round % experiment.eval_every == 0 or row.round == experiment.rounds
+    due = evaluated(experiment, record.aggregator, row.round)
     lost = [r.excluded > 0 and r.reported == 0 for r in record.rows[-PATIENCE:]]
     if (due and row.loss is None) or (row.reported and row.train_loss is None):
         what = "the loss is not finite any more"

@@ -35,7 +35,9 @@ def scores_table(scores: Scores) -> Table:
             " ".join(str(rank[client]) for rank in ranks.values()),
         )
     more = len(scores.size) - SHOWN_CLIENTS
-    table.caption = f"Ranks of {', '.join(ranks)}." + (f" {more} more clients in criteria.csv." if more > 0 else "")
+    table.caption = (f"Ranks of {', '.join(ranks)}." if ranks else "Whole weights, no ranks.") + (
+        f" {more} more clients in criteria.csv." if more > 0 else ""
+    )
     return table
 
 
@@ -69,12 +71,19 @@ def comparison_tables(results: Results) -> Iterator[Table]:
         table.add_column("")
         for name in chosen:
             table.add_column(name.replace("+", "\n+ "), justify="right")
-        for label, show, ends in _lines(results):
+        for label, show, ends in _lines(results, summary):
             table.add_row(label, *(show(summary[name]) for name in chosen), end_section=ends)
         yield table
 
 
-def _lines(results: Results) -> Iterator[tuple[str, Callable[[Any], str], bool]]:
+_MEASURED = {
+    "label_weighted": "label-weighted accuracy",
+    "before": "clients' own accuracy",
+    "after": "own accuracy, trained once more",
+}
+
+
+def _lines(results: Results, policies: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Any], str], bool]]:
     """Yield the lines of the comparison: label, contents, whether a section ends."""
     yield "final accuracy", lambda p: _percent(p["final_accuracy"]), False
     yield "best accuracy", lambda p: _percent(p["best_accuracy"]), False
@@ -83,6 +92,12 @@ def _lines(results: Results) -> Iterator[tuple[str, Callable[[Any], str], bool]]
     for target in targets:
         show = lambda p, key=target: "–" if p["rounds_to"][key] is None else f"{p['rounds_to'][key]:.3g}"  # noqa: E731
         yield f"rounds to {100 * float(target):g} %", show, target == targets[-1]
+    for what, label in _MEASURED.items():
+        if all(what in p.get("clients", {}) for p in policies.values()):
+            show = lambda p, key=what: _percent(p["clients"][key]["mean"])  # noqa: E731
+            yield f"{label}, mean over clients", show, False
+            show = lambda p, key=what: _percent(p["clients"][key]["worst"])  # noqa: E731
+            yield "  of the worst client", show, what == "after"
     yield "mean ratio over clients", lambda p: f"{p['mean_ratio']['clients']:.3f}", False
     yield "mean ratio over examples", lambda p: f"{p['mean_ratio']['examples']:.3f}", False
     yield "trained parameters", lambda p: si(p["trained_parameters"]), True

@@ -19,7 +19,7 @@ import numpy as np
 from grid import Cell, finals, mean_sd, run_cells
 from matplotlib import pyplot as plt
 
-from autorank_jax.configuration import AGGREGATORS, Experiment
+from autorank_jax.configuration import GLOBAL_RULES, Experiment
 
 SPLITS = ("staircase", "dirichlet_lognormal")
 POLICIES = ("autorank", "uniform_bytes", "shuffled", "reversed")
@@ -85,7 +85,7 @@ def main() -> None:
     """Run the cells that are missing, then print the table and draw the heat map."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the embedded subset")
-    parser.add_argument("--rules", default=",".join(AGGREGATORS), help="comma-separated")
+    parser.add_argument("--rules", default=",".join(GLOBAL_RULES), help="comma-separated")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -24,7 +24,7 @@ LAYERS = {  # a module imports from lower numbers only; a folder is one module h
     5: "simulation checkpoint criteria_file export text",  # here the host begins: jit, files, logging
     6: "configuration events figures tables",
     7: "federations launch report",
-    8: "ranking",
+    8: "personal ranking",
     9: "rounds",
     10: "resuming",
     11: "experiment runner",
