@@ -47,7 +47,7 @@ def test_embedded_subset_is_balanced_real_and_small():
     np.testing.assert_array_equal(np.bincount(mini.y_test), 100)
     assert nearest_pattern_accuracy(mini) > 0.6  # the class means of Fashion-MNIST reach about 0.68
     assert mini.classes == 10
-    file = Path(datasets.__file__).parent / "data" / "fashion_mnist_mini.npz"
+    file = Path(datasets.__file__).parents[1] / "data" / "fashion_mnist_mini.npz"
     assert file.stat().st_size < 3e6
     assert "Copyright (c) 2017 Zalando SE" in (file.parent / "FASHION_MNIST_LICENSE").read_text()
 
@@ -198,20 +198,24 @@ def test_text_and_single_arrays_are_refused(tmp_path):
         load_dataset("one", cache=tmp_path)
 
 
-def test_missing_file_names_dataset_path_and_remedy(tmp_path):
+@pytest.mark.parametrize("name", ["cifar10", "cinic10"])
+def test_missing_file_names_dataset_path_and_remedies(tmp_path, name):
     with pytest.raises(DatasetError) as caught:
-        load_dataset("cifar10", cache=tmp_path)
-    for part in ("'cifar10'", str(tmp_path / "cifar10.npz"), ENVIRONMENT_VARIABLE, "x_train", "(50000, 32, 32, 3)"):
+        load_dataset(name, cache=tmp_path, fetch=False)
+    parts = (f"'{name}'", str(tmp_path / f"{name}.npz"), ENVIRONMENT_VARIABLE, "x_train", "0000, 32, 32, 3)")
+    for part in (*parts, f"autorank-jax data fetch {name}"):
         assert part in str(caught.value)
+    assert ("--source FOLDER" in str(caught.value)) == (name == "cinic10")
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_name_lists_names_and_close_ones(tmp_path):
     with pytest.raises(
         DatasetError, match=r"did you mean fashion_mnist or .*known datasets: fashion_mnist_mini, synth"
     ):
-        load_dataset("fashon_mnist", cache=tmp_path)
+        load_dataset("fashon_mnist", cache=tmp_path, fetch=False)
     with pytest.raises(DatasetError, match=r"got 'zzz'.*known datasets: .*cinic10"):
-        load_dataset("zzz", cache=tmp_path)
+        load_dataset("zzz", cache=tmp_path, fetch=False)
 
 
 @pytest.mark.parametrize("name", ["../mine", "a/b", "", ".hidden", "a b"])

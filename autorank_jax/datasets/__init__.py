@@ -1,0 +1,194 @@
+"""Datasets as NumPy arrays: an embedded one, a made one, and files in a cache folder.
+
+A cached dataset is one file `NAME.npz` with the arrays `x_train, y_train, x_test, y_test`, inputs as uint8. The folder
+is the argument `cache`, else the environment variable `AUTORANK_JAX_DATA`, else the user's cache folder. What is not
+there is converted once: from TensorFlow Datasets, or from folders of images.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from autorank_jax.datasets.base import (
+    ENVIRONMENT_VARIABLE,
+    KEYS,
+    KNOWN,
+    Dataset,
+    DatasetError,
+    DatasetInfo,
+    Known,
+    cache_folder,
+)
+from autorank_jax.datasets.catalogue import UnknownNameError, read_from_tfds
+from autorank_jax.datasets.files import read_dataset, save_dataset
+from autorank_jax.datasets.folders import FOLDERS, are_image_folders, read_image_folders
+from autorank_jax.datasets.made import BUILT_IN, synthetic
+from autorank_jax.datasets.progress import Bar, OnProgress, Progress
+
+__all__ = [
+    "ENVIRONMENT_VARIABLE",
+    "KEYS",
+    "KNOWN",
+    "Dataset",
+    "DatasetError",
+    "DatasetInfo",
+    "Known",
+    "Progress",
+    "available_datasets",
+    "cache_folder",
+    "fetch_dataset",
+    "how_to_get",
+    "load_dataset",
+    "read_dataset",
+    "read_image_folders",
+    "save_dataset",
+    "synthetic",
+]
+
+
+def load_dataset(name: str, *, cache: str | Path | None = None, fetch: bool = True) -> Dataset:
+    """Load a dataset by name: embedded, made, from the cache folder, or fetched into it.
+
+    Args:
+      name: `fashion_mnist_mini` and `synthetic` need no files. Any other name is the file `NAME.npz` of the cache
+        folder; the names in `KNOWN` are also checked against their published sizes.
+      cache: the cache folder; default as in `cache_folder`.
+      fetch: where there is no such file, convert the dataset of that name from TensorFlow Datasets, once, as
+        `fetch_dataset` does. It needs the extra `tfds`.
+
+    Returns:
+      The dataset, inputs as uint8 and labels as int32.
+
+    Raises:
+      DatasetError: unknown name, missing file, damaged file, arrays that are not what they should be, no network.
+
+    Example:
+      >>> load_dataset("fashion_mnist_mini").x_train.shape
+      (5000, 28, 28)
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name][0]()
+    path = _file(name, cache)
+    if not path.is_file():
+        if not fetch:
+            raise DatasetError(_missing(name, path))
+        fetch_dataset(name, cache=cache)
+    return read_dataset(path, name=name, expected=KNOWN.get(name))
+
+
+def fetch_dataset(
+    name: str,
+    *,
+    source: str | Path | None = None,
+    cache: str | Path | None = None,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Convert a dataset into the cache folder, unless it is there already.
+
+    Args:
+      name: the file will be `NAME.npz`. A name of TensorFlow Datasets whose examples are images of one size with one
+        label each is prepared by TensorFlow Datasets (extra `tfds`), in its own data folder, which may be deleted
+        afterwards.
+      source: a folder of images `{train,test}/CLASS/*.png`, as CINIC-10 is published, or one that holds the archives
+        that TensorFlow Datasets would download, for computers without a network.
+      cache: the cache folder; default as in `cache_folder`.
+      overwrite: convert again and replace the file that is there.
+      on_progress: called with what is being done; default a bar on standard error.
+
+    Returns:
+      The path of the file, complete and checked. A conversion that fails leaves the cache folder as it was.
+
+    Raises:
+      DatasetError: for whatever keeps the dataset from being converted, in one line.
+    """
+    if name in BUILT_IN:
+        raise DatasetError(f"expected the name of a dataset that comes in files, got {name!r}, which needs none")
+    path, known = _file(name, cache), KNOWN.get(name)
+    if path.is_file() and not overwrite:
+        read_dataset(path, name=name, expected=known)
+        return path
+    folder = _source_folder(source)
+    with Bar(name) as bar:
+        report = bar if on_progress is None else on_progress
+        if folder is not None and are_image_folders(folder):
+            dataset = read_image_folders(folder, name=name, expected=known, on_progress=report)
+        elif name in FOLDERS:
+            raise DatasetError(_missing(name, path))
+        else:
+            try:
+                dataset = read_from_tfds(name, source=folder, on_progress=report, instead=_instead(name, path))
+            except UnknownNameError as error:
+                raise DatasetError(_unknown(name, path, error.names)) from None
+        report(Progress("writing", 0, 0))
+        return save_dataset(path, dataset, expected=known)
+
+
+def available_datasets(*, cache: str | Path | None = None) -> list[DatasetInfo]:
+    """List every dataset that can be named: built in, published, and further files of the cache folder."""
+    folder = cache_folder(cache)
+    rows = [DatasetInfo(name, True, "built in", description) for name, (_, description) in BUILT_IN.items()]
+    for name, known in KNOWN.items():
+        path = folder / f"{name}.npz"
+        rows.append(DatasetInfo(name, path.is_file(), str(path), known.description))
+    names = {row.name for row in rows}
+    others = sorted(path for path in folder.glob("[A-Za-z0-9]*.npz") if path.stem not in names)
+    return rows + [DatasetInfo(path.stem, True, str(path), "your own file") for path in others]
+
+
+def how_to_get(name: str) -> str:
+    """Return what to do about a published dataset whose file is not there, as part of a sentence."""
+    if name in FOLDERS:
+        return f"extract its archive to FOLDER and give autorank-jax data fetch {name} --source FOLDER"
+    return f"get it with autorank-jax data fetch {name}"
+
+
+def _file(name: str, cache: str | Path | None) -> Path:
+    """Return the file of a dataset, whose name must not lead out of the cache folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.\-]*", name):
+        raise DatasetError(f"expected the name of a dataset, got {name!r}; {_known_names(name)}")
+    return cache_folder(cache) / f"{name}.npz"
+
+
+def _source_folder(source: str | Path | None) -> Path | None:
+    """Check that the source is a folder."""
+    if source is None:
+        return None
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        got = "a file" if folder.is_file() else "nothing there"
+        raise DatasetError(f"source: expected a folder, got {got} at {folder}; probably an archive to be extracted")
+    return folder
+
+
+def _known_names(name: str, further: Sequence[str] = ()) -> str:
+    """Say which names exist and which of them come close to a wrong one."""
+    names = [*BUILT_IN, *KNOWN]
+    close = difflib.get_close_matches(name, [*names, *further], n=2)
+    return (f"did you mean {' or '.join(close)}? " if close else "") + f"known datasets: {', '.join(names)}"
+
+
+def _missing(name: str, path: Path) -> str:
+    """Explain a dataset that is not in the cache."""
+    if name not in KNOWN:
+        return _unknown(name, path)
+    return f"expected dataset '{name}' at {path}, got no such file; {how_to_get(name)}, or {_instead(name, path)}"
+
+
+def _unknown(name: str, path: Path, further: Sequence[str] = ()) -> str:
+    """Explain a name that is neither known nor that of a file."""
+    return (
+        f"expected a known dataset or the file {path}, got {name!r}; probably a typing error: "
+        f"{_known_names(name, further)}, and those of TensorFlow Datasets"
+    )
+
+
+def _instead(name: str, path: Path) -> str:
+    """Say how to do without fetching."""
+    known = KNOWN.get(name)
+    shape = f" (x_train uint8 {(known.train, *known.shape)})" if known else ""
+    return (
+        f"put an npz file with {', '.join(KEYS)}{shape} at {path}, or set {ENVIRONMENT_VARIABLE} to the folder "
+        "that holds it"
+    )
