@@ -40,7 +40,8 @@ EFFECTS_BELOW = {
     "costs": "asks the compiler for FLOPs",
 }
 ENGINE_KNOWS_NOTHING_OF = {"aggregators", "local", "models", "tasks", "policies"}
-OPTIONAL = set("matplotlib PIL requests rich safetensors tensorflow tensorflow_datasets tokenizers tqdm tyro".split())
+OPTIONAL = {"matplotlib", "PIL", "rich", "safetensors", "tokenizers", "tyro"}
+OPTIONAL |= {"requests", "tensorflow", "tensorflow_datasets", "tqdm"}  # of the extra tfds
 MOST_LINES = 400
 
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(ROOT.rglob("*.py"))}
