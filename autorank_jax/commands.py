@@ -19,7 +19,7 @@ from autorank_jax import mcda, policies
 from autorank_jax.checkpoint import CheckpointError
 from autorank_jax.configuration import ConfigurationError, Experiment, outside, unknown
 from autorank_jax.criteria_file import read_criteria
-from autorank_jax.datasets import available_datasets, cache_folder
+from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
 from autorank_jax.display import Display
 from autorank_jax.experiment import run_experiment
 from autorank_jax.launch import Launch, is_first, start
@@ -93,8 +93,39 @@ class Ranks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class Listing:
     """List the datasets and say for each whether it is there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fetch:
+    """Convert a dataset into the folder of datasets, once: from TensorFlow Datasets, or from a folder of images.
+
+    Attributes:
+        name: of TensorFlow Datasets, such as mnist or cifar100; any name for a folder of images
+        source: folder of images {train,test}/CLASS/*.png, as CINIC-10 has it, or of archives that need no download
+        overwrite: replace the file that is there
+    """
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+    source: Path | None = None
+    overwrite: bool = False
+
+
+Action = Annotated[Listing, tyro.conf.subcommand("list")] | Annotated[Fetch, tyro.conf.subcommand("fetch")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """List the datasets, or fetch one.
+
+    Attributes:
+        action: what to do
+    """
+
+    action: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[Action]] = dataclasses.field(
+        default_factory=Listing
+    )
 
 
 def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
@@ -163,7 +194,7 @@ def one_line(complaint: str) -> str:
     problem = [line for line in lines[1:] if not line.startswith("For full help")]
     ends = [i for i, line in enumerate(problem) if line.startswith(("Perhaps you meant", "Argument helptext"))]
     if problem and problem[0].startswith("Missing from"):
-        problem = [problem[0], *(line for line in problem[1:] if line.startswith("--"))]
+        problem = [problem[0], *(line for line in problem[1:] if line.startswith("--") or line.isupper())]
     what = " ".join(problem[: ends[0]] if ends else problem) or complaint.strip() or "unknown mistake"
     meant = ""
     if ends and problem[ends[0]].startswith("Perhaps"):
@@ -179,10 +210,14 @@ def execute(command: Run | Ranks | Data) -> None:
             run(command)
         case Ranks():
             rank(command)
+        case Data(Fetch() as fetch):
+            path = fetch_dataset(fetch.name, source=fetch.source, overwrite=fetch.overwrite)
+            Console().print(f"{path} is complete", soft_wrap=True, highlight=False)
         case Data():
             console = Console()
             console.print(datasets_table(available_datasets()))
             console.print(f"Files are looked for in {cache_folder()}", soft_wrap=True, highlight=False)
+            console.print(f"{PROGRAM} data fetch NAME gets what is not there", soft_wrap=True, highlight=False)
 
 
 def run(command: Run) -> None:

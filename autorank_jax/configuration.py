@@ -219,11 +219,12 @@ def _words(kind: Any) -> str:
 def _name_problems(e: Experiment) -> Iterable[str]:
     """Check the options that are names, or lists of names."""
     known = {info.name: info for info in datasets.available_datasets()}
-    yield from unknown("dataset", [e.dataset], known)
+    for line in unknown("dataset", [e.dataset], known):
+        yield f"{line} (others of TensorFlow Datasets: first autorank-jax data fetch NAME)"
     if e.dataset in known and not known[e.dataset].present:
         yield (
-            f"dataset: expected a file at {known[e.dataset].where}, got none; put {e.dataset}.npz there or set "
-            f"{datasets.ENVIRONMENT_VARIABLE} to the folder that holds it (see autorank-jax data)"
+            f"dataset: expected a file at {known[e.dataset].where}, got none; {datasets.how_to_get(e.dataset)}, or set "
+            f"{datasets.ENVIRONMENT_VARIABLE} to the folder that holds {e.dataset}.npz"
         )
     yield from unknown("split", [e.split], partition.SPLITS)
     yield from unknown("model", [e.model], MODELS)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +30,7 @@ QUIET = {
 }
 MOST_CHARACTERS = 300  # of somebody else's message
 MISTAKES = {
-    "network": "expected to download it from {host}, got no connection ({text}); without a network {instead}, or "
+    "network": "expected to download it from {host}, got no connection ({text}){nor}; without a network {instead}, or "
     "download its archives elsewhere and give autorank-jax data fetch {name} --source FOLDER",
     "unsuitable": "expected {text}; probably meant for another task: {instead}",
     "package": f"expected the package {{text}} to prepare it, got none; {INSTALL}",
@@ -88,7 +88,8 @@ def read_from_tfds(
             case "arrays":
                 return Dataset(**message["arrays"], classes=message["classes"], name=name)
             case "error":
-                raise _mistake(message, name, host, instead)
+                words = {"name": name, "host": host or "its site", "instead": instead}
+                raise _mistake(message, words | {"nor": f" and no such archive in {source}" if source else ""})
     raise AssertionError("the last message is arrays or an error")
 
 
@@ -151,9 +152,9 @@ def _last_line(complaints: IO[bytes], code: int) -> str:
     return f"exit code {code}" + (f", {lines[-1].strip()}" if lines else "")
 
 
-def _mistake(message: dict[str, Any], name: str, host: str, instead: str) -> DatasetError:
+def _mistake(message: Mapping[str, Any], words: Mapping[str, str]) -> DatasetError:
     """Make one line of what the worker reports."""
     if message["error"] == "unknown":
         return UnknownNameError(message["names"])
-    words = {"text": message["text"][:MOST_CHARACTERS], "host": host or "its site", "instead": instead, "name": name}
-    return DatasetError(f"dataset '{name}': {MISTAKES[message['error']].format(**words)}")
+    line = MISTAKES[message["error"]].format(**words, text=message["text"][:MOST_CHARACTERS])
+    return DatasetError(f"dataset '{words['name']}': {line}")
