@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from autorank_jax.dealing import check_mesh
 from autorank_jax.devices import add_up, on_mesh, own_clients
-from autorank_jax.faults import Fault, apply_faults
+from autorank_jax.faults import Fault, draw_cohort, round_keys
 from autorank_jax.lanes import Program, Round, Tally, Widths, make_queue, run_queue, steps_of_epochs
 from autorank_jax.lora import max_ranks
 from autorank_jax.participation import Cohort, Participation, by_examples, everyone
@@ -66,10 +66,9 @@ def make_round(
             raise ValueError(f"expected {name} >= 1, got {value}")
 
     def round_fn(key: Key, state: State, data: FederatedData) -> tuple[State, RoundInfo]:
-        who, training, server_step, luck = jax.random.split(jax.random.fold_in(key, state.round), 4)
+        _, training, server_step, _ = round_keys(key, state.round)
         program = Program(local, aggregator, lanes, level_widths(max_ranks(state.server.trainable), rank_levels))
-        invited = participation(who, data)
-        cohort = apply_faults(faults, luck, state.round, data, invited)
+        invited, cohort = draw_cohort(key, state.round, data, participation, faults)
         weights = weigh(data)
         weights = jnp.where((data.size > 0) & (weights > 0) & jnp.isfinite(weights), weights, 0)
         weight = jnp.where(cohort.present, weights[cohort.row], 0)

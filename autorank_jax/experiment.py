@@ -18,7 +18,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from autorank_jax import datasets, engine, evaluation, faults, local
+from autorank_jax import datasets, engine, evaluation, local
+from autorank_jax.charges import make_faults, make_meter, make_participation, round_costs
 from autorank_jax.checkpoint import saved_steps, step_folder
 from autorank_jax.configuration import ConfigurationError, Experiment, make_aggregator
 from autorank_jax.costs import FlopModel, training_flops
@@ -41,8 +42,6 @@ from autorank_jax.rounds import (
     Save,
     finished_run,
     first_ranks,
-    make_participation,
-    round_costs,
     run_policy,
     start_state,
 )
@@ -135,7 +134,8 @@ def run_aggregator(
         for federation, losses in zip(federations, book.probes or [None] * len(federations), strict=True):
             scores.append(score_clients(experiment, with_losses(federation, losses), setup.ranker, setup.flops))
             setup.on_event(Scored(scores[-1]))
-    job = Job(experiment, program, setup.ranker, setup.flops, setup.on_event, setup.on_round, setup.save)
+    meter = make_meter(experiment, program.rule, setup.flops)
+    job = Job(experiment, program, setup.ranker, meter, setup.on_event, setup.on_round, setup.save)
     for policy in experiment.rank_policies:
         for federation, seen in zip(federations, scores, strict=True):
             if len(runs) == len(book.records):
@@ -212,16 +212,6 @@ def with_validation(dataset: Dataset, share: float) -> Dataset:
     held = np.diff(place) > 0
     x, y = dataset.x_train, dataset.y_train
     return dataset._replace(x_train=x[~held], y_train=y[~held], x_test=x[held], y_test=y[held])
-
-
-def make_faults(experiment: Experiment) -> list[faults.Fault]:
-    """Return what goes wrong in every round."""
-    struck = []
-    if experiment.drop_out:
-        struck.append(faults.drop_out(experiment.drop_out))
-    if experiment.stragglers:
-        struck.append(faults.limit_steps(experiment.straggler_steps, probability=experiment.stragglers))
-    return struck
 
 
 def make_optimizer(experiment: Experiment) -> Callable[[Mapping[str, Array]], optax.GradientTransformation]:

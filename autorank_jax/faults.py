@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from autorank_jax.participation import Cohort
+from autorank_jax.participation import Cohort, Participation
 from autorank_jax.types import Array, Client, FederatedData, Key, LocalState, LocalTraining, Trainable
 
 Fault = Callable[[Key, Array, FederatedData, Cohort], Cohort]
@@ -112,6 +112,29 @@ def with_nan_clients(local: LocalTraining, broken: ArrayLike) -> LocalTraining:
         return jax.tree.map(lambda leaf: jnp.where(spoiled, jnp.asarray(jnp.nan, leaf.dtype), leaf), trained)
 
     return local._replace(end=end)
+
+
+def round_keys(key: Key, number: Array) -> tuple[Key, Key, Key, Key]:
+    """Derive a round's keys: of who is invited, of local training, of the server step, of faults."""
+    who, training, server_step, luck = jax.random.split(jax.random.fold_in(key, number), 4)
+    return who, training, server_step, luck
+
+
+def draw_cohort(
+    key: Key, number: Array, data: FederatedData, participation: Participation, faults: Sequence[Fault]
+) -> tuple[Cohort, Cohort]:
+    """Return who is invited to a round, and what becomes of them.
+
+    Args:
+        key: the run's.
+        number: of the round, from 0.
+        data: all clients' examples.
+        participation: chooses who is invited.
+        faults: what becomes of them.
+    """
+    who, _, _, luck = round_keys(key, number)
+    invited = participation(who, data)
+    return invited, apply_faults(faults, luck, number, data, invited)
 
 
 def apply_faults(faults: Sequence[Fault], key: Key, number: Array, data: FederatedData, cohort: Cohort) -> Cohort:

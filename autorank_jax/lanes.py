@@ -331,7 +331,7 @@ def _add(tally: Tally, seats: Seat, finished: tuple[Sums, Array, PyTree], losses
         finite=tally.finite.at[row].set(finite, mode="drop"),
         loss=tally.loss + jnp.sum(jnp.where(good[:, None], losses, 0)).astype(tally.loss.dtype),
         examples=tally.examples + jnp.sum(jnp.where(good, seats.examples, 0)),
-        steps=tally.steps + jnp.sum(jnp.where(done, seats.steps, 0), dtype=jnp.int32),
+        steps=tally.steps + jnp.sum(jnp.where(good, seats.steps, 0), dtype=jnp.int32),
     )
 
 

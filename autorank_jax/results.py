@@ -23,13 +23,13 @@ class Row(NamedTuple):
     excluded: int  # of them, left out because their update was not finite
     cut_short: int  # of them, stopped by their budget of steps before their epochs were over
     reported: int  # of them, neither dropped nor excluded; where 0, the server stays as it was
-    train_flops: float  # spent so far, with the probe
-    bytes: float  # sent so far, up and down
+    train_flops: float  # spent so far, with the probe, by all that trained: excluded clients too, dropped ones not
+    bytes: float  # sent so far, down to all participants and up from those that did not drop out
     seconds: float  # training of this round
 
 
 class Costs(NamedTuple):
-    """What one round costs, in expectation over who takes part."""
+    """What one round costs if nobody fails, in expectation over who takes part; rows are charged for what happened."""
 
     trained_parameters: float  # summed over the clients of a round
     bytes_up: float

@@ -9,21 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax import lora, simulation
+from autorank_jax.charges import Charge, Meter
 from autorank_jax.configuration import PERSONAL_RULES, Experiment
-from autorank_jax.costs import FlopModel, client_costs
 from autorank_jax.events import OnEvent, RoundDone
 from autorank_jax.federations import Federation
-from autorank_jax.participation import (
-    Participation,
-    everyone,
-    sample_by_size,
-    sample_independently,
-    sample_uniformly,
-)
 from autorank_jax.personal import Measure
 from autorank_jax.ranking import PROBE_POLICIES, Ranker
 from autorank_jax.results import Costs, Results, Row, Run, Scores
-from autorank_jax.types import Aggregator, Array, EvaluateFn, FederatedData, RoundFn, RoundInfo, State
+from autorank_jax.types import Aggregator, Array, EvaluateFn, RoundFn, RoundInfo, State
 
 PATIENCE = 3
 """Rounds in a row in which every client that trains may send something non-finite, before a run has diverged."""
@@ -102,7 +95,7 @@ class Job(NamedTuple):
     experiment: Experiment
     program: Program
     ranker: Ranker
-    flops: FlopModel
+    meter: Meter
     on_event: OnEvent
     on_round: OnRound
     save: Save
@@ -140,16 +133,15 @@ def run_policy(job: Job, federation: Federation, scores: Scores, book: Book) -> 
     charged = scores.probe_flops if record.policy in PROBE_POLICIES else 0.0
     if state is None:
         state = start_state(experiment, federation, job.program.rule, first_ranks(scores, record.policy))
-    costs = round_costs(experiment, job.program.rule, state, federation.data, job.flops)
     while not record.over:
+        charge = job.meter(federation.keys["training"], state, federation.data)
         state, measured = run_round(job, federation, len(record.rows) + 1, state)
-        row = make_row(record, measured, costs, charged)
+        row = make_row(record, measured, charge, charged)
         record = record._replace(rows=(*record.rows, row))
         job.on_event(RoundDone(row, float(measured.info.examples)))
         check_progress(record, experiment)
         if experiment.rerank_every and len(record.rows) % experiment.rerank_every == 0:
             state = rank_again(job, federation, record.policy, state)
-            costs = round_costs(experiment, job.program.rule, state, federation.data, job.flops)
         book = book._replace(records=(*book.records[:-1], record), state=state)
         try:
             stop = job.on_round(RoundEnd(row, measured.info, state))
@@ -189,8 +181,8 @@ def evaluated(experiment: Experiment, aggregator: str, number: int) -> bool:
     return due and aggregator not in PERSONAL_RULES
 
 
-def make_row(record: Record, measured: Measured, costs: Costs, charged: float) -> Row:
-    """Make the row of the round after those of a record; `charged` was spent before the first."""
+def make_row(record: Record, measured: Measured, charge: Charge, charged: float) -> Row:
+    """Make the row of the round after those of a record, with its charge; `charged` was spent before the first."""
     info, metrics, seconds = measured
     spent, sent = (record.rows[-1].train_flops, record.rows[-1].bytes) if record.rows else (charged, 0.0)
     participants, dropped, excluded = int(info.participants), int(info.dropped), int(info.excluded)
@@ -207,8 +199,8 @@ def make_row(record: Record, measured: Measured, costs: Costs, charged: float) -
         excluded=excluded,
         cut_short=int(info.cut_short),
         reported=participants - dropped - excluded,
-        train_flops=spent + costs.flops,
-        bytes=sent + costs.bytes_up + costs.bytes_down,
+        train_flops=spent + charge.flops,
+        bytes=sent + charge.bytes_up + charge.bytes_down,
         seconds=round(seconds, 6),
     )
 
@@ -240,50 +232,6 @@ def rank_again(job: Job, federation: Federation, policy: str, state: State) -> S
     stats = federation.stats._replace(epoch_losses=state.epoch_losses, epochs=state.epochs)
     ranked, _ = job.ranker(federation.keys["policy"], stats)
     return state._replace(ranks=ranked[policy].ranks)
-
-
-def round_costs(
-    experiment: Experiment, rule: Aggregator, state: State, data: FederatedData, flops: FlopModel
-) -> Costs:
-    """Return what one round costs if nobody fails; where clients are sampled, the expectation over who takes part."""
-    share = attendance(experiment, data)
-    each = client_costs(
-        state.server,
-        rule.client_ranks(state.ranks, state.clients),
-        data.size,
-        flops,
-        local_epochs=experiment.local_epochs,
-        traffic=rule.traffic,
-        attendance=share,
-    )
-    return Costs(
-        trained_parameters=float(np.sum(share * np.asarray(each.parameters))),
-        bytes_up=float(np.sum(share * np.asarray(each.bytes_up))),
-        bytes_down=float(np.sum(share * np.asarray(each.bytes_down))),
-        flops=float(np.sum(share * np.asarray(each.flops))),
-        slowest_client=float(each.flops.max()),
-    )
-
-
-def make_participation(experiment: Experiment) -> Participation:
-    """Return who is invited to a round."""
-    if experiment.cohort == experiment.clients and experiment.sampling != "independent":
-        return everyone
-    if experiment.sampling == "independent":
-        return sample_independently(experiment.participation)
-    return {"uniform": sample_uniformly, "by_size": sample_by_size}[experiment.sampling](experiment.cohort)
-
-
-def attendance(experiment: Experiment, data: FederatedData) -> np.ndarray:
-    """Return how often each client is invited, `(clients,)` in 0..1; by a thousand draws where there is no formula."""
-    clients = data.size.shape[0]
-    if experiment.sampling == "independent":
-        return np.full(clients, experiment.participation)
-    if experiment.sampling == "uniform" or experiment.cohort == clients:
-        return np.full(clients, experiment.cohort / clients)
-    draw = make_participation(experiment)
-    rows = jax.vmap(lambda key: draw(key, data).row)(jax.random.split(jax.random.key(0), 1000))
-    return np.bincount(np.asarray(rows).ravel(), minlength=clients) / 1000
 
 
 def _number(value: Array | None) -> float | None:

@@ -267,14 +267,14 @@ class State(NamedTuple):
 class RoundInfo(NamedTuple):
     """Scalars about one round."""
 
-    loss: Array  # () mean training loss over the examples seen
+    loss: Array  # () mean training loss over `examples`, each before the step it was used in
     participants: Array  # () int32 clients that were to train
     dropped: Array  # () int32 of them, dropped out and sent nothing
     excluded: Array  # () int32 of them, left out because their update was not finite
     cut_short: Array  # () int32 of them, stopped by their budget of steps before their epochs were over
-    steps: Array  # () int32 client steps
-    examples: Array  # () float examples seen, counted once per epoch
-    lane_steps: Array  # () int32 steps that lanes were held for, busy or idle
+    steps: Array  # () int32 local steps of clients that were not excluded
+    examples: Array  # () float examples in those steps, counted once per epoch
+    lane_steps: Array  # () int32 steps that lanes were held for, whether busy, idle or with clients excluded later
     diagnostics: dict[str, Array]  # the rule's own, {} unless asked for
 
 

@@ -23,7 +23,7 @@ LAYERS = {  # a module imports from lower numbers only; a folder is one module h
     4: "engine",
     5: "simulation checkpoint criteria_file export text",  # here the host begins: jit, files, logging
     6: "configuration events figures tables",
-    7: "federations launch report",
+    7: "charges federations launch report",
     8: "personal ranking",
     9: "rounds",
     10: "resuming",
