@@ -61,7 +61,7 @@ class Run(NamedTuple):
     seed: int
     rows: tuple[Row, ...]
     costs: Costs  # under the first ranking
-    ratio_by_clients: float
+    ratio_by_clients: float  # mean ratio under the first ranking, as is the next
     ratio_by_examples: float
     probe_flops: float  # charged to this policy: 0 where its ranks do not come from scores
     clients: Mapping[str, Mapping[str, float]] = {}  # their own accuracy at the end, where it was asked for

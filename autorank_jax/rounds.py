@@ -133,6 +133,9 @@ def run_policy(job: Job, federation: Federation, scores: Scores, book: Book) -> 
     charged = scores.probe_flops if record.policy in PROBE_POLICIES else 0.0
     if state is None:
         state = start_state(experiment, federation, job.program.rule, first_ranks(scores, record.policy))
+        if book.probes:  # until a client's first round, its curve is that of the probe
+            losses, epochs = book.probes[experiment.all_seeds.index(record.seed)]
+            state = state._replace(epoch_losses=losses, epochs=epochs)
     while not record.over:
         charge = job.meter(federation.keys["training"], state, federation.data)
         state, measured = run_round(job, federation, len(record.rows) + 1, state)
@@ -228,9 +231,9 @@ def check_progress(record: Record, experiment: Experiment) -> None:
 
 
 def rank_again(job: Job, federation: Federation, policy: str, state: State) -> State:
-    """Set new ranks from the loss curves of each client's latest round."""
+    """Set new ranks from the loss curves of each client's latest round, or of the probe where there was none yet."""
     stats = federation.stats._replace(epoch_losses=state.epoch_losses, epochs=state.epochs)
-    ranked, _ = job.ranker(federation.keys["policy"], stats)
+    ranked, _ = job.ranker(jax.random.fold_in(federation.keys["policy"], state.round), stats)
     return state._replace(ranks=ranked[policy].ranks)
 
 

@@ -1,0 +1,41 @@
+"""Ranks that are set anew between rounds of an experiment: from which curves, by which key."""
+
+import numpy as np
+
+from autorank_jax.complexity import loss_entropy
+from autorank_jax.configuration import Experiment
+from autorank_jax.experiment import run_experiment
+
+OPTIONS = {
+    "dataset": "synthetic", "split": "dirichlet_lognormal", "clients": 6, "hidden": (8,), "max_ranks": (40,),
+    "local_epochs": 2, "probe_epochs": 3, "batch_size": 16, "learning_rate": 0.1, "lanes": 1, "rank_levels": 1,
+    "rerank_every": 1,
+}  # fmt: skip
+
+
+def follow(**options):
+    """Run one policy: the results, and the state after every round."""
+    states = []
+    results = run_experiment(Experiment(**OPTIONS | options), on_round=lambda end: states.append(end.state))
+    return results, states
+
+
+def test_clients_that_have_not_trained_are_ranked_by_the_probe():
+    results, (state,) = follow(rank_policies=("autorank",), criteria=("loss_entropy",), rounds=1, participation=0.5)
+    seen = np.asarray(state.epochs) == 2
+    assert seen.sum() == 3
+    assert np.asarray(state.epochs)[~seen].tolist() == [3, 3, 3]
+    now, probe = loss_entropy(state.epoch_losses, state.epochs), results.scores[0].matrix[:, 0]
+    np.testing.assert_allclose(now[~seen], probe[~seen], rtol=1e-6)
+    assert np.all(np.abs(np.asarray(now)[seen] - probe[seen]) > 1e-6)
+    ranks = state.ranks["layers/0"]
+    best, worst = int(np.argmax(now)), int(np.argmin(now))
+    assert (int(ranks[best]), int(ranks[worst])) == (40, 4)
+    assert len(set(ranks[~seen].tolist())) == 3  # each by its own curve
+
+
+def test_the_shuffled_control_is_dealt_anew():
+    results, states = follow(rank_policies=("shuffled",), criteria=("size", "label_entropy"), rounds=3)
+    dealt = [results.scores[0].ranks["shuffled"]["layers/0"], *(state.ranks["layers/0"] for state in states)]
+    assert len({tuple(np.sort(ranks)) for ranks in dealt}) == 1
+    assert len({tuple(np.asarray(ranks)) for ranks in dealt}) == len(dealt)
