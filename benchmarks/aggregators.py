@@ -17,7 +17,7 @@ import harness
 import matplotlib as mpl
 import numpy as np
 from grid import Cell, finals, mean_sd, run_cells
-from matplotlib import pyplot as plt
+from pictures import heat_map
 
 from autorank_jax.configuration import GLOBAL_RULES, Experiment
 
@@ -61,24 +61,15 @@ def table(cells: dict[str, Cell], rules: list[str]) -> list[harness.Row]:
 def draw(cells: dict[str, Cell], rules: list[str], path: Path, title: str) -> None:
     """Draw final accuracies as a heat map of rules against splits and policies."""
     columns = [(split, policy) for split in SPLITS for policy in POLICIES]
-    values = np.array([[100 * np.mean(finals(cells[f"{s}-{rule}"], p)) for s, p in columns] for rule in rules])
-    figure, axes = plt.subplots(figsize=(7.2, 0.42 * len(rules) + 1.9), layout="constrained")
-    image = axes.imshow(values, cmap="viridis", aspect="auto", vmin=max(10, values.max() - 40), vmax=values.max())
-    middle = (image.norm.vmin + image.norm.vmax) / 2
-    for (y, x), value in np.ndenumerate(values):
-        colour = "black" if value > middle else "white"
-        axes.text(x, y, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(
-        range(len(columns)), [f"{policy}\n{split.replace('_', ' ')}" for split, policy in columns], fontsize=7
+    heat_map(
+        np.array([[100 * np.mean(finals(cells[f"{s}-{rule}"], p)) for s, p in columns] for rule in rules]),
+        rules,
+        [f"{policy}\n{split.replace('_', ' ')}" for split, policy in columns],
+        path,
+        title=title,
+        label="test accuracy, %",
+        breaks=(len(POLICIES),),
     )
-    axes.set_yticks(range(len(rules)), rules)
-    axes.axvline(len(POLICIES) - 0.5, color="white", linewidth=3)
-    axes.tick_params(length=0)
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label="test accuracy, %", shrink=0.8)
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
-"""Grids of experiments: run cell by cell, resumable, each cell a JSON of accuracies by policy, seed and round."""
+"""Grids of experiments: run cell by cell, resumable, each cell a JSON of what its runs reached and what they cost."""
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 import numpy as np
@@ -12,37 +14,65 @@ from rich.progress import Progress
 
 from autorank_jax.configuration import Experiment, experiment_from
 from autorank_jax.experiment import DivergedError, RoundDone, run_experiment
-from autorank_jax.results import Results, summarize
+from autorank_jax.results import Results, Scores, summarize
 
 Cell = dict[str, Any]
 
 
-def run_cells(cells: Mapping[str, Experiment], folder: Path) -> dict[str, Cell]:
-    """Run the cells that are not there yet, and return all of them.
+class Bounds(NamedTuple):
+    """How much of a grid to run now; what lies there already is read in any case."""
+
+    pattern: str = "*"  # of the names of cells to run
+    until: float = float("inf")  # time.monotonic() after which no cell is begun
+
+    @classmethod
+    def within(cls, minutes: float | None, pattern: str = "*") -> "Bounds":
+        """Return bounds that end some minutes from now, where minutes are given."""
+        return cls(pattern, time.monotonic() + 60 * minutes if minutes is not None else float("inf"))
+
+
+def run_cells(cells: Mapping[str, Experiment], folder: Path, bounds: Bounds = Bounds()) -> dict[str, Cell]:  # noqa: B008
+    """Run the cells that are not there yet, and return all that are there then.
 
     Args:
-        cells: experiments by a name that is good for a file.
+        cells: experiments by a name that is good for a file; with slashes, for a file in a folder.
         folder: where each finished cell lies as `NAME.json`; a cell of other options is run again
             (an option that a cell does not name has its default).
+        bounds: leave out what is beyond them.
 
     Returns:
-        Cells by name: `config`, `summary`, and `accuracy[policy][seed]` by round.
+        Cells by name: `config`, `summary`, `accuracy[policy][seed]` by round, likewise `flops` and `bytes` spent so
+        far, `clients[policy][seed]` with their own accuracy, `scores[seed]`. Cells of older versions have the first
+        three.
     """
     found = {}
-    with Progress() as progress:
+    with Progress(transient=True) as progress:
         bar = progress.add_task("cells", total=len(cells))
         for name, experiment in cells.items():
             path = folder / f"{name}.json"
-            cell = json.loads(path.read_text()) if path.exists() else None
-            if cell is None or experiment_from(cell["config"]) != experiment:
+            cell = read_cell(path, experiment)
+            if cell is None and fnmatchcase(name, bounds.pattern) and time.monotonic() < bounds.until:
+                begin = time.monotonic()
                 cell = _run(experiment, progress, name)
                 harness.write_json(path, cell)
-            found[name] = cell
+                progress.console.print(f"{name}: {time.monotonic() - begin:.0f} s", highlight=False)
+            if cell is not None:
+                found[name] = cell
             progress.advance(bar)
     return found
 
 
+def read_cell(path: Path, experiment: Experiment) -> Cell | None:
+    """Return a finished cell, None if it is not there, does not read, or has other options."""
+    try:
+        cell = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return cell if experiment_from(cell["config"]) == experiment else None
+
+
 def _run(experiment: Experiment, progress: Progress, name: str) -> Cell:
+    """Run a cell; where a policy diverges, go on with those after it."""
     runs = len(experiment.rank_policies) * len(experiment.aggregators) * experiment.seeds
     bar = progress.add_task(name, total=runs * experiment.rounds)
 
@@ -52,31 +82,66 @@ def _run(experiment: Experiment, progress: Progress, name: str) -> Cell:
             text = name if accuracy is None else f"{name}  {event.row.policy} {100 * accuracy:.1f} %"
             progress.update(bar, advance=1, description=text)
 
-    diverged = None
-    try:
-        results = run_experiment(experiment, on_event=show)
-    except DivergedError as error:
-        results, diverged = error.results, str(error)
+    cell: Cell = {}
+    diverged: dict[str, str] = {}
+    left = experiment.rank_policies
+    while left:
+        part = dataclasses.replace(experiment, rank_policies=left, ratios=experiment.ratios if "manual" in left else ())
+        try:
+            results, left = run_experiment(part, on_event=show), ()
+        except DivergedError as error:
+            results, policy = error.results, error.record.policy
+            diverged[policy] = str(error)
+            left = left[left.index(policy) + 1 :]
+        _merge(cell, _contents(results))
     progress.remove_task(bar)
-    return {
-        "config": _plain(experiment),
-        "summary": summarize(results)["policies"],
-        "accuracy": _accuracies(results),
+    return cell | {
+        "config": json.loads(json.dumps(dataclasses.asdict(experiment))),
         "diverged": diverged,
         "versions": harness.versions(),
         "device": harness.device(),
     }
 
 
-def _plain(experiment: Experiment) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(experiment)))
-
-
-def _accuracies(results: Results) -> dict[str, dict[str, list[float | None]]]:
-    table: dict[str, dict[str, list[float | None]]] = {}
+def _contents(results: Results) -> Cell:
+    """Return what a cell keeps of some results."""
+    table: Cell = {"summary": summarize(results)["policies"], "accuracy": {}, "flops": {}, "bytes": {}, "clients": {}}
     for run in results.runs:
-        table.setdefault(run.policy, {})[str(run.seed)] = [row.accuracy for row in run.rows]
+        seed = str(run.seed)
+        table["accuracy"].setdefault(run.policy, {})[seed] = [row.accuracy for row in run.rows]
+        table["flops"].setdefault(run.policy, {})[seed] = [_tidy(row.train_flops) for row in run.rows]
+        table["bytes"].setdefault(run.policy, {})[seed] = [_tidy(row.bytes) for row in run.rows]
+        if run.clients:
+            table["clients"].setdefault(run.policy, {})[seed] = dict(run.clients)
+    table["scores"] = {str(scores.seed): _scores(scores) for scores in results.scores}
     return table
+
+
+def _scores(scores: Scores) -> Cell:
+    """Return the criteria of every client, their weights, and the first ratios under every policy."""
+    known = scores.closeness is not None
+    return {
+        "criteria": list(scores.criteria),
+        "size": scores.size.tolist(),
+        "matrix": [[_tidy(value) for value in row] for row in scores.matrix.tolist()],
+        "weights": [_tidy(value) for value in scores.weights.tolist()] if known else None,
+        "closeness": [_tidy(value) for value in scores.closeness.tolist()] if known else None,
+        "ratios": {policy: [_tidy(value) for value in ratios.tolist()] for policy, ratios in scores.ratios.items()},
+    }
+
+
+def _merge(cell: Cell, more: Cell) -> None:
+    """Add the contents of one dictionary to another, deep down."""
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(cell.get(key), dict):
+            _merge(cell[key], value)
+        else:
+            cell[key] = value
+
+
+def _tidy(value: float) -> float:
+    """Round to six digits."""
+    return float(f"{value:.6g}")
 
 
 def finals(cell: Cell, policy: str) -> list[float]:

@@ -1,0 +1,123 @@
+"""What the runs of a cell reached, and what it took them: the numbers behind tables and pictures."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from grid import Cell
+
+from autorank_jax.results import si
+
+GUESSING = 0.1
+"""Accuracy of guessing among ten classes: what a run that diverged is given from there on."""
+EARLY = 5
+"""The first rounds are one in so many."""
+
+
+class Reached(NamedTuple):
+    """One run: one policy and seed under one rule."""
+
+    rounds: np.ndarray  # (evaluations,) counted from 1
+    accuracy: np.ndarray  # (evaluations,) of the server on the test set; none where there is no server model
+    flops: np.ndarray  # (evaluations,) of training so far, with the probe
+    bytes: np.ndarray  # (evaluations,) sent so far, up and down
+    clients: Mapping[str, Mapping[str, float]]  # their own accuracy after the last round
+    ratio_by_clients: float
+    ratio_by_examples: float
+    diverged: bool
+
+    @property
+    def final(self) -> float | None:
+        """Accuracy after the last round."""
+        return float(self.accuracy[-1]) if len(self.accuracy) else None
+
+    @property
+    def best(self) -> float | None:
+        """Best accuracy of any round: chosen on the test set, so no estimate of anything."""
+        return float(self.accuracy.max()) if len(self.accuracy) else None
+
+    @property
+    def area(self) -> float | None:
+        """Mean accuracy over the evaluated rounds."""
+        return float(self.accuracy.mean()) if len(self.accuracy) else None
+
+    @property
+    def early(self) -> float | None:
+        """Mean accuracy over the first fifth of the rounds."""
+        first = self.accuracy[: max(1, len(self.accuracy) // EARLY)]
+        return float(first.mean()) if len(first) else None
+
+    def until(self, target: float, what: str) -> float | None:
+        """Return the `rounds`, `flops` or `bytes` until an accuracy was first seen; None if never."""
+        there = np.flatnonzero(self.accuracy >= target)
+        return float(getattr(self, what)[there[0]]) if len(there) else None
+
+
+def runs_of(cell: Cell) -> dict[str, dict[int, Reached]]:
+    """Return the runs of a cell by policy and seed; a run that diverged guesses from there on."""
+    config = cell["config"]
+    every, last = config["eval_every"], config["rounds"]
+    due = np.array([number for number in range(1, last + 1) if number % every == 0 or number == last])
+    seeds = range(config["first_seed"], config["first_seed"] + config["seeds"])
+    return {p: {seed: _run(cell, p, str(seed), due) for seed in seeds} for p in config["rank_policies"]}
+
+
+def _run(cell: Cell, policy: str, seed: str, due: np.ndarray) -> Reached:
+    accuracy, flops, sent = (cell[what].get(policy, {}).get(seed, []) for what in ("accuracy", "flops", "bytes"))
+    diverged = len(accuracy) < cell["config"]["rounds"]
+    served = diverged or accuracy[-1] is not None
+    values = [accuracy[n - 1] if n <= len(accuracy) else None for n in due] if served else []
+    scores = cell["scores"][seed]
+    ratios, size = np.array(scores["ratios"].get(policy, [np.nan])), np.array(scores["size"])
+    spent = [np.array([row[n - 1] if n <= len(row) else np.nan for n in due]) for row in (flops, sent)]
+    return Reached(
+        due,
+        np.array([GUESSING if value is None else value for value in values]),
+        *spent,
+        cell["clients"].get(policy, {}).get(seed, {}),
+        float(ratios.mean()),
+        float((ratios * size).sum() / size.sum()),
+        diverged,
+    )
+
+
+def values(runs: Mapping[int, Reached], what: str) -> dict[int, float]:
+    """Return a property of the runs by seed, without seeds that have none."""
+    found = {seed: getattr(run, what) for seed, run in runs.items()}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def client_values(runs: Mapping[int, Reached], what: str, kind: str) -> list[float]:
+    """Return a measure of the clients' own accuracy, one value per seed that has it."""
+    return [run.clients[what][kind] for run in runs.values() if what in run.clients]
+
+
+def percent(found: Sequence[float]) -> str:
+    """Write mean ± sample standard deviation over seeds in per cent, a dash for none."""
+    if not found:
+        return "–"
+    sd = f" ± {100 * np.std(found, ddof=1):.1f}" if len(found) > 1 else ""
+    return f"{100 * np.mean(found):.1f}{sd}"
+
+
+def until(runs: Mapping[int, Reached], target: float, what: str) -> str:
+    """Write mean ± sd of what it took to reach an accuracy; how many seeds got there where not all did."""
+    reached = [run.until(target, what) for run in runs.values()]
+    known = np.array([value for value in reached if value is not None])
+    if not len(known) or np.isnan(known).any():
+        return "–"
+    if len(known) < len(reached):
+        return f"{len(known)} of {len(reached)} seeds"
+    return si(known.mean()) + (f" ± {si(known.std(ddof=1), 2)}" if len(known) > 1 else "")
+
+
+def table_of(runs: Mapping[int, Reached]) -> dict[str, Any]:
+    """Return the end points of the runs as JSON: a list over seeds each."""
+    return {
+        "seeds": list(runs),
+        **{what: [getattr(run, what) for run in runs.values()] for what in ("final", "best", "area", "early")},
+        "clients": [dict(run.clients) for run in runs.values()],
+        "ratio_by_clients": [round(run.ratio_by_clients, 4) for run in runs.values()],
+        "ratio_by_examples": [round(run.ratio_by_examples, 4) for run in runs.values()],
+        "diverged": [run.diverged for run in runs.values()],
+    }

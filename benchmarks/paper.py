@@ -1,0 +1,170 @@
+"""AutoRank beside fixed ranks, FlexLoRA and controls: accuracy, and what it takes, with seeds, spread and tests.
+
+Four columns are those of the author's result files (scored ranks with RBLA, ranks by hand, one rank, FlexLoRA with one
+rank); the others are controls at stated budgets, whole weights, clients alone, and one client that has all examples.
+MLP 784-200-200-10 with maximum ranks 160, 160, 100 on grey images, a CNN on coloured ones; batch 64, SGD with momentum
+0.9, one local epoch, all clients every round, evaluated every second round. A seed varies initial weights, adapters,
+split and batch order; differences are paired over seeds. The learning rate of every policy and rule is the best of
+0.01, 0.03 and 0.1 after 25 rounds on a tenth of the training examples, over two seeds (1000, 1001) used nowhere else.
+
+Command:  AUTORANK_JAX_DATA=DIR python benchmarks/paper.py    (full data: many hours on two cores; it may be stopped and
+          started again, and begins with what matters most)
+          python benchmarks/paper.py --quick                  (embedded subset, two minutes on two cores)
+Writes:   a JSON per cell in benchmarks/results/paper, then paper.json, paper.md and pictures beside it
+Expect:   see benchmarks/README.md
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import harness
+import matplotlib as mpl
+import numpy as np
+import paper_tables
+import pictures
+from curves import Reached, runs_of, table_of
+from grid import Bounds, Cell, run_cells
+from plan import DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
+from tuning import Choice, Grid, choose_rates
+
+RESULTS = Path(__file__).parent / "results"
+Key = tuple[str, str]
+"""Dataset and split."""
+
+
+class Column(NamedTuple):
+    """One policy under one rule, on one split of one dataset."""
+
+    title: str
+    choice: Choice | None  # None until it is tuned
+    runs: dict[int, Reached]  # by seed; those that are there
+
+
+class Plan(NamedTuple):
+    """What the command line asks for."""
+
+    jobs: list[Job]
+    seeds: range
+    options: Mapping[str, Any]  # of every experiment
+    grids: Mapping[str, Grid]  # by group
+    folder: Path
+    together: bool  # all seeds in one cell
+
+
+def run_plan(plan: Plan, bounds: Bounds) -> tuple[dict[Key, list[Column]], dict[str, Cell]]:
+    """Run what is missing within bounds.
+
+    Returns:
+        Columns by dataset and split, and AutoRank's first cell by split for its scores.
+    """
+    found: dict[Key, list[Column]] = {}
+    scored: dict[str, Cell] = {}
+    for job in plan.jobs:
+        columns, first = run_job(plan, job, bounds)
+        found.setdefault((job.dataset, job.split), []).extend(columns)
+        if job.group == "main" and first:
+            scored.setdefault(f"{job.dataset}, {job.split}", first)
+    return found, scored
+
+
+def run_job(plan: Plan, job: Job, bounds: Bounds) -> tuple[list[Column], Cell | None]:
+    """Tune a group and run its seeds, policies of one learning rate together."""
+    experiment = experiment_of(job, **plan.options)
+    name, titles = f"{job.dataset}/{job.split}/{job.group}", GROUPS[job.group].titles
+    choices = choose_rates(experiment, plan.grids[job.group], plan.folder, name, bounds)
+    columns = {p: Column(title, choices[p] if choices else None, {}) for p, title in titles.items()}
+    if choices is None:
+        return list(columns.values()), None
+    cells = {}
+    for first in plan.seeds[:1] if plan.together else plan.seeds:
+        for rate in sorted({choice.rate for choice in choices.values()}):
+            policies = tuple(p for p in titles if choices[p].rate == rate)
+            cells[f"{name}-lr{rate:g}-seed{first}"] = dataclasses.replace(
+                experiment,
+                rank_policies=policies,
+                learning_rate=rate,
+                first_seed=first,
+                seeds=len(plan.seeds) if plan.together else 1,
+            )
+    ran = run_cells(cells, plan.folder, bounds)
+    for cell in ran.values():
+        for policy, runs in runs_of(cell).items():
+            columns[policy].runs.update(_silent(runs) if job.split == "central" else runs)
+    scored = [cell for cell in ran.values() if "autorank" in cell["config"]["rank_policies"]]
+    return list(columns.values()), scored[0] if scored else None
+
+
+def _silent(runs: Mapping[int, Reached]) -> dict[int, Reached]:
+    """Take the bytes away: who has all examples need not send anything."""
+    return {seed: run._replace(bytes=np.full(len(run.rounds), np.nan)) for seed, run in runs.items()}
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """Turn the command line into a plan."""
+    datasets = ["fashion_mnist_mini"] if options.quick else options.dataset.split(",")
+    splits = options.splits.split(",") if options.splits else list(SPLITS)
+    if options.quick and not options.splits:
+        splits = ["staircase", "central"]
+    groups = options.groups.split(",") if options.groups else list(GROUPS)
+    for what, words, known in (("dataset", datasets, DATASETS), ("splits", splits, SPLITS), ("groups", groups, GROUPS)):
+        if wrong := [word for word in words if word not in known]:
+            raise SystemExit(f"{what}: expected some of {', '.join(known)}, got {', '.join(wrong)}")
+    grids = dict.fromkeys(GROUPS, Grid())
+    if options.quick:  # one rate but for the first group, which shows how it is chosen
+        grids = dict.fromkeys(GROUPS, Grid((0.03,))) | {"main": Grid((0.01, 0.03), rounds=3, seeds=1)}
+    seeds = options.seeds or (2 if options.quick else 5)
+    given = {"rounds": options.rounds, "local_epochs": options.local_epochs}
+    chosen = {name: value for name, value in given.items() if value is not None} | {"eval_every": 2}
+    folder = options.out / ("paper_mini" if options.quick else "paper")
+    return Plan(list(jobs(datasets, splits, groups)), range(seeds), chosen, grids, folder, options.quick)
+
+
+def report(plan: Plan, found: Mapping[Key, list[Column]], scored: Mapping[str, Cell]) -> None:
+    """Print the tables of what is there; write JSON, Markdown and pictures."""
+    text, content = [], {}
+    for (dataset, split), own in found.items():
+        if split == "central" or not any(column.runs for column in own):
+            continue
+        columns = [*own, *found.get((dataset, "central"), [])]
+        text.append(paper_tables.write(dataset, split, columns, seeds=len(plan.seeds)))
+        content[f"{dataset}, {split}"] = {
+            column.title: table_of(column.runs) | {"choice": column.choice._asdict() if column.choice else None}
+            for column in columns
+        }
+        path = plan.folder.with_name(f"{plan.folder.name}-{dataset}-{split}.png")
+        seen = {c.title: c.runs for c in own if any(len(run.accuracy) for run in c.runs.values())}
+        pictures.accuracy_curves(seen, path, f"{dataset}, {split}")
+    print("\n".join(text) if text else "No column is complete yet.")
+    about = {"versions": harness.versions(), "device": harness.device(), "seeds": len(plan.seeds)}
+    harness.write_json(plan.folder.with_suffix(".json"), {"tables": content, "options": dict(plan.options)} | about)
+    plan.folder.with_suffix(".md").write_text("\n".join(text))
+    if scored:
+        pictures.ranks_against_complexity(scored, plan.folder.with_name(f"{plan.folder.name}-ranks.png"))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing, then print and write what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="fashion_mnist,mnist", help="comma-separated: " + ", ".join(DATASETS))
+    parser.add_argument("--splits", default="", help="comma-separated; default all: " + ", ".join(SPLITS))
+    parser.add_argument("--groups", default="", help="comma-separated; default all: " + ", ".join(GROUPS))
+    parser.add_argument("--quick", action="store_true", help="the embedded subset, a few rounds")
+    parser.add_argument("--seeds", type=int, default=None, help="default 5")
+    parser.add_argument("--rounds", type=int, default=None, help="default 100, on coloured images 200")
+    parser.add_argument("--local-epochs", type=int, default=None, help="default 1")
+    parser.add_argument("--cells", default="*", help="run only cells whose name matches, such as '*/staircase/main*'")
+    parser.add_argument("--limit-minutes", type=float, default=None, help="begin no cell after so many minutes")
+    parser.add_argument("--report", action="store_true", help="run nothing: show what there is")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    mpl.use("Agg")
+    plan = make_plan(options)
+    found, scored = run_plan(plan, Bounds.within(0 if options.report else options.limit_minutes, options.cells))
+    report(plan, found, scored)
+
+
+if __name__ == "__main__":
+    main()

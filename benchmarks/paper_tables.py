@@ -1,0 +1,108 @@
+"""The tables of `paper.py`, in Markdown."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from curves import client_values, percent, until, values
+from harness import Row, markdown_table
+from paired import difference, holm, in_points
+from plan import AUTHOR, DATASETS
+
+FIRST = AUTHOR[0]
+COSTS = {"rounds": "rounds", "flops": "FLOPs", "bytes": "bytes"}
+
+
+def write(dataset: str, split: str, columns: Sequence[Any], *, seeds: int) -> str:
+    """Return all tables of one split of one dataset; what no seed has reached yet is a dash.
+
+    Args:
+        dataset: its name.
+        split: its name.
+        columns: with `title`, `choice` and `runs`.
+        seeds: how many there are to be.
+    """
+    parts = [f"## {dataset}, {split}\n", _accuracies(columns, seeds)]
+    parts += ["To reach an accuracy:\n", _targets(dataset, columns)]
+    against = _differences(columns)
+    if against:
+        parts += [
+            f"{FIRST} minus each, in points: mean [95 % t interval over seeds], p of a paired t test, Holm-corrected "
+            "over all of this table:\n",
+            markdown_table(against, list(against[0])),
+        ]
+    author = DATASETS[dataset].author
+    if author and split == "staircase":
+        parts += [
+            "Beside the author's result files. *Best* accuracy is selected on test data, and is shown for this reason "
+            "only; theirs are single runs of other code, data order, local epochs and budgets:\n",
+            _beside_author(columns, author),
+        ]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _accuracies(columns: Sequence[Any], seeds: int) -> str:
+    rows: list[Row] = []
+    for column in columns:
+        runs = column.runs
+        ratios = [f"{_mean(r):.2f}" for r in zip(*((x.ratio_by_clients, x.ratio_by_examples) for x in runs.values()),
+                                                 strict=True)]  # fmt: skip
+        rate = "–" if column.choice is None else f"{column.choice.rate:g}" + (" (edge)" if column.choice.edge else "")
+        diverged = sum(run.diverged for run in runs.values())
+        row: Row = {
+            "": column.title,
+            "seeds": f"{len(runs)} of {seeds}" + (f", {diverged} diverged" if diverged else ""),
+            "learning rate": rate,
+            "mean ratio over clients / examples": " / ".join(ratios) or "–",
+            "final accuracy, %": percent(list(values(runs, "final").values())),
+            "mean over rounds": percent(list(values(runs, "area").values())),
+            "label-weighted, worst client": percent(client_values(runs, "label_weighted", "worst")),
+        }
+        for what, title in (("before", "own"), ("after", "own, trained once more")):
+            row[f"{title}: mean"] = percent(client_values(runs, what, "mean"))
+            row[f"{title}: worst"] = percent(client_values(runs, what, "worst"))
+        rows.append(row)
+    return markdown_table(rows, list(rows[0]))
+
+
+def _targets(dataset: str, columns: Sequence[Any]) -> str:
+    rows: list[Row] = []
+    for column in columns:
+        runs = {seed: run for seed, run in column.runs.items() if len(run.accuracy)}
+        if runs:
+            row: Row = {"": column.title}
+            for target in DATASETS[dataset].targets:
+                for what, title in COSTS.items():
+                    row[f"{100 * target:g} %: {title}"] = until(runs, target, what)
+            rows.append(row)
+    return markdown_table(rows, list(rows[0])) if rows else "–"
+
+
+def _differences(columns: Sequence[Any]) -> list[Row]:
+    first = next((column for column in columns if column.title == FIRST), None)
+    if first is None or not first.runs:
+        return []
+    names = {"final": "final accuracy", "early": "first fifth of the rounds", "area": "mean over rounds"}
+    others = [c for c in columns if c is not first and values(c.runs, "final")]
+    found = [difference(values(first.runs, n), values(c.runs, n)) for c in others for n in names]
+    corrected = iter(holm([None if one is None else one.p for one in found]))
+    by_row = iter(found)
+    rows: list[Row] = []
+    for column in others:
+        shared = len(set(first.runs) & set(column.runs))
+        row: Row = {"minus": column.title, "seeds": shared}
+        rows.append(row | {title: in_points(next(by_row), next(corrected)) for title in names.values()})
+    return rows
+
+
+def _beside_author(columns: Sequence[Any], author: Sequence[float]) -> str:
+    by_title = {column.title: column.runs for column in columns}
+    rows: list[Row] = []
+    for title, theirs in zip(AUTHOR, author, strict=True):
+        runs = by_title.get(title, {})
+        best, final = (percent(list(values(runs, what).values())) for what in ("best", "final"))
+        rows.append({"": title, "best, %": best, "final, %": final, "author's best, %": f"{theirs:.2f}"})
+    return markdown_table(rows, list(rows[0]))
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
