@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
+from jax import lax
 
+from autorank_jax.convolution import convolve
 from autorank_jax.types import Array
 from autorank_jax.updates import (
     Form,
@@ -118,6 +120,16 @@ class AdaptedConv(nnx.Conv):
     weight = "kernel"
     lora_a: nnx.Variable
     lora_b: nnx.Variable
+
+    @property
+    def conv_general_dilated(self) -> Any:
+        """What the layer convolves with: its own function, or in place of JAX's the one with the faster gradient."""
+        own = vars(self)["conv_general_dilated"]
+        return convolve if own is lax.conv_general_dilated else own
+
+    @conv_general_dilated.setter
+    def conv_general_dilated(self, function: Any) -> None:
+        vars(self)["conv_general_dilated"] = function
 
     @staticmethod
     def form(layer: nnx.Conv) -> Form:

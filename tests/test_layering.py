@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parent.parent
 LAYERS = {  # a module imports from lower numbers only; a folder is one module here
     0: "types matching results",
     1: "batches budgets checks complexity controls datasets local lora losses mcda models participation transformer "
-    "updates",
+    "convolution updates",
     2: "aggregators assembly costs dealing evaluation faults federated_data lanes layers partition policies",
     3: "devices functions linen scheduling tasks",
     4: "engine",

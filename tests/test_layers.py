@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from autorank_jax import convolution
 from autorank_jax.layers import ADAPTED, Factor
 from autorank_jax.tasks import task_from_nnx
 from autorank_jax.updates import patches
@@ -45,6 +46,47 @@ def test_patches_times_a_matrix_is_a_convolution(case):
     cols = patches(inputs, size, strides, dilation, padding)
     assert cols.shape == (*expected.shape[:-1], 3 * np.prod(size))
     np.testing.assert_allclose(cols @ kernel.reshape(-1, 4), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_our_convolution_is_that_of_jax_and_so_are_its_gradients(case):
+    spatial, size, strides, dilation, padding = case
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.normal(size=(2, *spatial, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(*size, 3, 4)), jnp.float32)
+    letters = "DHW"[3 - len(size) :]
+    how = {"rhs_dilation": dilation, "dimension_numbers": (f"N{letters}C", f"{letters}IO", f"N{letters}C")}
+
+    def both(function):
+        def weighted(inputs, kernel):
+            out = function(inputs, kernel, strides, padding, **how)
+            return jnp.sum(out * jnp.sin(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)), out
+
+        return jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True)(inputs, kernel)
+
+    ((_, expected), gradients), ((_, got), got_gradients) = both(lax.conv_general_dilated), both(convolution.convolve)
+    np.testing.assert_array_equal(got, expected)
+    for mine, theirs in zip(got_gradients, gradients, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", [{"feature_group_count": 2}, {}, {"lhs_dilation": (2, 2)}], ids=str)
+def test_grouped_dilated_and_channels_first_convolutions_keep_the_gradient_of_jax(how):
+    rng = np.random.default_rng(1)
+    inputs = jnp.asarray(rng.normal(size=(2, 4, 6, 6)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(4, 2 if "feature_group_count" in how else 4, 3, 3)), jnp.float32)
+
+    def gradient(function):
+        return jax.grad(lambda x: jnp.sum(jnp.square(function(x, kernel, (1, 1), ((1, 1), (2, 0)), **how))))(inputs)
+
+    expected = gradient(lax.conv_general_dilated)
+    np.testing.assert_allclose(gradient(convolution.convolve), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_adapted_convolutions_have_that_gradient():
+    task = task_from_nnx(nnx.Conv(2, 3, (3, 3), rngs=nnx.Rngs(0)), max_rank=2)
+    gradient = jax.grad(lambda x: jnp.sum(task.predict(task.server.frozen, task.server.trainable, x)))
+    assert "optimization_barrier" in jax.jit(gradient).lower(jnp.ones((4, 6, 6, 2))).as_text()
 
 
 def test_patches_keep_their_numbers():
