@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from autorank_jax.lora import init_adapter, product
+from autorank_jax.lora import init_adapter, key_of, product
 from autorank_jax.types import Adapter, Array, Base, Batch, Key, Origin, PyTree, Server, Task, Trainable
 from autorank_jax.updates import Form
 
@@ -29,7 +29,7 @@ class Reading(NamedTuple):
 
     loss: Callable[[Any, Any], Array]  # (outputs, targets) -> (b,)
     preprocess: Callable[[PyTree], PyTree]
-    compute_dtype: Any = None  # of base, inputs and arithmetic; adapters and dense parameters stay as they are
+    compute_dtype: Any = None  # of arithmetic; kernels, adapters and dense parameters are kept as they are
 
 
 def make_task(model: Model, ranks: Mapping[str, int], dense: set[str], *, key: Key, reading: Reading) -> Task:
@@ -43,17 +43,15 @@ def make_task(model: Model, ranks: Mapping[str, int], dense: set[str], *, key: K
         reading: loss, preprocessing and precision.
     """
     dtype = reading.compute_dtype
-    adapters = {
-        path: _start(jax.random.fold_in(key, number), model.forms[path], ranks[path])
-        for number, path in enumerate(sorted(ranks))
-    }
+    adapters = {path: _start(key_of(key, path), model.forms[path], ranks[path]) for path in sorted(ranks)}
     adapted = set(model.weights.values())
-    kernels = {p: cast(model.forms[p].matrix(model.values[model.weights[p]]), dtype) for p in adapters}
+    kernels = {p: model.forms[p].matrix(model.values[model.weights[p]]) for p in adapters}  # rules merge into them
     rest = {n: cast(v, dtype) for n, v in model.values.items() if n not in adapted and n not in dense}
     server = Server(Trainable(adapters, {n: model.values[n] for n in sorted(dense)}), Base(kernels, rest))
 
     def apply(training: bool, frozen: Base, trainable: Trainable, inputs: PyTree, key: Key | None) -> PyTree:
-        matrices = {model.weights[p]: model.forms[p].weight(kernel) for p, kernel in frozen.kernels.items()}
+        kernels = cast(frozen.kernels, dtype)
+        matrices = {model.weights[p]: model.forms[p].weight(kernel) for p, kernel in kernels.items()}
         values = {**frozen.rest, **cast(trainable.dense, dtype), **matrices}
         outputs = model.run(
             training, values, cast(trainable.adapters, dtype), cast(reading.preprocess(inputs), dtype), key

@@ -44,7 +44,7 @@ def task_from_function(
         train_dense: patterns of leaves that are trained whole; none by default.
         loss: `(outputs, targets) -> (b,)`.
         preprocess: applied to the inputs of every batch.
-        compute_dtype: of the frozen base, the inputs and the arithmetic.
+        compute_dtype: of the arithmetic; see `task_from_nnx`.
         train_apply: `(params, inputs, key) -> outputs` in training, for functions with dropout; `apply` where None.
         materialize: whether to form `W + A B`.
 

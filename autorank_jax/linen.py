@@ -68,7 +68,7 @@ def task_from_linen(
         train_dense: patterns of parameter paths that are trained whole.
         loss: `(outputs, targets) -> (b,)`.
         preprocess: applied to the inputs of every batch.
-        compute_dtype: of the frozen base, the inputs and the arithmetic.
+        compute_dtype: of the arithmetic; see `task_from_nnx`.
         frozen_statistics: accept collections besides "params", such as "batch_stats", and keep them as they are; the
             flags for training must then ask for running averages.
         training: flags of the module's call in training, such as `{"deterministic": False}`.

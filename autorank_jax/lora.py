@@ -6,6 +6,7 @@ training truncated ones, and ranks are data that never change a shape.
 """
 
 import math
+import zlib
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -38,6 +39,11 @@ def init_adapter(
     dtype = dtype or jnp.result_type(float)
     bound = 1.0 / math.sqrt(fan_in or d_in)
     return Adapter(jax.random.uniform(key, (d_in, max_rank), dtype, -bound, bound), jnp.zeros((max_rank, d_out), dtype))
+
+
+def key_of(key: Key, path: str) -> Key:
+    """Derive the key of one adapter from its path: other layers may come and go without changing its numbers."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def max_ranks(trainable: Trainable) -> dict[str, int]:

@@ -14,6 +14,7 @@ from autorank_jax.types import (
     EvaluateFn,
     FederatedData,
     Key,
+    PyTree,
     RoundFn,
     RoundInfo,
     Server,
@@ -62,11 +63,11 @@ def init_state(
         raise ValueError(f"expected local_epochs >= 1, got {local_epochs}")
     clients = _check_ranks(server, ranks, clients)
     dtype = jnp.result_type(float)
-    numbers = {"learning_rate": learning_rate, **hparams}
-    kept = aggregator.client_init(server)
+    numbers, server = {"learning_rate": learning_rate, **hparams}, _strong(server)
+    kept = _strong(aggregator.client_init(server))
     return State(
-        server=jax.tree.map(jnp.asarray, server),
-        aggregator=aggregator.init(server),
+        server=server,
+        aggregator=_strong(aggregator.init(server)),
         ranks={path: jnp.asarray(ranks[path], jnp.int32) for path in sorted(ranks)},
         round=jnp.zeros((), jnp.int32),
         hparams={name: jnp.asarray(value, dtype) for name, value in numbers.items()}
@@ -75,6 +76,17 @@ def init_state(
         epochs=jnp.zeros(clients, jnp.int32),
         clients=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *jnp.shape(leaf))), kept),
     )
+
+
+def _strong(tree: PyTree) -> PyTree:
+    """Make arrays of all leaves, none weakly typed: the result of a round would be strong, and the next retrace."""
+
+    def strong(leaf: Array) -> Array:
+        array = jnp.asarray(leaf)
+        is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        return array if is_key else lax.convert_element_type(array, array.dtype)
+
+    return jax.tree.map(strong, tree)
 
 
 def _check_ranks(server: Server, ranks: Mapping[str, Array], clients: int | None) -> int:

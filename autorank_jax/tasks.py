@@ -45,8 +45,9 @@ def task_from_nnx(
             `max_rank={}` is federated learning of the whole model.
         loss: `(outputs, targets) -> (b,)`.
         preprocess: applied to the inputs of every batch.
-        compute_dtype: of the frozen base, the inputs and the arithmetic, such as `jnp.bfloat16`; what is trained stays
-            float32. Everything as the model has it where None.
+        compute_dtype: of the arithmetic and of what nothing is ever added to, such as `jnp.bfloat16`. What is trained,
+            and kernels that rules may merge into, stay as the model has them (float32, or merging rules lose what is
+            below their resolution) and are cast in every step. Everything as the model has it where None.
         checkpoint: path patterns of modules whose activations are computed again in the backward pass instead of being
             kept, such as `"blocks/*"`.
         frozen_statistics: accept `nnx.BatchNorm`, with its statistics as they are, in training as in evaluation.

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from autorank_jax import aggregators
 from autorank_jax.assembly import merge
 from autorank_jax.lora import cut, max_ranks, narrow, rank_masks
 from autorank_jax.losses import token_loss
 from autorank_jax.models import CNN, MLP
 from autorank_jax.tasks import task_from_nnx
 from autorank_jax.transformer import Decoder, Size, Transformer
-from autorank_jax.types import Batch
+from autorank_jax.types import Adapter, Batch, Client, ClientUpdate, Plan
 from autorank_jax.updates import einsum_form
 
 SIZE = Size(width=8, depth=1, heads=2, hidden=12, length=6)
@@ -258,11 +259,32 @@ def test_checkpointing_changes_no_number():
     assert recomputed == [False, True]
 
 
+def test_small_merges_add_up_in_mixed_precision():
+    task = task_from_nnx(MLP((6, 5, 3), rngs=nnx.Rngs(0)), max_rank=2, compute_dtype=jnp.bfloat16)
+    rule, server, merges = aggregators.flora(), task.server, 500
+    small = {p: Adapter(a.lora_a, jnp.full_like(a.lora_b, 1e-4)) for p, a in server.trainable.adapters.items()}
+    masks = {path: jnp.ones(2) for path in small}
+    client = Client(jnp.zeros((), jnp.int32), masks, jnp.ones(()), ())
+    update = ClientUpdate(server.trainable._replace(adapters=small), server.trainable, client)
+
+    def merge_once(_, server):
+        sums = rule.summand(update, server, Plan(masks, jnp.ones(()), jnp.ones(())))
+        return rule.update(jax.random.key(0), sums, rule.init(task.server), server)[0]
+
+    after = jax.jit(lambda server: jax.lax.fori_loop(0, merges, merge_once, server))(server)
+    for path, adapter in small.items():
+        want = merges * np.asarray(adapter.lora_a, np.float64) @ np.asarray(adapter.lora_b, np.float64)
+        moved = np.asarray(after.frozen.kernels[path], np.float64) - server.frozen.kernels[path]
+        assert np.linalg.norm(moved - want) < 1e-3 * np.linalg.norm(want)
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_mixed_precision_keeps_what_is_trained_in_float32():
     model = Decoder(11, SIZE, rngs=nnx.Rngs(0))
     exact, half = (task_from_nnx(model, max_rank=2, loss=token_loss, compute_dtype=d) for d in (None, jnp.bfloat16))
-    assert {k.dtype for k in half.server.frozen.kernels.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert {k.dtype for k in half.server.frozen.kernels.values()} == {jnp.dtype(jnp.float32)}
+    floats = [v for v in half.server.frozen.rest.values() if jnp.issubdtype(v.dtype, jnp.floating)]
+    assert {v.dtype for v in floats} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in jax.tree.leaves(half.server.trainable)} == {jnp.dtype(jnp.float32)}
     outputs = jax.make_jaxpr(lambda x: half.predict(half.server.frozen, half.server.trainable, x))(IDS)
     products = [e for e in outputs.eqns if e.primitive.name == "dot_general"]

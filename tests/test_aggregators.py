@@ -230,16 +230,19 @@ def test_a_round_without_survivors_changes_nothing(everyone):
 
 
 @pytest.mark.parametrize("name", ["flora", "owner_merge"])
-def test_fresh_restarts_draw_a_new_lora_a_each_round(name):
-    rule, server, seen = aggregators.make_rule(name, restart="fresh"), to_jax(make_server()), []
-    assert rule.init(server) == {}
-    step = jax.jit(lambda key: rule.update(key, rule.summand(*one_client(server)), {}, server)[0])
+def test_fresh_restarts_draw_a_new_lora_a_of_the_starts_distribution_each_round(name):
+    rule, server = aggregators.make_rule(name, restart="fresh"), to_jax(make_server())  # normal numbers, not uniform
+    memory, seen = rule.init(server), {a.lora_a.tobytes() for a in server.trainable.adapters.values()}
+    step = jax.jit(lambda key: rule.update(key, rule.summand(*one_client(server)), memory, server))
     for number in range(2):
-        for path, (a, b) in step(jax.random.key(number)).trainable.adapters.items():
+        new, memory = step(jax.random.key(number))
+        for path, (a, b) in new.trainable.adapters.items():
             assert np.all(b == 0)
-            assert 0 < np.max(np.abs(a)) <= SHAPES[path][0] ** -0.5
-            seen.append(float(a[0, 0]))
-    assert len(set(seen)) == 6
+            start = server.trainable.adapters[path].lora_a
+            np.testing.assert_array_equal(np.sort(a, axis=None), np.sort(start, axis=None))
+            assert np.mean(np.asarray(a) == start) < 0.5
+            seen.add(a.tobytes())
+    assert len(seen) == 9
 
 
 def one_client(server):

@@ -12,12 +12,13 @@ from federations import BATCH, CLIENTS, SIZES, fast_compilation, make_federation
 from flax import nnx
 from reference import training
 
-from autorank_jax import aggregators, local
+from autorank_jax import aggregators, faults, local
 from autorank_jax.engine import make_round
 from autorank_jax.models import MLP
-from autorank_jax.participation import sample_uniformly
+from autorank_jax.participation import sample_by_size, sample_uniformly
 from autorank_jax.simulation import History, init_state, simulate
 from autorank_jax.tasks import task_from_nnx
+from autorank_jax.types import Server, Task, Trainable
 
 RULE = aggregators.rbla()
 
@@ -118,8 +119,28 @@ def test_states_have_no_weak_types():
     assert weak == []
 
 
+def test_servers_with_weak_types_compile_once():
+    chex.clear_trace_counter()
+    dense = {"gain": jnp.asarray(2.0), "offset": 0.5}
+    frozen = {"scale": jnp.asarray(3.0), "stream": jax.random.key(1)}
+    server = Server(Trainable({}, dense), frozen)
+
+    def loss(frozen, trainable, batch, key):  # noqa: ARG001
+        shift = sum(trainable.dense.values())
+        return (jnp.sum(batch.inputs, axis=1) - frozen["scale"] * shift) ** 2
+
+    trained = local.make_local_training(Task(server, loss, lambda *_: None), optax.sgd(1e-3), batch_size=BATCH)
+    rule = aggregators.local_only()
+    state = init_state(server, rule, {}, clients=CLIENTS)
+    assert [leaf for leaf in jax.tree.leaves(state) if getattr(leaf, "weak_type", False)] == []
+    step = compiled(chex.assert_max_traces(make_round(trained, rule), n=1))
+    for _ in range(3):
+        state, _ = step(jax.random.key(0), state, federation().data)
+    assert (state.clients.dense["gain"] != 2).all()
+
+
 def test_random_numbers_are_used_once():
-    """The key checker of JAX finds no key that is used twice, dropout inside."""
+    """The key checker of JAX finds no key that is used twice: dropout inside, sampling, faults and a random restart."""
 
     class Dropping(nnx.Module):
         def __init__(self, rngs):
@@ -132,8 +153,10 @@ def test_random_numbers_are_used_once():
     task = task_from_nnx(Dropping(nnx.Rngs(0)), max_rank=2)
     trained = local.make_local_training(task, optax.sgd(0.1), batch_size=BATCH)
     ranks = {path: np.ones(CLIENTS, int) for path in task.server.trainable.adapters}
-    state = init_state(task.server, RULE, ranks)
-    step = make_round(trained, RULE, lanes=2, participation=sample_uniformly(4))
+    rule = aggregators.flora(restart="fresh")
+    state = init_state(task.server, rule, ranks)
+    unlucky = (faults.drop_out(0.3), faults.limit_steps(2, probability=0.5))
+    step = make_round(trained, rule, lanes=2, participation=sample_by_size(4), faults=unlucky)
     with jax.debug_key_reuse(True):
         state, info = compiled(step)(jax.random.key(0), state, federation().data)
         assert info.participants == 4

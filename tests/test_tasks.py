@@ -92,6 +92,13 @@ def test_parts_of_a_model_are_told_apart():
     np.testing.assert_array_equal(trainable.dense["head/kernel"], model.head.kernel[...])
 
 
+def test_adapters_start_alike_whichever_other_layers_there_are():
+    model = MLP((5, 5, 5, 5), rngs=nnx.Rngs(0))
+    alone, all_ = (task_from_nnx(model, max_rank=3, where=w).server.trainable.adapters for w in ("layers/1", "*"))
+    np.testing.assert_array_equal(alone["layers/1"].lora_a, all_["layers/1"].lora_a)
+    assert len({adapter.lora_a.tobytes() for adapter in all_.values()}) == 3
+
+
 def test_everything_may_be_trained_whole():
     task = task_from_nnx(MLP((6, 5, 3), rngs=nnx.Rngs(0)), max_rank={}, train_dense="*")
     assert task.server.trainable.adapters == {}

@@ -24,7 +24,7 @@ from autorank_jax.aggregators.segments import (
     make_owner_summand,
     owner_product,
 )
-from autorank_jax.lora import check_mergeable, init_adapter
+from autorank_jax.lora import check_mergeable, key_of
 from autorank_jax.types import (
     Adapter,
     Aggregator,
@@ -39,7 +39,11 @@ from autorank_jax.types import (
 )
 
 Restart = Literal["start", "fresh"]
-"""`lora_a` after a merge: as it was at the start, or drawn anew every round."""
+"""`lora_a` after a merge: as it was at the start, or drawn anew every round from the numbers of the start.
+
+The numbers of a `lora_a` are drawn independently of each other, so that the same numbers in a random order are
+distributed as the start is, whatever distribution a task takes: embeddings have another bound than kernels.
+"""
 
 Product = Callable[[Server, ClientSums, str], Array]
 
@@ -54,7 +58,8 @@ def flora(*, restart: Restart = "start") -> Aggregator:
     `lora_a` every round. Adapters must start with `lora_b = 0`: products, not differences, are merged.
 
     Args:
-        restart: `"start"` gives every round the `lora_a` of the first, `"fresh"` draws a new one.
+        restart: `"start"` gives every round the `lora_a` of the first, `"fresh"` its numbers in a new random order,
+            which is a draw from whatever distribution the task took.
 
     Raises:
         ValueError: for another `restart`; when initialised, if the server has no mergeable base.
@@ -63,7 +68,7 @@ def flora(*, restart: Restart = "start") -> Aggregator:
     def product(server: Server, sums: ClientSums, path: str) -> Array:
         return mean_product(server.trainable.adapters[path], sums.products[path], sums.weight)
 
-    init = _remember("flora", restart, None)
+    init = _remember("flora", restart)
     return assemble(make_summand(products=True), _merge_step("flora", product, restart), init=init, traffic=_MERGED)
 
 
@@ -122,15 +127,15 @@ def fedex_lora(*, owners: bool = False) -> Aggregator:
     return assemble(make_summand(factors=True, products=True), step, init=init, traffic=traffic)
 
 
-def _remember(rule: str, restart: Restart, levels: Levels) -> Callable[[Server], dict[str, Array]]:
-    """Make the `init` that remembers the first `lora_a` of each adapter where it will be needed."""
+def _remember(rule: str, restart: Restart, levels: Levels = None) -> Callable[[Server], dict[str, Array]]:
+    """Make the `init` that remembers the first `lora_a` of each adapter."""
     if restart not in ("start", "fresh"):
         raise ValueError(f"expected restart to be 'start' or 'fresh', got {restart!r}")
 
     def init(server: Server) -> dict[str, Array]:
         check_mergeable(server, rule)
         check_levels_fit(levels, server)
-        return {path: a.lora_a for path, a in server.trainable.adapters.items()} if restart == "start" else {}
+        return {path: adapter.lora_a for path, adapter in server.trainable.adapters.items()}
 
     return init
 
@@ -148,18 +153,16 @@ def _merge_step(rule: str, product: Product, restart: Restart) -> ServerStep:
 
     def write(key: Key, values: Values, state: AggState, server: Server) -> Server:
         adapters = {}
-        for number, path in enumerate(sorted(server.trainable.adapters)):
-            old = server.trainable.adapters[path]
-            lora_a = state[path] if restart == "start" else _draw(jax.random.fold_in(key, number), old)
+        for path, old in server.trainable.adapters.items():
+            lora_a = state[path] if restart == "start" else _shuffle(key_of(key, path), state[path])
             adapters[path] = Adapter(lora_a, jnp.zeros_like(old.lora_b))
         return _write(adapters, values, server)
 
     return ServerStep(lambda server: Values(server.trainable.dense, {}, _kernels(server, rule)), mean, write)
 
 
-def _draw(key: Key, old: Adapter) -> Array:
-    d_in, width = old.lora_a.shape
-    return init_adapter(key, d_in, old.lora_b.shape[1], width, old.lora_a.dtype).lora_a
+def _shuffle(key: Key, lora_a: Array) -> Array:
+    return jax.random.permutation(key, lora_a.reshape(-1)).reshape(lora_a.shape)
 
 
 def _kernels(server: Server, rule: str) -> dict[str, Array]:
