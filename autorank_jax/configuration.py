@@ -22,7 +22,10 @@ GLOBAL_RULES = tuple(name for name in AGGREGATORS if name not in (*WHOLE_RULES, 
 MODELS: Mapping[str, str] = {
     "mlp": "multi-layer perceptron, 784-200-200-10 on Fashion-MNIST",
     "cnn": "two 3×3 convolutions and a linear layer",
+    "deep_cnn": "six 3×3 convolutions with group normalisation and a global mean",
 }
+WIDTHS: Mapping[str, tuple[int, ...]] = {"mlp": (200, 200), "cnn": (16, 32), "deep_cnn": (32, 32, 64, 64, 128, 128)}
+"""Hidden layers, or channels of the convolutions, of every model where none are given."""
 OPTIMIZERS = ("sgd", "adam", "adamw")
 POLICIES: Mapping[str, str] = {
     "autorank": "CRITIC and TOPSIS on the criteria",
@@ -60,8 +63,9 @@ class Experiment:
         alpha: Dirichlet concentration of the label mixes, small = few classes per client
         sigma: size imbalance of the log-normal splits, 0 = equal sizes
         classes_per_client: for the split 'shards'
-        model: mlp or cnn
-        hidden: widths of the hidden layers (mlp) or channels of the convolutions (cnn); default 200,200 or 16,32
+        model: mlp, cnn or deep_cnn (six convolutions, group normalisation, global mean)
+        hidden: widths of the hidden layers or channels of the convolutions; default 200,200 for mlp, 16,32 for cnn,
+            32,32,64,64,128,128 for deep_cnn
         max_ranks: maximum rank of every layer, one number for all or one each; default 160,160,100 for the default mlp
         rank_policies: autorank, by_size, by_size_bytes, uniform, uniform_bytes, full, shuffled, reversed, manual
         ratios: rank ratio of every client, for the policy 'manual'
@@ -309,7 +313,7 @@ def _joint_problems(e: Experiment) -> Iterable[str]:
         yield f"ratios: expected one for each of {e.clients} clients, for the policy manual, got {len(e.ratios)}"
     if e.ratios and "manual" not in e.rank_policies:
         yield "ratios: expected only with the policy manual, got them without it, probably forgotten in rank-policies"
-    layers = len(e.hidden or ("first", "second")) + 1
+    layers = len(e.hidden or WIDTHS.get(e.model, ())) + 1
     if len(e.max_ranks) not in (0, 1, layers):
         yield f"max-ranks: expected one number or one for each of {layers} layers, got {len(e.max_ranks)}"
     for rule in e.aggregators:

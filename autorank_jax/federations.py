@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from autorank_jax import federated_data, models, partition, tasks
-from autorank_jax.configuration import WHOLE_RULES, Experiment
+from autorank_jax.configuration import WHOLE_RULES, WIDTHS, Experiment
 from autorank_jax.datasets import Dataset
 from autorank_jax.types import ClientStats, FederatedData, Key, Task
 
@@ -43,29 +43,43 @@ def make_federations(experiment: Experiment, dataset: Dataset) -> list[Federatio
 def make_task(experiment: Experiment, dataset: Dataset, *, model_key: Key, adapter_key: Key) -> Task:
     """Make the model of an experiment, with adapters on every layer, or trained whole where the rule does that.
 
+    Trained whole beside adapters are biases and the scales of normalisation: a gain and a shift per channel.
+
     Raises:
         ValueError: if the model does not fit the shape of the examples.
     """
-    shape, rngs = dataset.x_train.shape[1:], nnx.Rngs(params=model_key)
-    model: nnx.Module
-    if experiment.model == "cnn":
-        channels = experiment.hidden or (16, 32)
-        if len(shape) not in (2, 3) or min(shape[:2]) < 2 ** len(channels):
-            raise ValueError(
-                f"model: expected images of at least {2 ** len(channels)} pixels a side for cnn, got examples of shape "
-                f"{shape}, probably a dataset for mlp, or too many convolutions in --hidden"
-            )
-        colours = shape[2] if len(shape) == 3 else 1
-        model = models.CNN((colours, *channels), dataset.classes, image=(shape[0], shape[1]), rngs=rngs)
-        paths = [*(f"convs/{number}" for number in range(len(channels))), "head"]
-        default = (*channels, channels[-1])
-    else:
-        hidden = experiment.hidden or (200, 200)
-        model = models.MLP((int(np.prod(shape)), *hidden, dataset.classes), rngs=rngs)
-        paths = [f"layers/{number}" for number in range(len(hidden) + 1)]
-        default = (*(max(1, width * 4 // 5) for width in hidden), max(1, hidden[-1] // 2))
+    rngs = nnx.Rngs(params=model_key)
+    model, default = make_model(experiment, dataset.x_train.shape[1:], dataset.classes, rngs=rngs)
     if set(experiment.aggregators) & set(WHOLE_RULES):
         return tasks.task_from_nnx(model, max_rank={}, train_dense="*", key=adapter_key)
-    widest = experiment.max_ranks or default
-    widest = widest * len(paths) if len(widest) == 1 else widest
-    return tasks.task_from_nnx(model, max_rank=dict(zip(paths, widest, strict=True)), key=adapter_key)
+    given = experiment.max_ranks or tuple(default.values())
+    given = given * len(default) if len(given) == 1 else given
+    dense = ("*/bias", "norms/*/scale") if experiment.model == "deep_cnn" else "*/bias"
+    ranks = dict(zip(default, given, strict=True))
+    return tasks.task_from_nnx(model, max_rank=ranks, train_dense=dense, key=adapter_key)
+
+
+def make_model(
+    experiment: Experiment, shape: tuple[int, ...], classes: int, *, rngs: nnx.Rngs
+) -> tuple[nnx.Module, dict[str, int]]:
+    """Make the model that an experiment names, for examples of a shape, and the default maximum rank of every layer.
+
+    Raises:
+        ValueError: if the model does not fit the shape.
+    """
+    widths = experiment.hidden or WIDTHS[experiment.model]
+    if experiment.model == "mlp":
+        largest = [*(max(1, width * 4 // 5) for width in widths), max(1, widths[-1] // 2)]
+        ranks = {f"layers/{number}": rank for number, rank in enumerate(largest)}
+        return models.MLP((int(np.prod(shape)), *widths, classes), rngs=rngs), ranks
+    smallest = 2 ** (len(widths) if experiment.model == "cnn" else len(widths) // 2)
+    if len(shape) not in (2, 3) or min(shape[:2]) < smallest:
+        raise ValueError(
+            f"model: expected images of at least {smallest} pixels a side for {experiment.model}, got examples of "
+            f"shape {shape}, probably a dataset for mlp, or too many convolutions in --hidden"
+        )
+    channels = (shape[2] if len(shape) == 3 else 1, *widths)
+    ranks = {f"convs/{number}": width for number, width in enumerate(widths)} | {"head": widths[-1]}
+    if experiment.model == "cnn":
+        return models.CNN(channels, classes, image=(shape[0], shape[1]), rngs=rngs), ranks
+    return models.DeepCNN(channels, classes, rngs=rngs), {p: max(1, rank // 2) for p, rank in ranks.items()}

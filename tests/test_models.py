@@ -3,10 +3,22 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from autorank_jax.models import CNN, MLP
+from autorank_jax.aggregators import rbla
+from autorank_jax.configuration import Experiment
+from autorank_jax.datasets import synthetic
+from autorank_jax.engine import make_round
+from autorank_jax.evaluation import make_evaluate
+from autorank_jax.federated_data import from_parts
+from autorank_jax.federations import make_model, make_task
+from autorank_jax.local import make_local_training
+from autorank_jax.lora import max_ranks
+from autorank_jax.models import CNN, MLP, DeepCNN
+from autorank_jax.policies import ranks_from_ratios
+from autorank_jax.simulation import init_state
 from autorank_jax.tasks import task_from_nnx
 
 
@@ -37,6 +49,53 @@ def test_cnn_takes_grey_images_without_channels(image, channels):
     outputs = nnx.jit(model)(x)
     assert outputs.shape == (2, 10)
     np.testing.assert_array_equal(outputs, nnx.jit(model)(x[..., None]))
+
+
+def test_deep_cnn_by_hand():
+    model = DeepCNN((2, 4, 6), 3, groups=2, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(5, 4, 6, 2)).astype(np.float32)
+    out = jnp.asarray(x)
+    for conv, norm in zip(model.convs, model.norms, strict=True):
+        norm.scale[...] = jnp.arange(1.0, 1 + norm.scale.shape[0])
+        norm.bias[...] = 0.5 - norm.scale[...] / 10
+        values = np.asarray(conv(out)).reshape(5, 24, 2, -1)  # two groups of channels
+        mean, variance = values.mean((1, 3), keepdims=True), values.var((1, 3), keepdims=True)
+        normed = ((values - mean) / np.sqrt(variance + 1e-6)).reshape(5, 4, 6, -1)
+        out = jnp.asarray(np.maximum(normed * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...]), 0))
+    pooled = np.asarray(out).reshape(5, 2, 2, 3, 2, 6).max((2, 4)).mean((1, 2))
+    expected = pooled @ np.asarray(model.head.kernel[...]) + np.asarray(model.head.bias[...])
+    np.testing.assert_allclose(model(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_deep_cnn_treats_every_example_alone():
+    model = nnx.jit(DeepCNN((3, 8, 8, 12), 4, rngs=nnx.Rngs(0)))
+    first, second = jax.random.uniform(jax.random.key(0), (2, 3, 9, 7, 3))
+    np.testing.assert_allclose(model(first)[0], model(second.at[0].set(first[0]))[0], rtol=1e-5)
+    assert not np.allclose(model(first)[1], model(second)[1], rtol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (32, 32, 3)])
+def test_deep_cnn_learns_from_an_adapted_start(shape):
+    data = synthetic(train=48, test=24, classes=3, shape=shape)
+    experiment = Experiment(model="deep_cnn", hidden=(8,) * 6, max_ranks=(4,))
+    keys = {"model_key": jax.random.key(0), "adapter_key": jax.random.key(1)}
+    task = make_task(experiment, data, **keys)
+    assert sorted(task.server.trainable.adapters) == [*(f"convs/{n}" for n in range(6)), "head"]
+    norms = {f"norms/{n}/{name}" for n in range(6) for name in ("bias", "scale")}
+    assert set(task.server.trainable.dense) == norms | {"head/bias"}
+    model, _ = make_model(experiment, shape, 3, rngs=nnx.Rngs(params=keys["model_key"]))
+    images = jnp.asarray(data.x_test)
+    outputs = jax.jit(task.predict)(task.server.frozen, task.server.trainable, images)
+    np.testing.assert_allclose(outputs, nnx.jit(model)(images.astype(jnp.float32) / 255), rtol=1e-4, atol=1e-5)
+
+    clients = from_parts(data.x_train, data.y_train, np.split(np.arange(48), 4), classes=3)
+    ranks = ranks_from_ratios([0.25, 0.5, 0.75, 1.0], max_ranks(task.server.trainable))
+    round_fn = jax.jit(make_round(make_local_training(task, optax.sgd(0.2), batch_size=12), rbla()))
+    state = init_state(task.server, rbla(), ranks, local_epochs=6)
+    evaluate = jax.jit(make_evaluate(task, data.x_test, data.y_test))
+    before = evaluate(state)["loss"]
+    state, _ = round_fn(jax.random.key(2), state, clients)
+    assert evaluate(state)["loss"] < before - 0.1
 
 
 def test_paths_of_the_reference_network():
