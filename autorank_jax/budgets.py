@@ -66,20 +66,38 @@ def with_budget(
             f"mean_ratio: expected a number in [min_ratio, 1] = [{min_ratio}, 1], got {mean_ratio}, probably a budget "
             "that no ranks can meet: lower min_ratio"
         )
-    if weight not in WEIGHTS:
-        raise ValueError(f"weight: expected one of {WEIGHTS}, got {weight!r}, probably a misspelling")
+    _check_weight(weight)
 
     def budgeted(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
         ratios, info = policy(key, stats)
         low, target = jnp.asarray(min_ratio, ratios.dtype), jnp.asarray(mean_ratio, ratios.dtype)
         ratios = jnp.clip(ratios, low, 1)
-        mean = jnp.sum(ratios * _shares(stats, weight, layer_weights, ratios))
+        mean = mean_of_ratios(ratios, stats, weight, layer_weights=layer_weights)
         up = (1 - target) / jnp.where(mean < 1, 1 - mean, 1)
         down = (target - low) / jnp.where(mean > low, mean - low, 1)
         moved = jnp.where(target >= mean, 1 - (1 - ratios) * up, low + (ratios - low) * down)
         return jnp.clip(moved, low, 1), info
 
     return budgeted
+
+
+def with_one_ratio(policy: RankPolicy, weight: str = "clients") -> RankPolicy:
+    """Give every client a policy's mean ratio: the control of equal cost without personal ranks.
+
+    Args:
+        policy: whose mean is taken, with its info.
+        weight: "clients" (equal bytes) or "examples" (equal training FLOPs), as in `with_budget`.
+
+    Raises:
+        ValueError: for an unknown `weight`.
+    """
+    _check_weight(weight)
+
+    def one_ratio(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
+        ratios, info = policy(key, stats)
+        return jnp.full_like(ratios, mean_of_ratios(ratios, stats, weight)), info
+
+    return one_ratio
 
 
 def with_caps(policy: RankPolicy) -> RankPolicy:
@@ -146,6 +164,25 @@ def _probabilities(name: str, levels: int) -> list[float]:
     fixed = {k % levels: p for k, p in _PROFILES[name].items()}
     others = max(levels - len(fixed), 1)
     return [fixed.get(k, (1 - sum(fixed.values())) / others) for k in range(levels)]
+
+
+def _check_weight(weight: str) -> None:
+    if weight not in WEIGHTS:
+        raise ValueError(f"weight: expected one of {WEIGHTS}, got {weight!r}, probably a misspelling")
+
+
+def mean_of_ratios(
+    ratios: Array, stats: ClientStats, weight: str = "clients", *, layer_weights: Sequence[float] | None = None
+) -> Array:
+    """Return the mean ratio over the clients present, or over their examples; 0 where nobody counts.
+
+    Args:
+        ratios: `(clients,)` or `(clients, layers)`.
+        stats: one row per client.
+        weight: "clients" or "examples".
+        layer_weights: one per layer, > 0; equal where None.
+    """
+    return jnp.sum(ratios * _shares(stats, weight, layer_weights, ratios))
 
 
 def _shares(stats: ClientStats, weight: str, layer_weights: Sequence[float] | None, ratios: Array) -> Array:

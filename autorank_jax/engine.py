@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from autorank_jax.dealing import check_mesh
 from autorank_jax.devices import add_up, on_mesh, own_clients
 from autorank_jax.faults import Fault, draw_cohort, round_keys
-from autorank_jax.lanes import Program, Round, Tally, Widths, make_queue, run_queue, steps_of_epochs
-from autorank_jax.lora import max_ranks
+from autorank_jax.lanes import Program, Round, Tally, make_queue, run_queue, steps_of_epochs
+from autorank_jax.lora import level_widths, max_ranks
 from autorank_jax.participation import Cohort, Participation, by_examples, everyone
 from autorank_jax.types import (
     Aggregator,
@@ -96,12 +96,6 @@ def make_round(
         return state, _describe(tally, cohort, meant, weight > 0, full)._replace(diagnostics=diagnostics)
 
     return round_fn if mesh is None else on_mesh(round_fn, mesh)
-
-
-def level_widths(widest: Widths, levels: int) -> list[Widths]:
-    """Return the adapter widths of each rank level, `⌈R·q/levels⌉` for `q = 1..levels`, each once."""
-    ladder = [{path: -(-rank * q // levels) for path, rank in widest.items()} for q in range(1, levels + 1)]
-    return [widths for widths, wider in zip(ladder, [*ladder[1:], None], strict=True) if widths != wider]
 
 
 def make_plan(state: State, cohort: Cohort, weight: Array, total: Array) -> Plan:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from autorank_jax.batches import steps_per_epoch, take_batch
-from autorank_jax.lora import cut, max_ranks, rank_masks
+from autorank_jax.lora import cut, level_widths, max_ranks, rank_level, rank_masks
 from autorank_jax.types import (
     Aggregator,
     Array,
@@ -128,16 +128,13 @@ def label_weighted_accuracy(
         `(clients,)` in [0, 1].
     """
     widest = max_ranks(state.server.trainable)
-    ladder = [{p: -(-r * q // rank_levels) for p, r in widest.items()} for q in range(1, rank_levels + 1)]
+    ladder = level_widths(widest, rank_levels)
     by_class = []
     for widths in ladder:
         masks = rank_masks({p: jnp.array(w) for p, w in widths.items()}, widest)
         server = state.server._replace(trainable=cut(state.server.trainable, masks))
         by_class.append(class_accuracy(task, server, inputs, labels, classes=label_counts.shape[1]))
-    level = jnp.zeros(label_counts.shape[0], jnp.int32)
-    for path, ranks in state.ranks.items():
-        edges = jnp.array([widths[path] for widths in ladder[:-1]], jnp.int32)
-        level = jnp.maximum(level, jnp.searchsorted(edges, ranks, side="left").astype(jnp.int32))
+    level = rank_level(state.ranks, ladder, label_counts.shape[0])
     table = jnp.stack(by_class)
     counts = label_counts.astype(table.dtype)
     shares = counts / jnp.maximum(jnp.sum(counts, axis=1, keepdims=True), 1)

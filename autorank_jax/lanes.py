@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from autorank_jax.batches import steps_per_epoch, take_batch
-from autorank_jax.lora import cut, narrow, pad_like, rank_masks
+from autorank_jax.lora import cut, narrow, pad_like, rank_level, rank_masks
 from autorank_jax.participation import Cohort
 from autorank_jax.types import (
     Aggregator,
@@ -135,11 +135,8 @@ def steps_and_levels(state: State, data: FederatedData, cohort: Cohort, *, progr
     steps = steps_of_epochs(state, data, row, program.local.batch_size)
     if cohort.max_steps is not None:
         steps = jnp.minimum(steps, cohort.max_steps)
-    level = jnp.zeros(row.shape, jnp.int32)
-    for path, ranks in state.ranks.items():
-        edges = jnp.array([widths[path] for widths in program.levels[:-1]], jnp.int32)
-        level = jnp.maximum(level, jnp.searchsorted(edges, ranks[row], side="left").astype(jnp.int32))
-    return steps, level
+    ranks = {path: ranks[row] for path, ranks in state.ranks.items()}
+    return steps, rank_level(ranks, program.levels, row.shape[0])
 
 
 def steps_of_epochs(state: State, data: FederatedData, row: Array, batch_size: int) -> Array:

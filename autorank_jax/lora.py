@@ -7,7 +7,7 @@ training truncated ones, and ranks are data that never change a shape.
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -49,6 +49,21 @@ def key_of(key: Key, path: str) -> Key:
 def max_ranks(trainable: Trainable) -> dict[str, int]:
     """Return the number of rank positions of each adapter, by path in sorted order."""
     return {path: trainable.adapters[path].lora_a.shape[-1] for path in sorted(trainable.adapters)}
+
+
+def level_widths(widest: Mapping[str, int], levels: int) -> list[dict[str, int]]:
+    """Return the adapter widths of each rank level, `⌈R·q/levels⌉` for `q = 1..levels`, each once."""
+    ladder = [{path: -(-rank * q // levels) for path, rank in widest.items()} for q in range(1, levels + 1)]
+    return [widths for widths, wider in zip(ladder, [*ladder[1:], None], strict=True) if widths != wider]
+
+
+def rank_level(ranks: Mapping[str, Array], levels: Sequence[Mapping[str, int]], clients: int) -> Array:
+    """Return the number of the first level that is wide enough for clients' ranks in every layer, `(clients,)`."""
+    level = jnp.zeros(clients, jnp.int32)
+    for path, rank in ranks.items():
+        edges = jnp.array([widths[path] for widths in levels[:-1]], jnp.int32)
+        level = jnp.maximum(level, jnp.searchsorted(edges, rank, side="left").astype(jnp.int32))
+    return level
 
 
 def rank_masks(ranks: Mapping[str, Array], widths: Mapping[str, int]) -> dict[str, Array]:

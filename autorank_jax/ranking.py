@@ -34,9 +34,9 @@ def rank_policy(name: str, experiment: Experiment) -> RankPolicy:
     makers: dict[str, Callable[[], RankPolicy]] = {
         "autorank": lambda: scored,
         "by_size": lambda: policies.by_size(min_ratio=experiment.min_ratio),
-        "uniform": lambda: at_mean_ratio(scored, by_examples=True),
+        "uniform": lambda: budgets.with_one_ratio(scored, "examples"),
         "by_size_bytes": lambda: by_size_at_mean(scored, experiment.min_ratio),
-        "uniform_bytes": lambda: at_mean_ratio(scored, by_examples=False),
+        "uniform_bytes": lambda: budgets.with_one_ratio(scored),
         "full": lambda: policies.uniform(1.0),
         "shuffled": lambda: controls.shuffled(scored),
         "reversed": lambda: controls.reversed_ranks(scored),
@@ -45,23 +45,13 @@ def rank_policy(name: str, experiment: Experiment) -> RankPolicy:
     return makers[name]()
 
 
-def at_mean_ratio(policy: RankPolicy, *, by_examples: bool) -> RankPolicy:
-    """Give every client a policy's mean ratio, over examples (equal training FLOPs) or over clients (equal bytes)."""
-
-    def one_ratio(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
-        ratios, info = policy(key, stats)
-        weight = stats.size.astype(ratios.dtype) if by_examples else jnp.ones_like(ratios)
-        return jnp.full_like(ratios, jnp.sum(weight * ratios) / jnp.sum(weight)), info
-
-    return one_ratio
-
-
 def by_size_at_mean(policy: RankPolicy, min_ratio: float) -> RankPolicy:
     """Let ratios grow with the number of examples, at a policy's mean over clients (equal bytes)."""
 
     def sized(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
         ratios, info = policy(key, stats)
-        moved = budgets.with_budget(policies.by_size(min_ratio=min_ratio), jnp.mean(ratios), min_ratio=min_ratio)
+        mean = budgets.mean_of_ratios(ratios, stats)
+        moved = budgets.with_budget(policies.by_size(min_ratio=min_ratio), mean, min_ratio=min_ratio)
         return moved(key, stats)[0], info
 
     return sized

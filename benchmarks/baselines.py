@@ -14,9 +14,9 @@ import numpy as np
 from jax import lax
 
 from autorank_jax.batches import take_batch
-from autorank_jax.engine import level_widths, make_plan
+from autorank_jax.engine import make_plan
 from autorank_jax.lanes import Level, Program, Round, Seat, finish, make_queue, take_seat
-from autorank_jax.lora import cut, max_ranks, narrow, rank_masks
+from autorank_jax.lora import cut, level_widths, max_ranks, narrow, rank_masks
 from autorank_jax.participation import by_examples, everyone
 from autorank_jax.types import (
     Aggregator,

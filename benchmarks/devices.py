@@ -29,9 +29,9 @@ import workloads
 from workloads import Workload
 
 from autorank_jax import dealing
-from autorank_jax.engine import level_widths, make_round
+from autorank_jax.engine import make_round
 from autorank_jax.lanes import Program, steps_and_levels
-from autorank_jax.lora import max_ranks
+from autorank_jax.lora import level_widths, max_ranks
 from autorank_jax.participation import everyone
 
 COUNTED = (2, 8, 256)

@@ -29,7 +29,7 @@ from autorank_jax import aggregators
 from autorank_jax.aggregators.diagnostics import effective_rank, relative_gap
 from autorank_jax.lora import cut
 from autorank_jax.simulation import init_state
-from autorank_jax.types import Adapter, Base, Client, Trainable
+from autorank_jax.types import Adapter, Base, Client, ClientUpdate, Trainable
 
 in_64_bit = pytest.mark.usefixtures("x64", "standard_promotion")
 ROWS = [
@@ -146,6 +146,20 @@ def test_clipping_equals_the_oracle(program):
     want = reference.RULES["rbla"](server, clipped)[0]
     assert_servers(to_numpy(servers["clipped"]), want, by_product=False)
     assert not np.allclose(want["dense"]["bias"], reference.RULES["rbla"](server, clients)[0]["dense"]["bias"])
+
+
+@in_64_bit
+@pytest.mark.parametrize(("max_norm", "norm"), [(1.5, 1.5), (1e3, None)])
+def test_what_a_client_keeps_is_clipped_too(max_norm, norm):
+    server, other = to_jax(make_server()), to_jax(make_server(1))
+    masks = {path: jnp.ones(shape[2]) for path, shape in SHAPES.items()}
+    client = Client(jnp.zeros((), jnp.int32), masks, jnp.ones(()), server.trainable)
+    update = ClientUpdate(other.trainable, server.trainable, client)
+    kept = aggregators.with_norm_clipping(aggregators.local_only(), max_norm).client_keep(update, server)
+    moved, whole = (jax.tree.map(np.subtract, end, server.trainable) for end in (kept, other.trainable))
+    length = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(whole)))
+    share = 1 if norm is None else norm / length
+    jax.tree.map(lambda m, w: np.testing.assert_allclose(m, share * w, rtol=1e-9), moved, whole)
 
 
 # -------------------------------------------------------------------------------------------------------- diagnostics

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from autorank_jax import policies
-from autorank_jax.budgets import DEVICE_LEVELS, RESOURCE_PROFILES, resource_profile, with_budget, with_caps
+from autorank_jax.budgets import (
+    DEVICE_LEVELS,
+    RESOURCE_PROFILES,
+    resource_profile,
+    with_budget,
+    with_caps,
+    with_one_ratio,
+)
 from autorank_jax.controls import reversed_ranks, shuffled
 from autorank_jax.types import ClientStats
 
@@ -54,6 +61,16 @@ def test_integer_ranks_meet_the_budget_within_one_rank(weight):
     share = SIZE if weight == "examples" else np.ones(6)
     for path, ranks in policies.ranks_from_ratios(ratios, max_ranks).items():
         assert abs(np.average(ranks, weights=share) - 0.4 * max_ranks[path]) < 1
+
+
+@pytest.mark.parametrize("weight", ["clients", "examples"])
+def test_one_ratio_for_all_costs_the_same(weight):
+    stats = client_stats(WHERE)
+    got, _ = with_one_ratio(policies.manual(RATIOS), weight)(KEY, stats)
+    mean = np.average(RATIOS, weights=np.where(WHERE, SIZE if weight == "examples" else 1, 0))
+    np.testing.assert_allclose(got, np.full(6, mean), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"weight: expected one of .*got 'bytes'"):
+        with_one_ratio(policies.uniform(), "bytes")
 
 
 def test_layer_weights_price_the_layers():

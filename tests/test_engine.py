@@ -30,7 +30,8 @@ from hypothesis import strategies as st
 from reference import training
 
 from autorank_jax import aggregators, local
-from autorank_jax.engine import level_widths, make_plan, make_round
+from autorank_jax.engine import make_plan, make_round
+from autorank_jax.lora import level_widths
 from autorank_jax.participation import Cohort, sample_uniformly
 from autorank_jax.simulation import init_state
 from autorank_jax.types import Adapter, FederatedData, Trainable
