@@ -74,20 +74,26 @@ def test_deep_cnn_treats_every_example_alone():
     assert not np.allclose(model(first)[1], model(second)[1], rtol=1e-2)
 
 
+DEEP = Experiment(model="deep_cnn", hidden=(8,) * 6, max_ranks=(4,))
+MODEL_KEY, ADAPTER_KEY = jax.random.split(jax.random.key(0))
+
+
 @pytest.mark.parametrize("shape", [(28, 28), (32, 32, 3)])
-def test_deep_cnn_learns_from_an_adapted_start(shape):
-    data = synthetic(train=48, test=24, classes=3, shape=shape)
-    experiment = Experiment(model="deep_cnn", hidden=(8,) * 6, max_ranks=(4,))
-    keys = {"model_key": jax.random.key(0), "adapter_key": jax.random.key(1)}
-    task = make_task(experiment, data, **keys)
+def test_adapted_deep_cnn_starts_as_the_original(shape):
+    data = synthetic(train=3, test=24, classes=3, shape=shape)
+    task = make_task(DEEP, data, model_key=MODEL_KEY, adapter_key=ADAPTER_KEY)
     assert sorted(task.server.trainable.adapters) == [*(f"convs/{n}" for n in range(6)), "head"]
     norms = {f"norms/{n}/{name}" for n in range(6) for name in ("bias", "scale")}
     assert set(task.server.trainable.dense) == norms | {"head/bias"}
-    model, _ = make_model(experiment, shape, 3, rngs=nnx.Rngs(params=keys["model_key"]))
+    model, _ = make_model(DEEP, shape, 3, rngs=nnx.Rngs(params=MODEL_KEY))
     images = jnp.asarray(data.x_test)
     outputs = jax.jit(task.predict)(task.server.frozen, task.server.trainable, images)
     np.testing.assert_allclose(outputs, nnx.jit(model)(images.astype(jnp.float32) / 255), rtol=1e-4, atol=1e-5)
 
+
+def test_one_round_lowers_the_loss_of_the_deep_cnn():
+    data = synthetic(train=48, test=24, classes=3, shape=(32, 32, 3))
+    task = make_task(DEEP, data, model_key=MODEL_KEY, adapter_key=ADAPTER_KEY)
     clients = from_parts(data.x_train, data.y_train, np.split(np.arange(48), 4), classes=3)
     ranks = ranks_from_ratios([0.25, 0.5, 0.75, 1.0], max_ranks(task.server.trainable))
     round_fn = jax.jit(make_round(make_local_training(task, optax.sgd(0.2), batch_size=12), rbla()))
