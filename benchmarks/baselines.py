@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from autorank_jax.batches import take_batch
 from autorank_jax.engine import make_plan
@@ -27,13 +28,24 @@ from autorank_jax.types import (
     Key,
     LocalState,
     LocalTraining,
+    PyTree,
     Setting,
     State,
     Sums,
     Trains,
 )
 
+Spread = Callable[[PyTree], PyTree]
+"""Deals the leading axis of arrays to devices."""
 OneRound = Callable[[Key, State, FederatedData], State]
+
+
+def make_spread(mesh: Mesh | None) -> Spread:
+    """Return what deals a leading axis to the devices of a mesh; nothing where there is none."""
+    if mesh is None:
+        return lambda tree: tree
+    sharding = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
+    return lambda tree: jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, sharding), tree)
 
 
 def make_level(local: LocalTraining, aggregator: Aggregator, key: Key, state: State, data: FederatedData) -> Level:
@@ -63,12 +75,17 @@ def _server_step(level: Level, key: Key, sums: Sums) -> State:
     return state._replace(server=server, aggregator=memory, round=state.round + 1)
 
 
-def make_lockstep(local: LocalTraining, aggregator: Aggregator, *, steps: int) -> OneRound:
-    """Make a round in which all clients are vmapped and scan over the longest client's `steps`."""
+def make_lockstep(local: LocalTraining, aggregator: Aggregator, *, steps: int, mesh: Mesh | None = None) -> OneRound:
+    """Make a round in which all clients are vmapped and scan over the longest client's `steps`.
+
+    With a mesh, whose devices must divide the clients, each device trains its share of them.
+    """
+    spread = make_spread(mesh)
 
     def round_fn(key: Key, state: State, data: FederatedData) -> State:
         level = make_level(local, aggregator, key, state, data)
         seats = jax.vmap(lambda place: take_seat(level, place))(jnp.arange(data.size.shape[0]))
+        seats = spread(seats)
 
         def one(seat: Seat, trained: LocalState, step: Array) -> LocalState:
             stepped = _step(level, seat, trained, step)
@@ -77,7 +94,7 @@ def make_lockstep(local: LocalTraining, aggregator: Aggregator, *, steps: int) -
         def forward(trained: LocalState, step: Array) -> tuple[LocalState, None]:
             return jax.vmap(one, in_axes=(0, 0, None))(seats, trained, step), None
 
-        trained, _ = lax.scan(forward, jax.vmap(lambda seat: _begin(level, seat))(seats), jnp.arange(steps))
+        trained, _ = lax.scan(forward, spread(jax.vmap(lambda seat: _begin(level, seat))(seats)), jnp.arange(steps))
         done = jnp.ones(data.size.shape[0], bool)
         sums, _, _ = jax.vmap(lambda *lane: finish(level, *lane))(seats, trained, done)
         return _server_step(level, key, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums))
@@ -116,11 +133,16 @@ def mean_widths(state: State, data: FederatedData) -> dict[str, int]:
     return {p: max(1, round(float(np.asarray(r) @ size / size.sum()))) for p, r in state.ranks.items()}
 
 
-def make_centralised(local: LocalTraining, *, widths: dict[str, int], batch_size: int) -> OneRound:
-    """Make one epoch of one shared model of really truncated width over all examples."""
+def make_centralised(
+    local: LocalTraining, *, widths: dict[str, int], batch_size: int, mesh: Mesh | None = None
+) -> OneRound:
+    """Make one epoch of one shared model of really truncated width over all examples.
+
+    With a mesh each device takes its share of every batch.
+    """
+    spread = make_spread(mesh)
 
     def round_fn(key: Key, state: State, data: FederatedData) -> State:
-        del key
         masks = rank_masks({p: jnp.array(w) for p, w in widths.items()}, widths)
         client = Client(jnp.array(0), masks, jnp.array(1.0), ())
         start = cut(narrow(state.server.trainable, widths), masks)
@@ -131,7 +153,8 @@ def make_centralised(local: LocalTraining, *, widths: dict[str, int], batch_size
         def forward(step: Array, trained: LocalState) -> LocalState:
             position = (step * batch_size + jnp.arange(batch_size)) % used
             x, y = jax.tree.map(lambda leaf: leaf[data.order[position]], (data.inputs, data.targets))
-            return local.step(state.hparams, setting, trained, Batch(x, y, jnp.ones(batch_size)), jax.random.key(0))[0]
+            batch = spread(Batch(x, y, jnp.ones(batch_size)))
+            return local.step(state.hparams, setting, trained, batch, key)[0]
 
         trained = lax.fori_loop(0, steps, forward, local.begin(state.hparams, start, client))
         server = state.server._replace(trainable=local.end(trained, client))

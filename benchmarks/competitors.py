@@ -68,23 +68,44 @@ def make_ours(workload: Workload, lanes: int, devices: int = 1) -> Entry:
     return compiled_entry(lambda *a: round_fn(*a)[0], arguments_of(workload, mesh), lanes=lanes, devices=devices)
 
 
-def make_best_centralised(workload: Workload) -> Entry:
-    """Compile the yardstick at several batch sizes and keep the fastest."""
-    widths, entries = mean_widths(workload.state, workload.data), []
-    for batch_size in BIG_BATCHES:
-        if batch_size <= max(BIG_BATCHES[0], workloads.examples_per_round(workload)):
-            function = make_centralised(workload.local, widths=widths, batch_size=batch_size)
-            entries.append(compiled_entry(function, arguments_of(workload), batch_size=batch_size))
+def fastest(entries: list[Entry]) -> Entry:
+    """Return the entry whose better round of two is the fastest."""
     return min(entries, key=lambda entry: min(entry.run() for _ in range(2)))
 
 
-def make_engine(name: str, workload: Workload) -> Entry:
+def meshes(devices: int) -> dict[int, Mesh | None]:
+    """Return the device counts to try: one (which on a CPU still uses all cores within an operation), and all."""
+    return {1: None} | ({devices: dealing.client_mesh(jax.devices()[:devices])} if devices > 1 else {})
+
+
+def make_best_centralised(workload: Workload, devices: int) -> Entry:
+    """Compile the yardstick at several batch sizes, on one device and on all, and keep the fastest."""
+    widths, entries = mean_widths(workload.state, workload.data), []
+    for count, mesh in meshes(devices).items():
+        for batch_size in BIG_BATCHES:
+            if batch_size <= max(BIG_BATCHES[0], workloads.examples_per_round(workload)):
+                function = make_centralised(workload.local, widths=widths, batch_size=batch_size, mesh=mesh)
+                detail = {"batch_size": batch_size, "devices": count}
+                entries.append(compiled_entry(function, arguments_of(workload, mesh), **detail))
+    return fastest(entries)
+
+
+def make_best_lockstep(workload: Workload, devices: int) -> Entry:
+    """Compile the hand-written round on one device, and on all where they divide the clients; keep the faster."""
+    entries, steps = [], workloads.longest(workload)
+    for count, mesh in meshes(devices).items():
+        if workload.data.size.shape[0] % count == 0:
+            function = make_lockstep(workload.local, workload.rule, steps=steps, mesh=mesh)
+            entries.append(compiled_entry(function, arguments_of(workload, mesh), devices=count))
+    return fastest(entries)
+
+
+def make_engine(name: str, workload: Workload, devices: int = 1) -> Entry:
     """Make an engine that runs in this process."""
     if name == "centralised":
-        return make_best_centralised(workload)
+        return make_best_centralised(workload, devices)
     if name == "lockstep":
-        function = make_lockstep(workload.local, workload.rule, steps=workloads.longest(workload))
-        return compiled_entry(function, arguments_of(workload))
+        return make_best_lockstep(workload, devices)
     program, arguments = make_loop(workload.local, workload.rule), arguments_of(workload)
     first = timed(program, *arguments)
     return Entry(
@@ -143,23 +164,53 @@ def difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> fl
     return worst if np.isfinite(worst) else float("inf")
 
 
-def gate(name: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+def gate(name: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], tolerance: float = TOLERANCE) -> float:
     """Return how far a competitor's result is from ours; raise `PeerError` where it is another result."""
     gap = difference(ours, theirs)
     print(f"  {name}: differs from ours by {gap:.1e}", flush=True)
-    if gap > TOLERANCE:
-        raise PeerError(f"trained something else: values differ by {gap:.1e}, more than {TOLERANCE:.0e}")
+    if gap > tolerance:
+        raise PeerError(f"trained something else: values differ by {gap:.1e}, more than {tolerance:.0e}")
     return gap
 
 
+def gate_peer(
+    peer: Peer, ours: dict[str, np.ndarray], workload: Workload, options: argparse.Namespace, folder: Path
+) -> float:
+    """Hold a peer's result against ours; if float32 is too coarse for that, in float64, a hundred times as strictly.
+
+    Raises:
+        PeerError: where it is another result.
+    """
+    try:
+        return gate(peer.name, ours, peer.values())
+    except PeerError:
+        print(f"  {peer.name}: once more in float64", flush=True)
+    with jax.enable_x64(True):
+        doubled = workloads.in_float64(workload)
+        exported = folder / "float64.npz"
+        if not exported.exists():
+            workloads.export_workload(doubled, jax.random.key(KEY), exported)
+        precise = make_ours(doubled, doubled.lanes).values()
+    double = Peer(peer.name, options.peers, exported, folder, patience=options.patience, double=True)
+    try:
+        double.ask("run")
+        return gate(peer.name, precise, double.values(), TOLERANCE / 100)
+    finally:
+        double.close()
+
+
 def add_engines(
-    workload: Workload, names: list[str], entries: dict[str, Entry], skipped: dict[str, str], gaps: dict[str, float]
+    workload: Workload,
+    options: argparse.Namespace,
+    entries: dict[str, Entry],
+    skipped: dict[str, str],
+    gaps: dict[str, float],
 ) -> None:
     """Make the engines of this process; `centralised` trains another model and so passes no gate."""
     ours = entries["ours"].values()
-    for name in names:
+    for name in [name for name in options.competitors if name in ENGINES]:
         print(f"  {name} …", flush=True)
-        entry = make_engine(name, workload)
+        entry = make_engine(name, workload, options.devices)
         try:
             if name != "centralised":
                 gaps[name] = gate(name, ours, entry.values())
@@ -179,7 +230,7 @@ def add_peers(
         try:
             entry, peer = make_peer(name, workload, options, folder)
             peers.append(peer)
-            gaps[name] = gate(name, ours, entry.values())
+            gaps[name] = gate_peer(peer, ours, workload, options, folder)
             entries[name] = entry
         except PeerError as error:
             skipped[name] = str(error)
@@ -188,10 +239,21 @@ def add_peers(
 
 
 def sweep(workload: Workload, lanes: tuple[int, ...], devices: int) -> dict[str, Entry]:
-    """Compile our round for several numbers of lanes; the fastest is `ours`, the others `ours, N lanes`."""
+    """Compile our round for several numbers of lanes and devices; the fastest is `ours`, the others say what they are.
+
+    On one device XLA may use all cores within an operation; several virtual devices have a core each.
+    """
     entries = {}
     for count in sorted({min(count, workload.data.size.shape[0]) for count in lanes}):
-        print(f"  ours, {count} lanes …", flush=True)
-        entries[count] = make_ours(workload, count, devices)
-    best = min(entries, key=lambda c: min(entries[c].run() for _ in range(2)))
-    return {"ours" if count == best else f"ours, {count} lanes": entry for count, entry in entries.items()}
+        for used in meshes(devices):
+            print(f"  ours, {count} lanes, {used} devices …", flush=True)
+            entries[count, used] = make_ours(workload, count, used)
+    best = min(entries, key=lambda which: min(entries[which].run() for _ in range(2)))
+    one = len(entries) == len(meshes(devices))  # one number of lanes: tell devices apart, else lanes
+
+    def name(count: int, used: int) -> str:
+        if (count, used) == best:
+            return "ours"
+        return f"ours, {used} device{'s' * (used > 1)}" if one else f"ours, {count} lanes, {used} devices"
+
+    return {name(*which): entry for which, entry in entries.items()}

@@ -31,7 +31,9 @@ class PeerError(RuntimeError):
 class Peer:
     """One peer on one workload."""
 
-    def __init__(self, name: str, environments: Path, workload: Path, folder: Path, *, patience: float) -> None:
+    def __init__(
+        self, name: str, environments: Path, workload: Path, folder: Path, *, patience: float, double: bool = False
+    ) -> None:
         """Start the worker and wait until it has read the workload.
 
         Args:
@@ -40,6 +42,7 @@ class Peer:
             workload: written by `workloads.export_workload`.
             folder: for what the worker writes.
             patience: seconds that an answer may take.
+            double: let JAX compute in float64, which the workload is written in.
 
         Raises:
             PeerError: if the environment is missing or the worker dies.
@@ -50,7 +53,7 @@ class Peer:
         self.name, self.patience, self.saved = name, patience, folder / f"{name}.npz"
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the worker
         threads = {v: str(len(os.sched_getaffinity(0))) for v in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        quiet = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE)}
+        quiet = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1" if double else "0", "PYTHONPATH": str(HERE)}
         command = [str(python), str(HERE / f"{name}_worker.py"), str(workload), str(self.saved)]
         self.process = subprocess.Popen(
             command,

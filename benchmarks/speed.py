@@ -110,7 +110,7 @@ def measure(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
     """Time all competitors on one workload."""
     lanes = options.lanes or ((workload.lanes,) if options.device == "cpu" else SWEEP)
     entries, skipped, gaps = sweep(workload, lanes, options.devices), {}, {}
-    add_engines(workload, [c for c in options.competitors if c in ENGINES], entries, skipped, gaps)
+    add_engines(workload, options, entries, skipped, gaps)
     with tempfile.TemporaryDirectory() as folder:
         peers, peer_gaps = add_peers(workload, options, Path(folder), entries, skipped)
         try:
@@ -179,7 +179,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=1800, help="seconds that a peer may take to answer")
     parser.add_argument("--quick", action="store_true", help="small workloads of embedded images, at most two turns")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--devices", type=int, default=1, help="that `ours` deals clients to; on a CPU virtual ones")
+    parser.add_argument("--devices", type=int, help="to use at most; default: a virtual one per core, one GPU")
     parser.add_argument("--lanes", type=lambda text: tuple(map(int, text.split(","))), help="such as 1,4,16")
     parser.add_argument("--peers", type=Path, default=Path(os.environ.get("PEERS", "build/peers")))
     parser.add_argument("--json", type=Path, help="file that results are merged into, after each workload")
@@ -188,6 +188,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for given, known in ((options.workloads, names), (options.competitors, COMPETITORS)):
         if unknown := [name for name in given if name not in known]:
             parser.error(f"expected names among {', '.join(known)}, got {', '.join(unknown)}")
+    if options.devices is None:
+        options.devices = len(os.sched_getaffinity(0)) if options.device == "cpu" else 1
     if options.quick:
         options.repeats, options.turn = min(options.repeats, 2), 0.0
     return options

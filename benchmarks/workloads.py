@@ -227,10 +227,27 @@ def batch_order(workload: Workload, key: Key) -> np.ndarray:
     return np.stack([np.asarray(data.order[data.start[owner] + order]) for order in orders])
 
 
+def in_float64(workload: Workload) -> Workload:
+    """Return the same round with start values and hyper-parameters in float64; call and run it under `enable_x64`."""
+
+    def double(leaf: Array) -> Array:
+        return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return workload._replace(state=jax.tree.map(double, workload.state))
+
+
+def exported_inputs(workload: Workload) -> np.ndarray:
+    """Return what peers read: images as they are, or in float64 the very floats that we make of them."""
+    inputs, dtype = np.asarray(workload.data.inputs), workload.state.hparams["learning_rate"].dtype
+    if dtype == jnp.float64 and inputs.dtype == np.uint8:
+        inputs = inputs.astype(np.float32) / np.float32(255)
+    return inputs if inputs.dtype == np.uint8 else inputs.astype(dtype)
+
+
 def export_workload(workload: Workload, key: Key, path: Path) -> None:
     """Write everything that a peer needs to run the very same round: `peers/common.py` reads it."""
     data, server = workload.data, workload.state.server
-    arrays = {"inputs": data.inputs, "targets": data.targets, "start": data.start, "size": data.size}
+    arrays = {"inputs": exported_inputs(workload), "targets": data.targets, "start": data.start, "size": data.size}
     arrays["order"] = batch_order(workload, key)
     arrays |= {f"dense:{name}": value for name, value in server.trainable.dense.items()}
     weights = {name: leaf for name, leaf in server.frozen.rest.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
