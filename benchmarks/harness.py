@@ -4,6 +4,7 @@ A benchmark warms every competitor up, then lets them alternate within one run, 
 absolute times on a shared machine mean little.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -11,7 +12,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,21 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..
     begin = time.perf_counter()
     program = jax.jit(function).lower(*arguments).compile()
     return program, time.perf_counter() - begin
+
+
+@contextlib.contextmanager
+def shared_programs() -> Iterator[None]:
+    """Compile equal programs once within the block: the cells of a grid are many, their programs few."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, value in zip(names, (folder, 0.3), strict=True):
+            jax.config.update(name, value)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:

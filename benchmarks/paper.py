@@ -15,7 +15,6 @@ Expect:   see benchmarks/README.md
 """
 
 import argparse
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +24,10 @@ import matplotlib as mpl
 import numpy as np
 import paper_tables
 import pictures
-from curves import Reached, runs_of, table_of
-from grid import Bounds, Cell, run_cells
+from curves import Reached, table_of
+from grid import Bounds, Cell
 from plan import DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
-from tuning import Choice, Grid, choose_rates
+from tuning import Choice, Grid, choose_rates, run_tuned
 
 RESULTS = Path(__file__).parent / "results"
 Key = tuple[str, str]
@@ -71,30 +70,16 @@ def run_plan(plan: Plan, bounds: Bounds) -> tuple[dict[Key, list[Column]], dict[
 
 
 def run_job(plan: Plan, job: Job, bounds: Bounds) -> tuple[list[Column], Cell | None]:
-    """Tune a group and run its seeds, policies of one learning rate together."""
+    """Tune a group and run its seeds."""
     experiment = experiment_of(job, **plan.options)
     name, titles = f"{job.dataset}/{job.split}/{job.group}", GROUPS[job.group].titles
     choices = choose_rates(experiment, plan.grids[job.group], plan.folder, name, bounds)
-    columns = {p: Column(title, choices[p] if choices else None, {}) for p, title in titles.items()}
-    if choices is None:
-        return list(columns.values()), None
-    cells = {}
-    for first in plan.seeds[:1] if plan.together else plan.seeds:
-        for rate in sorted({choice.rate for choice in choices.values()}):
-            policies = tuple(p for p in titles if choices[p].rate == rate)
-            cells[f"{name}-lr{rate:g}-seed{first}"] = dataclasses.replace(
-                experiment,
-                rank_policies=policies,
-                learning_rate=rate,
-                first_seed=first,
-                seeds=len(plan.seeds) if plan.together else 1,
-            )
-    ran = run_cells(cells, plan.folder, bounds)
-    for cell in ran.values():
-        for policy, runs in runs_of(cell).items():
-            columns[policy].runs.update(_silent(runs) if job.split == "central" else runs)
-    scored = [cell for cell in ran.values() if "autorank" in cell["config"]["rank_policies"]]
-    return list(columns.values()), scored[0] if scored else None
+    how = {"seeds": plan.seeds, "together": plan.together, "bounds": bounds}
+    tuned, cells = run_tuned(experiment, choices, plan.folder, name, **how)
+    central = job.split == "central"
+    columns = [Column(titles[p], t.choice, _silent(t.runs) if central else t.runs) for p, t in tuned.items()]
+    scored = [cell for cell in cells if "autorank" in cell["config"]["rank_policies"]]
+    return columns, scored[0] if scored else None
 
 
 def _silent(runs: Mapping[int, Reached]) -> dict[int, Reached]:
@@ -162,7 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     mpl.use("Agg")
     plan = make_plan(options)
-    found, scored = run_plan(plan, Bounds.within(0 if options.report else options.limit_minutes, options.cells))
+    with harness.shared_programs():
+        found, scored = run_plan(plan, Bounds.within(0 if options.report else options.limit_minutes, options.cells))
     report(plan, found, scored)
 
 

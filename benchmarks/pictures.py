@@ -93,7 +93,7 @@ def ranks_against_complexity(cells: Mapping[str, Cell], path: Path) -> None:
             if name == "size":
                 axes.set_xscale("log")
             else:
-                axes.xaxis.set_major_locator(MaxNLocator(4))
+                axes.xaxis.set_major_locator(MaxNLocator(4, integer=name == "classes"))
         panels[0].set_ylabel("AutoRank's rank ratio")
         panels[0].set_ylim(0, 1.04)
         handles = [

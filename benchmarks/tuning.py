@@ -1,4 +1,4 @@
-"""Learning rates chosen without the test set: on a tenth of the training examples, with seeds used nowhere else."""
+"""Learning rates chosen on a tenth of the training examples, with seeds used nowhere else, and runs at these rates."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from curves import Reached, runs_of
-from grid import Bounds, run_cells
+from grid import Bounds, Cell, run_cells
 
 from autorank_jax.configuration import PERSONAL_RULES, Experiment
 
@@ -65,6 +65,57 @@ def choose_rates(
     return {
         p: _best({rate: _score(list(runs[p].values())) for rate, runs in found.items()}) for p in trial.rank_policies
     }
+
+
+class Tuned(NamedTuple):
+    """One policy under one rule, at its own learning rate."""
+
+    choice: Choice | None  # None until it is known
+    runs: dict[int, Reached]  # by seed; those that are there
+
+
+def run_tuned(
+    experiment: Experiment,
+    choices: Mapping[str, Choice] | None,
+    folder: Path,
+    name: str,
+    *,
+    seeds: range,
+    together: bool,
+    bounds: Bounds,
+) -> tuple[dict[str, Tuned], list[Cell]]:
+    """Run every policy of an experiment at its own learning rate, policies of one rate in one cell.
+
+    Args:
+        experiment: of one rule.
+        choices: by policy; where None nothing is run.
+        folder: of the cells.
+        name: begins the names of the cells.
+        seeds: to run.
+        together: all seeds in one cell, else a cell for each.
+        bounds: of the cells to run.
+
+    Returns:
+        What there is by policy, and its cells.
+    """
+    tuned = {p: Tuned(choices[p] if choices else None, {}) for p in experiment.rank_policies}
+    if choices is None:
+        return tuned, []
+    cells = {}
+    for first in seeds[:1] if together else seeds:
+        for rate in sorted({choices[p].rate for p in tuned}):
+            cells[f"{name}-lr{rate:g}-seed{first}"] = dataclasses.replace(
+                experiment,
+                rank_policies=tuple(p for p in tuned if choices[p].rate == rate),
+                learning_rate=rate,
+                first_seed=first,
+                seeds=len(seeds) if together else 1,
+            )
+    ran = list(run_cells(cells, folder, bounds).values())
+    for cell in ran:
+        for policy, runs in runs_of(cell).items():
+            tuned[policy].runs.update(runs)
+    return tuned, ran
 
 
 def _score(runs: Sequence[Reached]) -> float:

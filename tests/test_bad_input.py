@@ -198,6 +198,17 @@ CASES = {
     "stragglers of a run": (lambda _: experiment(stragglers=float("nan")), "stragglers: expected"),
     "steps of stragglers": (lambda _: experiment(straggler_steps=0), "straggler-steps: expected a whole number"),
     "clipping of a run": (lambda _: experiment(clip_norm=-1.0), "clip-norm: expected a number of at least 0"),
+    "config with a word for a switch": (lambda _: experiment_from({"personal": "yes"}), "expected true or false"),
+    "whole weights with ranks": (
+        lambda _: experiment(aggregators=("fedavg",)), "expected fedavg alone and with the rank policy full alone",
+    ),
+    "whole weights beside adapters": (
+        lambda _: experiment(aggregators=("rbla", "fedavg"), rank_policies=("full",)), "got rbla,fedavg with full",
+    ),
+    "clients alone": (lambda _: experiment(aggregators=("local_only",)), "personal: expected it with local_only"),
+    "validation of a run": (lambda _: experiment(validation=10), "validation: expected a number of at least 0"),
+    "step of the server": (lambda _: experiment(server_learning_rate=0), "server-learning-rate: expected a number"),
+    "momentum of the server": (lambda _: experiment(server_momentum=90), "server-momentum: expected a number of"),
     "sampling of a run": (lambda _: experiment(sampling="by-size"), "probably 'by_size'"),
     # checkpoints
     "no checkpoint": (lambda d: restore_state(d, TREE), "expected checkpoints in"),

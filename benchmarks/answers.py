@@ -1,0 +1,178 @@
+"""The questions of `study.py`, answered from its cells: differences paired over seeds, with intervals."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from curves import Reached, values
+from harness import Row, markdown_table
+from paired import Difference, difference, holm, in_points
+
+MEASURES = {"final": "final accuracy", "early": "first fifth of the rounds", "area": "mean over rounds"}
+WITHIN = ("autorank", "uniform_bytes", "by_size_bytes", "shuffled")
+"""Policies of AutoRank's mean ratio over clients."""
+ALL = "all criteria"
+
+
+class Point(NamedTuple):
+    """One place in the grid."""
+
+    policy: str
+    rule: str
+    setting: str
+    split: str
+
+
+Table = dict[Point, dict[int, Reached]]
+"""Runs by seed."""
+
+
+class Question(NamedTuple):
+    """What is asked, and one minus another for every row."""
+
+    title: str
+    rows: tuple[tuple[str, Point, Point], ...]  # name, one, other; the split "all" pools those that are there
+
+
+def questions(rules: Sequence[str], settings: Sequence[str], splits: Sequence[str]) -> list[Question]:
+    """Return what is asked of the grid; the first rule is the method's own."""
+    first, places = rules[0], (*splits, "all")
+
+    def against(other: str) -> tuple[tuple[str, Point, Point], ...]:
+        return tuple((s, Point("autorank", first, ALL, s), Point(other, first, ALL, s)) for s in places)
+
+    def by(names: Sequence[str], rule: str | None, other: str) -> tuple[tuple[str, Point, Point], ...]:
+        rows = []
+        for name in names:
+            axes = (rule, name) if rule else (name, ALL)
+            rows += [(f"{name}, {s}", Point("autorank", *axes, s), Point(other, *axes, s)) for s in places]
+        return tuple(rows)
+
+    return [
+        Question(f"AutoRank minus one rank at equal bytes, {first}", against("uniform_bytes")),
+        Question(f"AutoRank minus one rank at equal FLOPs, {first} (the probe not counted)", against("uniform")),
+        Question(f"AutoRank minus its own ranks shuffled, {first}", against("shuffled")),
+        Question(f"AutoRank minus ranks by size at equal bytes, {first}", against("by_size_bytes")),
+        Question(f"AutoRank minus full rank for all, {first}", against("full")),
+        Question("AutoRank minus one rank at equal bytes, by rule", by(rules, None, "uniform_bytes")),
+        Question("AutoRank minus one rank at equal FLOPs, by rule", by(rules, None, "uniform")),
+        Question(f"AutoRank minus one rank at equal bytes, by setting, {first}", by(settings, first, "uniform_bytes")),
+        Question(f"AutoRank minus one rank at equal FLOPs, by setting, {first}", by(settings, first, "uniform")),
+    ]
+
+
+def reached(table: Table, point: Point, what: str, splits: Sequence[str]) -> dict[int, float]:
+    """Return a measure by seed at one point; the split "all" is the mean over splits, of seeds that have them all."""
+    if point.split != "all":
+        return values(table.get(point, {}), what)
+    each = [values(table.get(point._replace(split=split), {}), what) for split in splits]
+    seeds = set.intersection(*(set(one) for one in each)) if each else set()
+    return {seed: float(np.mean([one[seed] for one in each])) for seed in sorted(seeds)}
+
+
+def shared_splits(table: Table, one: Point, other: Point, splits: Sequence[str]) -> list[str]:
+    """Return the splits on which both sides have runs."""
+    return [s for s in splits if table.get(one._replace(split=s)) and table.get(other._replace(split=s))]
+
+
+def answer(table: Table, question: Question, splits: Sequence[str], seeds: int) -> str:
+    """Return the table of one question, and what it says in a sentence; empty where nothing is there."""
+    rows: list[Row] = []
+    differences: list[Difference | None] = []
+    for name, one, other in question.rows:
+        there = shared_splits(table, one, other, splits)
+        if one.split not in ("all", *there) or (one.split == "all" and len(there) < 2):
+            continue
+        found = [difference(*(reached(table, p, m, there) for p in (one, other)), 0.95) for m in MEASURES]
+        if found[0] is None:
+            continue
+        label = name if one.split != "all" else f"{name.removesuffix('all')}mean of {len(there)} splits"
+        budget = " / ".join(f"{_ratio(table, p, there):.2f}" for p in (one, other))
+        rows.append({"": label, "seeds": f"{found[0].seeds} of {seeds}", "mean ratios": budget})
+        differences += found
+    if not rows:
+        return ""
+    corrected = holm([None if one is None else one.p for one in differences])
+    for place, row in enumerate(rows):
+        for number, title in enumerate(MEASURES.values()):
+            at = place * len(MEASURES) + number
+            row[title] = in_points(differences[at], corrected[at])
+    verdict = _sentence([str(row[""]) for row in rows], differences[:: len(MEASURES)], corrected[:: len(MEASURES)])
+    return f"### {question.title}\n\n{verdict}\n\n{markdown_table(rows, list(rows[0]))}\n"
+
+
+def _ratio(table: Table, point: Point, splits: Sequence[str]) -> float:
+    """Return the mean ratio over clients at a point."""
+    places = splits if point.split == "all" else [point.split]
+    runs = [run for s in places for run in table.get(point._replace(split=s), {}).values()]
+    return float(np.mean([run.ratio_by_clients for run in runs]))
+
+
+def _sentence(names: Sequence[str], found: Sequence[Difference | None], corrected: Sequence[float | None]) -> str:
+    """Say where final accuracy differs beyond chance, after correction."""
+    higher, lower, open_ = [], [], []
+    for name, one, p in zip(names, found, corrected, strict=True):
+        if one is None or p is None or p >= 0.05:
+            open_.append(name)
+        else:
+            (higher if one.mean > 0 else lower).append(name)
+    parts = [f"{what} {'; '.join(rows)}" for what, rows in (("Higher on", higher), ("lower on", lower)) if rows]
+    if open_:
+        parts.append(f"no difference shown (corrected p ≥ 0.05, or too few seeds) on {'; '.join(open_)}")
+    text = "; ".join(parts)
+    return f"Final accuracy: {text[0].lower()}{text[1:]}."
+
+
+def best_pairs(table: Table, rules: Sequence[str], settings: Sequence[str], splits: Sequence[str],
+               seeds: int) -> list[tuple[Point, float]]:  # fmt: skip
+    """Return pairs of policy and rule, with settings, at AutoRank's bytes or fewer, best final accuracy first.
+
+    Only those count that are complete: every seed on every split.
+    """
+    found = []
+    for rule in rules:
+        budget = _budget(table, rule, splits)
+        for setting in settings:
+            for policy in (*WITHIN, "uniform", "full"):
+                point = Point(policy, rule, setting, "all")
+                there = [table.get(point._replace(split=s), {}) for s in splits]
+                if any(len(runs) < seeds for runs in there) or budget is None:
+                    continue
+                if _ratio(table, point, splits) <= budget * 1.02:  # ranks are whole numbers
+                    found.append((point, float(np.mean(list(reached(table, point, "final", splits).values())))))
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+def _budget(table: Table, rule: str, splits: Sequence[str]) -> float | None:
+    point = Point("autorank", rule, ALL, "all")
+    there = all(table.get(point._replace(split=s)) for s in splits)
+    return _ratio(table, point, splits) if there else None
+
+
+def best_text(pairs: Sequence[tuple[Point, float]]) -> str:
+    """Return the ten best pairs as a table."""
+    if not pairs:
+        return "### Best pair\n\nNo pair is complete yet.\n"
+    rows: list[Row] = [
+        {
+            "policy": p.policy,
+            "rule": p.rule,
+            "setting": p.setting,
+            "final accuracy, mean over splits, %": f"{100 * v:.2f}",
+        }
+        for p, v in pairs[:10]
+    ]
+    note = "At AutoRank's bytes or fewer. The best of many is flattered by chance: `--confirm` runs it on fresh seeds."
+    return f"### Best pair\n\n{note}\n\n{markdown_table(rows, list(rows[0]))}\n"
+
+
+def grid_of(table: Table, rows: Sequence[Mapping[str, str]], splits: Sequence[str], other: str) -> np.ndarray:
+    """Return AutoRank minus another policy in points of final accuracy, `(rows, splits)`; NaN where it is not there."""
+    result = np.full((len(rows), len(splits)), np.nan)
+    for y, row in enumerate(rows):
+        for x, split in enumerate(splits):
+            one = Point("autorank", row["rule"], row["setting"], split)
+            pair = (values(table.get(p, {}), "final") for p in (one, one._replace(policy=other)))
+            found = difference(*pair)
+            result[y, x] = np.nan if found is None else 100 * found.mean
+    return result

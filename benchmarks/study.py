@@ -1,0 +1,228 @@
+"""Does AutoRank help, where, and which part of it? Rank policies × aggregation rules × splits × settings.
+
+Fashion-MNIST, MLP 784-200-200-10 with maximum ranks 160, 160, 100, batch 64, SGD with momentum 0.9, one local epoch,
+30 rounds, evaluated every second one, five seeds; a seed varies initial weights, adapters, split and batch order.
+Settings are the criteria (each alone, all, all without the loss) and what may do better: floors under the ratios, a
+server with momentum, re-ranking. The learning rate of every policy and rule is chosen as in `paper.py` but after ten
+rounds, on the split with Dirichlet 0.4 and ten clients. Answers are mean differences paired over seeds, with 95 % t
+intervals and Holm's correction within each question.
+
+Command:  AUTORANK_JAX_DATA=DIR python benchmarks/study.py            (many hours on two cores; may be stopped and
+          started again, and begins with what matters most)
+          AUTORANK_JAX_DATA=DIR python benchmarks/study.py --confirm  (the best pair on fresh seeds, and on MNIST)
+          python benchmarks/study.py --quick                          (embedded subset, two minutes on two cores)
+Writes:   a JSON per cell in benchmarks/results/study, then study.json, study.md and pictures beside it
+Expect:   see benchmarks/README.md
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import answers
+import harness
+import matplotlib as mpl
+import numpy as np
+import pictures
+from answers import ALL, Point, Question, Table
+from curves import table_of
+from grid import Bounds
+from plan import SPLITS
+from tuning import Choice, Grid, choose_rates, run_tuned
+
+from autorank_jax.complexity import CRITERIA
+from autorank_jax.configuration import GLOBAL_RULES, Experiment
+
+RESULTS = Path(__file__).parent / "results"
+RULES = ("rbla", "flexlora", "raflora", "owner_merge", "flora")
+POLICIES = ("autorank", "uniform_bytes", "uniform", "by_size_bytes", "shuffled", "full")
+FEW = ("autorank", "uniform_bytes", "uniform")
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "all criteria": {},
+    "without loss_entropy": {"criteria": tuple(name for name in CRITERIA if name != "loss_entropy")},
+    **{f"{name} alone": {"criteria": (name,)} for name in CRITERIA},
+    "floor 0.3": {"min_ratio": 0.3},
+    "floor 0.5": {"min_ratio": 0.5},
+    "server momentum 0.5": {"server_momentum": 0.5, "server_learning_rate": 0.5},
+    "re-ranking every 5 rounds": {"rerank_every": 5},
+}
+STUDIED = ("staircase", "dirichlet-0.1-10", "dirichlet-0.4-10", "dirichlet-0.4-100")
+TUNED_ON = "dirichlet-0.4-10"
+FRESH = 100
+"""The first seed of the confirmation."""
+
+
+class Plan(NamedTuple):
+    """What the command line asks for."""
+
+    dataset: str
+    policies: tuple[str, ...]  # under all criteria; elsewhere those of them that are needed
+    rules: tuple[str, ...]  # the first is the method's own
+    splits: tuple[str, ...]
+    settings: tuple[str, ...]
+    seeds: range
+    options: Mapping[str, Any]  # of every experiment
+    folder: Path
+    together: bool  # all seeds in one cell
+
+
+def order(plan: Plan) -> list[tuple[str, str, str]]:
+    """Return rule, setting and split of what to run: the first rule, other rules, other settings, all others."""
+    cells = [(rule, setting, split) for setting in plan.settings for rule in plan.rules for split in plan.splits]
+    return sorted(cells, key=lambda cell: (cell[1] != ALL) * 2 + (cell[0] != plan.rules[0]))
+
+
+def experiment_of(plan: Plan, rule: str, setting: str, split: str) -> Experiment:
+    """Return the experiment of a cell, for the first seed."""
+    policies = plan.policies if setting == ALL else tuple(p for p in plan.policies if p in FEW)
+    options = {"eval_every": 2, "local_epochs": 1, **SPLITS[split], **SETTINGS[setting], **plan.options}
+    return Experiment(dataset=plan.dataset, rank_policies=policies, aggregators=(rule,), **options)
+
+
+def rates_of(plan: Plan, grid: Grid, bounds: Bounds) -> dict[str, Mapping[str, Choice] | None]:
+    """Choose the learning rates of every rule."""
+    trials = {rule: experiment_of(plan, rule, ALL, TUNED_ON) for rule in plan.rules}
+    return {rule: choose_rates(e, grid, plan.folder, f"{TUNED_ON}/{rule}", bounds) for rule, e in trials.items()}
+
+
+def run_plan(plan: Plan, rates: Mapping[str, Mapping[str, Choice] | None], bounds: Bounds) -> Table:
+    """Run what is missing within bounds, and return what is there."""
+    table: Table = {}
+    how = {"seeds": plan.seeds, "together": plan.together, "bounds": bounds}
+    for rule, setting, split in order(plan):
+        experiment = experiment_of(plan, rule, setting, split)
+        name = f"{split}/{rule}-{setting.replace(' ', '_')}"
+        tuned, _ = run_tuned(experiment, rates[rule], plan.folder, name, **how)
+        table |= {Point(policy, rule, setting, split): one.runs for policy, one in tuned.items() if one.runs}
+    return table
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """Turn the command line into a plan."""
+    quick = options.quick
+    chosen = {"rules": RULES, "splits": STUDIED, "settings": tuple(SETTINGS)}
+    if quick:
+        chosen = {"rules": RULES[:2], "splits": ("staircase", TUNED_ON), "settings": (ALL, "size alone")}
+    for what, known in (("rules", GLOBAL_RULES), ("splits", SPLITS), ("settings", SETTINGS)):
+        if words := getattr(options, what):
+            chosen[what] = tuple(words.split(","))
+        if wrong := [word for word in chosen[what] if word not in known]:
+            raise SystemExit(f"{what}: expected some of {', '.join(known)}, got {', '.join(wrong)}")
+    given = {"rounds": options.rounds or (4 if quick else 30)} | ({"rank_levels": 1} if quick else {})
+    return Plan(
+        "fashion_mnist_mini" if quick else "fashion_mnist",
+        POLICIES[:4] if quick else POLICIES,
+        **chosen,
+        seeds=range(options.seeds or (2 if quick else 5)),
+        options=given,
+        folder=options.out / ("study_mini" if quick else "study"),
+        together=quick,
+    )
+
+
+def report(plan: Plan, table: Table, rates: Mapping[str, Mapping[str, Choice] | None]) -> list[tuple[Point, float]]:
+    """Print and write the answers that the cells give, and pictures; return the best pairs."""
+    axes = {"rules": plan.rules, "settings": plan.settings, "splits": plan.splits}
+    asked = [answers.answer(table, q, plan.splits, len(plan.seeds)) for q in answers.questions(**axes)]
+    pairs = answers.best_pairs(table, **axes, seeds=len(plan.seeds))
+    text = "\n".join([*filter(None, asked), answers.best_text(pairs)])
+    print(text)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    plan.folder.with_suffix(".md").write_text(text)
+    content = {" | ".join(point): table_of(runs) for point, runs in table.items()}
+    chosen = {rule: {p: c._asdict() for p, c in found.items()} for rule, found in rates.items() if found}
+    about = {"options": dict(plan.options), "versions": harness.versions(), "device": harness.device()}
+    harness.write_json(plan.folder.with_suffix(".json"), {"points": content, "learning_rates": chosen} | about)
+    draw(plan, table)
+    return pairs
+
+
+def draw(plan: Plan, table: Table) -> None:
+    """Draw AutoRank minus one rank of equal bytes: by rule, and by setting under the first rule; curves by split."""
+    grids = {
+        "rules": [{"rule": rule, "setting": ALL} for rule in plan.rules],
+        "settings": [{"rule": plan.rules[0], "setting": setting} for setting in plan.settings],
+    }
+    columns = [split.replace("-", "\n", 1) for split in plan.splits]
+    for what, rows in grids.items():
+        values = answers.grid_of(table, rows, plan.splits, "uniform_bytes")
+        if np.isfinite(values).any():
+            names = [row["rule" if what == "rules" else "setting"] for row in rows]
+            pictures.heat_map(
+                values,
+                names,
+                columns,
+                plan.folder.with_name(f"{plan.folder.name}-{what}.png"),
+                title="AutoRank minus one rank of equal bytes",
+                label="points of final accuracy",
+                differences=True,
+            )
+    for split in plan.splits:
+        series = {p: table.get(Point(p, plan.rules[0], ALL, split), {}) for p in plan.policies}
+        if seen := {policy: runs for policy, runs in series.items() if runs}:
+            path = plan.folder.with_name(f"{plan.folder.name}-{split}.png")
+            pictures.accuracy_curves(seen, path, f"{plan.dataset}, {split}, {plan.rules[0]}")
+
+
+def confirm(plan: Plan, best: Point, rates: Mapping[str, Mapping[str, Choice] | None], bounds: Bounds) -> str:
+    """Run the best pair on fresh seeds and on MNIST, beside AutoRank and one rank with its rule and the first one."""
+    rules, settings = (tuple(dict.fromkeys(pair)) for pair in ((best.rule, plan.rules[0]), (best.setting, ALL)))
+    policies = tuple(p for p in POLICIES if p in (best.policy, *FEW[:2]))
+    parts = []
+    for dataset in (plan.dataset, *(("mnist",) if plan.dataset == "fashion_mnist" else ())):
+        fresh = plan._replace(
+            dataset=dataset,
+            policies=policies,
+            rules=rules,
+            settings=settings,
+            seeds=range(FRESH, FRESH + len(plan.seeds)),
+            folder=plan.folder.with_name(f"{plan.folder.name}-confirm-{dataset}"),
+        )
+        table = run_plan(fresh, rates, bounds)
+        others = [Point(p, rule, ALL, "all") for rule in rules for p in FEW[:2]]
+        rows = tuple(
+            (f"{other.policy} + {other.rule}, {split}", best._replace(split=split), other._replace(split=split))
+            for other in others
+            if other != best
+            for split in (*plan.splits, "all")
+        )
+        title = f"{dataset}, fresh seeds: {best.policy} + {best.rule} ({best.setting}) minus"
+        parts.append(answers.answer(table, Question(title, rows), plan.splits, len(fresh.seeds)))
+    return "\n".join(filter(None, parts)) or "Nothing is confirmed yet.\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing, then answer from what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the embedded subset, a few rounds")
+    parser.add_argument("--confirm", action="store_true", help="run the best pair on fresh seeds and on MNIST")
+    parser.add_argument("--rules", default="", help="comma-separated; default " + ",".join(RULES))
+    parser.add_argument("--splits", default="", help="comma-separated; default " + ",".join(STUDIED))
+    parser.add_argument("--settings", default="", help="comma-separated; default all: " + ", ".join(SETTINGS))
+    parser.add_argument("--seeds", type=int, default=None, help="default 5")
+    parser.add_argument("--rounds", type=int, default=None, help="default 30")
+    parser.add_argument("--cells", default="*", help="run only cells whose name matches, such as 'staircase/rbla-*'")
+    parser.add_argument("--limit-minutes", type=float, default=None, help="begin no cell after so many minutes")
+    parser.add_argument("--report", action="store_true", help="run nothing: answer from what there is")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    mpl.use("Agg")
+    plan = make_plan(options)
+    bounds = Bounds.within(0 if options.report else options.limit_minutes, options.cells)
+    with harness.shared_programs():
+        rates = rates_of(plan, Grid((0.03,)) if options.quick else Grid(rounds=10), bounds)
+        table = run_plan(plan, rates, bounds)
+    pairs = report(plan, table, rates)
+    if options.confirm:
+        if not pairs:
+            raise SystemExit(
+                "confirm: expected complete cells to choose the best pair from, got none; run the study first"
+            )
+        text = confirm(plan, pairs[0][0], rates, bounds)
+        print(text)
+        plan.folder.with_name(f"{plan.folder.name}-confirm.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""The studies' statistics, cells and answers, and both scripts on cells that nobody had to train."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import answers
+import curves
+import grid
+import paired
+import paper
+import plan
+import study
+import tuning
+from test_report import make_results
+
+from autorank_jax.configuration import Experiment
+from autorank_jax.rounds import DivergedError, Record
+
+TINY = Experiment(
+    dataset="synthetic",
+    split="iid",
+    clients=2,
+    hidden=(4,),
+    rank_policies=("full",),
+    rounds=1,
+    local_epochs=1,
+    rank_levels=1,
+)
+
+
+def fake_cell(experiment, *_):
+    """Return a cell as if it had been run: accuracies that a seed and a name determine, better at a rate of 0.03."""
+    cell = {what: {} for what in ("summary", "accuracy", "flops", "bytes", "clients", "scores", "diverged")}
+    n, clients = experiment.rounds, experiment.clients
+    shared = experiment.aggregators[0] != "local_only"
+    for seed in experiment.all_seeds:
+        rng = np.random.default_rng(seed)
+        matrix, ratios = rng.random((clients, 5)), {p: np.full(clients, 0.5).tolist() for p in experiment.rank_policies}
+        cell["scores"][str(seed)] = {"criteria": list("abcde"), "size": [10] * clients, "matrix": matrix.tolist()}
+        cell["scores"][str(seed)] |= {"weights": None, "closeness": None, "ratios": ratios}
+        for number, policy in enumerate(experiment.rank_policies):
+            top = 0.8 - 0.02 * number + 0.01 * rng.random() - abs(experiment.learning_rate - 0.03)
+            curve = [round(top * (1 - 0.5**r), 4) if shared else None for r in range(1, n + 1)]
+            own = {kind: 0.5 + 0.1 * rng.random() for kind in ("mean", "weighted_mean", "worst")}
+            for what, value in (("accuracy", curve), ("flops", [1e9 * r for r in range(n)]), ("bytes", [1e6] * n)):
+                cell[what].setdefault(policy, {})[str(seed)] = value
+            cell["clients"].setdefault(policy, {})[str(seed)] = {"before": own, "after": own}
+    return cell | {"config": json.loads(json.dumps(dataclasses.asdict(experiment)))}
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Count the cells that would be trained."""
+    names = []
+
+    def run(experiment, _, name):
+        names.append(name)
+        return fake_cell(experiment)
+
+    monkeypatch.setattr(grid, "_run", run)
+    return names
+
+
+@pytest.mark.parametrize("n", [2, 5, 12])
+def test_paired_differences_are_scipys(n):
+    rng = np.random.default_rng(n)
+    a, b = rng.normal(0.7, 0.1, (2, n))
+    found = paired.difference(dict(enumerate(a)), dict(enumerate(b)) | {99: 0.0})
+    oracle = stats.ttest_rel(a, b)
+    interval = oracle.confidence_interval(0.95)
+    np.testing.assert_allclose(found[:4], [np.mean(a - b), interval.low, interval.high, oracle.pvalue], rtol=1e-9)
+    assert found.seeds == n
+
+
+def test_differences_of_few_or_equal_seeds():
+    assert paired.difference({0: 1.0}, {1: 1.0}) is None
+    assert paired.difference({0: 0.75}, {0: 0.5}) == (0.25, None, None, None, 1)
+    assert paired.difference({0: 0.5, 1: 0.5}, {0: 0.5, 1: 0.5}).p == 1
+    assert paired.in_points(paired.difference({0: 0.75}, {0: 0.5})) == "+25.0 (one seed)"
+    assert paired.in_points(None) == "–"
+
+
+def test_holm_rejects_what_its_steps_reject():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        ps = (rng.random(6) ** 3).tolist()
+        corrected = paired.holm(ps)
+        for level in (0.01, 0.05, 0.2):
+            rejected, order = set(), np.argsort(ps)
+            for step, place in enumerate(order):  # the procedure, not the formula
+                if ps[place] > level / (len(ps) - step):
+                    break
+                rejected.add(int(place))
+            assert {n for n, p in enumerate(corrected) if p <= level} == rejected
+    assert paired.holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06], abs=1e-12)
+
+
+def test_an_interrupted_grid_goes_on(pretended, tmp_path, monkeypatch):
+    cells = {f"part/{seed}": dataclasses.replace(TINY, first_seed=seed) for seed in range(3)}
+    run = grid._run
+
+    def stops(experiment, progress, name):
+        if name == "part/2":
+            raise KeyboardInterrupt
+        return run(experiment, progress, name)
+
+    monkeypatch.setattr(grid, "_run", stops)
+    with pytest.raises(KeyboardInterrupt):
+        grid.run_cells(cells, tmp_path)
+    monkeypatch.setattr(grid, "_run", run)
+    assert len(grid.run_cells(cells, tmp_path)) == 3
+    assert pretended == ["part/0", "part/1", "part/2"]
+    (tmp_path / "part/1.json").write_text('{"half')
+    cells["part/0"] = dataclasses.replace(cells["part/0"], rounds=2)
+    assert len(grid.run_cells(cells, tmp_path, grid.Bounds.within(0))) == 1  # no time for the damaged, the changed
+    assert len(grid.run_cells(cells, tmp_path, grid.Bounds(pattern="*/0"))) == 2
+    grid.run_cells(cells, tmp_path)
+    assert pretended[3:] == ["part/0", "part/1"]
+
+
+def test_a_real_cell_holds_what_the_tables_need(tmp_path):
+    experiment = dataclasses.replace(TINY, rank_policies=("autorank", "full"), personal=True, probe_epochs=1, rounds=2)
+    cell = grid.run_cells({"one": experiment}, tmp_path)["one"]
+    again = json.loads((tmp_path / "one.json").read_text())
+    assert again == json.loads(json.dumps(cell))
+    run = curves.runs_of(cell)["full"][0]
+    assert run.final == cell["accuracy"]["full"]["0"][-1]
+    assert run.flops[1] == pytest.approx(2 * run.flops[0], rel=1e-5)
+    assert 0 <= run.clients["before"]["worst"] <= run.clients["before"]["mean"] <= 1
+    assert (run.ratio_by_clients, run.diverged) == (1.0, False)
+    assert np.array(cell["scores"]["0"]["matrix"]).shape == (2, 5)
+    old = {key: cell[key] for key in ("config", "summary", "accuracy")}
+    assert grid.finals(old, "full") == [run.final]
+
+
+def test_policies_after_one_that_diverges_are_run(monkeypatch, tmp_path):
+    whole = make_results()
+    first = whole.runs[0]._replace(rows=whole.runs[0].rows[:1])
+
+    def run(experiment, **_):
+        if experiment.rank_policies[0] == "autorank":
+            lost = Record("autorank", "rbla", 0, first.rows)
+            raise DivergedError("the loss is lost", lost, whole._replace(runs=(first,)))
+        return whole._replace(runs=whole.runs[2:])
+
+    monkeypatch.setattr(grid, "run_experiment", run)
+    experiment = dataclasses.replace(TINY, rank_policies=("autorank", "full"), rounds=3, seeds=2)
+    cell = grid.run_cells({"wild": experiment}, tmp_path)["wild"]
+    assert cell["diverged"] == {"autorank": "the loss is lost"}
+    runs = curves.runs_of(cell)
+    assert [runs["autorank"][seed].accuracy.tolist() for seed in (0, 1)] == [[0.2, 0.1, 0.1], [0.1, 0.1, 0.1]]
+    assert [runs["full"][seed].final for seed in (0, 1)] == [0.96, 0.4]
+    assert [run.diverged for run in (*runs["autorank"].values(), *runs["full"].values())] == [True, True, False, False]
+
+
+def test_numbers_of_a_curve():
+    cell = fake_cell(dataclasses.replace(TINY, rounds=10, eval_every=2))
+    cell["accuracy"]["full"]["0"] = [None, 0.2, None, 0.5, None, 0.6, None, 0.4, None, 0.55]
+    run = curves.runs_of(cell)["full"][0]
+    assert run.rounds.tolist() == [2, 4, 6, 8, 10]
+    assert (run.final, run.best, run.area, run.early) == pytest.approx((0.55, 0.6, 0.45, 0.2))
+    assert [run.until(t, "rounds") for t in (0.5, 0.6, 0.7)] == [4, 6, None]
+    assert run.until(0.5, "flops") == 3e9
+    other = run._replace(accuracy=run.accuracy - 0.15)
+    assert curves.until({0: run, 1: other}, 0.4, "rounds") == "5 ± 1.4"
+    assert curves.until({0: run, 1: other}, 0.6, "rounds") == "1 of 2 seeds"
+
+
+@pytest.mark.usefixtures("pretended")
+def test_the_best_rate_on_validation_examples_is_chosen(tmp_path):
+    experiment = plan.experiment_of(plan.Job("fashion_mnist_mini", "staircase", "main"))
+    choices = tuning.choose_rates(experiment, tuning.Grid(), tmp_path, "x", grid.Bounds())
+    assert {choice.rate for choice in choices.values()} == {0.03}
+    assert not any(choice.edge for choice in choices.values())
+    configs = [json.loads(path.read_text())["config"] for path in tmp_path.glob("*.json")]
+    assert {(c["validation"], c["first_seed"]) for c in configs} == {(0.1, tuning.FIRST_SEED)}
+    assert tuning.choose_rates(experiment, tuning.Grid((0.5, 1.0)), tmp_path, "y", grid.Bounds.within(0)) is None
+
+
+def test_what_matters_most_comes_first():
+    jobs = list(plan.jobs(["fashion_mnist", "mnist"], list(plan.SPLITS)))
+    assert jobs[0] == ("fashion_mnist", "staircase", "main")
+    assert len(set(jobs)) == len(jobs)
+    assert [plan.GROUPS[job.group].tier for job in jobs] == sorted(plan.GROUPS[job.group].tier for job in jobs)
+    for job in plan.jobs(["fashion_mnist_mini"], list(plan.SPLITS)):
+        plan.experiment_of(job).validate()
+    by_hand = plan.experiment_of(plan.Job("fashion_mnist_mini", "staircase", "by_hand"))
+    assert by_hand.ratios == pytest.approx(np.arange(1, 11) / 10)
+
+
+PICTURES = ["paper_mini-fashion_mnist_mini-staircase.png", "paper_mini-ranks.png", "paper_mini.json"]
+
+
+def test_the_paper_is_written_once(pretended, tmp_path, capsys):
+    paper.main(["--quick", "--out", str(tmp_path)])
+    assert all((tmp_path / name).stat().st_size > 0 for name in PICTURES)
+    said = capsys.readouterr().out
+    assert said.count("2 of 2") >= 16
+    assert "AutoRank + RBLA minus each" in said
+    ran = len(pretended)
+    paper.main(["--quick", "--out", str(tmp_path)])
+    assert len(pretended) == ran == len(set(pretended))
+
+
+@pytest.mark.usefixtures("pretended")
+def test_what_is_not_there_is_not_pretended(tmp_path, capsys):
+    paper.main(["--quick", "--out", str(tmp_path), "--cells", "*/main*"])
+    said = capsys.readouterr().out
+    assert "| ranks by hand + RBLA | 0 of 2 | 0.03 | – | – |" in said
+    paper.main(["--quick", "--out", str(tmp_path / "none"), "--report"])
+    assert "No column is complete yet." in capsys.readouterr().out
+
+
+def test_mistakes_in_words():
+    with pytest.raises(SystemExit, match="splits: expected some of staircase"):
+        paper.main(["--splits", "stairs"])
+
+
+@pytest.mark.usefixtures("pretended")
+def test_the_study_answers(tmp_path, capsys):
+    study.main(["--quick", "--confirm", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    for part in ("AutoRank minus one rank at equal bytes, rbla", "by setting", "Best pair", "fresh seeds"):
+        assert part in said
+    configs = [json.loads(path.read_text())["config"] for path in tmp_path.glob("study_mini-confirm-*/*/*.json")]
+    assert {c["first_seed"] for c in configs} == {study.FRESH}
+    assert (tmp_path / "study_mini-rules.png").stat().st_size > 0
+
+
+def test_answers_are_the_differences_of_the_cells():
+    rng = np.random.default_rng(0)
+    base = curves.runs_of(fake_cell(TINY))["full"][0]
+
+    def runs(gain):
+        return {s: base._replace(accuracy=np.array([0.5 + gain + 0.001 * rng.normal()])) for s in range(5)}
+
+    table = {
+        answers.Point(policy, "rbla", answers.ALL, split): runs(gain)
+        for split, gains in (("a", (0.2, 0.1)), ("b", (0.1, 0.2)), ("c", (0.1, 0.1)))
+        for policy, gain in zip(("autorank", "uniform_bytes"), gains, strict=True)
+    }
+    asked = answers.questions(["rbla"], [answers.ALL], ["a", "b", "c"])[0]
+    text = answers.answer(table, asked, ["a", "b", "c"], 5)
+    assert "Final accuracy: higher on a; lower on b; no difference shown" in text
+    assert "mean of 3 splits" in text
+    assert answers.answer({}, asked, ["a", "b", "c"], 5) == ""
+    best = answers.best_pairs(table, ["rbla"], [answers.ALL], ["a", "b", "c"], 5)
+    assert {pair[0].policy for pair in best} == {"autorank", "uniform_bytes"}
+    assert answers.best_pairs(table, ["rbla"], [answers.ALL], ["a", "b", "c"], 6) == []
+
+
+def test_nothing_to_confirm(tmp_path):
+    with pytest.raises(SystemExit, match="run the study first"):
+        study.main(["--quick", "--report", "--confirm", "--out", str(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "argument"), [(paper, "--groups=main,local"), (study, "--rules=rbla")])
+def test_scripts_run_quickly(script, argument, tmp_path):
+    script.main(["--quick", "--seeds", "1", "--rounds", "2", argument, "--splits", "staircase", "--out", str(tmp_path)])
+    assert next(iter(tmp_path.glob("*.md"))).stat().st_size > 0
