@@ -25,8 +25,8 @@ class Setting(NamedTuple):
 DATASETS: Mapping[str, Setting] = {
     "fashion_mnist": Setting({}, 100, (0.6, 0.7, 0.75, 0.8, 0.85), (85.68, 84.79, 85.03, 86.64)),
     "mnist": Setting({}, 100, (0.7, 0.8, 0.9, 0.94), (96.15, 95.87, 94.53, 96.36)),
-    "cifar10": Setting({"model": "cnn"}, 200, (0.3, 0.4, 0.5, 0.55), (56.64, 55.03, 53.53, 31.01)),
-    "cinic10": Setting({"model": "cnn"}, 200, (0.25, 0.35, 0.45), (47.10, 45.61, 42.76, 20.29)),
+    "cifar10": Setting({"model": "deep_cnn"}, 200, (0.3, 0.4, 0.5, 0.55), (56.64, 55.03, 53.53, 31.01)),
+    "cinic10": Setting({"model": "deep_cnn"}, 200, (0.25, 0.35, 0.45), (47.10, 45.61, 42.76, 20.29)),
     "fashion_mnist_mini": Setting({"rank_levels": 1}, 8, (0.3, 0.5)),
 }
 MIXED: Mapping[str, Any] = {"split": "dirichlet_lognormal", "sigma": 1.0}

@@ -36,7 +36,14 @@ from autorank_jax.configuration import GLOBAL_RULES, Experiment
 
 RESULTS = Path(__file__).parent / "results"
 RULES = ("rbla", "flexlora", "raflora", "owner_merge", "flora")
-POLICIES = ("autorank", "uniform_bytes", "uniform", "by_size_bytes", "shuffled", "full")
+POLICIES: Mapping[str, str] = {
+    "autorank": "AutoRank",
+    "uniform_bytes": "one rank, AutoRank's bytes",
+    "uniform": "one rank, AutoRank's FLOPs",
+    "by_size_bytes": "by size, AutoRank's bytes",
+    "shuffled": "AutoRank shuffled",
+    "full": "full rank",
+}
 FEW = ("autorank", "uniform_bytes", "uniform")
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "all criteria": {},
@@ -112,7 +119,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     given = {"rounds": options.rounds or (4 if quick else 30)} | ({"rank_levels": 1} if quick else {})
     return Plan(
         "fashion_mnist_mini" if quick else "fashion_mnist",
-        POLICIES[:4] if quick else POLICIES,
+        tuple(POLICIES)[: 4 if quick else None],
         **chosen,
         seeds=range(options.seeds or (2 if quick else 5)),
         options=given,
@@ -159,8 +166,8 @@ def draw(plan: Plan, table: Table) -> None:
                 differences=True,
             )
     for split in plan.splits:
-        series = {p: table.get(Point(p, plan.rules[0], ALL, split), {}) for p in plan.policies}
-        if seen := {policy: runs for policy, runs in series.items() if runs}:
+        series = {POLICIES[p]: table.get(Point(p, plan.rules[0], ALL, split), {}) for p in plan.policies}
+        if seen := {title: runs for title, runs in series.items() if runs}:
             path = plan.folder.with_name(f"{plan.folder.name}-{split}.png")
             pictures.accuracy_curves(seen, path, f"{plan.dataset}, {split}, {plan.rules[0]}")
 
