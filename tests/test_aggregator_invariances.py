@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from rule_federation import SHAPES, Cohorts, aggregate, make_server, to_jax
+from rule_federation import FAST, SHAPES, Cohorts, aggregate, make_server, to_jax
 
 from autorank_jax import aggregators
 from autorank_jax.lora import cut, rank_masks
@@ -45,7 +45,8 @@ def make_cohort(seed=1, ranks=RANKS, weight=WEIGHTS, *, shared=False):
 @cache
 def step_of(name):
     """The jitted server step of a rule from the common server."""
-    return jax.jit(lambda cohort: aggregate(RULES[name](), to_jax(make_server()), cohort)[0])
+    one = lambda cohort: aggregate(RULES[name](), to_jax(make_server()), cohort)[0]  # noqa: E731
+    return jax.jit(one, compiler_options=FAST)
 
 
 def merged(server):
