@@ -240,7 +240,7 @@ def test_a_worker_that_fails_is_one_line_and_leaves_nothing(stop, worker, monkey
 
 def test_an_interrupt_stops_the_worker(worker):
     cache = worker("import os\ntell('progress', stage=str(os.getpid()), done=0, total=0)\ntime.sleep(60)")
-    pids = []
+    pids, start = [], time.monotonic()
 
     def interrupt(progress):
         if progress.stage.isdigit():
@@ -251,6 +251,7 @@ def test_an_interrupt_stops_the_worker(worker):
         fetch_dataset("mine", cache=cache, on_progress=interrupt)
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
+    assert time.monotonic() - start < 20
     assert not cache.exists()
 
 

@@ -129,20 +129,24 @@ def _messages(name: str, source: Path | None) -> Iterator[dict[str, Any]]:
 
 def _receive(stream: IO[bytes], received: "queue.Queue[dict[str, Any]]") -> None:
     """Put what the worker says into a queue, until it ends; what is cut off in the middle is left out."""
-    for line in iter(stream.readline, b""):
-        if not line.endswith(b"\n"):
-            break
-        message = json.loads(line)
-        if message["kind"] == "arrays":
-            shapes = {key: (np.dtype(dtype), shape) for key, (dtype, shape) in message["arrays"].items()}
-            content = {key: stream.read(dtype.itemsize * math.prod(shape)) for key, (dtype, shape) in shapes.items()}
-            if stream.readline() != b"end\n":
+    try:
+        for line in iter(stream.readline, b""):
+            if not line.endswith(b"\n"):
                 break
-            message["arrays"] = {
-                key: np.frombuffer(content[key], dtype).reshape(shape) for key, (dtype, shape) in shapes.items()
-            }
-        received.put(message)
-    received.put({"kind": "end"})
+            message = json.loads(line)
+            if message["kind"] == "arrays":
+                shapes = {key: (np.dtype(dtype), shape) for key, (dtype, shape) in message["arrays"].items()}
+                content = {
+                    key: stream.read(dtype.itemsize * math.prod(shape)) for key, (dtype, shape) in shapes.items()
+                }
+                if stream.readline() != b"end\n":
+                    break
+                message["arrays"] = {
+                    key: np.frombuffer(content[key], dtype).reshape(shape) for key, (dtype, shape) in shapes.items()
+                }
+            received.put(message)
+    finally:
+        received.put({"kind": "end"})
 
 
 def _last_line(complaints: IO[bytes], code: int) -> str:
