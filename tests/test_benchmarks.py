@@ -208,6 +208,7 @@ def test_results_are_merged_by_workload_and_competitor(tmp_path):
         ("speed.py", "--workloads", "tiny", "--competitors", "lockstep,loop"),
         ("scale.py", "--clients", "100"),
         ("rank_cost.py",),
+        ("svd_border.py",),
     ],
     ids=lambda script: script[0],
 )
