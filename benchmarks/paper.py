@@ -119,15 +119,25 @@ def report(plan: Plan, found: Mapping[Key, list[Column]], scored: Mapping[str, C
             column.title: table_of(column.runs) | {"choice": column.choice._asdict() if column.choice else None}
             for column in columns
         }
-        path = plan.folder.with_name(f"{plan.folder.name}-{dataset}-{split}.png")
-        seen = {c.title: c.runs for c in own if any(len(run.accuracy) for run in c.runs.values())}
-        pictures.accuracy_curves(seen, path, f"{dataset}, {split}")
+        draw({c.title: c.runs for c in own}, plan.folder, f"{dataset}, {split}")
     print("\n".join(text) if text else "No column is complete yet.")
     about = {"versions": harness.versions(), "device": harness.device(), "seeds": len(plan.seeds)}
     harness.write_json(plan.folder.with_suffix(".json"), {"tables": content, "options": dict(plan.options)} | about)
     plan.folder.with_suffix(".md").write_text("\n".join(text))
     if scored:
         pictures.ranks_against_complexity(scored, plan.folder.with_name(f"{plan.folder.name}-ranks.png"))
+
+
+def draw(series: Mapping[str, Mapping[int, Reached]], folder: Path, title: str) -> None:
+    """Draw the columns that have a server model, in two pictures where they are many, the first column in both."""
+    seen = {name: runs for name, runs in series.items() if any(len(run.accuracy) for run in runs.values())}
+    path = folder.with_name(f"{folder.name}-{title.replace(', ', '-')}.png")
+    names, most = list(seen), pictures.MOST_LINES
+    if names:
+        pictures.accuracy_curves({name: seen[name] for name in names[:most]}, path, title)
+    if len(names) > most:
+        rest = {name: seen[name] for name in (names[0], *names[most:])}
+        pictures.accuracy_curves(rest, path.with_stem(f"{path.stem}-controls"), f"{title}, controls")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,11 +1,17 @@
 """Clients' own accuracy, validation without the test set, whole weights, rules that leave adapters with the clients."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import harness
 
 from autorank_jax import datasets, federated_data, partition, policies
 from autorank_jax.configuration import Experiment
@@ -31,6 +37,13 @@ ALONE = Experiment(
     personal=True,
 )
 MANY = dataclasses.replace(ALONE, split="dirichlet_lognormal", clients=5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs():
+    """Compile the same program once, however many experiments need it."""
+    with harness.shared_programs():
+        yield
 
 
 def final(results):

@@ -197,6 +197,7 @@ def test_what_matters_most_comes_first():
 
 
 PICTURES = ["paper_mini-fashion_mnist_mini-staircase.png", "paper_mini-ranks.png", "paper_mini.json"]
+PICTURES += ["paper_mini-fashion_mnist_mini-staircase-controls.png"]
 
 
 def test_the_paper_is_written_once(pretended, tmp_path, capsys):
