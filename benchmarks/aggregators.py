@@ -64,7 +64,7 @@ def draw(cells: dict[str, Cell], rules: list[str], path: Path, title: str) -> No
     heat_map(
         np.array([[100 * np.mean(finals(cells[f"{s}-{rule}"], p)) for s, p in columns] for rule in rules]),
         rules,
-        [f"{policy}\n{split.replace('_', ' ')}" for split, policy in columns],
+        ["\n".join((policy, *split.split("_"))) for split, policy in columns],
         path,
         title=title,
         label="test accuracy, %",
