@@ -90,7 +90,7 @@ def deal(cost: Array, devices: int) -> Array:
         device = jnp.argmin(loads).astype(jnp.int32)
         return loads.at[device].add(load), device
 
-    _, device = lax.scan(give, jnp.zeros(devices, cost.dtype), pieces[turn])
+    _, device = lax.scan(give, jnp.zeros(devices, cost.dtype), pieces[turn], unroll=8)
     holder = jnp.zeros(turn.shape, jnp.int32).at[turn].set(device)
     return jnp.zeros(count, jnp.int32).at[order].set(holder[piece])
 
