@@ -12,7 +12,8 @@ workload = load(sys.argv[1])
 x, y = torch.from_numpy(workload.inputs), torch.from_numpy(workload.targets)
 batch, weight = (torch.from_numpy(array) for array in padded_batches(workload))
 server, owned, owners = tensors(workload.trainable), tensors(masks(workload)), tensors(owned_weights(workload))
-size = torch.from_numpy(workload.size.astype(np.float32))
+dtype = next(iter(server.values())).dtype
+size = torch.from_numpy(workload.size).to(dtype)
 gradients = vmap(grad(make_loss(workload)))
 
 
