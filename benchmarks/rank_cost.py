@@ -10,6 +10,7 @@ Time and numbers to expect: see benchmarks/README.md
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import harness
@@ -18,10 +19,11 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import workloads
-from competitors import timed
+from competitors import arguments_of, meshes, timed
 from matplotlib import pyplot as plt
 from workloads import Workload
 
+from autorank_jax import dealing
 from autorank_jax.costs import client_costs, training_flops
 from autorank_jax.engine import make_round
 from autorank_jax.lora import max_ranks
@@ -57,20 +59,25 @@ def flops_of(workload: Workload, states: dict[str, State]) -> dict[str, float]:
     return {name: float(cost.flops.sum()) for name, cost in costs.items()}
 
 
-def measure(workload: Workload, ratios: tuple[float, ...], repeats: int, most_levels: int) -> list[harness.Row]:
-    """Let all ranks and numbers of levels take turns."""
-    states, key, rows = states_of(workload, ratios), jax.random.key(0), []
+def measure(
+    workload: Workload, ratios: tuple[float, ...], repeats: int, most_levels: int, devices: int
+) -> list[harness.Row]:
+    """Let all ranks and numbers of levels take turns, on all devices."""
+    states, rows, mesh = states_of(workload, ratios), [], meshes(devices)[devices]
     flops = flops_of(workload, states)
+    key, state, data = arguments_of(workload, mesh)
+    if mesh is not None:
+        states = dealing.replicate(states, mesh)
     programs = {}
     for levels in (1, most_levels):
         print(f"compiling {levels} rank levels …", flush=True)
-        round_fn = make_round(workload.local, workload.rule, lanes=workload.lanes, rank_levels=levels)
-        programs[levels], _ = harness.compiled(round_fn, key, workload.state, workload.data)
+        round_fn = make_round(workload.local, workload.rule, lanes=workload.lanes, rank_levels=levels, mesh=mesh)
+        programs[levels], _ = harness.compiled(round_fn, key, state, data)
     seconds: dict[tuple[str, int], list[float]] = {(name, levels): [] for name in states for levels in programs}
     for turn in range(repeats + 1):
         print(f"turn {turn} of {repeats} …", flush=True)
         for (name, levels), times in seconds.items():
-            times.append(timed(programs[levels], key, states[name], workload.data))
+            times.append(timed(programs[levels], key, states[name], data))
     for (name, levels), times in seconds.items():
         full, own = (harness.summary(t[1:]) for t in (seconds["1", levels], times))
         rows.append(
@@ -114,15 +121,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="embedded images, two ratios, two levels, one turn")
+    parser.add_argument("--devices", type=int, default=len(os.sched_getaffinity(0)), help="virtual ones, one per core")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", options.devices)
     mpl.use("Agg")
     ratios, repeats, levels = ((0.5,), 1, 2) if options.quick else (RATIOS, options.repeats, LEVELS)
     try:
         workload = workloads.make_workload("staircase", quick=options.quick)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    rows = measure(workload, ratios, repeats, levels)
+    rows = measure(workload, ratios, repeats, levels, options.devices)
     print(harness.markdown_table(rows, COLUMNS))
     content = {"rows": rows, "versions": harness.versions(), "device": harness.device()}
     harness.write_json(options.json, content)

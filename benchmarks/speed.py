@@ -3,7 +3,8 @@
 Competitors: `centralised` (one shared model, big batches, no clients: the yardstick), `lockstep` (`jit(vmap(scan))`),
 `loop` (a Python loop over a jitted client), and the peers `drjax, fedjax, pfl, flower, torch, torch_vmap`, each in an
 environment of its own (`benchmarks/peers/setup.sh DIR`). All train the very same round: start values, examples, order
-of batches, ranks. A competitor whose trained values differ from ours by more than 1e-4 gets no number.
+of batches, ranks. A competitor whose trained values differ from ours by more than 1e-4 gets no number, unless in
+float64 they agree to 1e-6.
 
 Command:  AUTORANK_JAX_DATA=DIR python benchmarks/speed.py --json benchmarks/results/speed.json
           (see `--help`; `--quick` needs no data; an existing file is added to, workload by workload)
@@ -28,7 +29,7 @@ import workloads
 from competitors import ENGINES, Entry, add_engines, add_peers, sweep
 from peer import ENVIRONMENTS, PeerError, peer_versions
 from speed_picture import draw
-from workloads import Workload
+from workloads import WORKLOADS, Workload
 
 from autorank_jax.costs import client_costs, training_flops
 
@@ -167,10 +168,17 @@ def report(name: str, measured: dict[str, Any]) -> None:
     print(flush=True)
 
 
+def overview(content: dict[str, Any]) -> str:
+    """Lay out `ours / theirs` of everything in a file: a row per workload, a column per competitor."""
+    names = [c for c in COMPETITORS if any(c in ratios for ratios in content["ratios"].values())]
+    rows = [{"workload": f"`{name}`"} | content["ratios"][name] for name in WORKLOADS if name in content["ratios"]]
+    return harness.markdown_table(rows, ["workload", *names])
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = list(workloads.WORKLOADS)
+    names = list(WORKLOADS)
     parser.add_argument("--workloads", type=listed, default=names, help=f"of {','.join(names)}")
     parser.add_argument("--competitors", type=listed, default=list(COMPETITORS), help=f"of {','.join(COMPETITORS)}")
     parser.add_argument("--repeats", type=int, default=5)
@@ -183,11 +191,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lanes", type=lambda text: tuple(map(int, text.split(","))), help="such as 1,4,16")
     parser.add_argument("--peers", type=Path, default=Path(os.environ.get("PEERS", "build/peers")))
     parser.add_argument("--json", type=Path, help="file that results are merged into, after each workload")
+    parser.add_argument("--report", action="store_true", help="measure nothing, print the tables of the file")
     parser.add_argument("--resume", action="store_true", help="leave out workloads that the file has in full")
     options = parser.parse_args(arguments)
     for given, known in ((options.workloads, names), (options.competitors, COMPETITORS)):
         if unknown := [name for name in given if name not in known]:
             parser.error(f"expected names among {', '.join(known)}, got {', '.join(unknown)}")
+    if options.report and (options.json is None or not options.json.exists()):
+        parser.error(f"expected --json with the file to report, got {options.json}")
     if options.devices is None:
         options.devices = len(os.sched_getaffinity(0)) if options.device == "cpu" else 1
     if options.quick:
@@ -200,9 +211,21 @@ def listed(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
+def print_file(path: Path) -> None:
+    """Print all tables of a file."""
+    content = json.loads(path.read_text())
+    for name in (name for name in WORKLOADS if name in content["ratios"]):
+        rows = [row for row in content["rows"] if row["workload"] == name]
+        report(name, {"rows": rows, "ratios": content["ratios"][name], "skipped": content["skipped"].get(name, {})})
+    print(overview(content))
+
+
 def main() -> None:
     """Measure, print, write, workload by workload."""
     options = parse()
+    if options.report:
+        print_file(options.json)
+        return
     jax.config.update("jax_platforms", "cpu" if options.device == "cpu" else "cuda")
     if options.device == "cpu":
         jax.config.update("jax_num_cpu_devices", options.devices)
@@ -223,6 +246,7 @@ def main() -> None:
         content = merge(options.json, name, measured, about)
         if options.json is not None:
             draw(content, options.json.with_suffix(".png"))
+            print(overview(content), flush=True)
 
 
 if __name__ == "__main__":

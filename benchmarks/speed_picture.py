@@ -4,16 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
+from workloads import WORKLOADS
 
 OURS, THEIRS = "#0072B2", "#D55E00"
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
     """Draw one panel per workload with a bar per competitor, on a logarithmic scale around 1."""
-    ratios = {name: {c: r for c, r in of.items() if "lanes" not in c} for name, of in content["ratios"].items() if of}
+    ratios = {
+        name: {c: r for c, r in content["ratios"][name].items() if not c.startswith("ours")}
+        for name in WORKLOADS
+        if content["ratios"].get(name)
+    }
     if not ratios:
         return
-    columns = min(4, len(ratios))
+    columns = min(3, len(ratios))
     lines = -(-len(ratios) // columns)
     most = max(len(of) for of in ratios.values())
     size = (3.0 * columns, (0.28 * most + 0.8) * lines)
@@ -41,7 +46,7 @@ def panel(axes: Any, name: str, ratios: dict[str, float]) -> None:
             fontsize=7,
         )
     axes.set_xscale("log")
-    axes.set_xlim(min(0.3, 0.4 * min(ratios.values())), 4 * max(2.0, *ratios.values()))
+    axes.set_xlim(min(0.3, 0.3 * min(ratios.values())), 4 * max(2.0, *ratios.values()))
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(order)), order, fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
