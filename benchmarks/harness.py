@@ -99,6 +99,7 @@ def write_json(path: str | Path | None, content: Any) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
         json.dump(content, file, indent=1, sort_keys=True)
         file.write("\n")
+    os.chmod(file.name, 0o644)  # temporary files are the owner's alone
     os.replace(file.name, path)
 
 
