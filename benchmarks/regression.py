@@ -54,6 +54,7 @@ def main() -> None:
         raise SystemExit(2)
     committed = json.loads(options.committed.read_text())["ratios"]
     settings = speed.parse(["--competitors", ",".join(COMPETITORS), "--repeats", str(options.repeats)])
+    speed.use_devices(settings)
     measured = {}
     for name in options.workloads:
         print(f"{name} …", flush=True)

@@ -211,6 +211,13 @@ def listed(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
+def use_devices(options: argparse.Namespace) -> None:
+    """Choose platform and devices, before JAX is first used."""
+    jax.config.update("jax_platforms", "cpu" if options.device == "cpu" else "cuda")
+    if options.device == "cpu":
+        jax.config.update("jax_num_cpu_devices", options.devices)
+
+
 def print_file(path: Path) -> None:
     """Print all tables of a file."""
     content = json.loads(path.read_text())
@@ -226,9 +233,7 @@ def main() -> None:
     if options.report:
         print_file(options.json)
         return
-    jax.config.update("jax_platforms", "cpu" if options.device == "cpu" else "cuda")
-    if options.device == "cpu":
-        jax.config.update("jax_num_cpu_devices", options.devices)
+    use_devices(options)
     mpl.use("Agg")
     about = {"versions": harness.versions() | peer_versions(options.peers, options.competitors)}
     about["device"] = harness.device()
