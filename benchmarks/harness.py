@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 Row = dict[str, Any]
 
@@ -77,11 +78,13 @@ def shared_programs() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         for name, value in zip(names, (folder, 0.3), strict=True):
             jax.config.update(name, value)
+        compilation_cache.reset_cache()  # or JAX keeps to the folder it has seen first
         try:
             yield
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)
+            compilation_cache.reset_cache()
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
