@@ -1,11 +1,13 @@
 """Rounds on one and on two devices, how evenly clients are dealt, and on paper how a round scales to 8 and 256.
 
-Three tables:
+Four tables:
 
 1. Measured: seconds per round on one device and on `--devices` virtual CPU devices (or GPUs, where JAX finds them) of
    one process, alternating in one run, with the same model, data, ranks and rule.
-2. Counted: steps of the busiest device over the mean of all, on 2, 8 and 256 devices. Nothing is trained.
-3. On paper: a round of log-normal clients (σ = 1, 60 examples each on average, batch 32) from the counted steps, the
+2. Drift: the same rounds on one device and on many, the largest relative difference of any trained factor. In 64-bit
+   one round is equal to 1e-9 (tested); in float32 another order of sums is another rounding, which training amplifies.
+3. Counted: steps of the busiest device over the mean of all, on 2, 8 and 256 devices. Nothing is trained.
+4. On paper: a round of log-normal clients (σ = 1, 60 examples each on average, batch 32) from the counted steps, the
    bytes of the one sum, and an interconnect that is stated in `PAPER`. `efficiency` is the share of the devices' time
    that is client steps; `stops_at` names what takes most of the rest: the longest client, which devices cannot share,
    or the sum.
@@ -18,14 +20,16 @@ Time and numbers to expect: see benchmarks/README.md
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import workloads
+from competitors import difference, trained_values
 from workloads import Workload
 
 from autorank_jax import dealing
@@ -44,31 +48,61 @@ PAPER = {
 """Round numbers for an accelerator, to be replaced by measured ones."""
 
 
-def measure(workload: Workload, devices: int, repeats: int) -> harness.Row:
-    """Time a round on one device and on many."""
+class Ready(NamedTuple):
+    """A round compiled for some devices."""
+
+    program: Any
+    arguments: tuple[Any, ...]
+    compile_seconds: float
+    lanes: int
+
+
+def make_ready(workload: Workload, devices: int) -> dict[int, Ready]:
+    """Compile the round for one device and for many."""
     mesh, key = dealing.client_mesh(jax.devices()[:devices]), jax.random.key(0)
     useful = float(np.sum(client_steps(workload)) / np.max(client_steps(workload)))
     lanes = {1: workload.lanes, devices: max(1, min(workload.lanes, int(useful / devices)))}
     placed = {1: (key, workload.state, workload.data)}
     placed[devices] = dealing.replicate(placed[1], mesh)
-    compiled = {}
+    ready = {}
     for count, arguments in placed.items():
         options = {"lanes": lanes[count], "rank_levels": workload.rank_levels, "mesh": mesh if count > 1 else None}
-        compiled[count] = harness.compiled(make_round(workload.local, workload.rule, **options), *arguments)
-    run = {str(count): lambda count=count: compiled[count][0](*placed[count]) for count in placed}
+        program, seconds = harness.compiled(make_round(workload.local, workload.rule, **options), *arguments)
+        ready[count] = Ready(program, arguments, seconds, lanes[count])
+    return ready
+
+
+def measure(workload: Workload, ready: dict[int, Ready], repeats: int) -> harness.Row:
+    """Time a round on one device and on many."""
+    devices = max(ready)
+    run = {str(count): lambda one=one: one.program(*one.arguments) for count, one in ready.items()}
     seconds = {int(count): harness.summary(s) for count, s in harness.alternate(run, repeats).items()}
     return {
         "workload": workload.name,
         "devices": devices,
-        "lanes_per_device": lanes[devices],
+        "lanes_per_device": ready[devices].lanes,
         "one_seconds": seconds[1]["median"],
         "one_spread": seconds[1]["spread"],
         "many_seconds": seconds[devices]["median"],
         "many_spread": seconds[devices]["spread"],
-        "one_compile_seconds": compiled[1][1],
-        "many_compile_seconds": compiled[devices][1],
+        "one_compile_seconds": ready[1].compile_seconds,
+        "many_compile_seconds": ready[devices].compile_seconds,
         "speedup": seconds[1]["median"] / seconds[devices]["median"],
     }
+
+
+def drift(workload: Workload, ready: dict[int, Ready], rounds: Sequence[int]) -> list[harness.Row]:
+    """Run the same rounds on one device and on many, and tell how far float32 lets them part."""
+    states, losses, rows = {count: one.arguments[1] for count, one in ready.items()}, {}, []
+    for number in range(1, max(rounds) + 1):
+        for count, (program, (key, _, data), _, _) in ready.items():
+            states[count], info = program(key, states[count], data)
+            losses[count] = float(info.loss)
+        if number in rounds:
+            one, many = (trained_values(states[count]) for count in (1, max(ready)))
+            row = {"workload": workload.name, "devices": max(ready), "rounds": number}
+            rows.append(row | {"difference": difference(one, many), "loss": losses[1], "many_loss": losses[max(ready)]})
+    return rows
 
 
 def client_steps(workload: Workload) -> np.ndarray:
@@ -149,11 +183,15 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", options.devices)
     chosen = [workloads.make_workload(name, quick=options.quick) for name in options.workloads.split(",")]
     content: dict[str, Any] = {"versions": harness.versions(), "device": harness.device(), "paper": PAPER}
-    content["measured"] = [measure(w, options.devices, 2 if options.quick else options.repeats) for w in chosen]
+    ready = [make_ready(workload, options.devices) for workload in chosen]
+    pairs = list(zip(chosen, ready, strict=True))
+    content["measured"] = [measure(w, r, 2 if options.quick else options.repeats) for w, r in pairs]
+    content["drift"] = [row for w, r in pairs for row in drift(w, r, (1, 2) if options.quick else (1, 5, 20))]
     content["counted"] = [count(w, devices) for w in chosen for devices in COUNTED]
     sizes = (1_000,) if options.quick else (1_000, 10_000, 100_000, 1_000_000)
     content["on_paper"] = [on_paper(chosen[0], clients, devices) for clients in sizes for devices in PAPER["links"]]
     report(f"Measured on 1 and {options.devices} devices", content["measured"])
+    report("Drift in float32", content["drift"])
     report("Counted", content["counted"])
     report("On paper", content["on_paper"])
     harness.write_json(options.json, content)
