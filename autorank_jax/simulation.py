@@ -83,8 +83,7 @@ def _strong(tree: PyTree) -> PyTree:
 
     def strong(leaf: Array) -> Array:
         array = jnp.asarray(leaf)
-        is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-        return array if is_key else lax.convert_element_type(array, array.dtype)
+        return lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array
 
     return jax.tree.map(strong, tree)
 
