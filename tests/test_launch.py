@@ -11,10 +11,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import PartitionSpec
 
 from autorank_jax import dealing, launch
+from autorank_jax.checkpoint import saved_steps, step_folder
 from autorank_jax.configuration import ConfigurationError
 
 OPTIONS = {
@@ -116,6 +118,12 @@ def history(folder):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
+def last_arrays(folder):
+    """Return the arrays of the latest checkpoint."""
+    path = step_folder(folder / "checkpoints", saved_steps(folder / "checkpoints")[-1])
+    return ocp.PyTreeCheckpointer().restore(path / "arrays")
+
+
 def test_a_killed_process_ends_the_run_which_can_be_resumed(tmp_path):
     assert [code for _, code in end(start_two(*RUN, "--out", str(tmp_path / "whole")))] == [0, 0]
     folder = tmp_path / "killed"
@@ -135,3 +143,4 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed(tmp_path):
     assert "Written to" in results[0][0][0]
     assert "Written to" not in results[1][0][0]
     assert history(folder) == history(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, last_arrays(folder), last_arrays(tmp_path / "whole"))
