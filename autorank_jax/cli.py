@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from autorank_jax.datasets import DatasetError
 
 EXTRA = ("tyro", "rich", "matplotlib")
 
+_LOST = "another process ended or cannot be reached"
+_WATCH = "import sys; sys.stdin.read() or sys.stderr.write(sys.argv[1])"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -25,22 +29,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0, 1 without the extra packages, 2 for a mistake of the user, 3 for a run that diverged, 130 after
-        an interrupt (143 after SIGTERM), 4 when another process was lost.
+        an interrupt (143 after SIGTERM), 4 when another process was lost. XLA aborts a process that loses the first
+        one: it ends by SIGABRT.
     """
+    words = sys.argv[1:] if arguments is None else arguments
+    watcher = _watch() if "--distributed" in words else None
     try:
-        code = _run(sys.argv[1:] if arguments is None else arguments)
+        code = _run(words)
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise
         lost = isinstance(error, jax.errors.JaxRuntimeError)
-        reason = "another process ended or cannot be reached: " if lost else ""
+        reason = f"{_LOST}: " if lost else ""
         traceback.print_exc()
         code = _say(4 if lost else 1, [f"{reason}{error}".splitlines()[0]])
+    finally:
+        if watcher is not None:
+            watcher.communicate("over")
     if code and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _watch() -> subprocess.Popen[str]:
+    """Start a process that says why this one was aborted, as XLA does where the first process is lost: no Python runs.
+
+    It speaks when its input ends without a word.
+    """
+    message = f"autorank-jax: aborted, probably because {_LOST}; go on with --resume\n"
+    command = [sys.executable, "-I", "-S", "-c", _WATCH, message]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def _run(arguments: Sequence[str]) -> int:

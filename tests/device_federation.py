@@ -3,7 +3,6 @@
 All aggregation rules are fed by the same clients in one compiled round: what comes out is left in the rule's state.
 """
 
-import time
 from functools import partial
 from pathlib import Path
 
@@ -216,22 +215,6 @@ def be_one_process(port, number):
     if number == 0:
         assert_same_round(together, run_rounds(rules, make_data()))
     print("done", flush=True)
-
-
-def train_until_killed(port, number):
-    """Be one process of two that train on and on."""
-    jax.config.update("jax_num_cpu_devices", 1)
-    jax.distributed.initialize(f"localhost:{port}", 2, number, heartbeat_timeout_seconds=10)
-    mesh = dealing.client_mesh()
-    task, rule = make_task(), aggregators.zero_pad()
-    training = local.make_local_training(task, optax.sgd(0.05), batch_size=BATCH)
-    train = jax.jit(make_round(training, rule, mesh=mesh))
-    state = init_state(task.server, rule, RANKS)
-    key, state, data = dealing.replicate((jax.random.key(0), state, make_data()), mesh)
-    while True:
-        state, info = train(key, state, data)
-        print("round", int(state.round), float(info.loss), flush=True)
-        time.sleep(0.1)
 
 
 def make_wide_model(make_model, *args, **kwargs):

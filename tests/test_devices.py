@@ -1,11 +1,9 @@
 """Many devices and processes: the same result as one, evenly loaded, and gone together."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import device_federation as small
@@ -76,21 +74,6 @@ def test_two_processes_give_the_round_of_one():
 def test_checkpoints_move_between_one_and_four_devices(tmp_path):
     code, out, err = finish(start(f"resume_elsewhere({str(tmp_path)!r})", devices=4))
     assert (code, out) == (0, "equal\n"), err
-
-
-def test_killing_the_first_process_ends_the_other():
-    """That of another process is tested with the command line."""
-    port = free_port()
-    processes = [start(f"train_until_killed({port}, {number})") for number in range(2)]
-    for process in processes:
-        assert any(line.startswith("round 3 ") for line in process.stdout), finish(process)
-    processes[0].send_signal(signal.SIGKILL)
-    begin = time.monotonic()
-    code, _, err = finish(processes[1], seconds=60)
-    assert time.monotonic() - begin < 60
-    assert code != 0
-    assert "another task died" in err or "Connection closed by peer" in err, err
-    finish(processes[0])
 
 
 # --------------------------------------------------------------------------------------------------------- dealing
