@@ -20,8 +20,8 @@ import csv
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from flax import nnx
 from harness import Row, compiled, device, markdown_table, versions, write_json
 
 from autorank_jax import aggregators, budgets, partition, policies
+from autorank_jax.configuration import GLOBAL_RULES
 from autorank_jax.costs import FlopModel, client_costs
 from autorank_jax.engine import make_round
 from autorank_jax.evaluation import make_evaluate
@@ -45,9 +46,9 @@ from autorank_jax.simulation import init_state
 from autorank_jax.tasks import task_from_nnx
 from autorank_jax.text import load_bert, load_tokenizer
 from autorank_jax.transformer import TextClassifier
-from autorank_jax.types import ClientStats, FederatedData, State, Task
+from autorank_jax.types import Aggregator, ClientStats, FederatedData, State, Task
 
-COLUMNS = ("policy", "seed", "accuracy", "loss", "mean ratio", "ratio by examples", "MB up", "TFLOP", "seconds")
+COLUMNS = ("rule", "policy", "seed", "accuracy", "loss", "mean ratio", "ratio by examples", "MB up", "TFLOP", "seconds")
 SOURCES = ("imdb", "rotten_tomatoes")
 
 
@@ -58,7 +59,7 @@ class Options:
     data: str = os.environ.get("AUTORANK_JAX_DATA", "")
     """Folder with minilm/ and movie_reviews.csv."""
     quick: bool = False
-    """Small enough for two CPU cores."""
+    """Other defaults, small enough for two CPU cores."""
     clients: int = 20
     train: int = 12_000
     """Reviews dealt to clients."""
@@ -73,6 +74,8 @@ class Options:
     batch_size: int = 16
     lanes: int = 1
     seeds: int = 3
+    aggregators: tuple[str, ...] = ("rbla", "raflora")
+    """Rules; the first one also serves the probe and the head alone."""
     alpha: float = 0.3
     """Of the Dirichlet mixes of groups."""
     sigma: float = 1.0
@@ -112,9 +115,10 @@ class Federation(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """Compiled programs for one task."""
+    """Compiled programs for one task and rule."""
 
     task: Task
+    rule: Aggregator
     round: Callable[..., Any]
     evaluate: Callable[[State], dict[str, jax.Array]]
 
@@ -122,7 +126,10 @@ class Trainer(NamedTuple):
 def main(options: Options) -> None:
     """Run every policy under every seed; print a table as it grows."""
     if options.quick:
-        options = Options(**{**vars(options), **QUICK})
+        given = {name for name, value in vars(options).items() if value != getattr(Options, name)}
+        options = replace(options, **{name: value for name, value in QUICK.items() if name not in given})
+    if unknown := sorted(set(options.aggregators) - set(GLOBAL_RULES)):
+        sys.exit(f"expected --aggregators out of {', '.join(GLOBAL_RULES)}, got {', '.join(unknown)}")
     folder = check_folder(options.data)
     rows, begin = [], time.perf_counter()
     for seed in range(options.seeds):
@@ -183,26 +190,32 @@ def make_federation(folder: Path, options: Options, reviews: Reviews, seed: int)
 
 
 def run_seed(options: Options, reviews: Reviews, federation: Federation, seed: int, begin: float) -> list[Row]:
-    """Train with every policy; ranks are data, so all but the head alone share one compiled round."""
-    task, widest = federation.adapted, max_ranks(federation.adapted.server.trainable)
-    trainer = compile_round(options, reviews, federation, task)
-    say(begin, "compiled")
-    everything = policies.ranks_from_ratios(jnp.ones(options.clients), widest)
-    probed = trainer.round(federation.key, start(options, task, everything, local_epochs=3), federation.data)[0]
-    jax.block_until_ready(probed)
-    stats = federation.stats._replace(epoch_losses=probed.epoch_losses, epochs=probed.epochs)
-    say(begin, "probed three epochs at full rank")
-    rows = []
-    for name, ratios in all_ratios(stats, federation.key).items():
-        row = train(options, federation, trainer, start(options, task, policies.ranks_from_ratios(ratios, widest)))
-        weight = np.asarray(stats.size, float)
-        described = {"policy": name, "seed": seed, "mean ratio": float(np.mean(ratios))}
-        rows.append(described | {"ratio by examples": float(np.average(ratios, weights=weight))} | row)
-        say(begin, f"{name}: held-out accuracy {row['accuracy']:.3f}")
-    trainer = compile_round(options, reviews, federation, federation.head)
-    row = train(options, federation, trainer, start(options, federation.head, {}))
+    """Train with every rule and policy, then the head alone."""
+    rows: list[Row] = []
+    ratios: dict[str, jax.Array] = {}
+    for name in options.aggregators:
+        trainer = compile_round(options, reviews, federation, federation.adapted, name)
+        say(begin, f"{name}: compiled")
+        if not ratios:
+            stats = federation.stats._replace(**probe(options, federation, trainer))
+            ratios = all_ratios(stats, federation.key)
+            say(begin, "probed three epochs at full rank")
+        for policy, given in ratios.items():
+            row = train(options, federation, trainer, given)
+            rows.append({"rule": name, "policy": policy, "seed": seed} | row)
+            say(begin, f"{name}, {policy}: held-out accuracy {row['accuracy']:.3f}")
+    trainer = compile_round(options, reviews, federation, federation.head, options.aggregators[0])
+    row = train(options, federation, trainer, jnp.zeros(options.clients))
     say(begin, f"head alone: held-out accuracy {row['accuracy']:.3f}")
-    return [*rows, {"policy": "head alone", "seed": seed, "mean ratio": 0.0, "ratio by examples": 0.0} | row]
+    return [*rows, {"rule": "–", "policy": "head alone", "seed": seed} | row]
+
+
+def probe(options: Options, federation: Federation, trainer: Trainer) -> dict[str, jax.Array]:
+    """Return the losses of three local epochs at full rank, and how many epochs there were."""
+    state = start(options, trainer, jnp.ones(options.clients), local_epochs=3)
+    probed, _ = trainer.round(federation.key, state, federation.data)
+    jax.block_until_ready(probed)
+    return {"epoch_losses": probed.epoch_losses, "epochs": probed.epochs}
 
 
 def all_ratios(stats: ClientStats, key: Any) -> dict[str, jax.Array]:
@@ -218,36 +231,41 @@ def all_ratios(stats: ClientStats, key: Any) -> dict[str, jax.Array]:
     }
 
 
-def compile_round(options: Options, reviews: Reviews, federation: Federation, task: Task) -> Trainer:
+def compile_round(options: Options, reviews: Reviews, federation: Federation, task: Task, rule: str) -> Trainer:
+    """Compile a round; ranks are data, so all policies share it."""
     training = make_local_training(task, lambda h: optax.adam(h["learning_rate"]), batch_size=options.batch_size)
-    one = make_round(training, aggregators.rbla(), lanes=options.lanes)
-    everything = {p: jnp.full(options.clients, r) for p, r in max_ranks(task.server.trainable).items()}
-    program, _ = compiled(one, federation.key, start(options, task, everything), federation.data)
-    return Trainer(task, program, jax.jit(make_evaluate(task, *reviews.test, batch_size=100)))
+    one = make_round(training, aggregators.RULES[rule](), lanes=options.lanes)
+    evaluate = jax.jit(make_evaluate(task, *reviews.test, batch_size=100))
+    trainer = Trainer(task, aggregators.RULES[rule](), one, evaluate)
+    program, _ = compiled(one, federation.key, start(options, trainer, jnp.ones(options.clients)), federation.data)
+    return trainer._replace(round=program)
 
 
-def start(options: Options, task: Task, ranks: Mapping[str, jax.Array], *, local_epochs: int = 1) -> State:
+def start(options: Options, trainer: Trainer, ratios: jax.Array, *, local_epochs: int = 1) -> State:
     """Make the start of a run; the head alone has a learning rate of its own."""
+    widest = max_ranks(trainer.task.server.trainable)
     return init_state(
-        task.server,
-        aggregators.rbla(),
-        ranks,
-        learning_rate=options.learning_rate if ranks else options.head_rate,
+        trainer.task.server,
+        trainer.rule,
+        policies.ranks_from_ratios(ratios, widest) if widest else {},
+        learning_rate=options.learning_rate if widest else options.head_rate,
         local_epochs=local_epochs,
         max_epochs=3,
         clients=options.clients,
     )
 
 
-def train(options: Options, federation: Federation, trainer: Trainer, state: State) -> Row:
+def train(options: Options, federation: Federation, trainer: Trainer, ratios: jax.Array) -> Row:
     """Run all rounds and test the server; costs are those of training, the probe apart."""
+    state, examples = start(options, trainer, ratios), np.asarray(federation.data.size, float)
     begin, costs = time.perf_counter(), cost_per_round(options, federation, trainer.task, state)
     for _ in range(options.rounds):
         state, _ = trainer.round(federation.key, state, federation.data)
     jax.block_until_ready(state)
     seconds = time.perf_counter() - begin
+    described = {"mean ratio": float(np.mean(ratios)), "ratio by examples": float(np.average(ratios, weights=examples))}
     scores = {name: float(value) for name, value in trainer.evaluate(state).items()}
-    return scores | {name: options.rounds * cost for name, cost in costs.items()} | {"seconds": seconds}
+    return scores | described | {name: options.rounds * cost for name, cost in costs.items()} | {"seconds": seconds}
 
 
 def cost_per_round(options: Options, federation: Federation, task: Task, state: State) -> dict[str, float]:
@@ -270,14 +288,14 @@ def flop_model(options: Options, federation: Federation, task: Task) -> FlopMode
 
 
 def draw(rows: list[Row], path: str) -> None:
-    """Draw the accuracy of every seed by policy, and the means."""
-    names = list(dict.fromkeys(row["policy"] for row in rows))
-    figure, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
+    """Draw the accuracy of every seed by rule and policy, and the means."""
+    names = list(dict.fromkeys((row["rule"], row["policy"]) for row in rows))
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.3 * len(names)), layout="constrained")
     for place, name in enumerate(names):
-        values = [100 * row["accuracy"] for row in rows if row["policy"] == name]
+        values = [100 * row["accuracy"] for row in rows if (row["rule"], row["policy"]) == name]
         axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
         axes.plot(np.mean(values), place, "|", color="black", markersize=18)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [", ".join(n for n in name if n != "–") for name in names])
     axes.invert_yaxis()
     axes.set_xlabel("held-out accuracy (%); a dot per seed, a bar for the mean")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
