@@ -145,11 +145,6 @@ def owned(mesh):
     return dealing.owned_data(mesh, inputs, targets, parts, ids=3 * np.arange(len(SIZES)))
 
 
-def few_rules():
-    """One rule of each kind: with client state, by factors, by owner-weighted products and SVD (exact plan)."""
-    return {name: aggregators.RULES[name]() for name in ("fedsa_lora", "rbla", "raflora")}
-
-
 # ------------------------------------------------------------------------------------- run in processes of their own
 
 
@@ -203,11 +198,11 @@ def count_steps():
 
 
 def be_one_process(port, number):
-    """Be one process of two that hold two devices each, and compare all four with one."""
+    """Be one process of two that hold two devices each, and compare all four with one by all rules."""
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_enable_x64", True)
     jax.distributed.initialize(f"localhost:{port}", 2, number)
-    mesh, rules = dealing.client_mesh(), few_rules()
+    mesh, rules = dealing.client_mesh(), all_rules()
     assert (mesh.devices.size, jax.local_device_count()) == (4, 2)
     data = owned(mesh)
     assert len(data.inputs.addressable_shards) == 2
