@@ -1,8 +1,8 @@
-"""Strict JAX in every test: no implicit dtype or rank promotion, two CPU devices."""
+"""Strict JAX in every test: no implicit dtype or rank promotion, two CPU devices, compilation that is quick."""
 
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
