@@ -1,5 +1,6 @@
 """Grids of experiments: run cell by cell, resumable, each cell a JSON of what its runs reached and what they cost."""
 
+import argparse
 import dataclasses
 import json
 import time
@@ -29,6 +30,23 @@ class Bounds(NamedTuple):
     def within(cls, minutes: float | None, pattern: str = "*") -> "Bounds":
         """Return bounds that end some minutes from now, where minutes are given."""
         return cls(pattern, time.monotonic() + 60 * minutes if minutes is not None else float("inf"))
+
+
+def add_grid_options(parser: argparse.ArgumentParser, *, splits: Sequence[str], out: Path) -> None:
+    """Give a script the options that every grid of cells has.
+
+    Args:
+        parser: of the script.
+        splits: what the grid runs where nothing else is asked for.
+        out: the folder of results.
+    """
+    parser.add_argument("--splits", default="", help="comma-separated; default " + ",".join(splits))
+    parser.add_argument("--quick", action="store_true", help="the embedded subset, a few rounds")
+    parser.add_argument("--seeds", type=int, default=None, help="default 5")
+    parser.add_argument("--cells", default="*", help="run only cells whose name matches, such as '*staircase*'")
+    parser.add_argument("--limit-minutes", type=float, default=None, help="begin no cell after so many minutes")
+    parser.add_argument("--report", action="store_true", help="run nothing: show what there is")
+    parser.add_argument("--out", type=Path, default=out)
 
 
 def run_cells(cells: Mapping[str, Experiment], folder: Path, bounds: Bounds = Bounds()) -> dict[str, Cell]:  # noqa: B008

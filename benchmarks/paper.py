@@ -25,7 +25,7 @@ import numpy as np
 import paper_tables
 import pictures
 from curves import Reached, table_of
-from grid import Bounds, Cell
+from grid import Bounds, Cell, add_grid_options
 from plan import DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
 from tuning import Choice, Grid, choose_rates, run_tuned
 
@@ -144,16 +144,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, then print and write what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="fashion_mnist,mnist", help="comma-separated: " + ", ".join(DATASETS))
-    parser.add_argument("--splits", default="", help="comma-separated; default all: " + ", ".join(SPLITS))
     parser.add_argument("--groups", default="", help="comma-separated; default all: " + ", ".join(GROUPS))
-    parser.add_argument("--quick", action="store_true", help="the embedded subset, a few rounds")
-    parser.add_argument("--seeds", type=int, default=None, help="default 5")
     parser.add_argument("--rounds", type=int, default=None, help="default 100, on coloured images 200")
     parser.add_argument("--local-epochs", type=int, default=None, help="default 1")
-    parser.add_argument("--cells", default="*", help="run only cells whose name matches, such as '*/staircase/main*'")
-    parser.add_argument("--limit-minutes", type=float, default=None, help="begin no cell after so many minutes")
-    parser.add_argument("--report", action="store_true", help="run nothing: show what there is")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    add_grid_options(parser, splits=tuple(SPLITS), out=RESULTS)
     options = parser.parse_args(arguments)
     mpl.use("Agg")
     plan = make_plan(options)

@@ -27,7 +27,7 @@ import numpy as np
 import pictures
 from answers import ALL, Point, Question, Table
 from curves import table_of
-from grid import Bounds
+from grid import Bounds, add_grid_options
 from plan import SPLITS
 from tuning import Choice, Grid, choose_rates, run_tuned
 
@@ -202,17 +202,11 @@ def confirm(plan: Plan, best: Point, rates: Mapping[str, Mapping[str, Choice] | 
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, then answer from what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the embedded subset, a few rounds")
     parser.add_argument("--confirm", action="store_true", help="run the best pair on fresh seeds and on MNIST")
     parser.add_argument("--rules", default="", help="comma-separated; default " + ",".join(RULES))
-    parser.add_argument("--splits", default="", help="comma-separated; default " + ",".join(STUDIED))
     parser.add_argument("--settings", default="", help="comma-separated; default all: " + ", ".join(SETTINGS))
-    parser.add_argument("--seeds", type=int, default=None, help="default 5")
     parser.add_argument("--rounds", type=int, default=None, help="default 30")
-    parser.add_argument("--cells", default="*", help="run only cells whose name matches, such as 'staircase/rbla-*'")
-    parser.add_argument("--limit-minutes", type=float, default=None, help="begin no cell after so many minutes")
-    parser.add_argument("--report", action="store_true", help="run nothing: answer from what there is")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    add_grid_options(parser, splits=STUDIED, out=RESULTS)
     options = parser.parse_args(arguments)
     mpl.use("Agg")
     plan = make_plan(options)
