@@ -32,6 +32,7 @@ GAMMA = 0.7
 OPTIONS = {
     "hetlora/layer": {"per": "layer"},
     "flexlora/left": {"sigma": "left"},
+    "flexlora/right": {"sigma": "right"},
     "hetlora/pruned": {"prune": GAMMA},
     "raflora/levels": {"levels": LEVELS, "sigma": "right"},
     "owner_merge/levels": {"levels": LEVELS},
@@ -39,7 +40,7 @@ OPTIONS = {
     "rolora/owners": {"owners": True},
     "fedsa_lora/padded": {"owners": False},
     "fedex_lora/owners": {"owners": True},
-    "florist/tau": {"tau": 0.8, "sigma": "both"},
+    "florist/tau": {"tau": 0.8, "sigma": "right"},
     "lora_fair/owners": {"ridge": 0.3, "owners": True},
     "lora_fair/exact": {"ridge": 0.0},
 }

@@ -52,14 +52,15 @@ Products = Callable[[Server, ClientSums], dict[str, Array]]
 Keep = Callable[[Array], Array]  # singular values, descending -> () how many of them to keep
 
 
-def flexlora(*, sigma: Sigma = "right") -> Aggregator:
+def flexlora(*, sigma: Sigma = "both") -> Aggregator:
     """Split the mean product `Σ_k w_k A_k B_k / Σ_k w_k` by SVD (FlexLoRA, arXiv 2402.11505).
 
     Rank positions are sorted by singular value, so that clients of low rank get the strongest. The model moves by the
     mean product as far as `max_rank` positions can hold it.
 
     Args:
-        sigma: where the singular values go.
+        sigma: where the singular values go. The authors' code has "right"; the gradient of `lora_a` then grows with Σ
+            while `lora_a` itself is of length 1, and some runs end in guessing that do not with "both".
 
     Raises:
         ValueError: for another `sigma`.
@@ -90,7 +91,7 @@ def raflora(*, levels: Levels = None, sigma: Sigma = "both") -> Aggregator:
     return assemble(make_owner_summand(levels), _svd_step(owner_products, sigma), init=init, exact_plan=True)
 
 
-def florist(*, tau: float = 0.99, sigma: Sigma = "right") -> Aggregator:
+def florist(*, tau: float = 0.99, sigma: Sigma = "both") -> Aggregator:
     """Split the mean product by SVD and keep an energy threshold of it (FLoRIST, arXiv 2506.09199).
 
     Of each layer the first `p` positions are kept, `p` the least with `Σ_{i≤p} σ_i² ≥ τ Σ_i σ_i²`: one rank for all
@@ -98,7 +99,7 @@ def florist(*, tau: float = 0.99, sigma: Sigma = "right") -> Aggregator:
 
     Args:
         tau: share of the energy in (0, 1].
-        sigma: where the singular values go.
+        sigma: where the singular values go; see `flexlora`.
 
     Raises:
         ValueError: for `tau` outside (0, 1], or another `sigma`.

@@ -42,7 +42,7 @@ def owner_product(server, clients, path, *, levels=None, unowned="server"):
     return product
 
 
-def svd_factors(product, start, *, sigma="right", keep=None, tolerance=1e-10):
+def svd_factors(product, start, *, sigma="both", keep=None, tolerance=1e-10):
     """Split a product by its SVD `U Σ Vᵀ` into factors of R positions, in descending order of singular values.
 
     `sigma` says where Σ goes: "right" (U, ΣVᵀ), "left" (UΣ, Vᵀ), "both" (U√Σ, √ΣVᵀ). Positions from `keep` on, or with
@@ -58,7 +58,7 @@ def svd_factors(product, start, *, sigma="right", keep=None, tolerance=1e-10):
     return a, b
 
 
-def flexlora(server, clients, *, state=None, sigma="right", tolerance=1e-10):
+def flexlora(server, clients, *, state=None, sigma="both", tolerance=1e-10):
     """Split the mean product `Σ w_k A_k B_k / Σ w_k` by SVD at rank R (FlexLoRA, arXiv 2402.11505)."""
     new = copy_server(server)
     if clients:
@@ -95,7 +95,7 @@ def energy_rank(singular_values, tau):
     return p
 
 
-def florist(server, clients, *, state=None, tau=0.99, sigma="right", tolerance=1e-10):
+def florist(server, clients, *, state=None, tau=0.99, sigma="both", tolerance=1e-10):
     """Split the mean product by SVD, keeping p singular values by `energy_rank` (FLoRIST, arXiv 2506.09199).
 
     At most R are kept; the energy counts all of them. Later positions keep the server's lora_a and get lora_b = 0.
