@@ -12,7 +12,8 @@ Four tables:
    that is client steps; `stops_at` names what takes most of the rest: the longest client, which devices cannot share,
    or the sum.
 
-Command:  AUTORANK_JAX_DATA=DIR python benchmarks/devices.py --json benchmarks/results/devices.json
+Command:  AUTORANK_JAX_DATA=DIR python benchmarks/devices.py --json benchmarks/results/devices.json \
+              --png benchmarks/results/devices.png
           (--quick: few clients of the embedded images)
 Hardware: two CPU cores
 Time and numbers to expect: see benchmarks/README.md
@@ -27,13 +28,16 @@ from typing import Any, NamedTuple
 import harness
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 import workloads
 from competitors import difference, trained_values
+from matplotlib.figure import Figure
 from workloads import Workload
 
 from autorank_jax import dealing
 from autorank_jax.engine import make_round
+from autorank_jax.figures import PALETTE, STYLE
 from autorank_jax.lanes import Program, steps_and_levels
 from autorank_jax.lora import level_widths, max_ranks
 from autorank_jax.participation import everyone
@@ -164,6 +168,26 @@ def on_paper(workload: Workload, clients: int, devices: int) -> harness.Row:
     }
 
 
+def draw(rows: Sequence[harness.Row], path: Path) -> None:
+    """Draw the rounds on paper: milliseconds over the number of devices, a line for each number of clients."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for number, clients in enumerate(sorted({row["clients"] for row in rows})):
+            own = [row for row in rows if row["clients"] == clients]
+            devices, times = ([row[name] for row in own] for name in ("devices", "round_milliseconds"))
+            look = {"color": PALETTE[number], "marker": "o", "linewidth": 2}
+            axes.plot(devices, times, label=f"{clients:,} clients", **look)
+            axes.plot(devices, [times[0] / d for d in devices], ":", color=PALETTE[number], linewidth=1)
+        axes.set(xscale="log", yscale="log", xlabel="accelerators", ylabel="milliseconds a round, on paper")
+        axes.set_xticks(list(PAPER["links"]), [str(devices) for devices in PAPER["links"]])
+        axes.minorticks_off()
+        figure.suptitle("Rounds over devices; dotted: evenly shared", x=0.01, ha="left", fontsize=11, weight="bold")
+        figure.legend(loc="outside lower center", ncols=4)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
 def report(title: str, rows: list[harness.Row]) -> None:
     print(f"\n{title}\n\n{harness.markdown_table(rows, list(rows[0]))}")
 
@@ -176,6 +200,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="few clients of the embedded images, two repeats")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--png", type=Path)
     options = parser.parse_args()
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=86400"
@@ -195,6 +220,8 @@ def main() -> None:
     report("Counted", content["counted"])
     report("On paper", content["on_paper"])
     harness.write_json(options.json, content)
+    if options.png:
+        draw(content["on_paper"], options.png)
 
 
 if __name__ == "__main__":
