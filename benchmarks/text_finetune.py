@@ -20,8 +20,8 @@ import csv
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ class Options:
     png: str = ""
 
 
-QUICK = {
+QUICK: Mapping[str, Any] = {
     "clients": 8,
     "train": 480,
     "test": 600,
@@ -125,9 +125,6 @@ class Trainer(NamedTuple):
 
 def main(options: Options) -> None:
     """Run every policy under every seed; print a table as it grows."""
-    if options.quick:
-        given = {name for name, value in vars(options).items() if value != getattr(Options, name)}
-        options = replace(options, **{name: value for name, value in QUICK.items() if name not in given})
     if unknown := sorted(set(options.aggregators) - set(GLOBAL_RULES)):
         sys.exit(f"expected --aggregators out of {', '.join(GLOBAL_RULES)}, got {', '.join(unknown)}")
     folder = check_folder(options.data)
@@ -302,5 +299,11 @@ def draw(rows: list[Row], path: str) -> None:
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
+def parse(arguments: Sequence[str]) -> Options:
+    """Read the command line; `--quick` changes the defaults and nothing that is given."""
+    default = Options(quick=True, **QUICK) if "--quick" in arguments else Options()
+    return tyro.cli(Options, args=arguments, default=default)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(parse(sys.argv[1:]))
