@@ -12,8 +12,8 @@ sentence-transformers/all-MiniLM-L6-v2) and `movie_reviews.csv` (columns text, l
     python benchmarks/text_finetune.py --data FOLDER --json benchmarks/results/text_finetune.json \
         --png benchmarks/results/text_finetune.png
 
-`--quick`: 480 reviews of 32 tokens, 4 rounds, one seed, `rbla`; minutes on two cores. With 600 held-out reviews an accuracy
-has a standard error of 0.02. The figures of more seeds and rules are in benchmarks/README.md.
+`--quick`: 480 reviews of 32 tokens, 4 rounds, one seed, `rbla`; minutes on two cores. With 600 held-out reviews an
+accuracy has a standard error of 0.02. The figures of more seeds and rules are in benchmarks/README.md.
 """
 
 import csv
