@@ -3,8 +3,8 @@
 Fashion-MNIST, MLP 784-200-200-10 with maximum ranks 160, 160, 100, batch 64, SGD with momentum 0.9, one local epoch,
 30 rounds, evaluated every second one, five seeds; a seed varies initial weights, adapters, split and batch order.
 Settings are the criteria (each alone, all, all without the loss) and what may do better: floors under the ratios, a
-server with momentum, re-ranking. The learning rate of every policy and rule is chosen as in `paper.py` but after ten
-rounds, on the split with Dirichlet 0.4 and ten clients. Answers are mean differences paired over seeds, with 95 % t
+server with momentum, re-ranking. The learning rate of every policy and rule is chosen as in `paper.py`, on the split
+with Dirichlet 0.4 and ten clients. Answers are mean differences paired over seeds, with 95 % t
 intervals and Holm's correction within each question.
 
 Command:  AUTORANK_JAX_DATA=DIR python benchmarks/study.py            (many hours on two cores; may be stopped and
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     plan = make_plan(options)
     bounds = Bounds.within(0 if options.report else options.limit_minutes, options.cells)
     with harness.shared_programs():
-        rates = rates_of(plan, Grid((0.03,)) if options.quick else Grid(rounds=10), bounds)
+        rates = rates_of(plan, Grid((0.03,)) if options.quick else Grid(), bounds)
         table = run_plan(plan, rates, bounds)
     pairs = report(plan, table, rates)
     if options.confirm:

@@ -19,8 +19,7 @@ class Grid(NamedTuple):
     """What is tried for every policy and rule."""
 
     rates: tuple[float, ...] = (0.01, 0.03, 0.1)
-    rounds: int = 25
-    seeds: int = 2
+    seeds: int = 1
 
 
 class Choice(NamedTuple):
@@ -34,7 +33,9 @@ class Choice(NamedTuple):
 def choose_rates(
     experiment: Experiment, grid: Grid, folder: Path, name: str, bounds: Bounds
 ) -> Mapping[str, Choice] | None:
-    """Choose a learning rate for every policy of an experiment of one rule: the best after a few rounds.
+    """Choose a learning rate for every policy of an experiment of one rule: the best after as many rounds as are run.
+
+    Fewer rounds would not do: a rate that is best early may end in guessing later.
 
     Args:
         experiment: what will be run; one aggregator.
@@ -53,8 +54,7 @@ def choose_rates(
         validation=VALIDATION,
         first_seed=FIRST_SEED,
         seeds=grid.seeds,
-        rounds=grid.rounds,
-        eval_every=grid.rounds,
+        eval_every=experiment.rounds,
         personal=experiment.aggregators[0] in PERSONAL_RULES,
     )
     names = {f"{name}-tune-lr{rate:g}": rate for rate in grid.rates}
@@ -84,7 +84,7 @@ def run_tuned(
     together: bool,
     bounds: Bounds,
 ) -> tuple[dict[str, Tuned], list[Cell]]:
-    """Run every policy of an experiment at its own learning rate, policies of one rate in one cell.
+    """Run every policy of an experiment at its own learning rate.
 
     Args:
         experiment: of one rule.
@@ -92,7 +92,7 @@ def run_tuned(
         folder: of the cells.
         name: begins the names of the cells.
         seeds: to run.
-        together: all seeds in one cell, else a cell for each.
+        together: all seeds of a policy in one cell, else a cell for each.
         bounds: of the cells to run.
 
     Returns:
@@ -103,10 +103,12 @@ def run_tuned(
         return tuned, []
     cells = {}
     for first in seeds[:1] if together else seeds:
-        for rate in sorted({choices[p].rate for p in tuned}):
-            cells[f"{name}-lr{rate:g}-seed{first}"] = dataclasses.replace(
+        for policy in tuned:
+            rate = choices[policy].rate
+            cells[f"{name}-{policy}-lr{rate:g}-seed{first}"] = dataclasses.replace(
                 experiment,
-                rank_policies=tuple(p for p in tuned if choices[p].rate == rate),
+                rank_policies=(policy,),
+                ratios=experiment.ratios if policy == "manual" else (),
                 learning_rate=rate,
                 first_seed=first,
                 seeds=len(seeds) if together else 1,

@@ -181,7 +181,8 @@ def test_the_best_rate_on_validation_examples_is_chosen(tmp_path):
     assert {choice.rate for choice in choices.values()} == {0.03}
     assert not any(choice.edge for choice in choices.values())
     configs = [json.loads(path.read_text())["config"] for path in tmp_path.glob("*.json")]
-    assert {(c["validation"], c["first_seed"]) for c in configs} == {(0.1, tuning.FIRST_SEED)}
+    asked = (0.1, tuning.FIRST_SEED, experiment.rounds)
+    assert {(c["validation"], c["first_seed"], c["rounds"]) for c in configs} == {asked}
     assert tuning.choose_rates(experiment, tuning.Grid((0.5, 1.0)), tmp_path, "y", grid.Bounds.within(0)) is None
 
 
