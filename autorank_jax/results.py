@@ -164,10 +164,11 @@ def si(value: float | None, digits: int = 3) -> str:
     """Write a number with a prefix: 4.2e11 is `420 G`; a missing one is a dash."""
     if value is None:
         return "–"
+    value = float(f"{value:.{digits}g}")  # 999.9e6 is 1 G
     for scale, prefix in ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= scale:
-            return f"{value / scale:.{digits}g}{prefix}"
-    return f"{value:.{digits}g}"
+            return f"{value / scale:.{max(digits, 3)}g}{prefix}"
+    return f"{value:.{max(digits, 3)}g}"
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:

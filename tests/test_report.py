@@ -109,10 +109,15 @@ def test_spread():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(4.2e11, "420 G"), (1234.0, "1.23 k"), (0.5, "0.5"), (0, "0"), (None, "–"), (2e12, "2 T")]
+    ("value", "text"),
+    [(4.2e11, "420 G"), (1234.0, "1.23 k"), (0.5, "0.5"), (0, "0"), (None, "–"), (2e12, "2 T"), (999.96e6, "1 G")],
 )
 def test_si(value, text):
     assert si(value) == text
+
+
+def test_si_of_few_digits_has_no_exponent():
+    assert si(2.04e8, 2) == "200 M"
 
 
 def test_all_files_are_written(tmp_path):
