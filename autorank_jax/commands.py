@@ -285,7 +285,7 @@ def show(console: Console, experiment: Experiment, results: Results, paths: Sequ
     if experiment.split == "staircase":
         console.print(
             "On the staircase any rule that grows with a client's size gives nearly the same ranks, so it cannot tell "
-            "such rules apart: try --split dirichlet_lognormal, with several --seeds."
+            "such rules apart: try --split dirichlet_lognormal --aggregators rbla,raflora, with several --seeds."
         )
     names = ", ".join(path.name for path in paths)
     console.print(f"Written to {paths[0].parent}: {names}", soft_wrap=True)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 NAME_COLUMNS = ("", "client", "clients", "client_id", "id", "name")
+COUNTS = ("size", "classes")
 
 
 class CriteriaError(ValueError):
@@ -34,8 +35,8 @@ def read_criteria(path: str | Path, *, cost: Sequence[str] = ()) -> Criteria:
         cost: columns of which less means more complex.
 
     Raises:
-        CriteriaError: a file that cannot be read, is empty, ragged, or holds something other than finite numbers; an
-            unknown or doubled column.
+        CriteriaError: a file that cannot be read, is empty, ragged, or holds something other than finite numbers, or
+            negative counts; an unknown or doubled column; a doubled client.
     """
     path = Path(path).expanduser()
     header, rows = _read(path)
@@ -47,6 +48,11 @@ def read_criteria(path: str | Path, *, cost: Sequence[str] = ()) -> Criteria:
     doubled = [name for name in header if header.count(name) > 1]
     if doubled:
         raise CriteriaError(f"{path}: expected columns of different names, got {doubled[0]!r} twice")
+    seen: set[str] = set()
+    for name, (line, _) in zip(clients, rows, strict=True):
+        if name in seen:
+            raise CriteriaError(f"{path}: expected one row per client, got {name!r} again in line {line}")
+        seen.add(name)
     for name in cost:
         if name not in criteria:
             close = difflib.get_close_matches(name, criteria, n=1)
@@ -113,4 +119,6 @@ def _checked(path: Path, line: int, column: str, text: str) -> float:
     if value is None or not math.isfinite(value) or abs(value) > 1e30:
         got = repr(text) if text else "nothing"
         raise CriteriaError(f"{path}: expected a finite number in line {line}, column {column!r}, got {got}")
+    if value < 0 and column.lower() in COUNTS:
+        raise CriteriaError(f"{path}: expected a count of at least 0 in line {line}, column {column!r}, got {text}")
     return value

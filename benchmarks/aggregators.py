@@ -90,7 +90,8 @@ def main() -> None:
     print(harness.markdown_table(rows, columns))
     content = {"rows": rows, "rounds": options.rounds, "seeds": options.seeds, "versions": harness.versions()}
     harness.write_json(options.out / f"{name}.json", content | {"device": harness.device()})
-    title = f"Final accuracy after {options.rounds} rounds, mean of {options.seeds} seeds, ten clients"
+    dataset = "Fashion-MNIST subset" if options.quick else "Fashion-MNIST"
+    title = f"{dataset}: accuracy after {options.rounds} rounds, mean of {options.seeds} seeds, ten clients"
     draw(found, rules, options.out / f"{name}.png", title)
 
 

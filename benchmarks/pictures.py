@@ -148,7 +148,8 @@ def heat_map(
         axes.tick_params(length=0)
         axes.set_title(title, fontsize=10, loc="left")
         axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axes, label=label, shrink=0.85)
+        clipped = "min" if known.min() < low else "neither"
+        figure.colorbar(image, ax=axes, label=label, shrink=0.85, extend=clipped)
         _save(figure, path)
 
 

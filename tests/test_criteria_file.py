@@ -58,3 +58,14 @@ def test_written_numbers_are_read_back(rows):
 def test_a_complaint_names_the_place():
     with pytest.raises(CriteriaError, match="line 3, column 'b', got 'x'"):
         read(b"a,b\n1,2\n3,x\n")
+
+
+def test_a_client_has_one_row():
+    with pytest.raises(CriteriaError, match="one row per client, got 'x' again in line 4"):
+        read(b"client,a\nx,1\ny,2\nx,3\n")
+
+
+@pytest.mark.parametrize("column", ["size", "classes"])
+def test_counts_are_not_negative(column):
+    with pytest.raises(CriteriaError, match=f"count of at least 0 in line 3, column '{column}', got -2"):
+        read(f"client,{column}\nx,0\ny,-2\n".encode())
