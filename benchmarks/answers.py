@@ -1,5 +1,6 @@
 """The questions of `study.py`, answered from its cells: differences paired over seeds, with intervals."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -27,37 +28,42 @@ Table = dict[Point, dict[int, Reached]]
 """Runs by seed."""
 
 
+Contrast = tuple[str, Point, Point]
+"""A name, and one point minus another; the split "all" pools those that are there."""
+
+
 class Question(NamedTuple):
     """What is asked, and one minus another for every row."""
 
     title: str
-    rows: tuple[tuple[str, Point, Point], ...]  # name, one, other; the split "all" pools those that are there
+    rows: tuple[Contrast, ...]
 
 
 def questions(rules: Sequence[str], settings: Sequence[str], splits: Sequence[str]) -> list[Question]:
-    """Return what is asked of the grid; the first rule is the method's own."""
-    first, places = rules[0], (*splits, "all")
+    """Return what is asked of the grid."""
+    places = (*splits, "all")
 
-    def against(other: str) -> tuple[tuple[str, Point, Point], ...]:
-        return tuple((s, Point("autorank", first, ALL, s), Point(other, first, ALL, s)) for s in places)
+    def against(other: str) -> tuple[Contrast, ...]:
+        return tuple(
+            (f"{rule}, {s}", Point("autorank", rule, ALL, s), Point(other, rule, ALL, s))
+            for rule in rules
+            for s in places
+        )
 
-    def by(names: Sequence[str], rule: str | None, other: str) -> tuple[tuple[str, Point, Point], ...]:
+    def changed(other: Mapping[str, str]) -> tuple[Contrast, ...]:
         rows = []
-        for name in names:
-            axes = (rule, name) if rule else (name, ALL)
-            rows += [(f"{name}, {s}", Point("autorank", *axes, s), Point(other, *axes, s)) for s in places]
+        for rule, setting, s in itertools.product(rules, (name for name in settings if name != ALL), places):
+            one = Point("autorank", rule, setting, s)
+            rows.append((f"{setting}, {rule}, {s}", one, one._replace(**other)))
         return tuple(rows)
 
     return [
-        Question(f"AutoRank minus one rank at equal bytes, {first}", against("uniform_bytes")),
-        Question(f"AutoRank minus one rank at equal FLOPs, {first} (the probe not counted)", against("uniform")),
-        Question(f"AutoRank minus its own ranks shuffled, {first}", against("shuffled")),
-        Question(f"AutoRank minus ranks by size at equal bytes, {first}", against("by_size_bytes")),
-        Question(f"AutoRank minus full rank for all, {first}", against("full")),
-        Question("AutoRank minus one rank at equal bytes, by rule", by(rules, None, "uniform_bytes")),
-        Question("AutoRank minus one rank at equal FLOPs, by rule", by(rules, None, "uniform")),
-        Question(f"AutoRank minus one rank at equal bytes, by setting, {first}", by(settings, first, "uniform_bytes")),
-        Question(f"AutoRank minus one rank at equal FLOPs, by setting, {first}", by(settings, first, "uniform")),
+        Question("AutoRank minus one rank at equal bytes", against("uniform_bytes")),
+        Question("AutoRank minus one rank at equal FLOPs (the probe not counted)", against("uniform")),
+        Question("AutoRank minus its own ranks shuffled", against("shuffled")),
+        Question("AutoRank minus ranks by size at equal bytes", against("by_size_bytes")),
+        Question("AutoRank with another setting minus AutoRank with all criteria", changed({"setting": ALL})),
+        Question("AutoRank minus one rank at equal bytes, by setting", changed({"policy": "uniform_bytes"})),
     ]
 
 

@@ -69,11 +69,10 @@ GROUPS: Mapping[str, Group] = {
             "by_size_bytes": "by size, AutoRank's bytes + RBLA",
             "shuffled": "AutoRank shuffled + RBLA",
             "reversed": "AutoRank reversed + RBLA",
-            "by_size": "by size + RBLA",
         },
     ),
     "fedavg": Group(3, "fedavg", {"full": "whole weights + FedAvg"}),
-    "local": Group(3, "local_only", {"full": "nothing shared, full rank", "autorank": "nothing shared, AutoRank"}),
+    "local": Group(3, "local_only", {"full": "nothing shared, full rank"}),
     "central": Group(3, "rbla", {"full": "one client has all, full rank"}, ("central",)),
     "central_whole": Group(3, "fedavg", {"full": "one client has all, whole weights"}, ("central",)),
 }

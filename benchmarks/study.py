@@ -1,11 +1,11 @@
 """Does AutoRank help, where, and which part of it? Rank policies × aggregation rules × splits × settings.
 
 Fashion-MNIST, MLP 784-200-200-10 with maximum ranks 160, 160, 100, batch 64, SGD with momentum 0.9, one local epoch,
-30 rounds, evaluated every second one, five seeds; a seed varies initial weights, adapters, split and batch order.
+20 rounds, evaluated every second one, five seeds; a seed varies initial weights, adapters, split and batch order.
 Settings are the criteria (each alone, all, all without the loss) and what may do better: floors under the ratios, a
-server with momentum, re-ranking. The learning rate of every policy and rule is chosen as in `paper.py`, on the split
-with Dirichlet 0.4 and ten clients. Answers are mean differences paired over seeds, with 95 % t
-intervals and Holm's correction within each question.
+server with momentum, re-ranking. They are tried under the first two rules on the first two splits, with the learning
+rates of all criteria, which are chosen as in `paper.py` for every policy, rule and split. Answers are mean differences
+paired over seeds, with 95 % t intervals and Holm's correction within each question.
 
 Command:  AUTORANK_JAX_DATA=DIR python benchmarks/study.py            (many hours on two cores; may be stopped and
           started again, and begins with what matters most)
@@ -35,27 +35,28 @@ from autorank_jax.complexity import CRITERIA
 from autorank_jax.configuration import GLOBAL_RULES, Experiment
 
 RESULTS = Path(__file__).parent / "results"
-RULES = ("rbla", "flexlora", "raflora", "owner_merge", "flora")
+RULES = ("rbla", "raflora", "owner_merge", "flexlora")
 POLICIES: Mapping[str, str] = {
     "autorank": "AutoRank",
     "uniform_bytes": "one rank, AutoRank's bytes",
     "uniform": "one rank, AutoRank's FLOPs",
     "by_size_bytes": "by size, AutoRank's bytes",
     "shuffled": "AutoRank shuffled",
-    "full": "full rank",
 }
-FEW = ("autorank", "uniform_bytes", "uniform")
-SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "all criteria": {},
+PAIR = ("autorank", "uniform_bytes")
+CRITERIA_ALONE: Mapping[str, Mapping[str, Any]] = {
     "without loss_entropy": {"criteria": tuple(name for name in CRITERIA if name != "loss_entropy")},
     **{f"{name} alone": {"criteria": (name,)} for name in CRITERIA},
-    "floor 0.3": {"min_ratio": 0.3},
+}
+BETTER: Mapping[str, Mapping[str, Any]] = {
     "floor 0.5": {"min_ratio": 0.5},
     "server momentum 0.5": {"server_momentum": 0.5, "server_learning_rate": 0.5},
     "re-ranking every 5 rounds": {"rerank_every": 5},
 }
-STUDIED = ("staircase", "dirichlet-0.1-10", "dirichlet-0.4-10", "dirichlet-0.4-100")
-TUNED_ON = "dirichlet-0.4-10"
+SETTINGS: Mapping[str, Mapping[str, Any]] = {ALL: {}, **BETTER, **CRITERIA_ALONE}
+STUDIED = ("staircase", "dirichlet-0.4-10", "dirichlet-0.4-100", "dirichlet-0.1-10")
+NARROW = 2
+"""Settings other than all criteria are tried under so many rules, on so many splits."""
 FRESH = 100
 """The first seed of the confirmation."""
 
@@ -75,32 +76,44 @@ class Plan(NamedTuple):
 
 
 def order(plan: Plan) -> list[tuple[str, str, str]]:
-    """Return rule, setting and split of what to run: the first rule, other rules, other settings, all others."""
-    cells = [(rule, setting, split) for setting in plan.settings for rule in plan.rules for split in plan.splits]
-    return sorted(cells, key=lambda cell: (cell[1] != ALL) * 2 + (cell[0] != plan.rules[0]))
+    """Return rule, setting and split of what to run: all criteria first, the other settings under few rules."""
+    wide = [(rule, ALL, split) for rule in plan.rules for split in plan.splits if ALL in plan.settings]
+    others = [setting for setting in plan.settings if setting != ALL]
+    few = plan.rules[:NARROW], plan.splits[:NARROW]
+    return wide + [(rule, setting, split) for setting in others for rule in few[0] for split in few[1]]
 
 
 def experiment_of(plan: Plan, rule: str, setting: str, split: str) -> Experiment:
     """Return the experiment of a cell, for the first seed."""
-    policies = plan.policies if setting == ALL else tuple(p for p in plan.policies if p in FEW)
+    policies = plan.policies
+    if setting != ALL:  # what changes criteria alone is compared with all criteria, the rest with one rank as well
+        wanted = PAIR[:1] if setting in CRITERIA_ALONE else PAIR
+        policies = tuple(p for p in policies if p in wanted)
     options = {"eval_every": 2, "local_epochs": 1, **SPLITS[split], **SETTINGS[setting], **plan.options}
     return Experiment(dataset=plan.dataset, rank_policies=policies, aggregators=(rule,), **options)
 
 
-def rates_of(plan: Plan, grid: Grid, bounds: Bounds) -> dict[str, Mapping[str, Choice] | None]:
-    """Choose the learning rates of every rule."""
-    trials = {rule: experiment_of(plan, rule, ALL, TUNED_ON) for rule in plan.rules}
-    return {rule: choose_rates(e, grid, plan.folder, f"{TUNED_ON}/{rule}", bounds) for rule, e in trials.items()}
+Rates = Mapping[tuple[str, str], Mapping[str, Choice] | None]
+"""Learning rates of every policy, by rule and split; None where they are not chosen yet."""
 
 
-def run_plan(plan: Plan, rates: Mapping[str, Mapping[str, Choice] | None], bounds: Bounds) -> Table:
+def rates_of(plan: Plan, grid: Grid, bounds: Bounds) -> Rates:
+    """Choose the learning rates under every rule on every split."""
+    return {
+        (rule, split): choose_rates(experiment_of(plan, rule, ALL, split), grid, plan.folder, f"{split}/{rule}", bounds)
+        for rule in plan.rules
+        for split in plan.splits
+    }
+
+
+def run_plan(plan: Plan, rates: Rates, bounds: Bounds) -> Table:
     """Run what is missing within bounds, and return what is there."""
     table: Table = {}
-    how = {"seeds": plan.seeds, "together": plan.together, "bounds": bounds}
+    how = {"seeds": plan.seeds, "together": plan.together, "bounds": bounds, "apart": False}
     for rule, setting, split in order(plan):
         experiment = experiment_of(plan, rule, setting, split)
         name = f"{split}/{rule}-{setting.replace(' ', '_')}"
-        tuned, _ = run_tuned(experiment, rates[rule], plan.folder, name, **how)
+        tuned, _ = run_tuned(experiment, rates[rule, split], plan.folder, name, **how)
         table |= {Point(policy, rule, setting, split): one.runs for policy, one in tuned.items() if one.runs}
     return table
 
@@ -110,13 +123,13 @@ def make_plan(options: argparse.Namespace) -> Plan:
     quick = options.quick
     chosen = {"rules": RULES, "splits": STUDIED, "settings": tuple(SETTINGS)}
     if quick:
-        chosen = {"rules": RULES[:2], "splits": ("staircase", TUNED_ON), "settings": (ALL, "size alone")}
+        chosen = {"rules": RULES[:2], "splits": STUDIED[:2], "settings": (ALL, "floor 0.5", "size alone")}
     for what, known in (("rules", GLOBAL_RULES), ("splits", SPLITS), ("settings", SETTINGS)):
         if words := getattr(options, what):
             chosen[what] = tuple(words.split(","))
         if wrong := [word for word in chosen[what] if word not in known]:
             raise SystemExit(f"{what}: expected some of {', '.join(known)}, got {', '.join(wrong)}")
-    given = {"rounds": options.rounds or (4 if quick else 30)} | ({"rank_levels": 1} if quick else {})
+    given = {"rounds": options.rounds or (4 if quick else 20)} | ({"rank_levels": 1} if quick else {})
     return Plan(
         "fashion_mnist_mini" if quick else "fashion_mnist",
         tuple(POLICIES)[: 4 if quick else None],
@@ -128,7 +141,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     )
 
 
-def report(plan: Plan, table: Table, rates: Mapping[str, Mapping[str, Choice] | None]) -> list[tuple[Point, float]]:
+def report(plan: Plan, table: Table, rates: Rates) -> list[tuple[Point, float]]:
     """Print and write the answers that the cells give, and pictures; return the best pairs."""
     axes = {"rules": plan.rules, "settings": plan.settings, "splits": plan.splits}
     asked = [answers.answer(table, q, plan.splits, len(plan.seeds)) for q in answers.questions(**axes)]
@@ -138,7 +151,7 @@ def report(plan: Plan, table: Table, rates: Mapping[str, Mapping[str, Choice] | 
     plan.folder.mkdir(parents=True, exist_ok=True)
     plan.folder.with_suffix(".md").write_text(text)
     content = {" | ".join(point): table_of(runs) for point, runs in table.items()}
-    chosen = {rule: {p: c._asdict() for p, c in found.items()} for rule, found in rates.items() if found}
+    chosen = {" | ".join(at): {p: c._asdict() for p, c in found.items()} for at, found in rates.items() if found}
     about = {"options": dict(plan.options), "versions": harness.versions(), "device": harness.device()}
     harness.write_json(plan.folder.with_suffix(".json"), {"points": content, "learning_rates": chosen} | about)
     draw(plan, table)
@@ -172,10 +185,10 @@ def draw(plan: Plan, table: Table) -> None:
             pictures.accuracy_curves(seen, path, f"{plan.dataset}, {split}, {plan.rules[0]}")
 
 
-def confirm(plan: Plan, best: Point, rates: Mapping[str, Mapping[str, Choice] | None], bounds: Bounds) -> str:
+def confirm(plan: Plan, best: Point, rates: Rates, bounds: Bounds) -> str:
     """Run the best pair on fresh seeds and on MNIST, beside AutoRank and one rank with its rule and the first one."""
     rules, settings = (tuple(dict.fromkeys(pair)) for pair in ((best.rule, plan.rules[0]), (best.setting, ALL)))
-    policies = tuple(p for p in POLICIES if p in (best.policy, *FEW[:2]))
+    policies = tuple(p for p in POLICIES if p in (best.policy, *PAIR))
     parts = []
     for dataset in (plan.dataset, *(("mnist",) if plan.dataset == "fashion_mnist" else ())):
         fresh = plan._replace(
@@ -187,7 +200,7 @@ def confirm(plan: Plan, best: Point, rates: Mapping[str, Mapping[str, Choice] | 
             folder=plan.folder.with_name(f"{plan.folder.name}-confirm-{dataset}"),
         )
         table = run_plan(fresh, rates, bounds)
-        others = [Point(p, rule, ALL, "all") for rule in rules for p in FEW[:2]]
+        others = [Point(p, rule, ALL, "all") for rule in rules for p in PAIR]
         rows = tuple(
             (f"{other.policy} + {other.rule}, {split}", best._replace(split=split), other._replace(split=split))
             for other in others
@@ -205,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--confirm", action="store_true", help="run the best pair on fresh seeds and on MNIST")
     parser.add_argument("--rules", default="", help="comma-separated; default " + ",".join(RULES))
     parser.add_argument("--settings", default="", help="comma-separated; default all: " + ", ".join(SETTINGS))
-    parser.add_argument("--rounds", type=int, default=None, help="default 30")
+    parser.add_argument("--rounds", type=int, default=None, help="default 20")
     add_grid_options(parser, splits=STUDIED, out=RESULTS)
     options = parser.parse_args(arguments)
     mpl.use("Agg")

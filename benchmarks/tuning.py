@@ -1,9 +1,13 @@
-"""Learning rates chosen on a tenth of the training examples, with seeds used nowhere else, and runs at these rates."""
+"""Learning rates chosen on a tenth of the training examples, with seeds used nowhere else, and runs at these rates.
+
+Every policy and rule tries the same three rates; one whose best is at an end of what it tried goes on along `LADDER`
+until a rate beyond is worse.
+"""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from curves import Reached, runs_of
@@ -13,12 +17,14 @@ from autorank_jax.configuration import PERSONAL_RULES, Experiment
 
 FIRST_SEED = 1000
 VALIDATION = 0.1
+LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+"""Rates that may be tried."""
 
 
 class Grid(NamedTuple):
     """What is tried for every policy and rule."""
 
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1)  # by everybody; neighbours on `LADDER`
     seeds: int = 1
 
 
@@ -27,7 +33,7 @@ class Choice(NamedTuple):
 
     rate: float
     accuracy: dict[str, float]  # mean over tuning seeds on validation examples, by rate
-    edge: bool  # whether a better one may lie beyond the grid
+    edge: bool  # whether a better one may lie beyond the ladder
 
 
 def choose_rates(
@@ -57,14 +63,37 @@ def choose_rates(
         eval_every=experiment.rounds,
         personal=experiment.aggregators[0] in PERSONAL_RULES,
     )
-    names = {f"{name}-tune-lr{rate:g}": rate for rate in grid.rates}
-    cells = run_cells({n: dataclasses.replace(trial, learning_rate=r) for n, r in names.items()}, folder, bounds)
+
+    def run(cells: Mapping[str, tuple[float, tuple[str, ...]]]) -> dict[str, Cell]:
+        wanted = {n: _policies(trial, some, learning_rate=rate) for n, (rate, some) in cells.items()}
+        return run_cells(wanted, folder, bounds)
+
+    names = {f"{name}-tune-lr{rate:g}": (rate, trial.rank_policies) for rate in grid.rates}
+    cells = run(names)
     if len(cells) < len(names):
         return None
-    found = {rate: runs_of(cells[n]) for n, rate in names.items()}
-    return {
-        p: _best({rate: _score(list(runs[p].values())) for rate, runs in found.items()}) for p in trial.rank_policies
-    }
+    found = {p: {rate: _score(cells[n], p) for n, (rate, _) in names.items()} for p in trial.rank_policies}
+    while further := {p: rate for p, scores in found.items() if (rate := _beyond(scores)) is not None}:
+        names = {f"{name}-{p}-tune-lr{rate:g}": (rate, (p,)) for p, rate in further.items()}
+        cells = run(names)
+        if len(cells) < len(names):
+            return None
+        for n, (rate, (policy,)) in names.items():
+            found[policy][rate] = _score(cells[n], policy)
+    return {policy: _choice(scores) for policy, scores in found.items()}
+
+
+def _policies(experiment: Experiment, policies: tuple[str, ...], **options: Any) -> Experiment:
+    """Return an experiment of some of its policies, with the options on top."""
+    ratios = experiment.ratios if "manual" in policies else ()
+    return dataclasses.replace(experiment, rank_policies=policies, ratios=ratios, **options)
+
+
+def _beyond(scores: Mapping[float, float]) -> float | None:
+    """Return the next rate to try where the best is the smallest or largest so far, None where there is none."""
+    best, place = _best(scores), LADDER.index(_best(scores))
+    following = {min(scores): place - 1, max(scores): place + 1}.get(best)
+    return LADDER[following] if following is not None and 0 <= following < len(LADDER) else None
 
 
 class Tuned(NamedTuple):
@@ -83,6 +112,7 @@ def run_tuned(
     seeds: range,
     together: bool,
     bounds: Bounds,
+    apart: bool = True,
 ) -> tuple[dict[str, Tuned], list[Cell]]:
     """Run every policy of an experiment at its own learning rate.
 
@@ -92,8 +122,9 @@ def run_tuned(
         folder: of the cells.
         name: begins the names of the cells.
         seeds: to run.
-        together: all seeds of a policy in one cell, else a cell for each.
+        together: all seeds in one cell, else a cell for each.
         bounds: of the cells to run.
+        apart: a cell for each policy, else policies of one rate share cells, and with them the probe.
 
     Returns:
         What there is by policy, and its cells.
@@ -103,13 +134,11 @@ def run_tuned(
         return tuned, []
     cells = {}
     for first in seeds[:1] if together else seeds:
-        for policy in tuned:
-            rate = choices[policy].rate
-            cells[f"{name}-{policy}-lr{rate:g}-seed{first}"] = dataclasses.replace(
+        for label, policies in _parts({p: choices[p] for p in tuned}, apart=apart).items():
+            cells[f"{name}-{label}-seed{first}"] = _policies(
                 experiment,
-                rank_policies=(policy,),
-                ratios=experiment.ratios if policy == "manual" else (),
-                learning_rate=rate,
+                policies,
+                learning_rate=choices[policies[0]].rate,
                 first_seed=first,
                 seeds=len(seeds) if together else 1,
             )
@@ -120,13 +149,26 @@ def run_tuned(
     return tuned, ran
 
 
-def _score(runs: Sequence[Reached]) -> float:
-    """Return the mean accuracy at the end: the server's, or where there is none the clients' own."""
+def _parts(choices: Mapping[str, Choice], *, apart: bool) -> dict[str, tuple[str, ...]]:
+    """Return the policies of every cell by its label."""
+    if apart:
+        return {f"{policy}-lr{choice.rate:g}": (policy,) for policy, choice in choices.items()}
+    rates = sorted({choice.rate for choice in choices.values()})
+    return {f"lr{rate:g}": tuple(p for p, choice in choices.items() if choice.rate == rate) for rate in rates}
+
+
+def _score(cell: Cell, policy: str) -> float:
+    """Return a policy's mean accuracy at the end: the server's, or where there is none the clients' own."""
+    runs = runs_of(cell)[policy].values()
     return float(np.mean([run.final if run.final is not None else run.clients["before"]["mean"] for run in runs]))
 
 
-def _best(scores: Mapping[float, float]) -> Choice:
+def _best(scores: Mapping[float, float]) -> float:
     """Return the best rate, the smallest of equals."""
-    rates = sorted(scores)
-    best = max(rates, key=lambda rate: scores[rate])
-    return Choice(best, {f"{rate:g}": round(scores[rate], 4) for rate in rates}, best in (rates[0], rates[-1]))
+    return max(sorted(scores), key=lambda rate: scores[rate])
+
+
+def _choice(scores: Mapping[float, float]) -> Choice:
+    best = _best(scores)
+    tried = {f"{rate:g}": round(scores[rate], 4) for rate in sorted(scores)}
+    return Choice(best, tried, best in (min(scores), max(scores)))

@@ -36,8 +36,8 @@ TINY = Experiment(
 )
 
 
-def fake_cell(experiment, *_):
-    """Return a cell as if it had been run: accuracies that a seed and a name determine, better at a rate of 0.03."""
+def fake_cell(experiment, best=lambda _: 0.03):
+    """Return a cell as if it had been run: accuracies that a seed and a name determine, falling beside a best rate."""
     cell = {what: {} for what in ("summary", "accuracy", "flops", "bytes", "clients", "scores", "diverged")}
     n, clients = experiment.rounds, experiment.clients
     shared = experiment.aggregators[0] != "local_only"
@@ -47,7 +47,7 @@ def fake_cell(experiment, *_):
         cell["scores"][str(seed)] = {"criteria": list("abcde"), "size": [10] * clients, "matrix": matrix.tolist()}
         cell["scores"][str(seed)] |= {"weights": None, "closeness": None, "ratios": ratios}
         for number, policy in enumerate(experiment.rank_policies):
-            top = 0.8 - 0.02 * number + 0.01 * rng.random() - abs(experiment.learning_rate - 0.03)
+            top = 0.8 - 0.02 * number + 0.01 * rng.random() - 0.1 * abs(np.log(experiment.learning_rate / best(policy)))
             curve = [round(top * (1 - 0.5**r), 4) if shared else None for r in range(1, n + 1)]
             own = {kind: 0.5 + 0.1 * rng.random() for kind in ("mean", "weighted_mean", "worst")}
             for what, value in (("accuracy", curve), ("flops", [1e9 * r for r in range(n)]), ("bytes", [1e6] * n)):
@@ -186,6 +186,38 @@ def test_the_best_rate_on_validation_examples_is_chosen(tmp_path):
     assert tuning.choose_rates(experiment, tuning.Grid((0.5, 1.0)), tmp_path, "y", grid.Bounds.within(0)) is None
 
 
+@pytest.mark.parametrize(("best", "chosen", "edge"), [(0.003, 0.003, False), (0.3, 0.3, True), (1e-5, 0.001, True)])
+def test_a_policy_whose_best_rate_is_at_an_end_tries_further(best, chosen, edge, tmp_path, monkeypatch):
+    ran = []
+
+    def run(experiment, _, name):
+        ran.append(name)
+        return fake_cell(experiment, lambda policy: best if policy == "autorank" else 0.03)
+
+    monkeypatch.setattr(grid, "_run", run)
+    experiment = dataclasses.replace(TINY, rank_policies=("autorank", "full"), rounds=4)
+    choices = tuning.choose_rates(experiment, tuning.Grid(), tmp_path, "x", grid.Bounds())
+    assert (choices["autorank"].rate, choices["autorank"].edge) == (chosen, edge)
+    assert (choices["full"].rate, choices["full"].edge) == (0.03, False)
+    assert all("autorank" in name for name in ran[3:])
+    tried = sorted(map(float, choices["autorank"].accuracy))
+    assert tried == [rate for rate in tuning.LADDER if min(tried) <= rate <= max(tried)]
+    assert len(ran) == len(tried)
+
+
+def test_policies_of_one_rate_may_share_a_cell(pretended, tmp_path):
+    experiment = dataclasses.replace(TINY, rank_policies=("autorank", "full", "uniform"), rounds=4)
+    rates = dict(zip(experiment.rank_policies, (0.03, 0.01, 0.03), strict=True))
+    choices = {policy: tuning.Choice(rate, {}, False) for policy, rate in rates.items()}
+    how = {"seeds": range(2), "together": False, "bounds": grid.Bounds()}
+    shared, cells = tuning.run_tuned(experiment, choices, tmp_path, "x", **how, apart=False)
+    assert pretended == ["x-lr0.01-seed0", "x-lr0.03-seed0", "x-lr0.01-seed1", "x-lr0.03-seed1"]
+    assert [cell["config"]["rank_policies"] for cell in cells[:2]] == [["full"], ["autorank", "uniform"]]
+    assert {policy: sorted(one.runs) for policy, one in shared.items()} == {policy: [0, 1] for policy in rates}
+    tuning.run_tuned(experiment, choices, tmp_path, "x", **how)
+    assert len(pretended) == 4 + 6
+
+
 def test_what_matters_most_comes_first():
     jobs = list(plan.jobs(["fashion_mnist", "mnist"], list(plan.SPLITS)))
     assert jobs[0] == ("fashion_mnist", "staircase", "main")
@@ -205,7 +237,7 @@ def test_the_paper_is_written_once(pretended, tmp_path, capsys):
     paper.main(["--quick", "--out", str(tmp_path)])
     assert all((tmp_path / name).stat().st_size > 0 for name in PICTURES)
     said = capsys.readouterr().out
-    assert said.count("2 of 2") >= 16
+    assert said.count("| 2 of 2 |") == sum(len(group.titles) for group in plan.GROUPS.values())
     assert "AutoRank + RBLA minus each" in said
     ran = len(pretended)
     paper.main(["--quick", "--out", str(tmp_path)])
@@ -230,7 +262,7 @@ def test_mistakes_in_words():
 def test_the_study_answers(tmp_path, capsys):
     study.main(["--quick", "--confirm", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    for part in ("AutoRank minus one rank at equal bytes, rbla", "by setting", "Best pair", "fresh seeds"):
+    for part in ("AutoRank minus one rank at equal bytes\n", "by setting", "Best pair", "fresh seeds"):
         assert part in said
     configs = [json.loads(path.read_text())["config"] for path in tmp_path.glob("study_mini-confirm-*/*/*.json")]
     assert {c["first_seed"] for c in configs} == {study.FRESH}
@@ -251,7 +283,7 @@ def test_answers_are_the_differences_of_the_cells():
     }
     asked = answers.questions(["rbla"], [answers.ALL], ["a", "b", "c"])[0]
     text = answers.answer(table, asked, ["a", "b", "c"], 5)
-    assert "Final accuracy: higher on a; lower on b; no difference shown" in text
+    assert "Final accuracy: higher on rbla, a; lower on rbla, b; no difference shown" in text
     assert "mean of 3 splits" in text
     assert answers.answer({}, asked, ["a", "b", "c"], 5) == ""
     best = answers.best_pairs(table, ["rbla"], [answers.ALL], ["a", "b", "c"], 5)
