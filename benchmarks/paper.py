@@ -29,6 +29,8 @@ from grid import Bounds, Cell, add_grid_options
 from plan import DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
 from tuning import Choice, Grid, choose_rates, run_tuned
 
+from autorank_jax.configuration import MODELS
+
 RESULTS = Path(__file__).parent / "results"
 Key = tuple[str, str]
 """Dataset and split."""
@@ -90,18 +92,17 @@ def _silent(runs: Mapping[int, Reached]) -> dict[int, Reached]:
 def make_plan(options: argparse.Namespace) -> Plan:
     """Turn the command line into a plan."""
     datasets = ["fashion_mnist_mini"] if options.quick else options.dataset.split(",")
-    splits = options.splits.split(",") if options.splits else list(SPLITS)
-    if options.quick and not options.splits:
-        splits = ["staircase", "central"]
+    usual = ["staircase", "central"] if options.quick else list(SPLITS)
+    splits = options.splits.split(",") if options.splits else usual
     groups = options.groups.split(",") if options.groups else list(GROUPS)
     for what, words, known in (("dataset", datasets, DATASETS), ("splits", splits, SPLITS), ("groups", groups, GROUPS)):
         if wrong := [word for word in words if word not in known]:
             raise SystemExit(f"{what}: expected some of {', '.join(known)}, got {', '.join(wrong)}")
-    grids = dict.fromkeys(GROUPS, Grid())
-    if options.quick:  # one rate but for the first group, which shows how it is chosen
+    grids = dict.fromkeys(GROUPS, Grid((options.learning_rate,)) if options.learning_rate else Grid())
+    if options.quick and not options.learning_rate:  # one rate but for the first group, which shows how it is chosen
         grids = dict.fromkeys(GROUPS, Grid((0.03,))) | {"main": Grid((0.01, 0.03))}
     seeds = options.seeds or (2 if options.quick else 5)
-    given = {"rounds": options.rounds, "local_epochs": options.local_epochs}
+    given = {name: getattr(options, name) for name in ("rounds", "local_epochs", "model")}
     chosen = {name: value for name, value in given.items() if value is not None} | {"eval_every": 2}
     folder = options.out / ("paper_mini" if options.quick else "paper")
     return Plan(list(jobs(datasets, splits, groups)), range(seeds), chosen, grids, folder, options.quick)
@@ -147,6 +148,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--groups", default="", help="comma-separated; default all: " + ", ".join(GROUPS))
     parser.add_argument("--rounds", type=int, default=None, help="default 100, on coloured images 200")
     parser.add_argument("--local-epochs", type=int, default=None, help="default 1")
+    parser.add_argument("--model", choices=tuple(MODELS), help="default mlp, on coloured images deep_cnn")
+    parser.add_argument("--learning-rate", type=float, default=None, help="of all columns, default tuned for each")
     add_grid_options(parser, splits=tuple(SPLITS), out=RESULTS)
     options = parser.parse_args(arguments)
     mpl.use("Agg")

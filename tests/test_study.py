@@ -269,6 +269,20 @@ def test_the_study_answers(tmp_path, capsys):
     assert (tmp_path / "study_mini-rules.png").stat().st_size > 0
 
 
+def test_the_study_runs_all_criteria_everywhere_and_settings_where_they_count():
+    given = study.argparse.Namespace(quick=False, rules="", splits="", settings="", rounds=None, seeds=None, out=Path())
+    whole = study.make_plan(given)
+    cells = study.order(whole)
+    wide = len(study.RULES) * len(study.STUDIED)
+    assert len(set(cells)) == len(cells) == wide + study.NARROW**2 * (len(study.SETTINGS) - 1)
+    assert {setting for _, setting, _ in cells[:wide]} == {study.ALL}
+    assert all(split in study.STUDIED[:2] and rule in study.RULES[:2] for rule, _, split in cells[wide:])
+    for rule, setting, split in cells:
+        experiment = study.experiment_of(whole._replace(dataset="fashion_mnist_mini"), rule, setting, split)
+        experiment.validate()
+        assert ("uniform_bytes" in experiment.rank_policies) == (setting not in study.CRITERIA_ALONE)
+
+
 def test_answers_are_the_differences_of_the_cells():
     rng = np.random.default_rng(0)
     base = curves.runs_of(fake_cell(TINY))["full"][0]
