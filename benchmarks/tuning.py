@@ -1,7 +1,8 @@
 """Learning rates chosen on a tenth of the training examples, with seeds used nowhere else, and runs at these rates.
 
-Every policy and rule tries the same three rates; one whose best is at an end of what it tried goes on along `LADDER`
-until a rate beyond is worse.
+Every policy and rule tries the same three rates. One whose best is at an end of what it tried goes on along `LADDER`
+until a rate beyond is worse. Where a grid has more seeds, the best rate and those close to it have to hold on these,
+too: a rate that is best for one seed may end in guessing for another.
 """
 
 import dataclasses
@@ -19,13 +20,15 @@ FIRST_SEED = 1000
 VALIDATION = 0.1
 LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """Rates that may be tried."""
+CLOSE = 0.02
+"""Accuracy below the best at which a rate still competes with it."""
 
 
 class Grid(NamedTuple):
     """What is tried for every policy and rule."""
 
     rates: tuple[float, ...] = (0.01, 0.03, 0.1)  # by everybody; neighbours on `LADDER`
-    seeds: int = 1
+    more_seeds: int = 0  # beyond the first, for the best rate and those close to it
 
 
 class Choice(NamedTuple):
@@ -59,41 +62,47 @@ def choose_rates(
         experiment,
         validation=VALIDATION,
         first_seed=FIRST_SEED,
-        seeds=grid.seeds,
+        seeds=1,
         eval_every=experiment.rounds,
         personal=experiment.aggregators[0] in PERSONAL_RULES,
     )
-
-    def run(cells: Mapping[str, tuple[float, tuple[str, ...]]]) -> dict[str, Cell]:
-        wanted = {n: _policies(trial, some, learning_rate=rate) for n, (rate, some) in cells.items()}
-        return run_cells(wanted, folder, bounds)
-
-    names = {f"{name}-tune-lr{rate:g}": (rate, trial.rank_policies) for rate in grid.rates}
-    cells = run(names)
-    if len(cells) < len(names):
-        return None
-    found = {p: {rate: _score(cells[n], p) for n, (rate, _) in names.items()} for p in trial.rank_policies}
-    while further := {p: rate for p, scores in found.items() if (rate := _beyond(scores)) is not None}:
-        names = {f"{name}-{p}-tune-lr{rate:g}": (rate, (p,)) for p, rate in further.items()}
-        cells = run(names)
-        if len(cells) < len(names):
+    tried: dict[str, Scores] = {policy: {} for policy in trial.rank_policies}
+    cells = {f"{name}-tune-lr{rate:g}": dataclasses.replace(trial, learning_rate=rate) for rate in grid.rates}
+    while cells:
+        ran = run_cells(cells, folder, bounds)
+        if len(ran) < len(cells):
             return None
-        for n, (rate, (policy,)) in names.items():
-            found[policy][rate] = _score(cells[n], policy)
-    return {policy: _choice(scores) for policy, scores in found.items()}
+        for n, cell in ran.items():
+            for policy in cells[n].rank_policies:
+                tried[policy].setdefault(cells[n].learning_rate, []).extend(_reached(cell, policy))
+        cells = {
+            f"{name}-{policy}-tune-{n}": experiment
+            for policy, scores in tried.items()
+            for n, experiment in _next(_policies(trial, (policy,)), scores, grid.more_seeds).items()
+        }
+    return {policy: _choice(scores) for policy, scores in tried.items()}
+
+
+Scores = dict[float, list[float]]
+"""Accuracies on the tuning seeds that were run, by rate."""
+
+
+def _next(trial: Experiment, scores: Scores, more_seeds: int) -> dict[str, Experiment]:
+    """Return what to try for a policy, by name: a rate beyond its best, else its best rates with more seeds."""
+    best = _best(scores)
+    place = LADDER.index(best) + {min(scores): -1, max(scores): 1}.get(best, 0)
+    beyond = LADDER[place] if 0 <= place < len(LADDER) else best
+    if beyond not in scores:
+        return {f"lr{beyond:g}": dataclasses.replace(trial, learning_rate=beyond)}
+    close = [r for r, one in scores.items() if more_seeds and len(one) == 1 and one[0] >= _mean(scores[best]) - CLOSE]
+    how = {"first_seed": FIRST_SEED + 1, "seeds": more_seeds}
+    return {f"lr{rate:g}-more": dataclasses.replace(trial, learning_rate=rate, **how) for rate in close}
 
 
 def _policies(experiment: Experiment, policies: tuple[str, ...], **options: Any) -> Experiment:
     """Return an experiment of some of its policies, with the options on top."""
     ratios = experiment.ratios if "manual" in policies else ()
     return dataclasses.replace(experiment, rank_policies=policies, ratios=ratios, **options)
-
-
-def _beyond(scores: Mapping[float, float]) -> float | None:
-    """Return the next rate to try where the best is the smallest or largest so far, None where there is none."""
-    best, place = _best(scores), LADDER.index(_best(scores))
-    following = {min(scores): place - 1, max(scores): place + 1}.get(best)
-    return LADDER[following] if following is not None and 0 <= following < len(LADDER) else None
 
 
 class Tuned(NamedTuple):
@@ -157,18 +166,22 @@ def _parts(choices: Mapping[str, Choice], *, apart: bool) -> dict[str, tuple[str
     return {f"lr{rate:g}": tuple(p for p, choice in choices.items() if choice.rate == rate) for rate in rates}
 
 
-def _score(cell: Cell, policy: str) -> float:
-    """Return a policy's mean accuracy at the end: the server's, or where there is none the clients' own."""
+def _reached(cell: Cell, policy: str) -> list[float]:
+    """Return a policy's accuracies at the end: the server's, or where there is none the clients' own."""
     runs = runs_of(cell)[policy].values()
-    return float(np.mean([run.final if run.final is not None else run.clients["before"]["mean"] for run in runs]))
+    return [float(run.final if run.final is not None else run.clients["before"]["mean"]) for run in runs]
 
 
-def _best(scores: Mapping[float, float]) -> float:
-    """Return the best rate, the smallest of equals."""
-    return max(sorted(scores), key=lambda rate: scores[rate])
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values))
 
 
-def _choice(scores: Mapping[float, float]) -> Choice:
+def _best(scores: Scores) -> float:
+    """Return the rate of the best mean, the smallest of equals."""
+    return max(sorted(scores), key=lambda rate: _mean(scores[rate]))
+
+
+def _choice(scores: Scores) -> Choice:
     best = _best(scores)
-    tried = {f"{rate:g}": round(scores[rate], 4) for rate in sorted(scores)}
-    return Choice(best, tried, best in (min(scores), max(scores)))
+    means = {f"{rate:g}": round(_mean(scores[rate]), 4) for rate in sorted(scores)}
+    return Choice(best, means, best in (min(scores), max(scores)))

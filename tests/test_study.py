@@ -205,6 +205,32 @@ def test_a_policy_whose_best_rate_is_at_an_end_tries_further(best, chosen, edge,
     assert len(ran) == len(tried)
 
 
+def test_a_rate_has_to_hold_on_more_seeds(tmp_path, monkeypatch):
+    """Full rank is best at 0.1 for the first tuning seed and guesses for the second; AutoRank is best at 0.03."""
+    ran = {}
+
+    def run(experiment, _, name):
+        ran[name] = experiment
+        unlucky = experiment.learning_rate > (0.2 if experiment.first_seed == tuning.FIRST_SEED else 0.05)
+        cell = fake_cell(experiment, lambda policy: 0.03 if policy == "autorank" else 0.1)
+        if unlucky:
+            cell["accuracy"]["full"] = {seed: [0.1] * 4 for seed in cell["accuracy"]["full"]}
+        return cell
+
+    monkeypatch.setattr(grid, "_run", run)
+    experiment = dataclasses.replace(TINY, rank_policies=("autorank", "full"), rounds=4)
+    once = tuning.choose_rates(experiment, tuning.Grid(), tmp_path / "a", "x", grid.Bounds())
+    assert {policy: choice.rate for policy, choice in once.items()} == {"autorank": 0.03, "full": 0.1}
+    ran.clear()
+    twice = tuning.choose_rates(experiment, tuning.Grid(more_seeds=2), tmp_path / "b", "x", grid.Bounds())
+    assert {policy: choice.rate for policy, choice in twice.items()} == {"autorank": 0.03, "full": 0.03}
+    more = [one for name, one in ran.items() if name.endswith("-more")]
+    assert {(one.rank_policies, one.learning_rate) for one in more} == {
+        (("autorank",), 0.03), (("full",), 0.1), (("full",), 0.03),
+    }  # fmt: skip
+    assert {(one.first_seed, one.seeds) for one in more} == {(tuning.FIRST_SEED + 1, 2)}
+
+
 def test_policies_of_one_rate_may_share_a_cell(pretended, tmp_path):
     experiment = dataclasses.replace(TINY, rank_policies=("autorank", "full", "uniform"), rounds=4)
     rates = dict(zip(experiment.rank_policies, (0.03, 0.01, 0.03), strict=True))
