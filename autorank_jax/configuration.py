@@ -327,3 +327,25 @@ def _joint_problems(e: Experiment) -> Iterable[str]:
                 f"personal: expected it with {rule}, got it without, probably forgotten: adapters stay with the "
                 "clients, so that their own accuracy is the only measure"
             )
+    yield from _idle_problems(e)
+
+
+def _idle_problems(e: Experiment) -> Iterable[str]:
+    """Check that no option is given which the others leave without effect."""
+    changed = {name for name, field in e.__dataclass_fields__.items() if getattr(e, name) != field.default}
+    if "momentum" in changed and e.optimizer in OPTIMIZERS and e.optimizer != "sgd":
+        yield f"momentum: expected only with the optimizer sgd, got {e.momentum} with {e.optimizer}"
+    for option in ("alpha", "sigma", "classes_per_client"):
+        users = [name for name, split in partition.SPLITS.items() if option in split.options]
+        if option in changed and e.split in partition.SPLITS and e.split not in users:
+            yield (
+                f"{option.replace('_', '-')}: expected only with the split {' or '.join(users)}, got "
+                f"{getattr(e, option)} with {e.split}, probably a forgotten --split"
+            )
+    if "straggler_steps" in changed and e.stragglers == 0:
+        yield f"straggler-steps: expected only with --stragglers, got {e.straggler_steps} without, probably forgotten"
+    if "sampling" in changed and e.sampling in SAMPLINGS and e.participation == 1:
+        yield (
+            f"sampling: expected only with --participation below 1, got {e.sampling} where all clients take part, "
+            "probably forgotten"
+        )

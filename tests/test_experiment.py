@@ -292,6 +292,38 @@ def test_options_that_do_not_go_together(options, message):
         run_experiment(dataclasses.replace(TINY, **options))
 
 
+IDLE = {
+    "momentum": ({"momentum": 0.5, "optimizer": "adam"}, "expected only with the optimizer sgd, got 0.5 with adam"),
+    "alpha": ({"alpha": 0.1, "split": "quantity"}, "only with the split dirichlet or dirichlet_lognormal, got 0.1 with"),
+    "sigma": ({"sigma": 2.0, "split": "dirichlet"}, "with the split quantity or dirichlet_lognormal, got 2.0 with"),
+    "classes_per_client": ({"classes_per_client": 3}, "with the split shards, got 3 with dirichlet_lognormal"),
+    "straggler_steps": ({"straggler_steps": 3}, "expected only with --stragglers, got 3 without"),
+    "sampling": ({"sampling": "by_size"}, "expected only with --participation below 1, got by_size"),
+    "sampling, independent": ({"sampling": "independent"}, "below 1, got independent where all clients take part"),
+}
+BUSY = [
+    {"momentum": 0.5, "optimizer": "sgd"}, {"momentum": 0.9, "optimizer": "adamw"},
+    {"alpha": 0.1, "split": "dirichlet"}, {"alpha": 0.1, "sigma": 0.0, "split": "dirichlet_lognormal"},
+    {"sigma": 2.0, "split": "quantity"}, {"classes_per_client": 3, "split": "shards"},
+    {"straggler_steps": 3, "stragglers": 0.1}, {"sampling": "by_size", "participation": 0.5},
+    {"sampling": "independent", "participation": 0.99},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_options_without_effect_are_refused(name):
+    options, message = IDLE[name]
+    with pytest.raises(ConfigurationError, match=f"^{name.split(',')[0].replace('_', '-')}: ") as caught:
+        dataclasses.replace(TINY, **options).validate()
+    assert len(caught.value.problems) == 1
+    assert message in caught.value.problems[0]
+
+
+@pytest.mark.parametrize("options", BUSY, ids=str)
+def test_options_with_an_effect_are_taken(options):
+    dataclasses.replace(TINY, **options).validate()
+
+
 def test_a_dataset_that_is_not_there(monkeypatch, tmp_path):
     monkeypatch.setenv(datasets.ENVIRONMENT_VARIABLE, str(tmp_path))
     with pytest.raises(ConfigurationError, match=r"expected a file at .*mnist\.npz"):
