@@ -28,7 +28,7 @@ WIDTHS: Mapping[str, tuple[int, ...]] = {"mlp": (200, 200), "cnn": (16, 32), "de
 """Hidden layers, or channels of the convolutions, of every model where none are given."""
 OPTIMIZERS = ("sgd", "adam", "adamw")
 POLICIES: Mapping[str, str] = {
-    "autorank": "CRITIC and TOPSIS on the criteria",
+    "autorank": "ratio grows with the complexity of the client's data: CRITIC and TOPSIS on the criteria",
     "by_size": "ratio grows with the client's number of examples",
     "uniform": "one ratio for all: AutoRank's mean over examples, so equal training FLOPs",
     "uniform_bytes": "one ratio for all: AutoRank's mean over clients, so equal bytes",
@@ -67,13 +67,13 @@ class Experiment:
         hidden: widths of the hidden layers or channels of the convolutions; default 200,200 for mlp, 16,32 for cnn,
             32,32,64,64,128,128 for deep_cnn
         max_ranks: maximum rank of every layer, one number for all or one each; default 160,160,100 for the default mlp
-        rank_policies: autorank, by_size, by_size_bytes, uniform, uniform_bytes, full, shuffled, reversed, manual
+        rank_policies: what gives the clients their ranks, each tried in turn; the top of this help explains them
         ratios: rank ratio of every client, for the policy 'manual'
         min_ratio: smallest rank ratio, of the least complex client
         criteria: columns of the decision matrix: size, classes, label_entropy, gini_simpson, loss_entropy
         probe_epochs: epochs of the probe behind the criterion loss_entropy
         rerank_every: rounds after which ranks are set anew, 0 = set once
-        aggregators: rules such as rbla, zero_pad, flexlora, flora, raflora (a wrong name lists them all)
+        aggregators: aggregation rules, each tried in turn; the top of this help explains them
         rounds: rounds of federated training
         local_epochs: passes over its data that a client makes each round
         batch_size: examples per local step

@@ -294,7 +294,10 @@ def test_options_that_do_not_go_together(options, message):
 
 IDLE = {
     "momentum": ({"momentum": 0.5, "optimizer": "adam"}, "expected only with the optimizer sgd, got 0.5 with adam"),
-    "alpha": ({"alpha": 0.1, "split": "quantity"}, "only with the split dirichlet or dirichlet_lognormal, got 0.1 with"),
+    "alpha": (
+        {"alpha": 0.1, "split": "quantity"},
+        "only with the split dirichlet or dirichlet_lognormal, got 0.1 with",
+    ),
     "sigma": ({"sigma": 2.0, "split": "dirichlet"}, "with the split quantity or dirichlet_lognormal, got 2.0 with"),
     "classes_per_client": ({"classes_per_client": 3}, "with the split shards, got 3 with dirichlet_lognormal"),
     "straggler_steps": ({"straggler_steps": 3}, "expected only with --stragglers, got 3 without"),
