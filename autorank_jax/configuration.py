@@ -278,9 +278,9 @@ def _number_problems(e: Experiment) -> Iterable[str]:
     for option, low in (("hidden", 1), ("max_ranks", 1)):
         for value in getattr(e, option):
             yield from outside(option, value, low, whole=True)
-    for option in ("ratios", "targets"):
+    for option, cause in (("ratios", "a rank or a percentage"), ("targets", "a percentage")):
         for value in getattr(e, option):
-            yield from outside(option, value, 0, 1, open_start=True, cause="a rank or a percentage")
+            yield from outside(option, value, 0, 1, open_start=True, cause=cause)
     if e.lanes != "auto":
         yield from outside("lanes", e.lanes, 1, whole=True)
 
@@ -304,6 +304,8 @@ def outside(
     bounds = f"above {low}" if open_start else f"of at least {low}"
     bounds += "" if high == math.inf else f" and at most {high}"
     probably = f", probably {cause}" if cause and right_type and value > high else ""
+    if probably and cause == "a percentage" and value <= 100 * high:
+        probably += f": {value / 100:g}"
     yield f"{option.replace('_', '-')}: expected {kind} {bounds}, got {value!r}{probably}"
 
 
