@@ -217,7 +217,7 @@ def test_the_picture_of_ranks_says_whose_seed_it_shows(monkeypatch, tmp_path):
         "Label mix of every client, and the rank it is given\nSeed 3, one of 4; other seeds have other clients",
     ]
     shown = []
-    monkeypatch.setattr(report, "ranks_figure", lambda *args, **options: shown.append(options) or Figure())
+    monkeypatch.setattr(report, "ranks_figure", lambda _, **options: shown.append(options) or Figure())
     write_results(tmp_path / "run", make_results())
     assert shown == [{"seeds": 2}]
 
