@@ -95,7 +95,10 @@ def with_one_ratio(policy: RankPolicy, weight: str = "clients") -> RankPolicy:
 
     def one_ratio(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
         ratios, info = policy(key, stats)
-        return jnp.full_like(ratios, mean_of_ratios(ratios, stats, weight)), info
+        mean = jnp.clip(
+            mean_of_ratios(ratios, stats, weight), jnp.min(ratios), jnp.max(ratios)
+        )  # whatever rounding says
+        return jnp.full_like(ratios, mean), info
 
     return one_ratio
 

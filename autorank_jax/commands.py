@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -17,7 +18,8 @@ from rich.console import Console
 
 from autorank_jax import mcda, policies
 from autorank_jax.checkpoint import CheckpointError
-from autorank_jax.configuration import ConfigurationError, Experiment, outside, unknown
+from autorank_jax.complaints import one_line
+from autorank_jax.configuration import AGGREGATORS, POLICIES, ConfigurationError, Experiment, outside, unknown
 from autorank_jax.criteria_file import read_criteria
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
 from autorank_jax.display import Display
@@ -138,8 +140,9 @@ def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
     """
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(comma_separated)
+    explained = about_run() if "run" in arguments[:1] else None  # too long for the list of commands
     commands = (
-        Annotated[Run, tyro.conf.subcommand("run", default=starting_point(arguments))]
+        Annotated[Run, tyro.conf.subcommand("run", default=starting_point(arguments), description=explained)]
         | Annotated[Ranks, tyro.conf.subcommand("ranks")]
         | Annotated[Data, tyro.conf.subcommand("data")]
     )
@@ -156,7 +159,19 @@ def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ConfigurationError([one_line(complaint.getvalue())]) from stop
+        command = " ".join([PROGRAM, *(word for word in arguments[:1] if word in ("run", "ranks", "data")), "--help"])
+        raise ConfigurationError([one_line(complaint.getvalue(), command)]) from stop
+
+
+def about_run() -> str:
+    """Return what the command `run` does, with a line for every rank policy and every aggregation rule."""
+    rules = {name: (rule.__doc__ or "").partition("\n")[0] for name, rule in AGGREGATORS.items()}
+    lines = [(Run.__doc__ or "").partition("\n")[0]]
+    for option, words in (("--rank-policies", POLICIES), ("--aggregators", rules)):
+        lines += ["", f"{option}:"]
+        for name, what in words.items():
+            lines.append(textwrap.fill(what, 80, initial_indent=f"  {name:<14} ", subsequent_indent=" " * 17))
+    return "\n".join(lines)
 
 
 def starting_point(arguments: Sequence[str]) -> Run:
@@ -185,22 +200,6 @@ def comma_separated(info: Any) -> Any:
         is_instance=lambda value: isinstance(value, tuple) and all(isinstance(v, item) for v in value),
         str_from_instance=lambda value: [",".join(map(str, value))],
     )
-
-
-def one_line(complaint: str) -> str:
-    """Condense a boxed complaint to one line: what is wrong, and what was probably meant."""
-    lines = [line.strip("╭╮╰╯│─ \t") for line in complaint.splitlines()]
-    lines = [line for line in lines if line]
-    problem = [line for line in lines[1:] if not line.startswith("For full help")]
-    ends = [i for i, line in enumerate(problem) if line.startswith(("Perhaps you meant", "Argument helptext"))]
-    if problem and problem[0].startswith("Missing from"):
-        problem = [problem[0], *(line for line in problem[1:] if line.startswith("--") or line.isupper())]
-    what = " ".join(problem[: ends[0]] if ends else problem) or complaint.strip() or "unknown mistake"
-    meant = ""
-    if ends and problem[ends[0]].startswith("Perhaps"):
-        options = [line.split()[0] for line in problem[ends[0] :] if line.startswith("--")]
-        meant = f"; probably {options[0]}" if options else ""
-    return f"{what}{meant} (see {PROGRAM} --help)"
 
 
 def execute(command: Run | Ranks | Data) -> None:

@@ -28,7 +28,7 @@ WIDTHS: Mapping[str, tuple[int, ...]] = {"mlp": (200, 200), "cnn": (16, 32), "de
 """Hidden layers, or channels of the convolutions, of every model where none are given."""
 OPTIMIZERS = ("sgd", "adam", "adamw")
 POLICIES: Mapping[str, str] = {
-    "autorank": "CRITIC and TOPSIS on the criteria",
+    "autorank": "ratio grows with the complexity of the client's data: CRITIC and TOPSIS on the criteria",
     "by_size": "ratio grows with the client's number of examples",
     "uniform": "one ratio for all: AutoRank's mean over examples, so equal training FLOPs",
     "uniform_bytes": "one ratio for all: AutoRank's mean over clients, so equal bytes",
@@ -67,13 +67,13 @@ class Experiment:
         hidden: widths of the hidden layers or channels of the convolutions; default 200,200 for mlp, 16,32 for cnn,
             32,32,64,64,128,128 for deep_cnn
         max_ranks: maximum rank of every layer, one number for all or one each; default 160,160,100 for the default mlp
-        rank_policies: autorank, by_size, by_size_bytes, uniform, uniform_bytes, full, shuffled, reversed, manual
+        rank_policies: what gives the clients their ranks, each tried in turn; the top of this help explains them
         ratios: rank ratio of every client, for the policy 'manual'
         min_ratio: smallest rank ratio, of the least complex client
         criteria: columns of the decision matrix: size, classes, label_entropy, gini_simpson, loss_entropy
         probe_epochs: epochs of the probe behind the criterion loss_entropy
         rerank_every: rounds after which ranks are set anew, 0 = set once
-        aggregators: rules such as rbla, zero_pad, flexlora, flora, raflora (a wrong name lists them all)
+        aggregators: aggregation rules, each tried in turn; the top of this help explains them
         rounds: rounds of federated training
         local_epochs: passes over its data that a client makes each round
         batch_size: examples per local step
@@ -278,9 +278,9 @@ def _number_problems(e: Experiment) -> Iterable[str]:
     for option, low in (("hidden", 1), ("max_ranks", 1)):
         for value in getattr(e, option):
             yield from outside(option, value, low, whole=True)
-    for option in ("ratios", "targets"):
+    for option, cause in (("ratios", "a rank or a percentage"), ("targets", "a percentage")):
         for value in getattr(e, option):
-            yield from outside(option, value, 0, 1, open_start=True, cause="a rank or a percentage")
+            yield from outside(option, value, 0, 1, open_start=True, cause=cause)
     if e.lanes != "auto":
         yield from outside("lanes", e.lanes, 1, whole=True)
 
@@ -304,6 +304,8 @@ def outside(
     bounds = f"above {low}" if open_start else f"of at least {low}"
     bounds += "" if high == math.inf else f" and at most {high}"
     probably = f", probably {cause}" if cause and right_type and value > high else ""
+    if probably and cause == "a percentage" and value <= 100 * high:
+        probably += f": {value / 100:g}"
     yield f"{option.replace('_', '-')}: expected {kind} {bounds}, got {value!r}{probably}"
 
 
@@ -327,3 +329,25 @@ def _joint_problems(e: Experiment) -> Iterable[str]:
                 f"personal: expected it with {rule}, got it without, probably forgotten: adapters stay with the "
                 "clients, so that their own accuracy is the only measure"
             )
+    yield from _idle_problems(e)
+
+
+def _idle_problems(e: Experiment) -> Iterable[str]:
+    """Check that no option is given which the others leave without effect."""
+    changed = {name for name, field in e.__dataclass_fields__.items() if getattr(e, name) != field.default}
+    if "momentum" in changed and e.optimizer in OPTIMIZERS and e.optimizer != "sgd":
+        yield f"momentum: expected only with the optimizer sgd, got {e.momentum} with {e.optimizer}"
+    for option in ("alpha", "sigma", "classes_per_client"):
+        users = [name for name, split in partition.SPLITS.items() if option in split.options]
+        if option in changed and e.split in partition.SPLITS and e.split not in users:
+            yield (
+                f"{option.replace('_', '-')}: expected only with the split {' or '.join(users)}, got "
+                f"{getattr(e, option)} with {e.split}, probably a forgotten --split"
+            )
+    if "straggler_steps" in changed and e.stragglers == 0:
+        yield f"straggler-steps: expected only with --stragglers, got {e.straggler_steps} without, probably forgotten"
+    if "sampling" in changed and e.sampling in SAMPLINGS and e.participation == 1:
+        yield (
+            f"sampling: expected only with --participation below 1, got {e.sampling} where all clients take part, "
+            "probably forgotten"
+        )

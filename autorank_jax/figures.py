@@ -83,10 +83,14 @@ def _caption(results: Results) -> str:
     )
 
 
-def ranks_figure(scores: Scores) -> Figure:
+def ranks_figure(scores: Scores, *, seeds: int = 1) -> Figure:
     """Draw each client's label mix as a bar as high as its data, and beneath it every policy's rank ratio and rank.
 
     Of many clients, an even selection from the smallest to the largest is shown.
+
+    Args:
+        scores: of one seed.
+        seeds: of the whole run; where there are several, the title says which one this is.
     """
     chosen = _shown(scores)
     policies = list(scores.ratios)
@@ -96,6 +100,8 @@ def ranks_figure(scores: Scores) -> Figure:
         )
         bars, table = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 0.32 * len(policies) + 0.25])
         _draw_labels(bars, scores, chosen)
+        seed = f"\nSeed {scores.seed}, one of {seeds}; other seeds have other clients" if seeds > 1 else ""
+        bars.set_title(f"Label mix of every client, and the rank it is given{seed}")
         _draw_ranks(table, scores, chosen)
         names = [str(client) for client in chosen]
         table.set_xticks(range(len(chosen)), names, fontsize=9 if len(chosen) <= 20 else 8)
@@ -124,7 +130,7 @@ def _draw_labels(axes: Any, scores: Scores, chosen: np.ndarray) -> None:
             linewidth=0.4, label=str(label),
         )  # fmt: skip
         bottom += counts[:, label]
-    axes.set(ylabel="examples", title="Label mix of every client, and the rank it is given")
+    axes.set_ylabel("examples")
     axes.grid(visible=False, axis="x")
     axes.tick_params(axis="x", length=0)
     if classes <= 20:

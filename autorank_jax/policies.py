@@ -9,6 +9,7 @@ the policy says otherwise.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,11 +120,8 @@ def manual(ratios: ArrayLike | Sequence[float] | Sequence[Sequence[float]]) -> R
         ValueError: for ratios outside (0, 1] or of wrong shape; when called, for another number of clients.
     """
     if not isinstance(ratios, jax.core.Tracer):
-        ratios = np.asarray(ratios, float)
-        if not ((ratios > 0) & (ratios <= 1)).all():  # NaN is refused as well
-            raise ValueError(
-                f"ratios: expected numbers in (0, 1], got {ratios.tolist()}, probably ranks or percentages"
-            )
+        ratios = _numbers("ratios", ratios)
+        _check_ratios(ratios)
     given = jnp.asarray(ratios).astype(jnp.result_type(float))
     if given.ndim not in (1, 2):
         raise ValueError(f"ratios: expected shape (clients,) or (clients, layers), got {given.shape}")
@@ -178,14 +176,14 @@ def ranks_from_ratios(ratios: ArrayLike, max_ranks: Mapping[str, int]) -> dict[s
 
     Args:
         ratios: `(clients,)`, or `(clients, layers)` with the layers in sorted order of their paths (as jax walks a dict
-            and `lora.max_ranks` lists them), in (0, 1].
+            and `lora.max_ranks` lists them), in (0, 1]; within `jit` they are clipped to it.
         max_ranks: by path, `R_l ≥ 1`.
 
     Returns:
         By path, `(clients,)` int32 in 1..R_l.
 
     Raises:
-        ValueError: for ratios of wrong shape, or a maximum rank that is not a whole number ≥ 1.
+        ValueError: for ratios of wrong shape or outside (0, 1], or a maximum rank that is not a whole number ≥ 1.
 
     Example:
         >>> ranks = ranks_from_ratios(jnp.array([0.01, 0.7, 1.0]), {"hidden": 160, "out": 10})
@@ -193,6 +191,8 @@ def ranks_from_ratios(ratios: ArrayLike, max_ranks: Mapping[str, int]) -> dict[s
         [  1 112 160] [ 1  7 10]
     """
     ratios = jnp.asarray(ratios).astype(jnp.float32)
+    if not isinstance(ratios, jax.core.Tracer):
+        _check_ratios(np.asarray(ratios))
     if ratios.ndim == 1:
         ratios = jnp.broadcast_to(ratios[:, None], (ratios.shape[0], len(max_ranks)))
     if ratios.ndim != 2 or ratios.shape[1] != len(max_ranks):
@@ -203,8 +203,7 @@ def ranks_from_ratios(ratios: ArrayLike, max_ranks: Mapping[str, int]) -> dict[s
     ranks = {}
     for layer, path in enumerate(sorted(max_ranks)):
         R = max_ranks[path]
-        if not isinstance(R, int | np.integer) or R < 1:
-            raise ValueError(f"max_ranks[{path!r}]: expected a whole number ≥ 1, got {R!r}, probably a ratio")
+        _check_max_rank(f"max_ranks[{path!r}]", R)
         floor = jnp.floor(ratios[:, layer] * jnp.float32(R) * jnp.float32(1 + 1e-6))
         ranks[path] = jnp.clip(floor, 1, R).astype(jnp.int32)
     return ranks
@@ -267,7 +266,8 @@ def autorank_ranks(
         `(clients,)` int32 ranks in 1..max_rank, and the matrix, weights and closeness behind them.
 
     Raises:
-        ValueError: for wrong shapes, negative or non-finite numbers, or a bad `max_rank` or `min_ratio`.
+        ValueError: for wrong shapes, rows of different lengths, negative or non-finite numbers, or a bad `max_rank` or
+            `min_ratio`.
 
     Source: arXiv 2412.15553.
 
@@ -281,6 +281,7 @@ def autorank_ranks(
         >>> print(ranks, info.weights, info.closeness)
         [ 1  3 10] [0.5    0.1667 0.1667 0.1667] [0.    0.332 1.   ]
     """
+    _check_max_rank("max_rank", max_rank)
     counts = _client_table("label_counts", label_counts)
     losses = None if epoch_losses is None else _client_table("epoch_losses", epoch_losses)
     if losses is not None and losses.shape[0] != counts.shape[0]:
@@ -297,13 +298,22 @@ def autorank_ranks(
 def _client_table(name: str, table: ArrayLike | Sequence[Sequence[float]]) -> Array:
     """Check a table with a row per client, as far as it is known yet, and return it in the default float type."""
     if not isinstance(table, jax.core.Tracer):
-        table = np.asarray(table)
+        table = _numbers(name, table)
         if table.ndim == 2 and not (np.isfinite(table) & (table >= 0)).all():
             raise ValueError(f"{name}: expected finite numbers ≥ 0, got others, probably missing or diverged clients")
     array = jnp.asarray(table).astype(jnp.result_type(float))
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{name}: expected shape (clients, columns), got {array.shape}, probably one client or none")
     return array
+
+
+def _numbers(name: str, table: ArrayLike | Sequence[Any]) -> np.ndarray:
+    try:
+        return np.asarray(table, float)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name}: expected numbers in rows of one length, got others, probably a column left out where it is 0"
+        ) from None
 
 
 def _clients(stats: ClientStats) -> int:
@@ -318,3 +328,14 @@ def _no_scores(stats: ClientStats) -> RankInfo:
 def _check_ratio(name: str, ratio: float) -> None:
     if isinstance(ratio, int | float) and not 0 < ratio <= 1:
         raise ValueError(f"{name}: expected a number in (0, 1], got {ratio}, probably a percentage or a rank")
+
+
+def _check_ratios(ratios: np.ndarray) -> None:
+    bad = ratios[~((ratios > 0) & (ratios <= 1))]  # NaN is refused as well
+    if bad.size:
+        raise ValueError(f"ratios: expected numbers in (0, 1], got {bad[0]:g}, probably ranks or percentages")
+
+
+def _check_max_rank(name: str, rank: int) -> None:
+    if not isinstance(rank, int | np.integer) or rank < 1:
+        raise ValueError(f"{name}: expected a whole number ≥ 1, got {rank!r}, probably a ratio")

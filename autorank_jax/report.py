@@ -93,7 +93,7 @@ def _contents(results: Results) -> list[bytes]:
         to_json(history),
         to_csv(history),
         to_png(accuracy_figure(results)),
-        to_png(ranks_figure(results.scores[0])),
+        to_png(ranks_figure(results.scores[0], seeds=len(results.scores))),
         to_json(summarize(results)),
     ]
 

@@ -142,9 +142,16 @@ def _read_json(option: str, path: Path) -> Any:
 
 
 def word_after(arguments: Sequence[str], option: str) -> str | None:
-    """Return the value of an option before the command line is parsed, as it changes the others' defaults."""
+    """Return the value of an option before the command line is parsed, as it changes the others' defaults.
+
+    Raises:
+        ConfigurationError: if it is there more than once.
+    """
+    found = []
     for word, following in zip(arguments, [*arguments[1:], None], strict=True):
         name, sign, value = word.partition("=")
         if name == option:
-            return value if sign else following
-    return None
+            found.append(value if sign else following)
+    if len(found) > 1:
+        raise ConfigurationError([f"{option[2:]}: expected it once, got it {len(found)} times"])
+    return found[0] if found else None

@@ -1,6 +1,7 @@
 """Tables for the terminal."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,18 @@ from autorank_jax.datasets import DatasetInfo
 from autorank_jax.results import Results, Scores, si, summarize
 
 SHOWN_CLIENTS = 20
+SHOWN_LAYERS = 3
 POLICIES_PER_TABLE = 4
 
 
 def scores_table(scores: Scores) -> Table:
     """Show criteria, CRITIC weights, closeness, and the ratio and ranks of AutoRank (else of the first policy)."""
     policy = "autorank" if "autorank" in scores.ratios else next(iter(scores.ratios))
-    ranks = scores.ranks[policy]
-    table = _table(f"Clients under seed {scores.seed}, ranks by {policy}")
+    ranks, meaning = _shown_ranks(scores.ranks[policy])
+    table = _table(f"Clients under seed {scores.seed}, ranks by {policy}", padding=0)  # to fit 80 columns
     table.add_column("client", justify="right")
     for name in (*scores.criteria, "closeness", "ratio", "ranks"):
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(name.replace("_", "\n"), justify="right")
     if scores.weights is not None:
         weights = [f"{weight:.3f}" for weight in scores.weights]
         table.add_row("weight", *weights, "", "", "", style="bold", end_section=True)
@@ -32,13 +34,21 @@ def scores_table(scores: Scores) -> Table:
             *(f"{value:.4g}" if value < 1e4 else f"{value:.0f}" for value in scores.matrix[client]),
             closeness,
             f"{scores.ratios[policy][client]:.3f}",
-            " ".join(str(rank[client]) for rank in ranks.values()),
+            "/".join(str(rank[client]) for rank in ranks),
         )
     more = len(scores.size) - SHOWN_CLIENTS
-    table.caption = (f"Ranks of {', '.join(ranks)}." if ranks else "Whole weights, no ranks.") + (
-        f" {more} more clients in criteria.csv." if more > 0 else ""
-    )
+    table.caption = meaning + (f" {more} more clients in criteria.csv." if more > 0 else "")
     return table
+
+
+def _shown_ranks(ranks: Mapping[str, np.ndarray]) -> tuple[list[np.ndarray], str]:
+    """Return the ranks of few layers, or those of the widest one, and say which they are."""
+    if not ranks:
+        return [], "Whole weights, no ranks."
+    if len(ranks) <= SHOWN_LAYERS:
+        return list(ranks.values()), f"Ranks of {', '.join(ranks)}."
+    widest = max(ranks, key=lambda path: ranks[path].max())
+    return [ranks[widest]], f"Ranks of {widest}, the widest of {len(ranks)} layers; criteria.csv has all."
 
 
 def criteria_table(
@@ -52,7 +62,7 @@ def criteria_table(
         first.add_row(name, f"{weight:.4f}")
     yield first
     second = _table("Ranks")
-    second.add_column("client")
+    second.add_column("client", overflow="fold")
     for name in ("closeness", "ratio", "rank"):
         second.add_column(name, justify="right")
     for name, *numbers in zip(clients, closeness, ratios, ranks, strict=True):
@@ -119,22 +129,23 @@ def _percent(spread: Mapping[str, Any]) -> str:
 
 
 def datasets_table(rows: Sequence[DatasetInfo]) -> Table:
-    """Show the datasets, whether each is there, and where."""
+    """Show the datasets, whether each is there, and in which file."""
     table = _table("Datasets")
-    for name in ("name", "there", "where", "what"):
+    for name in ("name", "there", "file", "what"):
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(row.name, "yes" if row.present else "no", row.where, row.description)
+        table.add_row(row.name, "yes" if row.present else "no", Path(row.where).name, row.description)
     return table
 
 
-def _table(title: str) -> Table:
+def _table(title: str, padding: int = 1) -> Table:
     return Table(
         title=title,
         title_justify="left",
         title_style="bold",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=(0, padding),
         pad_edge=False,
         collapse_padding=True,
     )

@@ -160,12 +160,24 @@ def on_paper(workload: Workload, clients: int, devices: int) -> harness.Row:
         "sum_milliseconds": 1e3 * together,
         "round_milliseconds": 1e3 * (train + together),
         "efficiency": float(useful / (train + together)),
-        "stops_at": "sum"
-        if together > train - useful
-        else "longest client"
-        if steps.max() >= load.max() / lanes
-        else "",
+        "stops_at": stops_at(useful, train, together, longest=steps.max() >= load.max() / lanes),
     }
+
+
+def stops_at(useful: float, train: float, together: float, *, longest: bool) -> str:
+    """Name what takes most of a round beyond useful work.
+
+    Args:
+        useful: seconds of client steps, were they shared evenly.
+        train: seconds of training.
+        together: seconds of the sum.
+        longest: whether training lasts as long as its longest client.
+    """
+    if round(useful / (train + together), 3) == 1:
+        return ""
+    if together > train - useful:
+        return "sum"
+    return "longest client" if longest else ""
 
 
 def draw(rows: Sequence[harness.Row], path: Path) -> None:

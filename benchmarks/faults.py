@@ -5,12 +5,14 @@ ranks between 1 and the maximum by size. Accuracies are means over the last thre
 
 Command:  python benchmarks/faults.py
           python benchmarks/faults.py --quick      (six rounds, one seed, two rules)
+          python benchmarks/faults.py --report     (measure nothing, draw the picture of the committed numbers)
           python benchmarks/faults.py --soak       (10,000 rounds of a tiny federation under all faults at once)
 Expect:   no fault ever leaves a number that is not finite; figures are in benchmarks/README.md. Minutes on two cores.
 """
 
 import argparse
 import gc
+import json
 import os
 import statistics
 from pathlib import Path
@@ -187,15 +189,19 @@ def draw(rows: list[Row], rounds: int, seeds: int) -> Figure:
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-    for row, colour in zip(rows, colours, strict=False):
-        mean, deviation = (np.array([row[f"{prefix}{share:.0%}"] for share in SHARES]) for prefix in ("", "sd "))
-        axes.plot([100 * s for s in SHARES], mean, marker="o", color=colour, label=row["rule"])
-        axes.fill_between([100 * s for s in SHARES], mean - deviation, mean + deviation, color=colour, alpha=0.12, lw=0)
+    for place, (row, colour) in enumerate(zip(rows, colours, strict=False)):
+        mean, deviation = ([row[f"{prefix}{share:.0%}"] for share in SHARES] for prefix in ("", "sd "))
+        at = [100 * share + 0.9 * (place - (len(rows) - 1) / 2) for share in SHARES]  # beside one another
+        axes.errorbar(at, mean, deviation, marker="o", capsize=2, elinewidth=1, color=colour, label=row["rule"])
     axes.set(xlabel="clients that drop out of a round, %", ylabel="test accuracy, %")
     axes.set_title(f"Fashion-MNIST subset, {rounds} rounds, mean ± sd of {seeds} seeds", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(rows), frameon=False, fontsize=9)
     return figure
+
+
+def save(figure: Figure) -> None:
+    figure.savefig(RESULTS / "faults.png", dpi=150, facecolor="white")
 
 
 def main() -> None:
@@ -203,21 +209,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--quick", action="store_true", help="few rounds, one seed, two rules")
     parser.add_argument("--soak", action="store_true", help="only the soak")
+    parser.add_argument("--report", action="store_true", help="measure nothing, draw the picture of the numbers there")
     options = parser.parse_args()
+    rounds, seeds, names = (6, 1, RULES[:2]) if options.quick else (30, 3, RULES)
+    if options.report:
+        rows = json.loads((RESULTS / "faults.json").read_text())["drop_out"]
+        save(draw(rows, rounds, seeds))
+        return
     about = {"device": device(), "versions": versions()}
     if options.soak:
         row = soak(1000 if options.quick else 10_000)
         print(row)
         write_json(None if options.quick else RESULTS / "soak.json", {"soak": row, **about})
         return
-    rounds, seeds, names = (6, 1, RULES[:2]) if options.quick else (30, 3, RULES)
     happened = try_faults(6 if options.quick else 20)
     rows = sweep_drop_out(rounds, seeds, names)
     print(markdown_table(happened, list(happened[0])))
     print(markdown_table(rows, ["rule", *(f"{share:.0%}" for share in SHARES)]))
     if not options.quick:
         write_json(RESULTS / "faults.json", {"faults": happened, "drop_out": rows, **about})
-        draw(rows, rounds, seeds).savefig(RESULTS / "faults.png", dpi=150, facecolor="white")
+        save(draw(rows, rounds, seeds))
 
 
 if __name__ == "__main__":

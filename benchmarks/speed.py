@@ -191,7 +191,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lanes", type=lambda text: tuple(map(int, text.split(","))), help="such as 1,4,16")
     parser.add_argument("--peers", type=Path, default=Path(os.environ.get("PEERS", "build/peers")))
     parser.add_argument("--json", type=Path, help="file that results are merged into, after each workload")
-    parser.add_argument("--report", action="store_true", help="measure nothing, print the tables of the file")
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing, print the tables of the file and draw its picture"
+    )
     parser.add_argument("--resume", action="store_true", help="leave out workloads that the file has in full")
     options = parser.parse_args(arguments)
     for given, known in ((options.workloads, names), (options.competitors, COMPETITORS)):
@@ -218,23 +220,24 @@ def use_devices(options: argparse.Namespace) -> None:
         jax.config.update("jax_num_cpu_devices", options.devices)
 
 
-def print_file(path: Path) -> None:
-    """Print all tables of a file."""
+def show_file(path: Path) -> None:
+    """Print all tables of a file and draw its picture."""
     content = json.loads(path.read_text())
     for name in (name for name in WORKLOADS if name in content["ratios"]):
         rows = [row for row in content["rows"] if row["workload"] == name]
         report(name, {"rows": rows, "ratios": content["ratios"][name], "skipped": content["skipped"].get(name, {})})
     print(overview(content))
+    draw(content, path.with_suffix(".png"))
 
 
 def main() -> None:
     """Measure, print, write, workload by workload."""
     options = parse()
+    mpl.use("Agg")
     if options.report:
-        print_file(options.json)
+        show_file(options.json)
         return
     use_devices(options)
-    mpl.use("Agg")
     about = {"versions": harness.versions() | peer_versions(options.peers, options.competitors)}
     about["device"] = harness.device()
     for name in options.workloads:

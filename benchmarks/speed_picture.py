@@ -38,15 +38,10 @@ def panel(axes: Any, name: str, ratios: dict[str, float]) -> None:
     for place, competitor in enumerate(order):
         ratio = ratios[competitor]
         axes.barh(place, ratio - 1, left=1, color=OURS if ratio >= 1 else THEIRS)
-        axes.annotate(
-            f" {ratio:.2g} " if ratio < 10 else f" {ratio:.0f} ",
-            (ratio, place),
-            ha="left" if ratio >= 1 else "right",
-            va="center",
-            fontsize=7,
-        )
+        text = f" {ratio:.2g}" if ratio < 10 else f" {ratio:.0f}"
+        axes.annotate(text, (max(ratio, 1), place), ha="left", va="center", fontsize=7)  # right of whatever is drawn
     axes.set_xscale("log")
-    axes.set_xlim(min(0.3, 0.3 * min(ratios.values())), 4 * max(2.0, *ratios.values()))
+    axes.set_xlim(0.8 * min(1.0, *ratios.values()), 4 * max(2.0, *ratios.values()))
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(order)), order, fontsize=8)
     axes.tick_params(axis="x", labelsize=7)

@@ -11,16 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 sys.path += [str(FOLDER), str(FOLDER / "peers")]
 
 import common  # noqa: E402
 import competitors  # noqa: E402
+import devices  # noqa: E402
+import faults  # noqa: E402
 import harness  # noqa: E402
 import jax_network  # noqa: E402
 import regression  # noqa: E402
 import speed  # noqa: E402
+import speed_picture  # noqa: E402
 import workloads  # noqa: E402
 
 from autorank_jax.types import Batch  # noqa: E402
@@ -202,6 +206,43 @@ def test_results_are_merged_by_workload_and_competitor(tmp_path):
     content = speed.merge(path, "tiny", measured(ours=6.0, torch=2.0), about)
     assert content["ratios"]["tiny"] == {"loop": 4.0, "torch": 3.0}
     assert sorted(row["competitor"] for row in content["rows"]) == ["loop", "ours", "torch"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "longest", "what"),
+    [
+        ((1.0, 1.0, 4e-4), False, ""),
+        ((1.0, 1.0, 6e-4), False, "sum"),
+        ((0.8, 0.9, 0.2), True, "sum"),
+        ((0.5, 0.9, 0.1), True, "longest client"),
+        ((0.5, 0.9, 0.1), False, ""),
+    ],
+)
+def test_what_stops_a_round(seconds, longest, what):
+    assert devices.stops_at(*seconds, longest=longest) == what
+
+
+def test_nothing_stops_a_published_round_of_efficiency_one():
+    rows = json.loads((FOLDER / "results" / "devices.json").read_text())["on_paper"]
+    assert {row["stops_at"] for row in rows if f"{row['efficiency']:.3g}" == "1"} == {""}
+
+
+def test_numbers_of_speeds_stand_clear_of_bars_and_names():
+    axes = Figure().subplots()
+    speed_picture.panel(axes, "tiny", {"slow": 30.0, "near": 1.2, "quick": 0.4})
+    ends = [max(1, bar.get_x() + bar.get_width(), bar.get_x()) for bar in axes.patches]
+    assert [(text.xy[0], text.get_ha()) for text in axes.texts] == [(pytest.approx(end), "left") for end in ends]
+    assert axes.get_xlim()[0] < 0.4
+
+
+def test_error_bars_of_rules_stand_beside_one_another():
+    row = {f"{prefix}{share:.0%}": 50.0 for prefix in ("", "sd ") for share in faults.SHARES}
+    rows = [row | {"rule": rule} for rule in faults.RULES]
+    lines = [container.lines[0] for container in faults.draw(rows, 30, 3).axes[0].containers]
+    places = np.sort(np.concatenate([line.get_xdata() for line in lines]))
+    assert len(lines) == len(rows)
+    assert np.diff(places).min() > 0.5
+    assert np.abs(np.mean([line.get_xdata() for line in lines], axis=0) - 100 * np.array(faults.SHARES)).max() < 1e-9
 
 
 @pytest.mark.slow

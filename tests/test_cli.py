@@ -3,13 +3,14 @@
 import csv
 import importlib
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from autorank_jax import cli, policies
+from autorank_jax import cli, configuration, policies
 from autorank_jax.report import FILES
 from autorank_jax.results import Row
 
@@ -132,7 +133,12 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
         ("--criteria entropy", "criteria: expected one of"),
         ("--rounds 0", "rounds: expected a whole number of at least 1, got 0"),
         ("--rounds ten", "Error parsing --rounds"),
-        ("--round 3", "Unrecognized options: --round"),
+        ("--round 3", "expected options that exist, got --round, probably --rounds (see autorank-jax run --help)"),
+        ("--sedes 3 --round=3", "got --sedes, --round, probably --seeds, --rounds (see autorank-jax run --help)"),
+        ("--learning-rat 0.1 --nothing-like-it", "got --learning-rat, --nothing-like-it, probably --learning-rate ("),
+        ("--rounds 3 word", "expected options that exist, got word (see"),
+        ("--config a.json --config=b.json", "config: expected it once, got it 2 times"),
+        ("--resume a --resume a", "resume: expected it once, got it 2 times"),
         ("--hidden 8,x", "--hidden"),
         ("--participation 50", "probably a percentage"),
         ("--rank-policies manual --ratios 0.5,64,1,1", "probably a rank"),
@@ -155,9 +161,20 @@ def test_all_mistakes_come_at_once(capsys):
     assert [line.split(": ")[1] for line in complaint.splitlines()] == ["split", "rounds", "seeds"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["ranks"], ["data", "--all"]])
-def test_mistakes_in_commands(arguments, capsys):
-    assert fails(capsys, *arguments).count("\n") == 1
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Expected one of {run, ranks, data}"),
+        (["frobnicate"], "expected one of run, ranks, data, got frobnicate (see autorank-jax --help)"),
+        (["ranks"], "expected --criteria, got none (see autorank-jax ranks --help)"),
+        (["ranks", "--criterria", "x.csv"], "expected --criteria, got --criterria (see autorank-jax ranks --help)"),
+        (["data", "--all"], "expected one of list, fetch, got --all (see autorank-jax data --help)"),
+    ],
+)
+def test_mistakes_in_commands(arguments, message, capsys):
+    complaint = fails(capsys, *arguments)
+    assert complaint.count("\n") == 1
+    assert message in complaint
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["ranks", "--help"]])
@@ -176,6 +193,15 @@ def test_help_explains_every_option(capsys):
     for name in commands.Experiment.__dataclass_fields__:
         assert f"--{name.replace('_', '-')} " in text
     assert "default:autorank,by_size,uniform,full)" in "".join(text.split())
+    for words in (configuration.POLICIES, configuration.AGGREGATORS):
+        for name in words:
+            assert re.search(rf"^  {name} +\w", text, re.MULTILINE), f"{name} is explained"
+
+
+def test_the_list_of_commands_is_short(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert len(capsys.readouterr().out.splitlines()) < 25
 
 
 def test_data(capsys, tmp_path, monkeypatch):

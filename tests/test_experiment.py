@@ -9,7 +9,7 @@ import pytest
 
 from autorank_jax import complexity, datasets, engine, evaluation, local, simulation
 from autorank_jax import experiment as experiment_module
-from autorank_jax.configuration import ConfigurationError, Experiment, make_aggregator
+from autorank_jax.configuration import ConfigurationError, Experiment, make_aggregator, outside
 from autorank_jax.experiment import Compiled, Finished, RoundDone, Scored, Started, run_experiment
 from autorank_jax.federations import make_federations
 
@@ -243,7 +243,12 @@ BAD = {
     "participation": (0.0, "participation: expected a number above 0 and at most 1"),
     "min_ratio": (10.0, "min-ratio: expected a number above 0 and at most 1, got 10.0, probably a percentage"),
     "ratios": ((0.1, 64.0, 1, 1, 1, 1), "probably a rank or a percentage"),
-    "targets": ((80.0,), "targets: expected"),
+    "targets": ((80.0,), "targets: expected a number above 0 and at most 1, got 80.0, probably a percentage: 0.8"),
+    "validation": (
+        12.5,
+        "validation: expected a number of at least 0 and at most 0.5, got 12.5, probably a percentage: 0.125",
+    ),
+    "drop_out": (300.0, "drop-out: expected a number of at least 0 and at most 1, got 300.0, probably a percentage"),
     "max_ranks": ((1, 2, 3), "max-ranks: expected one number or one for each of 2 layers, got 3"),
     "hidden": ((0,), "hidden: expected a whole number of at least 1"),
     "seeds": (True, "seeds: expected a whole number"),
@@ -265,6 +270,12 @@ def test_bad_options(option):
     assert len(caught.value.problems) == 1
     assert message in str(caught.value)
     assert "\n" not in caught.value.problems[0]
+
+
+@pytest.mark.parametrize(("value", "hint"), [(2, ": 0.02"), (100, ": 1"), (101, ""), (float("inf"), "")])
+def test_a_percentage_is_rewritten_where_it_is_one(value, hint):
+    (line,) = outside("share", value, 0, 1, cause="a percentage")
+    assert line.endswith(f", probably a percentage{hint}")
 
 
 def test_all_mistakes_are_named_at_once():
@@ -290,6 +301,41 @@ def test_all_mistakes_are_named_at_once():
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(ConfigurationError, match=message):
         run_experiment(dataclasses.replace(TINY, **options))
+
+
+IDLE = {
+    "momentum": ({"momentum": 0.5, "optimizer": "adam"}, "expected only with the optimizer sgd, got 0.5 with adam"),
+    "alpha": (
+        {"alpha": 0.1, "split": "quantity"},
+        "only with the split dirichlet or dirichlet_lognormal, got 0.1 with",
+    ),
+    "sigma": ({"sigma": 2.0, "split": "dirichlet"}, "with the split quantity or dirichlet_lognormal, got 2.0 with"),
+    "classes_per_client": ({"classes_per_client": 3}, "with the split shards, got 3 with dirichlet_lognormal"),
+    "straggler_steps": ({"straggler_steps": 3}, "expected only with --stragglers, got 3 without"),
+    "sampling": ({"sampling": "by_size"}, "expected only with --participation below 1, got by_size"),
+    "sampling, independent": ({"sampling": "independent"}, "below 1, got independent where all clients take part"),
+}
+BUSY = [
+    {"momentum": 0.5, "optimizer": "sgd"}, {"momentum": 0.9, "optimizer": "adamw"},
+    {"alpha": 0.1, "split": "dirichlet"}, {"alpha": 0.1, "sigma": 0.0, "split": "dirichlet_lognormal"},
+    {"sigma": 2.0, "split": "quantity"}, {"classes_per_client": 3, "split": "shards"},
+    {"straggler_steps": 3, "stragglers": 0.1}, {"sampling": "by_size", "participation": 0.5},
+    {"sampling": "independent", "participation": 0.99},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_options_without_effect_are_refused(name):
+    options, message = IDLE[name]
+    with pytest.raises(ConfigurationError, match=f"^{name.split(',')[0].replace('_', '-')}: ") as caught:
+        dataclasses.replace(TINY, **options).validate()
+    assert len(caught.value.problems) == 1
+    assert message in caught.value.problems[0]
+
+
+@pytest.mark.parametrize("options", BUSY, ids=str)
+def test_options_with_an_effect_are_taken(options):
+    dataclasses.replace(TINY, **options).validate()
 
 
 def test_a_dataset_that_is_not_there(monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ LAYERS = {  # a module imports from lower numbers only; a folder is one module h
     3: "devices functions linen scheduling tasks",
     4: "engine",
     5: "simulation checkpoint criteria_file export text",  # here the host begins: jit, files, logging
-    6: "configuration events figures tables",
+    6: "complaints configuration events figures tables",
     7: "charges federations launch report",
     8: "personal ranking",
     9: "rounds",

@@ -106,6 +106,11 @@ def test_ranks_of_hundredths_are_exact_up_to_4096(jit):
     assert all(r.dtype == jnp.int32 for r in ranks.values())
 
 
+def test_traced_ratios_are_clipped():
+    ranks = jax.jit(partial(ranks_from_ratios, max_ranks={"a": 10}))(jnp.array([1.5, 0.0, -1.0, 0.5]))
+    np.testing.assert_array_equal(ranks["a"], [10, 1, 1, 5])
+
+
 def test_ranks_per_layer_follow_the_sorted_paths():
     ratios = jnp.array([[0.5, 1.0], [0.1, 0.2]])
     ranks = ranks_from_ratios(ratios, {"b": 10, "a": 100})
@@ -200,11 +205,33 @@ def test_reranking_draws_a_key_of_its_own_each_time():
         (lambda: ranks_from_ratios(jnp.ones((3, 2)), {"a": 4}), r"expected shape \(clients,\) or \(clients, 1\)"),
         (lambda: ranks_from_ratios(jnp.ones(3), {"a": 0}), r"max_ranks\['a'\]: expected a whole number ≥ 1, got 0"),
         (lambda: ranks_from_ratios(jnp.ones(3), {"a": 0.5}), r"max_ranks\['a'\].*got 0.5"),
+        *(
+            (
+                lambda bad=bad: ranks_from_ratios([0.5, bad], {"a": 4, "b": 4}),
+                rf"in \(0, 1\], got {bad:g}, probably ranks",
+            )
+            for bad in (1.01, 64, 0.0, -0.5, float("nan"))
+        ),
+        (lambda: ranks_from_ratios(jnp.full((3, 1), 1.5), {"a": 4}), "got 1.5, probably ranks or percentages"),
         (lambda: with_reranking(fake_round, policies.uniform(), client_stats(), every=0), "every: .*got 0"),
         (lambda: autorank_ranks([[1, -2]], max_rank=4), "label_counts: expected finite numbers ≥ 0"),
         (lambda: autorank_ranks([[1, 2]], [[np.nan, 1]], max_rank=4), "epoch_losses: expected finite numbers"),
         (lambda: autorank_ranks([1, 2], max_rank=4), r"label_counts: expected shape \(clients, columns\), got \(2,\)"),
         (lambda: autorank_ranks([[1, 2]], np.ones((2, 3)), max_rank=4), "epoch_losses: expected 1 clients, got 2"),
+        (
+            lambda: autorank_ranks([[1, 2], [3]], max_rank=4),
+            "^label_counts: expected numbers in rows of one length, got",
+        ),
+        (lambda: autorank_ranks([[1], [2]], [[1.0], []], max_rank=4), "^epoch_losses: expected numbers in rows of one"),
+        (lambda: autorank_ranks([["1", "many"]], max_rank=4), "^label_counts: expected numbers in rows"),
+        (lambda: policies.manual([[0.5, 1], [0.5]]), "^ratios: expected numbers in rows of one length, got"),
+        *(
+            (
+                lambda bad=bad: autorank_ranks([[1, 2]], max_rank=bad),
+                f"^max_rank: expected a whole number ≥ 1, got {bad}",
+            )
+            for bad in (0, 0.5)
+        ),
     ],
 )
 def test_mistakes_are_named(mistake, message):

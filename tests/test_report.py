@@ -10,12 +10,13 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from autorank_jax import report
+from autorank_jax import datasets, report
+from autorank_jax.complexity import CRITERIA as CRITERIA_OF_ALL
 from autorank_jax.configuration import Experiment
 from autorank_jax.figures import SHOWN_CLIENTS, accuracy_figure, ranks_figure
 from autorank_jax.report import FILES, ReportError, check_folder, write_results
 from autorank_jax.results import Costs, Results, Row, Run, Scores, client_rows, run_names, si, spread, summarize
-from autorank_jax.tables import comparison_tables, scores_table
+from autorank_jax.tables import comparison_tables, criteria_table, datasets_table, scores_table
 
 CRITERIA = ("size", "label_entropy")
 COSTS = Costs(trained_parameters=100.0, bytes_up=400.0, bytes_down=400.0, flops=1e6, slowest_client=6e5)
@@ -209,6 +210,18 @@ def test_pictures_show_every_policy_and_client():
     assert [text.get_text() for text in table.texts] == ["1", "10", "10", "10"]
 
 
+def test_the_picture_of_ranks_says_whose_seed_it_shows(monkeypatch, tmp_path):
+    titles = [ranks_figure(make_scores(3), seeds=seeds).axes[0].get_title(loc="left") for seeds in (1, 4)]
+    assert titles == [
+        "Label mix of every client, and the rank it is given",
+        "Label mix of every client, and the rank it is given\nSeed 3, one of 4; other seeds have other clients",
+    ]
+    shown = []
+    monkeypatch.setattr(report, "ranks_figure", lambda _, **options: shown.append(options) or Figure())
+    write_results(tmp_path / "run", make_results())
+    assert shown == [{"seeds": 2}]
+
+
 def test_many_clients_fit_into_the_picture():
     scores = make_scores(0)
     many = scores._replace(
@@ -222,12 +235,46 @@ def test_many_clients_fit_into_the_picture():
     assert figure.get_size_inches()[0] <= 14
 
 
-def test_tables_fit_a_terminal():
+def printed(*tables):
     console = Console(record=True, width=80, file=io.StringIO())
-    console.print(scores_table(make_scores(0)))
-    for table in comparison_tables(make_results(("rbla", "zero_pad"))):
+    for table in tables:
         console.print(table)
-    text = console.export_text()
+    return console.export_text()
+
+
+@pytest.mark.parametrize(("layers", "shown"), [(1, "{0}"), (3, "{0}/{0}/{0}"), (7, "{0}")])
+def test_clients_fit_a_terminal_in_a_line_each(layers, shown):
+    names, clients, rng = tuple(CRITERIA_OF_ALL), 5, np.random.default_rng(0)
+    ranks = {f"layers/{layer}": np.array([16, 64, 112, 130, 160]) for layer in range(layers)}
+    scores = make_scores(0)._replace(
+        criteria=names,
+        size=np.full(clients, 18100),
+        matrix=np.column_stack([np.full((clients, 2), 18100.0), rng.random((clients, 3)) / 100]),
+        weights=np.full(len(names), 0.2),
+        closeness=rng.random(clients),
+        ratios={"autorank": np.full(clients, 0.5)},
+        ranks={"autorank": ranks},
+    )
+    text = printed(scores_table(scores))
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert "…" not in text
+    for client, rank in enumerate(ranks["layers/0"].tolist()):
+        assert lines[str(client)][1:3] == ["18100", "18100"]
+        assert lines[str(client)][-1] == shown.format(rank)
+    assert ("the widest of 7 layers" in text) == (layers == 7)
+
+
+def test_datasets_and_long_names_fit_a_terminal(monkeypatch):
+    monkeypatch.setenv(datasets.ENVIRONMENT_VARIABLE, f"/{'folder' * 20}")
+    text = printed(datasets_table(datasets.available_datasets()))
+    assert all(f" {name}.npz " in text for name in ("mnist", "fashion_mnist", "cifar10", "cinic10"))
+    numbers = np.ones(2)
+    text = printed(*criteria_table(["x" * 100, "b"], {"size": 1.0}, numbers, numbers, numbers.astype(int)))
+    assert text.count("x") == 100
+
+
+def test_tables_fit_a_terminal():
+    text = printed(scores_table(make_scores(0)), *comparison_tables(make_results(("rbla", "zero_pad"))))
     assert "…" not in text
     for word in ("weight", "0.750", "closeness", "60.0 ± 14.1 %", "rounds to 95 %", "training FLOPs", "8 M"):
         assert word in text
