@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from grid import Cell
 
+from autorank_jax.configuration import PERSONAL_RULES
 from autorank_jax.results import si
 
 GUESSING = 0.1
@@ -24,6 +25,7 @@ class Reached(NamedTuple):
     clients: Mapping[str, Mapping[str, float]]  # their own accuracy after the last round
     ratio_by_clients: float
     ratio_by_examples: float
+    slowest: float  # training FLOPs a round of the client that has most of them
     diverged: bool
 
     @property
@@ -65,7 +67,7 @@ def runs_of(cell: Cell) -> dict[str, dict[int, Reached]]:
 def _run(cell: Cell, policy: str, seed: str, due: np.ndarray) -> Reached:
     accuracy, flops, sent = (cell[what].get(policy, {}).get(seed, []) for what in ("accuracy", "flops", "bytes"))
     diverged = len(accuracy) < cell["config"]["rounds"]
-    served = diverged or accuracy[-1] is not None
+    served = cell["config"]["aggregators"][0] not in PERSONAL_RULES
     values = [accuracy[n - 1] if n <= len(accuracy) else None for n in due] if served else []
     scores = cell["scores"][seed]
     ratios, size = np.array(scores["ratios"].get(policy, [np.nan])), np.array(scores["size"])
@@ -77,6 +79,7 @@ def _run(cell: Cell, policy: str, seed: str, due: np.ndarray) -> Reached:
         cell["clients"].get(policy, {}).get(seed, {}),
         float(ratios.mean()),
         float((ratios * size).sum() / size.sum()),
+        cell["summary"].get(policy, {}).get("train_flops", {}).get("slowest_client", np.nan),
         diverged,
     )
 
@@ -119,5 +122,6 @@ def table_of(runs: Mapping[int, Reached]) -> dict[str, Any]:
         "clients": [dict(run.clients) for run in runs.values()],
         "ratio_by_clients": [round(run.ratio_by_clients, 4) for run in runs.values()],
         "ratio_by_examples": [round(run.ratio_by_examples, 4) for run in runs.values()],
+        "slowest_client_flops": [None if np.isnan(run.slowest) else run.slowest for run in runs.values()],
         "diverged": [run.diverged for run in runs.values()],
     }

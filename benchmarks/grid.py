@@ -13,7 +13,7 @@ import harness
 import numpy as np
 from rich.progress import Progress
 
-from autorank_jax.configuration import Experiment, experiment_from
+from autorank_jax.configuration import ConfigurationError, Experiment, experiment_from
 from autorank_jax.experiment import DivergedError, RoundDone, run_experiment
 from autorank_jax.results import Results, Scores, summarize
 
@@ -84,13 +84,13 @@ def read_cell(path: Path, experiment: Experiment) -> Cell | None:
     """Return a finished cell, None if it is not there, does not read, or has other options."""
     try:
         cell = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        return cell if experiment_from(cell["config"]) == experiment else None
+    except (FileNotFoundError, json.JSONDecodeError, ConfigurationError):
         return None
-    return cell if experiment_from(cell["config"]) == experiment else None
 
 
 def _run(experiment: Experiment, progress: Progress, name: str) -> Cell:
-    """Run a cell; where a policy diverges, go on with those after it."""
+    """Run a cell; where a run diverges, go on with those after it."""
     runs = len(experiment.rank_policies) * len(experiment.aggregators) * experiment.seeds
     bar = progress.add_task(name, total=runs * experiment.rounds)
 
@@ -102,15 +102,15 @@ def _run(experiment: Experiment, progress: Progress, name: str) -> Cell:
 
     cell: Cell = {}
     diverged: dict[str, str] = {}
-    left = experiment.rank_policies
+    left = [experiment]
     while left:
-        part = dataclasses.replace(experiment, rank_policies=left, ratios=experiment.ratios if "manual" in left else ())
+        part = left.pop()
         try:
-            results, left = run_experiment(part, on_event=show), ()
+            results = run_experiment(part, on_event=show)
         except DivergedError as error:
-            results, policy = error.results, error.record.policy
-            diverged[policy] = str(error)
-            left = left[left.index(policy) + 1 :]
+            results = error.results
+            diverged.setdefault(error.record.policy, str(error))
+            left += _after(part, error.record.policy, error.record.seed)
         _merge(cell, _contents(results))
     progress.remove_task(bar)
     return cell | {
@@ -119,6 +119,18 @@ def _run(experiment: Experiment, progress: Progress, name: str) -> Cell:
         "versions": harness.versions(),
         "device": harness.device(),
     }
+
+
+def _after(experiment: Experiment, policy: str, seed: int) -> list[Experiment]:
+    """Return what is left of an experiment after one of its runs diverged."""
+    seeds, policies = experiment.all_seeds, experiment.rank_policies
+    later = policies[policies.index(policy) + 1 :]
+    same = dataclasses.replace(experiment, first_seed=seed + 1, seeds=seeds.stop - seed - 1)
+    return [
+        dataclasses.replace(one, rank_policies=some, ratios=one.ratios if "manual" in some else ())
+        for one, some in ((experiment, later), (same, (policy,)))
+        if some and one.seeds
+    ]
 
 
 def _contents(results: Results) -> Cell:

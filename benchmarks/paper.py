@@ -5,7 +5,10 @@ rank); the others are controls at stated budgets, whole weights, clients alone, 
 MLP 784-200-200-10 with maximum ranks 160, 160, 100 on grey images, a CNN on coloured ones; batch 64, SGD with momentum
 0.9, one local epoch, all clients every round, evaluated every second round. A seed varies initial weights, adapters,
 split and batch order; differences are paired over seeds. The learning rate of every policy and rule is the best of
-0.01, 0.03 and 0.1 after as many rounds, on a tenth of the training examples, for a seed (1000) used nowhere else.
+0.01, 0.03 and 0.1 after as many rounds, on a tenth of the training examples, for seeds (1000, 1001) used nowhere else;
+rates beyond are tried where the best is at an end, and the second seed decides between close ones. Shuffled and
+reversed ranks run at AutoRank's rate. The probe trains at the column's own rate, so that AutoRank's ranks depend on it
+a little.
 
 Command:  AUTORANK_JAX_DATA=DIR python benchmarks/paper.py    (full data: many hours on two cores; it may be stopped and
           started again, and begins with what matters most)
@@ -73,15 +76,26 @@ def run_plan(plan: Plan, bounds: Bounds) -> tuple[dict[Key, list[Column]], dict[
 
 def run_job(plan: Plan, job: Job, bounds: Bounds) -> tuple[list[Column], Cell | None]:
     """Tune a group and run its seeds."""
+    group = GROUPS[job.group]
     experiment = experiment_of(job, **plan.options)
-    name, titles = f"{job.dataset}/{job.split}/{job.group}", GROUPS[job.group].titles
-    choices = choose_rates(experiment, plan.grids[job.group], plan.folder, name, bounds)
+    name, titles = f"{job.dataset}/{job.split}/{job.group}", group.titles
+    if group.rates:  # the same ranks in other hands: all else stays as it is
+        its_own = rates_of(plan, job._replace(group=group.rates), bounds)
+        choices = dict.fromkeys(titles, its_own["autorank"]) if "autorank" in its_own else {}
+    else:
+        choices = rates_of(plan, job, bounds)
     how = {"seeds": plan.seeds, "together": plan.together, "bounds": bounds}
     tuned, cells = run_tuned(experiment, choices, plan.folder, name, **how)
     central = job.split == "central"
     columns = [Column(titles[p], t.choice, _silent(t.runs) if central else t.runs) for p, t in tuned.items()]
     scored = [cell for cell in cells if "autorank" in cell["config"]["rank_policies"]]
     return columns, scored[0] if scored else None
+
+
+def rates_of(plan: Plan, job: Job, bounds: Bounds) -> Mapping[str, Choice]:
+    """Choose the learning rates of a group."""
+    name = f"{job.dataset}/{job.split}/{job.group}"
+    return choose_rates(experiment_of(job, **plan.options), plan.grids[job.group], plan.folder, name, bounds)
 
 
 def _silent(runs: Mapping[int, Reached]) -> dict[int, Reached]:
@@ -98,7 +112,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     for what, words, known in (("dataset", datasets, DATASETS), ("splits", splits, SPLITS), ("groups", groups, GROUPS)):
         if wrong := [word for word in words if word not in known]:
             raise SystemExit(f"{what}: expected some of {', '.join(known)}, got {', '.join(wrong)}")
-    grids = dict.fromkeys(GROUPS, Grid((options.learning_rate,)) if options.learning_rate else Grid())
+    grids = dict.fromkeys(GROUPS, Grid((options.learning_rate,)) if options.learning_rate else Grid(more_seeds=1))
     if options.quick and not options.learning_rate:  # one rate but for the first group, which shows how it is chosen
         grids = dict.fromkeys(GROUPS, Grid((0.03,))) | {"main": Grid((0.01, 0.03))}
     seeds = options.seeds or (2 if options.quick else 5)

@@ -1,9 +1,10 @@
 """The tables of `paper.py`, in Markdown."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from curves import client_values, percent, until, values
+from curves import Reached, client_values, percent, until, values
 from harness import Row, markdown_table
 from paired import difference, holm, in_points
 from plan import AUTHOR, DATASETS
@@ -26,8 +27,8 @@ def write(dataset: str, split: str, columns: Sequence[Any], *, seeds: int) -> st
     against = _differences(columns)
     if against:
         parts += [
-            f"{FIRST} minus each, in points: mean [95 % t interval over seeds], p of a paired t test, Holm-corrected "
-            "over all of this table:\n",
+            f"{FIRST} minus each, in points: mean [95 % t interval over seeds]; for final accuracy, the outcome that "
+            "counts, p of a paired t test, Holm-corrected over the rows:\n",
             markdown_table(against, list(against[0])),
         ]
     author = DATASETS[dataset].author
@@ -55,13 +56,25 @@ def _accuracies(columns: Sequence[Any], seeds: int) -> str:
             "mean ratio over clients / examples": " / ".join(ratios) or "–",
             "final accuracy, %": percent(list(values(runs, "final").values())),
             "mean over rounds": percent(list(values(runs, "area").values())),
-            "label-weighted, worst client": percent(client_values(runs, "label_weighted", "worst")),
+            "slowest client, GFLOP a round": _slowest(list(runs.values())),
+            "label-weighted, worst client": _own(runs, "label_weighted", "worst"),
         }
         for what, title in (("before", "own"), ("after", "own, trained once more")):
-            row[f"{title}: mean"] = percent(client_values(runs, what, "mean"))
-            row[f"{title}: worst"] = percent(client_values(runs, what, "worst"))
+            row[f"{title}: mean"] = _own(runs, what, "mean")
+            row[f"{title}: worst"] = _own(runs, what, "worst")
         rows.append(row)
     return markdown_table(rows, list(rows[0]))
+
+
+def _own(runs: Mapping[int, Reached], what: str, kind: str) -> str:
+    """Write a measure of the clients' own accuracy; runs that diverged have none, and are counted."""
+    found = client_values(runs, what, kind)
+    return percent(found) + (f" ({len(found)} of {len(runs)} seeds)" if 0 < len(found) < len(runs) else "")
+
+
+def _slowest(runs: Sequence[Reached]) -> str:
+    known = [run.slowest for run in runs if not math.isnan(run.slowest)]
+    return f"{_mean(known) / 1e9:.1f}" if known else "–"
 
 
 def _targets(dataset: str, columns: Sequence[Any]) -> str:
@@ -84,13 +97,14 @@ def _differences(columns: Sequence[Any]) -> list[Row]:
     names = {"final": "final accuracy", "early": "first fifth of the rounds", "area": "mean over rounds"}
     others = [c for c in columns if c is not first and values(c.runs, "final")]
     found = [difference(values(first.runs, n), values(c.runs, n)) for c in others for n in names]
-    corrected = iter(holm([None if one is None else one.p for one in found]))
+    corrected = iter(holm([None if one is None else one.p for one in found[:: len(names)]]))
     by_row = iter(found)
     rows: list[Row] = []
     for column in others:
         shared = len(set(first.runs) & set(column.runs))
         row: Row = {"minus": column.title, "seeds": shared}
-        rows.append(row | {title: in_points(next(by_row), next(corrected)) for title in names.values()})
+        ps = {"final": next(corrected)}
+        rows.append(row | {title: in_points(next(by_row), ps.get(name)) for name, title in names.items()})
     return rows
 
 

@@ -47,6 +47,7 @@ class Group(NamedTuple):
     rule: str
     titles: Mapping[str, str]  # by policy
     splits: tuple[str, ...] = tuple(name for name in SPLITS if name != "central")
+    rates: str = ""  # another group, at whose AutoRank's learning rate this one runs; else its own are tuned
 
 
 GROUPS: Mapping[str, Group] = {
@@ -56,20 +57,18 @@ GROUPS: Mapping[str, Group] = {
         {
             "autorank": AUTHOR[0],
             "uniform_bytes": AUTHOR[2],
-            "uniform": "one rank, AutoRank's FLOPs + RBLA",
+            "uniform": "one rank, AutoRank's FLOPs without the probe + RBLA",
             "full": "full rank + RBLA",
         },
     ),
     "by_hand": Group(1, "rbla", {"manual": AUTHOR[1]}, ("staircase",)),
     "flexlora": Group(1, "flexlora", {"uniform_bytes": AUTHOR[3], "autorank": "AutoRank + FlexLoRA"}),
-    "controls": Group(
+    "by_size": Group(2, "rbla", {"by_size_bytes": "by size, AutoRank's bytes + RBLA"}),
+    "dealt": Group(
         2,
         "rbla",
-        {
-            "by_size_bytes": "by size, AutoRank's bytes + RBLA",
-            "shuffled": "AutoRank shuffled + RBLA",
-            "reversed": "AutoRank reversed + RBLA",
-        },
+        {"shuffled": "AutoRank shuffled + RBLA", "reversed": "AutoRank reversed + RBLA"},
+        rates="main",
     ),
     "fedavg": Group(3, "fedavg", {"full": "whole weights + FedAvg"}),
     "local": Group(3, "local_only", {"full": "nothing shared, full rank"}),

@@ -20,8 +20,8 @@ FIRST_SEED = 1000
 VALIDATION = 0.1
 LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """Rates that may be tried."""
-CLOSE = 0.02
-"""Accuracy below the best at which a rate still competes with it."""
+CLOSE = 1.15
+"""Times the best rate's share of mistakes, up to which a rate still competes with it."""
 
 
 class Grid(NamedTuple):
@@ -39,9 +39,7 @@ class Choice(NamedTuple):
     edge: bool  # whether a better one may lie beyond the ladder
 
 
-def choose_rates(
-    experiment: Experiment, grid: Grid, folder: Path, name: str, bounds: Bounds
-) -> Mapping[str, Choice] | None:
+def choose_rates(experiment: Experiment, grid: Grid, folder: Path, name: str, bounds: Bounds) -> Mapping[str, Choice]:
     """Choose a learning rate for every policy of an experiment of one rule: the best after as many rounds as are run.
 
     Fewer rounds would not do: a rate that is best early may end in guessing later.
@@ -54,7 +52,7 @@ def choose_rates(
         bounds: of the cells to run.
 
     Returns:
-        Choices by policy; None where cells are missing.
+        Choices by policy, without those whose cells are missing.
     """
     if len(grid.rates) == 1:
         return {policy: Choice(grid.rates[0], {}, False) for policy in experiment.rank_policies}
@@ -70,15 +68,16 @@ def choose_rates(
     cells = {f"{name}-tune-lr{rate:g}": dataclasses.replace(trial, learning_rate=rate) for rate in grid.rates}
     while cells:
         ran = run_cells(cells, folder, bounds)
-        if len(ran) < len(cells):
-            return None
-        for n, cell in ran.items():
-            for policy in cells[n].rank_policies:
-                tried[policy].setdefault(cells[n].learning_rate, []).extend(_reached(cell, policy))
+        for n, one in cells.items():
+            for policy in one.rank_policies:
+                if n not in ran:
+                    tried.pop(policy, None)
+                elif policy in tried:
+                    tried[policy].setdefault(one.learning_rate, []).extend(_reached(ran[n], policy))
         cells = {
-            f"{name}-{policy}-tune-{n}": experiment
+            f"{name}-{policy}-tune-{n}": one
             for policy, scores in tried.items()
-            for n, experiment in _next(_policies(trial, (policy,)), scores, grid.more_seeds).items()
+            for n, one in _next(_policies(trial, (policy,)), scores, grid.more_seeds).items()
         }
     return {policy: _choice(scores) for policy, scores in tried.items()}
 
@@ -94,7 +93,8 @@ def _next(trial: Experiment, scores: Scores, more_seeds: int) -> dict[str, Exper
     beyond = LADDER[place] if 0 <= place < len(LADDER) else best
     if beyond not in scores:
         return {f"lr{beyond:g}": dataclasses.replace(trial, learning_rate=beyond)}
-    close = [r for r, one in scores.items() if more_seeds and len(one) == 1 and one[0] >= _mean(scores[best]) - CLOSE]
+    worst = CLOSE * (1 - _mean(scores[best]))
+    close = [rate for rate, one in scores.items() if more_seeds and len(one) == 1 and 1 - one[0] <= worst]
     how = {"first_seed": FIRST_SEED + 1, "seeds": more_seeds}
     return {f"lr{rate:g}-more": dataclasses.replace(trial, learning_rate=rate, **how) for rate in close}
 
@@ -114,7 +114,7 @@ class Tuned(NamedTuple):
 
 def run_tuned(
     experiment: Experiment,
-    choices: Mapping[str, Choice] | None,
+    choices: Mapping[str, Choice],
     folder: Path,
     name: str,
     *,
@@ -127,7 +127,7 @@ def run_tuned(
 
     Args:
         experiment: of one rule.
-        choices: by policy; where None nothing is run.
+        choices: by policy; what has none is not run.
         folder: of the cells.
         name: begins the names of the cells.
         seeds: to run.
@@ -138,16 +138,15 @@ def run_tuned(
     Returns:
         What there is by policy, and its cells.
     """
-    tuned = {p: Tuned(choices[p] if choices else None, {}) for p in experiment.rank_policies}
-    if choices is None:
-        return tuned, []
+    tuned = {p: Tuned(choices.get(p), {}) for p in experiment.rank_policies}
+    chosen = {policy: one.choice for policy, one in tuned.items() if one.choice}
     cells = {}
     for first in seeds[:1] if together else seeds:
-        for label, policies in _parts({p: choices[p] for p in tuned}, apart=apart).items():
+        for label, policies in _parts(chosen, apart=apart).items():
             cells[f"{name}-{label}-seed{first}"] = _policies(
                 experiment,
                 policies,
-                learning_rate=choices[policies[0]].rate,
+                learning_rate=chosen[policies[0]].rate,
                 first_seed=first,
                 seeds=len(seeds) if together else 1,
             )

@@ -145,20 +145,28 @@ def test_policies_after_one_that_diverges_are_run(monkeypatch, tmp_path):
     whole = make_results()
     first = whole.runs[0]._replace(rows=whole.runs[0].rows[:1])
 
+    asked = []
+
     def run(experiment, **_):
-        if experiment.rank_policies[0] == "autorank":
+        asked.append((experiment.rank_policies, experiment.first_seed, experiment.seeds))
+        if experiment.rank_policies[0] == "autorank" and experiment.first_seed == 0:
             lost = Record("autorank", "rbla", 0, first.rows)
             raise DivergedError("the loss is lost", lost, whole._replace(runs=(first,)))
-        return whole._replace(runs=whole.runs[2:])
+        wanted = [run for run in whole.runs if run.policy in experiment.rank_policies]
+        return whole._replace(runs=tuple(run for run in wanted if run.seed in experiment.all_seeds))
 
     monkeypatch.setattr(grid, "run_experiment", run)
     experiment = dataclasses.replace(TINY, rank_policies=("autorank", "full"), rounds=3, seeds=2)
     cell = grid.run_cells({"wild": experiment}, tmp_path)["wild"]
+    assert asked == [(("autorank", "full"), 0, 2), (("autorank",), 1, 1), (("full",), 0, 2)]
     assert cell["diverged"] == {"autorank": "the loss is lost"}
     runs = curves.runs_of(cell)
-    assert [runs["autorank"][seed].accuracy.tolist() for seed in (0, 1)] == [[0.2, 0.1, 0.1], [0.1, 0.1, 0.1]]
+    assert runs["autorank"][0].accuracy.tolist() == [0.2, 0.1, 0.1]
+    assert runs["autorank"][1].final == 0.7
     assert [runs["full"][seed].final for seed in (0, 1)] == [0.96, 0.4]
-    assert [run.diverged for run in (*runs["autorank"].values(), *runs["full"].values())] == [True, True, False, False]
+    assert [run.diverged for run in (*runs["autorank"].values(), *runs["full"].values())] == [True, False, False, False]
+    alone = {**cell["config"], "aggregators": ["local_only"]}
+    assert len(curves.runs_of(cell | {"config": alone})["autorank"][0].accuracy) == 0
 
 
 def test_numbers_of_a_curve():
@@ -183,7 +191,7 @@ def test_the_best_rate_on_validation_examples_is_chosen(tmp_path):
     configs = [json.loads(path.read_text())["config"] for path in tmp_path.glob("*.json")]
     asked = (0.1, tuning.FIRST_SEED, experiment.rounds)
     assert {(c["validation"], c["first_seed"], c["rounds"]) for c in configs} == {asked}
-    assert tuning.choose_rates(experiment, tuning.Grid((0.5, 1.0)), tmp_path, "y", grid.Bounds.within(0)) is None
+    assert tuning.choose_rates(experiment, tuning.Grid((0.1, 0.3)), tmp_path, "y", grid.Bounds.within(0)) == {}
 
 
 @pytest.mark.parametrize(("best", "chosen", "edge"), [(0.003, 0.003, False), (0.3, 0.3, True), (1e-5, 0.001, True)])
@@ -326,9 +334,15 @@ def test_answers_are_the_differences_of_the_cells():
     assert "Final accuracy: higher on rbla, a; lower on rbla, b; no difference shown" in text
     assert "mean of 3 splits" in text
     assert answers.answer({}, asked, ["a", "b", "c"], 5) == ""
-    best = answers.best_pairs(table, ["rbla"], [answers.ALL], ["a", "b", "c"], 5)
+    best = answers.best_pairs(table, ["rbla"], ["a", "b", "c"], 5)
     assert {pair[0].policy for pair in best} == {"autorank", "uniform_bytes"}
-    assert answers.best_pairs(table, ["rbla"], [answers.ALL], ["a", "b", "c"], 6) == []
+    assert answers.best_pairs(table, ["rbla"], ["a", "b", "c"], 6) == []
+    for split in "abc":
+        dear = {seed: run._replace(bytes=2 * run.bytes) for seed, run in runs(0.4).items()}
+        table[answers.Point("full", "rbla", answers.ALL, split)] = dear
+    assert {pair[0].policy for pair in answers.best_pairs(table, ["rbla"], ["a", "b", "c"], 5)} == {
+        "autorank", "uniform_bytes",
+    }  # fmt: skip
 
 
 def test_nothing_to_confirm(tmp_path):
