@@ -20,6 +20,8 @@ FIRST_SEED = 1000
 VALIDATION = 0.1
 LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """Rates that may be tried."""
+TIE = 1.02
+"""Times the best rate's share of mistakes, up to which a smaller rate is as good, and farther from falling apart."""
 CLOSE = 1.15
 """Times the best rate's share of mistakes, up to which a rate still competes with it."""
 
@@ -176,8 +178,9 @@ def _mean(values: list[float]) -> float:
 
 
 def _best(scores: Scores) -> float:
-    """Return the rate of the best mean, the smallest of equals."""
-    return max(sorted(scores), key=lambda rate: _mean(scores[rate]))
+    """Return the smallest of the rates that are as good as the best."""
+    mistakes = {rate: 1 - _mean(accuracies) for rate, accuracies in scores.items()}
+    return min(rate for rate, share in mistakes.items() if share <= TIE * min(mistakes.values()))
 
 
 def _choice(scores: Scores) -> Choice:

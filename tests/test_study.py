@@ -239,6 +239,13 @@ def test_a_rate_has_to_hold_on_more_seeds(tmp_path, monkeypatch):
     assert {(one.first_seed, one.seeds) for one in more} == {(tuning.FIRST_SEED + 1, 2)}
 
 
+@pytest.mark.parametrize(
+    ("mistakes", "best"), [((0.2, 0.1, 0.15), 0.03), ((0.102, 0.1, 0.3), 0.01), ((0.3, 0.0, 0.0), 0.03)]
+)
+def test_of_equal_rates_the_smallest_is_chosen(mistakes, best):
+    assert tuning._best({rate: [1 - m] for rate, m in zip(tuning.Grid().rates, mistakes, strict=True)}) == best
+
+
 def test_policies_of_one_rate_may_share_a_cell(pretended, tmp_path):
     experiment = dataclasses.replace(TINY, rank_policies=("autorank", "full", "uniform"), rounds=4)
     rates = dict(zip(experiment.rank_policies, (0.03, 0.01, 0.03), strict=True))
