@@ -7,8 +7,8 @@ MLP 784-200-200-10 with maximum ranks 160, 160, 100 on grey images, a CNN on col
 split and batch order; differences are paired over seeds. The learning rate of every policy and rule is the best of
 0.01, 0.03 and 0.1 after as many rounds, on a tenth of the training examples, for seeds (1000, 1001) used nowhere else;
 rates beyond are tried where the best is at an end, and the second seed decides between close ones. Shuffled and
-reversed ranks run at AutoRank's rate. The probe trains at the column's own rate, so that AutoRank's ranks depend on it
-a little.
+reversed ranks run at AutoRank's rate, and AutoRank once more at that of one rank, where they differ. The probe trains
+at the column's own rate, so that AutoRank's ranks depend on it a little.
 
 Command:  AUTORANK_JAX_DATA=DIR python benchmarks/paper.py    (full data: many hours on two cores; it may be stopped and
           started again, and begins with what matters most)
@@ -75,13 +75,16 @@ def run_plan(plan: Plan, bounds: Bounds) -> tuple[dict[Key, list[Column]], dict[
 
 
 def run_job(plan: Plan, job: Job, bounds: Bounds) -> tuple[list[Column], Cell | None]:
-    """Tune a group and run its seeds."""
+    """Tune a group and run its seeds; no columns where it would be another group's once more."""
     group = GROUPS[job.group]
     experiment = experiment_of(job, **plan.options)
     name, titles = f"{job.dataset}/{job.split}/{job.group}", group.titles
-    if group.rates:  # the same ranks in other hands: all else stays as it is
-        its_own = rates_of(plan, job._replace(group=group.rates), bounds)
-        choices = dict.fromkeys(titles, its_own["autorank"]) if "autorank" in its_own else {}
+    if group.rates:  # all but ranks, or all but the rate, stays as it is
+        source, policy = group.rates
+        theirs = rates_of(plan, job._replace(group=source), bounds)
+        choices = dict.fromkeys(titles, theirs[policy]) if policy in theirs else {}
+        if any(own in theirs and theirs[own].rate == choice.rate for own, choice in choices.items()):
+            return [], None  # the same column as there
     else:
         choices = rates_of(plan, job, bounds)
     how = {"seeds": plan.seeds, "together": plan.together, "bounds": bounds}

@@ -47,7 +47,7 @@ class Group(NamedTuple):
     rule: str
     titles: Mapping[str, str]  # by policy
     splits: tuple[str, ...] = tuple(name for name in SPLITS if name != "central")
-    rates: str = ""  # another group, at whose AutoRank's learning rate this one runs; else its own are tuned
+    rates: tuple[str, str] | None = None  # group and policy at whose learning rate this one runs; else its own is tuned
 
 
 GROUPS: Mapping[str, Group] = {
@@ -63,12 +63,15 @@ GROUPS: Mapping[str, Group] = {
     ),
     "by_hand": Group(1, "rbla", {"manual": AUTHOR[1]}, ("staircase",)),
     "flexlora": Group(1, "flexlora", {"uniform_bytes": AUTHOR[3], "autorank": "AutoRank + FlexLoRA"}),
+    "same_rate": Group(
+        1, "rbla", {"autorank": "AutoRank at one rank's learning rate + RBLA"}, rates=("main", "uniform_bytes")
+    ),
     "by_size": Group(2, "rbla", {"by_size_bytes": "by size, AutoRank's bytes + RBLA"}),
     "dealt": Group(
         2,
         "rbla",
         {"shuffled": "AutoRank shuffled + RBLA", "reversed": "AutoRank reversed + RBLA"},
-        rates="main",
+        rates=("main", "autorank"),
     ),
     "fedavg": Group(3, "fedavg", {"full": "whole weights + FedAvg"}),
     "local": Group(3, "local_only", {"full": "nothing shared, full rank"}),

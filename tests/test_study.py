@@ -278,11 +278,29 @@ def test_the_paper_is_written_once(pretended, tmp_path, capsys):
     paper.main(["--quick", "--out", str(tmp_path)])
     assert all((tmp_path / name).stat().st_size > 0 for name in PICTURES)
     said = capsys.readouterr().out
-    assert said.count("| 2 of 2 |") == sum(len(group.titles) for group in plan.GROUPS.values())
+    groups = [group for name, group in plan.GROUPS.items() if name != "same_rate"]  # all rates are the same
+    assert said.count("| 2 of 2 |") == sum(len(group.titles) for group in groups)
     assert "AutoRank + RBLA minus each" in said
     ran = len(pretended)
     paper.main(["--quick", "--out", str(tmp_path)])
     assert len(pretended) == ran == len(set(pretended))
+
+
+def test_autorank_runs_at_one_ranks_rate_too(tmp_path, monkeypatch, capsys):
+    ran = {}
+
+    def run(experiment, _, name):
+        ran[name] = experiment
+        return fake_cell(experiment, lambda policy: 0.01 if policy == "autorank" else 0.03)
+
+    monkeypatch.setattr(grid, "_run", run)
+    paper.main(["--quick", "--groups", "main,same_rate,dealt", "--splits", "staircase", "--out", str(tmp_path)])
+    assert "| AutoRank at one rank's learning rate + RBLA | 2 of 2 | 0.03 |" in capsys.readouterr().out
+    rates = {one.rank_policies: one.learning_rate for name, one in ran.items() if "seed0" in name}
+    assert rates[("uniform",)] == 0.03
+    assert rates[("shuffled",)] == rates[("reversed",)] == 0.01
+    same = [one.learning_rate for name, one in ran.items() if "/same_rate-" in name]
+    assert same == [0.03]
 
 
 @pytest.mark.usefixtures("pretended")
