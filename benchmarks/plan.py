@@ -112,4 +112,4 @@ def experiment_of(job: Job, **options: Any) -> Experiment:
         local_epochs=1,
         personal=True,
     )
-    return dataclasses.replace(start, **setting.options, **SPLITS[job.split], **options)
+    return dataclasses.replace(start, **{**setting.options, **SPLITS[job.split], **options})
