@@ -3,10 +3,9 @@
 Fashion-MNIST, MLP 784-200-200-10 with maximum ranks 160, 160, 100, batch 64, SGD with momentum 0.9, one local epoch,
 20 rounds, evaluated every second one, five seeds; a seed varies initial weights, adapters, split and batch order.
 Settings are the criteria (each alone, all, all without the loss) and what may do better: floors under the ratios, a
-server with momentum. They are tried under the first two rules on the first two splits, with the learning
-rates of all criteria, which are chosen as in `paper.py` for every policy, rule and split, but with a second tuning seed
-for the best rate and those close to it. Answers are mean differences
-paired over seeds, with 95 % t intervals and Holm's correction within each question.
+server with momentum. They are tried under the first two rules on the first two splits, with the learning rates of all
+criteria, which are chosen as in `paper.py` for every policy, rule and split. Answers are mean differences paired over
+seeds, with 95 % t intervals and Holm's correction of final accuracies within each question.
 
 Command:  AUTORANK_JAX_DATA=DIR python benchmarks/study.py            (many hours on two cores; may be stopped and
           started again, and begins with what matters most)
@@ -190,7 +189,7 @@ def draw(plan: Plan, table: Table) -> None:
 
 def confirm(plan: Plan, best: Point, rates: Rates, bounds: Bounds) -> str:
     """Run the best pair on fresh seeds and on MNIST, beside AutoRank and one rank with its rule and the first one."""
-    rules, settings = (tuple(dict.fromkeys(pair)) for pair in ((best.rule, plan.rules[0]), (best.setting, ALL)))
+    rules = tuple(dict.fromkeys((best.rule, plan.rules[0])))
     policies = tuple(p for p in POLICIES if p in (best.policy, *PAIR))
     parts = []
     for dataset in (plan.dataset, *(("mnist",) if plan.dataset == "fashion_mnist" else ())):
@@ -198,7 +197,7 @@ def confirm(plan: Plan, best: Point, rates: Rates, bounds: Bounds) -> str:
             dataset=dataset,
             policies=policies,
             rules=rules,
-            settings=settings,
+            settings=(ALL,),
             seeds=range(FRESH, FRESH + len(plan.seeds)),
             folder=plan.folder.with_name(f"{plan.folder.name}-confirm-{dataset}"),
         )
@@ -210,7 +209,7 @@ def confirm(plan: Plan, best: Point, rates: Rates, bounds: Bounds) -> str:
             if other != best
             for split in (*plan.splits, "all")
         )
-        title = f"{dataset}, fresh seeds: {best.policy} + {best.rule} ({best.setting}) minus"
+        title = f"{dataset}, fresh seeds: {best.policy} + {best.rule} minus"
         parts.append(answers.answer(table, Question(title, rows), plan.splits, len(fresh.seeds)))
     return "\n".join(filter(None, parts)) or "Nothing is confirmed yet.\n"
 
