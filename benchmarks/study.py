@@ -9,14 +9,14 @@ seeds, with 95 % t intervals and Holm's correction of final accuracies within ea
 
 Command:  AUTORANK_JAX_DATA=DIR python benchmarks/study.py            (many hours on two cores; may be stopped and
           started again, and begins with what matters most)
-          AUTORANK_JAX_DATA=DIR python benchmarks/study.py --confirm  (the best pair on fresh seeds, and on MNIST)
+          AUTORANK_JAX_DATA=DIR python benchmarks/study.py --confirm  (the best pairs on fresh seeds, and on MNIST)
           python benchmarks/study.py --quick                          (embedded subset, two minutes on two cores)
 Writes:   a JSON per cell in benchmarks/results/study, then study.json, study.md and pictures beside it
 Expect:   see benchmarks/README.md
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,10 +187,16 @@ def draw(plan: Plan, table: Table) -> None:
             pictures.accuracy_curves(seen, path, f"{plan.dataset}, {split}, {plan.rules[0]}")
 
 
-def confirm(plan: Plan, best: Point, rates: Rates, bounds: Bounds) -> str:
-    """Run the best pair on fresh seeds and on MNIST, beside AutoRank and one rank with its rule and the first one."""
-    rules = tuple(dict.fromkeys((best.rule, plan.rules[0])))
-    policies = tuple(p for p in POLICIES if p in (best.policy, *PAIR))
+def winners(pairs: Sequence[tuple[Point, float]]) -> tuple[Point, ...]:
+    """Return the best pair, and the best of those with AutoRank's ranks, where that is another."""
+    points = [point for point, _ in pairs]
+    return tuple(dict.fromkeys([*points[:1], *[point for point in points if point.policy == "autorank"][:1]]))
+
+
+def confirm(plan: Plan, best: Sequence[Point], rates: Rates, bounds: Bounds) -> str:
+    """Run the best pairs on fresh seeds and on MNIST, beside AutoRank and one rank with their rules and the first."""
+    rules = tuple(dict.fromkeys((*(point.rule for point in best), plan.rules[0])))
+    policies = tuple(p for p in POLICIES if p in (*(point.policy for point in best), *PAIR))
     parts = []
     for dataset in (plan.dataset, *(("mnist",) if plan.dataset == "fashion_mnist" else ())):
         fresh = plan._replace(
@@ -203,21 +209,22 @@ def confirm(plan: Plan, best: Point, rates: Rates, bounds: Bounds) -> str:
         )
         table = run_plan(fresh, rates, bounds)
         others = [Point(p, rule, ALL, "all") for rule in rules for p in PAIR]
-        rows = tuple(
-            (f"{other.policy} + {other.rule}, {split}", best._replace(split=split), other._replace(split=split))
-            for other in others
-            if other != best
-            for split in (*plan.splits, "all")
-        )
-        title = f"{dataset}, fresh seeds: {best.policy} + {best.rule} minus"
-        parts.append(answers.answer(table, Question(title, rows), plan.splits, len(fresh.seeds)))
+        for one in best:
+            rows = tuple(
+                (f"{other.policy} + {other.rule}, {split}", one._replace(split=split), other._replace(split=split))
+                for other in others
+                if other != one
+                for split in (*plan.splits, "all")
+            )
+            title = f"{dataset}, fresh seeds: {one.policy} + {one.rule} minus"
+            parts.append(answers.answer(table, Question(title, rows), plan.splits, len(fresh.seeds)))
     return "\n".join(filter(None, parts)) or "Nothing is confirmed yet.\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, then answer from what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--confirm", action="store_true", help="run the best pair on fresh seeds and on MNIST")
+    parser.add_argument("--confirm", action="store_true", help="run the best pairs on fresh seeds and on MNIST")
     parser.add_argument("--rules", default="", help="comma-separated; default " + ",".join(RULES))
     parser.add_argument("--settings", default="", help="comma-separated; default all: " + ", ".join(SETTINGS))
     parser.add_argument("--rounds", type=int, default=None, help="default 20")
@@ -235,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(
                 "confirm: expected complete cells to choose the best pair from, got none; run the study first"
             )
-        text = confirm(plan, pairs[0][0], rates, bounds)
+        text = confirm(plan, winners(pairs), rates, bounds)
         print(text)
         plan.folder.with_name(f"{plan.folder.name}-confirm.md").write_text(text)
 

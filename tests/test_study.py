@@ -370,6 +370,15 @@ def test_answers_are_the_differences_of_the_cells():
     }  # fmt: skip
 
 
+def test_what_is_confirmed_is_the_best_pair_and_the_best_with_scored_ranks():
+    one, other, third = (
+        answers.Point(policy, rule, answers.ALL, "all")
+        for policy, rule in (("uniform_bytes", "rbla"), ("autorank", "raflora"), ("autorank", "rbla"))
+    )
+    assert study.winners([(one, 0.9), (other, 0.8), (third, 0.7)]) == (one, other)
+    assert study.winners([(other, 0.9), (one, 0.8), (third, 0.7)]) == (other,)
+
+
 def test_nothing_to_confirm(tmp_path):
     with pytest.raises(SystemExit, match="run the study first"):
         study.main(["--quick", "--report", "--confirm", "--out", str(tmp_path)])
