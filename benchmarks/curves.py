@@ -49,6 +49,16 @@ class Reached(NamedTuple):
         first = self.accuracy[: max(1, len(self.accuracy) // EARLY)]
         return float(first.mean()) if len(first) else None
 
+    def at_flops(self, spent: np.ndarray) -> np.ndarray:
+        """Return accuracies after other sums of training FLOPs: interpolated, held after the last round.
+
+        It begins at guessing, and a run that diverged guesses from there on.
+        """
+        known = np.isfinite(self.flops)
+        steps = np.concatenate([[0.0], self.flops[known]])
+        right = GUESSING if self.diverged else None
+        return np.interp(spent, steps, np.concatenate([[GUESSING], self.accuracy[known]]), right=right)
+
     def until(self, target: float, what: str) -> float | None:
         """Return the `rounds`, `flops` or `bytes` until an accuracy was first seen; None if never."""
         there = np.flatnonzero(self.accuracy >= target)
@@ -88,6 +98,30 @@ def values(runs: Mapping[int, Reached], what: str) -> dict[int, float]:
     """Return a property of the runs by seed, without seeds that have none."""
     found = {seed: getattr(run, what) for seed, run in runs.items()}
     return {seed: value for seed, value in found.items() if value is not None}
+
+
+def at_equal_flops(
+    ones: Mapping[int, Reached], others: Mapping[int, Reached], *, early: bool
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Compare runs where they have spent as much on training, probes counted.
+
+    Args:
+        ones: by seed.
+        others: likewise.
+        early: mean over what the first spend in the first fifth of their rounds, else at the end of the cheaper run.
+
+    Returns:
+        Accuracies of both by seed, of the seeds that both have.
+    """
+    found: tuple[dict[int, float], dict[int, float]] = {}, {}
+    for seed in sorted(set(ones) & set(others)):
+        pair = ones[seed], others[seed]
+        first = pair[0].flops[: max(1, len(pair[0].flops) // EARLY)]
+        spent = first if early else np.array([min(np.nanmax(run.flops, initial=0.0) for run in pair)])
+        for run, values_by_seed in zip(pair, found, strict=True):
+            if len(run.accuracy):
+                values_by_seed[seed] = float(run.at_flops(spent[np.isfinite(spent)]).mean())
+    return found
 
 
 def client_values(runs: Mapping[int, Reached], what: str, kind: str) -> list[float]:

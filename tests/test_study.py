@@ -169,6 +169,20 @@ def test_policies_after_one_that_diverges_are_run(monkeypatch, tmp_path):
     assert len(curves.runs_of(cell | {"config": alone})["autorank"][0].accuracy) == 0
 
 
+def test_accuracy_at_equal_flops():
+    cell = fake_cell(TINY)
+    run = curves.runs_of(cell)["full"][0]._replace(diverged=False)
+    dear = run._replace(accuracy=np.array([0.4, 0.6]), flops=np.array([30.0, 40.0]))
+    cheap = run._replace(accuracy=np.array([0.3, 0.5]), flops=np.array([10.0, 20.0]))
+    np.testing.assert_allclose(cheap.at_flops(np.array([0, 5, 10, 15, 99])), [0.1, 0.2, 0.3, 0.4, 0.5])
+    fallen = cheap._replace(diverged=True, flops=np.array([10.0, np.nan]))
+    np.testing.assert_allclose(fallen.at_flops(np.array([5, 10, 15])), [0.2, 0.3, 0.1])
+    ones, others = curves.at_equal_flops({0: dear, 1: dear}, {0: cheap, 2: cheap}, early=True)
+    assert (ones, others) == ({0: pytest.approx(0.4)}, {0: pytest.approx(0.5)})
+    ones, others = curves.at_equal_flops({0: dear}, {0: cheap}, early=False)
+    assert (ones, others) == ({0: pytest.approx(0.3)}, {0: pytest.approx(0.5)})
+
+
 def test_numbers_of_a_curve():
     cell = fake_cell(dataclasses.replace(TINY, rounds=10, eval_every=2))
     cell["accuracy"]["full"]["0"] = [None, 0.2, None, 0.5, None, 0.6, None, 0.4, None, 0.55]
