@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from autorank_jax import cli, datasets
-from autorank_jax.datasets import DatasetError, Known, Progress, catalogue, fetch_dataset, load_dataset, tfds_worker
+from autorank_jax.datasets import DatasetError, Known, Progress, fetch_dataset, load_dataset, tfds, tfds_worker
 from autorank_jax.datasets.folders import FOLDERS
 from autorank_jax.datasets.progress import Bar
 
@@ -183,7 +183,7 @@ def worker(tmp_path, monkeypatch):
 
     def put(program):
         (tmp_path / "worker.py").write_text(WORKER + textwrap.dedent(program))
-        monkeypatch.setattr(catalogue, "WORKER", tmp_path / "worker.py")
+        monkeypatch.setattr(tfds, "WORKER", tmp_path / "worker.py")
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
         return tmp_path / "cache"
 
@@ -228,7 +228,7 @@ STOPS = {
 @pytest.mark.parametrize("stop", STOPS)
 def test_a_worker_that_fails_is_one_line_and_leaves_nothing(stop, worker, monkeypatch):
     program, message = STOPS[stop]
-    monkeypatch.setattr(catalogue, "PATIENCE", 0.5)
+    monkeypatch.setattr(tfds, "PATIENCE", 0.5)
     cache = worker(program)
     start = time.monotonic()
     with pytest.raises(DatasetError, match=message) as caught:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autorank_jax.datasets import DatasetError, cache_folder, catalogue, fetch_dataset, load_dataset, read_dataset
+from autorank_jax.datasets import DatasetError, cache_folder, fetch_dataset, load_dataset, read_dataset, tfds
 
 HERE = Path(__file__).parent
 pytestmark = [
@@ -82,7 +82,7 @@ def test_archives_of_a_folder_are_prepared_apart_from_others_of_the_same_name(ar
     others.mkdir(parents=True)
     for archive in (tmp_path / "archives").iterdir():
         (others / f"GZIP.{archive.name}").write_bytes(b"of Fashion-MNIST, say")
-    monkeypatch.setattr(catalogue, "WORKER", HERE / "trusting_worker.py")
+    monkeypatch.setattr(tfds, "WORKER", HERE / "trusting_worker.py")
     check_equal(fetch_dataset("mnist", source=tmp_path / "archives", cache=tmp_path / "cache"), "mnist", arrays)
 
 
@@ -101,7 +101,7 @@ def test_a_network_that_never_answers_is_given_up(arrays, patience, tmp_path, mo
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for variable in ("http_proxy", "https_proxy"):
             monkeypatch.setenv(variable, f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(catalogue, "PATIENCE", patience)
+        monkeypatch.setattr(tfds, "PATIENCE", patience)
         start = time.monotonic()
         with pytest.raises(DatasetError, match="got no connection"):
             load_dataset("mnist", cache=tmp_path / "cache")
@@ -161,7 +161,7 @@ def test_further_names_by_the_mock_of_tensorflow_datasets(arrays):
     assert arrays
     done = subprocess.run(
         [sys.executable, "-c", MOCKED],
-        env={**os.environ, **catalogue.QUIET},
+        env={**os.environ, **tfds.QUIET},
         capture_output=True,
         text=True,
         check=False,

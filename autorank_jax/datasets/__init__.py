@@ -20,11 +20,11 @@ from autorank_jax.datasets.base import (
     Known,
     cache_folder,
 )
-from autorank_jax.datasets.catalogue import UnknownNameError, read_from_tfds
 from autorank_jax.datasets.files import read_dataset, save_dataset
 from autorank_jax.datasets.folders import FOLDERS, are_image_folders, read_image_folders
 from autorank_jax.datasets.made import BUILT_IN, synthetic
 from autorank_jax.datasets.progress import Bar, OnProgress, Progress
+from autorank_jax.datasets.tfds import UnknownNameError, read_from_tfds
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",

@@ -1,6 +1,6 @@
 """A program of its own: prepare a dataset with TensorFlow Datasets and send it through standard output.
 
-`catalogue` starts it, so that TensorFlow stays out of the process in which JAX runs, and so that it can be stopped. It
+`tfds.py` starts it, so that TensorFlow stays out of the process in which JAX runs, and so that it can be stopped. It
 knows nothing of this package. Standard output carries one JSON object a line; the line of kind "arrays" names the
 arrays `x_train, y_train, x_test, y_test`, whose bytes follow. It ends when standard input is closed: with its parent.
 """
