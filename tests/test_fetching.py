@@ -78,7 +78,18 @@ def truncate(tree):
     (tree / "train" / "cat" / "n1.png").write_bytes(content[: len(content) // 2])
 
 
+def one_folder_down(tree):
+    whole = tree.rename(tree.with_name("whole"))
+    tree.mkdir()
+    whole.rename(tree / "CINIC-10")
+
+
 FAULTS = {
+    "one folder down": (
+        one_folder_down,
+        r"folders train and test in .*/cinic, got CINIC-10; probably those in .*/cinic/CINIC-10 are meant",
+    ),
+    "an empty folder": (lambda t: [shutil.rmtree(path) for path in t.iterdir()], "train and test in .*, got none; pr"),
     "no test part": (lambda t: shutil.rmtree(t / "test"), r"folders train and test in .*, got train, valid"),
     "a class is missing": (drop_class, r"each of airplane, .*/test, got no dog; probably an archive that was not"),
     "a class too many": (lambda t: (t / "train" / "tree").mkdir(), r"/train, got also tree"),
@@ -236,6 +247,15 @@ def test_a_worker_that_fails_is_one_line_and_leaves_nothing(stop, worker, monkey
     assert time.monotonic() - start < 20
     assert "\n" not in str(caught.value)
     assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_an_unknown_name_with_a_folder_may_be_that_of_images(worker, tmp_path):
+    cache = worker("tell('error', error='unknown', text='', names=[])")
+    (tmp_path / "mine" / "images" / "train").mkdir(parents=True)
+    with pytest.raises(DatasetError, match=r"or the file .*mine.npz, or folders train and test in .*/mine, got 'mine'"):
+        fetch_dataset("mine", source=tmp_path / "mine", cache=cache)
+    with pytest.raises(DatasetError, match=r"or the file .*mine.npz, got 'mine'"):
+        fetch_dataset("mine", cache=cache)
 
 
 def test_an_interrupt_stops_the_worker(worker):
