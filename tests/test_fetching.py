@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -227,7 +228,11 @@ STOPS = {
     "it sends wrong labels": ("ARRAYS['y_test'] -= 5\nsend()", "expected labels in 0 .."),
     "the disk is full": (
         "tell('error', error='disk', text='No space', names=[])",
-        "No space; probably the disk is full",
+        "No space; probably the disk is full or the folder read-only: choose another with TFDS_DATA_DIR",
+    ),
+    "a package is missing": (
+        "tell('error', error='package', text='cv2', names=[])",
+        r'the package cv2 to prepare it, got none; pip install "autorank-jax\[tfds\]" brings what most datasets need',
     ),
     "the name is unknown": (
         "tell('error', error='unknown', text='', names=['minee'])",
@@ -275,6 +280,17 @@ def test_an_interrupt_stops_the_worker(worker):
     assert not cache.exists()
 
 
+def test_no_usable_temporary_folder_is_one_line(worker, tmp_path, monkeypatch):
+    cache = worker("send()")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(
+        DatasetError, match=r"^dataset 'mine': .* No such file .*: choose another with TMPDIR$"
+    ) as caught:
+        load_dataset("mine", cache=cache)
+    assert "\n" not in str(caught.value)
+    assert not cache.exists()
+
+
 def test_a_full_disk_is_one_line(worker, monkeypatch):
     def fail(file, **_):
         file.write(b"half")
@@ -291,8 +307,12 @@ def test_a_full_disk_is_one_line(worker, monkeypatch):
     ("error", "kind"),
     [
         (ModuleNotFoundError("No module named 'cv2'", name="cv2"), "package"),
+        (ImportError("cannot import name 'runtime_version' from 'google.protobuf'", name="google.protobuf"), "other"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk"),
+        (OSError(errno.EDQUOT, "over quota"), "disk"),
         (OSError("Not enough disk space. Needed: 3 GiB"), "disk"),
+        (type("ResourceExhaustedError", (Exception,), {})("/data/mnist.tfrecord; No space left on device"), "disk"),
+        (type("ResourceExhaustedError", (Exception,), {})("OOM when allocating tensor"), "other"),
         (type("NonMatchingChecksumError", (Exception,), {})("wrong checksum:\n* Expected: 1"), "checksum"),
         (AssertionError("Manual directory x does not exist or is empty."), "manual"),
         (ConnectionRefusedError(111, "Connection refused"), "network"),
@@ -307,11 +327,19 @@ def test_errors_of_the_worker_are_told_apart(error, kind):
     except ValueError as outer:
         wrapped = outer
     assert tfds_worker.explain(error, "mine")["error"] == kind
-    for found in (error, wrapped) if kind not in ("manual", "unsuitable") and "Not enough" not in str(error) else ():
+    for found in (error, wrapped) if kind not in ("manual", "unsuitable") else ():
         told = tfds_worker.explain(found, "mine")
         assert told["error"] == kind
         assert "\n" not in told["text"]
         assert json.dumps(told)
+        if kind == "disk":
+            assert str(error) in told["text"]
+
+
+def test_a_package_is_named_though_its_error_is_raised_again_without_its_name():
+    again = ModuleNotFoundError("No module named 'cv2'\nFailed importing cv2.")
+    again.__cause__ = ModuleNotFoundError("No module named 'cv2'", name="cv2")
+    assert tfds_worker.explain(again, "mine")["text"] == "cv2"
 
 
 def test_bar_on_a_terminal_and_in_a_file():
