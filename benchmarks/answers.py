@@ -1,15 +1,14 @@
 """The questions of `study.py`, answered from its cells: differences paired over seeds, with intervals."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from curves import Reached, values
+from curves import MEASURES, Reached, measured, values
 from harness import Row, markdown_table
-from paired import Difference, difference, holm, in_points
+from paired import Difference, cells, difference, holm
 
-MEASURES = {"final": "final accuracy", "early": "first fifth of the rounds", "area": "mean over rounds"}
 ALL = "all criteria"
 
 
@@ -65,11 +64,18 @@ def questions(rules: Sequence[str], settings: Sequence[str], splits: Sequence[st
     ]
 
 
-def reached(table: Table, point: Point, what: str, splits: Sequence[str]) -> dict[int, float]:
-    """Return a measure by seed at one point; the split "all" is the mean over splits, of seeds that have them all."""
-    if point.split != "all":
-        return values(table.get(point, {}), what)
-    each = [values(table.get(point._replace(split=split), {}), what) for split in splits]
+def sides(
+    table: Table, one: Point, other: Point, what: str, splits: Sequence[str]
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Return a measure by seed at two points; the split "all" is the mean over splits, of seeds that have them all."""
+    if one.split != "all":
+        return measured(table.get(one, {}), table.get(other, {}), what)
+    each = [sides(table, one._replace(split=s), other._replace(split=s), what, splits) for s in splits]
+    first, second = (_mean_over([pair[side] for pair in each]) for side in (0, 1))
+    return first, second
+
+
+def _mean_over(each: Sequence[Mapping[int, float]]) -> dict[int, float]:
     seeds = set.intersection(*(set(one) for one in each)) if each else set()
     return {seed: float(np.mean([one[seed] for one in each])) for seed in sorted(seeds)}
 
@@ -82,35 +88,47 @@ def shared_splits(table: Table, one: Point, other: Point, splits: Sequence[str])
 def answer(table: Table, question: Question, splits: Sequence[str], seeds: int) -> str:
     """Return the table of one question, and what it says in a sentence; empty where nothing is there."""
     rows: list[Row] = []
-    differences: list[Difference | None] = []
+    found: list[Mapping[str, Difference | None]] = []
     for name, one, other in question.rows:
         there = shared_splits(table, one, other, splits)
         if one.split not in ("all", *there) or (one.split == "all" and len(there) < 2):
             continue
-        found = [difference(*(reached(table, p, m, there) for p in (one, other)), 0.95) for m in MEASURES]
-        if found[0] is None:
-            continue
-        label = name if one.split != "all" else f"{name.removesuffix('all')}mean of {len(there)} splits"
-        budget = " / ".join(f"{_ratio(table, p, there):.2f}" for p in (one, other))
-        rows.append({"": label, "seeds": f"{found[0].seeds} of {seeds}", "mean ratios": budget})
-        differences += found
+        differences = {what: difference(*sides(table, one, other, what, there)) for what in MEASURES}
+        if final := differences["final"]:
+            label = name if one.split != "all" else f"{name.removesuffix('all')}mean of {len(there)} splits"
+            rows.append({"": label, "seeds": f"{final.seeds} of {seeds}", **_budgets(table, (one, other), there)})
+            found.append(differences)
     if not rows:
         return ""
-    final = differences[:: len(MEASURES)]
-    corrected = holm([None if one is None else one.p for one in final])
-    for place, row in enumerate(rows):
-        for number, title in enumerate(MEASURES.values()):
-            p = corrected[place] if number == 0 else None
-            row[title] = in_points(differences[place * len(MEASURES) + number], p)
-    verdict = _sentence([str(row[""]) for row in rows], final, corrected)
+    rows = [{**row, **written} for row, written in zip(rows, cells(found, MEASURES), strict=True)]
+    final_differences = [row["final"] for row in found]
+    corrected = holm([None if one is None else one.p for one in final_differences])
+    verdict = _sentence([str(row[""]) for row in rows], final_differences, corrected)
     return f"### {question.title}\n\n{verdict}\n\n{markdown_table(rows, list(rows[0]))}\n"
 
 
-def _ratio(table: Table, point: Point, splits: Sequence[str]) -> float:
-    """Return the mean ratio over clients at a point."""
+def _budgets(table: Table, points: Sequence[Point], splits: Sequence[str]) -> Row:
+    """Return what both sides of a comparison may spend and spend, and how many of their runs diverged."""
+    runs = [_runs_at(table, point, splits) for point in points]
+    diverged = [sum(run.diverged for run in side) for side in runs]
+    return {
+        "ratios over clients": _beside(runs, lambda run: run.ratio_by_clients),
+        "over examples": _beside(runs, lambda run: run.ratio_by_examples),
+        "training, TFLOP": _beside(runs, lambda run: run.spent / 1e12),
+        "slowest client, GFLOP a round": _beside(runs, lambda run: run.slowest / 1e9),
+        "diverged": " / ".join(map(str, diverged)) if any(diverged) else "–",
+    }
+
+
+def _beside(runs: Sequence[Sequence[Reached]], what: Callable[[Reached], float]) -> str:
+    """Write the mean of a property over the runs of either side."""
+    return " / ".join(f"{np.nanmean([what(run) for run in side]):.2f}" for side in runs)
+
+
+def _runs_at(table: Table, point: Point, splits: Sequence[str]) -> list[Reached]:
+    """Return all runs at a point; the split "all" is all splits."""
     places = splits if point.split == "all" else [point.split]
-    runs = [run for s in places for run in table.get(point._replace(split=s), {}).values()]
-    return float(np.mean([run.ratio_by_clients for run in runs]))
+    return [run for s in places for run in table.get(point._replace(split=s), {}).values()]
 
 
 def _sentence(names: Sequence[str], found: Sequence[Difference | None], corrected: Sequence[float | None]) -> str:
@@ -140,7 +158,7 @@ def best_pairs(table: Table, rules: Sequence[str], splits: Sequence[str], seeds:
         point = Point(policy, rule, ALL, "all")
         sent = _sent(table, point, splits, seeds)
         if budget is not None and sent is not None and sent <= budget * 1.05:  # ranks are whole numbers
-            found.append((point, float(np.mean(list(reached(table, point, "final", splits).values())))))
+            found.append((point, float(np.mean([run.final for run in _runs_at(table, point, splits)]))))
     return sorted(found, key=lambda pair: -pair[1])
 
 
@@ -152,17 +170,23 @@ def _sent(table: Table, point: Point, splits: Sequence[str], seeds: int) -> floa
     return float(np.nanmean([run.bytes[-1] for runs in there for run in runs.values()]))
 
 
-def best_text(pairs: Sequence[tuple[Point, float]]) -> str:
+def best_text(table: Table, pairs: Sequence[tuple[Point, float]], splits: Sequence[str]) -> str:
     """Return the ten best pairs as a table."""
     if not pairs:
         return "### Best pair\n\nNo pair is complete yet.\n"
     rows: list[Row] = [
-        {"policy": p.policy, "rule": p.rule, "final accuracy, mean over splits, %": f"{100 * v:.2f}"}
-        for p, v in pairs[:10]
+        {
+            "policy": point.policy,
+            "rule": point.rule,
+            "final accuracy, %": f"{100 * value:.2f}",
+            "training, TFLOP": _beside([_runs_at(table, point, splits)], lambda run: run.spent / 1e12),
+        }
+        for point, value in pairs[:10]
     ]
     note = (
-        "All criteria, no more bytes than AutoRank sends under the first rule. The best of many is flattered by "
-        "chance: `--confirm` runs it on fresh seeds."
+        f"Mean over {', '.join(splits)}; all criteria; at most 1.05 times the bytes that AutoRank sends under the "
+        "first rule. The best of many is flattered by chance: `--confirm` runs it on fresh seeds, and with it the best pair "
+        "with AutoRank's ranks."
     )
     return f"### Best pair\n\n{note}\n\n{markdown_table(rows, list(rows[0]))}\n"
 

@@ -18,15 +18,18 @@ class Difference(NamedTuple):
     seeds: int
 
 
-def difference(one: Mapping[Any, float], other: Mapping[Any, float], level: float = 0.95) -> Difference | None:
+LEVEL = 0.95
+"""Of the intervals."""
+
+
+def difference(one: Mapping[Any, float], other: Mapping[Any, float]) -> Difference | None:
     """Compare two sets of values paired by key.
 
-    `d̄ ± t_{(1+level)/2, n-1} s_d / √n` over the keys that both have.
+    `d̄ ± t_{0.975, n-1} s_d / √n` over the keys that both have.
 
     Args:
         one: values by key, such as final accuracies by seed.
         other: likewise.
-        level: of the interval.
 
     Returns:
         `one - other`; None where they share no key.
@@ -41,7 +44,7 @@ def difference(one: Mapping[Any, float], other: Mapping[Any, float], level: floa
     error = float(d.std(ddof=1)) / math.sqrt(n)
     if error == 0:
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, n)
-    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error
     return Difference(mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, n - 1)), n)
 
 
@@ -60,11 +63,6 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return mean and sample standard deviation, None for one value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
 def in_points(found: Difference | None, corrected: float | None = None) -> str:
     """Write a difference of accuracies in percentage points, with its 95 % interval."""
     if found is None:
@@ -73,3 +71,18 @@ def in_points(found: Difference | None, corrected: float | None = None) -> str:
         return f"{100 * found.mean:+.1f} (one seed)"
     p = "" if corrected is None else f", p {corrected:.2g}"
     return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]{p}"
+
+
+def cells(found: Sequence[Mapping[str, Difference | None]], titles: Mapping[str, str]) -> list[dict[str, str]]:
+    """Write the differences of a table: a dictionary by title for every row.
+
+    Args:
+        found: by measure, of every row; Holm's correction is over the rows of the first measure, the one that counts.
+        titles: of the measures.
+    """
+    first = next(iter(titles))
+    corrected = holm([None if row[first] is None else row[first].p for row in found])
+    return [
+        {title: in_points(row[what], p if what == first else None) for what, title in titles.items()}
+        for row, p in zip(found, corrected, strict=True)
+    ]

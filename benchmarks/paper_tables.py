@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from curves import Reached, client_values, percent, until, values
+from curves import MEASURES, Reached, client_values, measured, percent, until, values
 from harness import Row, markdown_table
-from paired import difference, holm, in_points
+from paired import cells, difference
 from plan import AUTHOR, DATASETS
 
 FIRST = AUTHOR[0]
@@ -94,18 +94,12 @@ def _differences(columns: Sequence[Any]) -> list[Row]:
     first = next((column for column in columns if column.title == FIRST), None)
     if first is None or not first.runs:
         return []
-    names = {"final": "final accuracy", "early": "first fifth of the rounds", "area": "mean over rounds"}
     others = [c for c in columns if c is not first and values(c.runs, "final")]
-    found = [difference(values(first.runs, n), values(c.runs, n)) for c in others for n in names]
-    corrected = iter(holm([None if one is None else one.p for one in found[:: len(names)]]))
-    by_row = iter(found)
-    rows: list[Row] = []
-    for column in others:
-        shared = len(set(first.runs) & set(column.runs))
-        row: Row = {"minus": column.title, "seeds": shared}
-        ps = {"final": next(corrected)}
-        rows.append(row | {title: in_points(next(by_row), ps.get(name)) for name, title in names.items()})
-    return rows
+    found = [{what: difference(*measured(first.runs, c.runs, what)) for what in MEASURES} for c in others]
+    return [
+        {"minus": column.title, "seeds": len(set(first.runs) & set(column.runs)), **written}
+        for column, written in zip(others, cells(found, MEASURES), strict=True)
+    ]
 
 
 def _beside_author(columns: Sequence[Any], author: Sequence[float]) -> str:

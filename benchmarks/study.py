@@ -148,7 +148,7 @@ def report(plan: Plan, table: Table, rates: Rates) -> list[tuple[Point, float]]:
     axes = {"rules": plan.rules, "settings": plan.settings, "splits": plan.splits}
     asked = [answers.answer(table, q, plan.splits, len(plan.seeds)) for q in answers.questions(**axes)]
     pairs = answers.best_pairs(table, plan.rules, plan.splits, len(plan.seeds))
-    text = "\n".join([*filter(None, asked), answers.best_text(pairs)])
+    text = "\n".join([*filter(None, asked), answers.best_text(table, pairs, plan.splits)])
     print(text)
     plan.folder.mkdir(parents=True, exist_ok=True)
     plan.folder.with_suffix(".md").write_text(text)

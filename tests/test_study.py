@@ -177,9 +177,9 @@ def test_accuracy_at_equal_flops():
     np.testing.assert_allclose(cheap.at_flops(np.array([0, 5, 10, 15, 99])), [0.1, 0.2, 0.3, 0.4, 0.5])
     fallen = cheap._replace(diverged=True, flops=np.array([10.0, np.nan]))
     np.testing.assert_allclose(fallen.at_flops(np.array([5, 10, 15])), [0.2, 0.3, 0.1])
-    ones, others = curves.at_equal_flops({0: dear, 1: dear}, {0: cheap, 2: cheap}, early=True)
+    ones, others = curves.measured({0: dear, 1: dear}, {0: cheap, 2: cheap}, "early_flops")
     assert (ones, others) == ({0: pytest.approx(0.4)}, {0: pytest.approx(0.5)})
-    ones, others = curves.at_equal_flops({0: dear}, {0: cheap}, early=False)
+    ones, others = curves.measured({0: dear}, {0: cheap}, "final_flops")
     assert (ones, others) == ({0: pytest.approx(0.3)}, {0: pytest.approx(0.5)})
 
 
