@@ -121,8 +121,9 @@ def _budgets(table: Table, points: Sequence[Point], splits: Sequence[str]) -> Ro
 
 
 def _beside(runs: Sequence[Sequence[Reached]], what: Callable[[Reached], float]) -> str:
-    """Write the mean of a property over the runs of either side."""
-    return " / ".join(f"{np.nanmean([what(run) for run in side]):.2f}" for side in runs)
+    """Write the mean of a property over the runs of either side, a dash where none has it."""
+    known = [[value for run in side if np.isfinite(value := what(run))] for side in runs]
+    return " / ".join(f"{np.mean(side):.2f}" if side else "–" for side in known)
 
 
 def _runs_at(table: Table, point: Point, splits: Sequence[str]) -> list[Reached]:
@@ -185,8 +186,8 @@ def best_text(table: Table, pairs: Sequence[tuple[Point, float]], splits: Sequen
     ]
     note = (
         f"Mean over {', '.join(splits)}; all criteria; at most 1.05 times the bytes that AutoRank sends under the "
-        "first rule. The best of many is flattered by chance: `--confirm` runs it on fresh seeds, and with it the best pair "
-        "with AutoRank's ranks."
+        "first rule. The best of many is flattered by chance: `--confirm` runs it on fresh seeds, and with it the "
+        "best pair with AutoRank's ranks."
     )
     return f"### Best pair\n\n{note}\n\n{markdown_table(rows, list(rows[0]))}\n"
 
