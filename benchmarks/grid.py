@@ -32,15 +32,20 @@ class Bounds(NamedTuple):
         return cls(pattern, time.monotonic() + 60 * minutes if minutes is not None else float("inf"))
 
 
-def add_grid_options(parser: argparse.ArgumentParser, *, splits: Sequence[str], out: Path) -> None:
+NOTHING = Bounds(until=float("-inf"))
+"""Bounds within which nothing is run: what is there is read."""
+
+
+def add_grid_options(parser: argparse.ArgumentParser, *, splits: Sequence[str], out: Path, note: str = "") -> None:
     """Give a script the options that every grid of cells has.
 
     Args:
         parser: of the script.
         splits: what the grid runs where nothing else is asked for.
         out: the folder of results.
+        note: added to the help of the splits.
     """
-    parser.add_argument("--splits", default="", help="comma-separated; default " + ",".join(splits))
+    parser.add_argument("--splits", default="", help=f"comma-separated; default {','.join(splits)}{note}")
     parser.add_argument("--quick", action="store_true", help="the embedded subset, a few rounds")
     parser.add_argument("--seeds", type=int, default=None, help="default 5")
     parser.add_argument("--cells", default="*", help="run only cells whose name matches, such as '*staircase*'")
@@ -64,7 +69,7 @@ def run_cells(cells: Mapping[str, Experiment], folder: Path, bounds: Bounds = Bo
         three.
     """
     found = {}
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, disable=bounds == NOTHING) as progress:
         bar = progress.add_task("cells", total=len(cells))
         for name, experiment in cells.items():
             path = folder / f"{name}.json"

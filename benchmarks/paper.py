@@ -11,7 +11,8 @@ reversed ranks run at AutoRank's rate, and AutoRank once more at that of one ran
 at the column's own rate, so that AutoRank's ranks depend on it a little.
 
 Command:  AUTORANK_JAX_DATA=DIR python benchmarks/paper.py    (full data: many hours on two cores; it may be stopped and
-          started again, and begins with what matters most)
+          started again, and begins with what matters most; options
+          narrow what is run, all cells that are there are reported)
           python benchmarks/paper.py --quick                  (embedded subset, two minutes on two cores)
 Writes:   a JSON per cell in benchmarks/results/paper, then paper.json, paper.md and pictures beside it
 Expect:   see benchmarks/README.md
@@ -28,7 +29,7 @@ import numpy as np
 import paper_tables
 import pictures
 from curves import Reached, table_of
-from grid import Bounds, Cell, add_grid_options
+from grid import NOTHING, Bounds, Cell, add_grid_options
 from plan import DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
 from tuning import Choice, Grid, choose_rates, run_tuned
 
@@ -55,7 +56,17 @@ class Plan(NamedTuple):
     options: Mapping[str, Any]  # of every experiment
     grids: Mapping[str, Grid]  # by group
     folder: Path
-    together: bool  # all seeds in one cell
+    quick: bool  # the small dataset, all seeds in one cell
+
+
+QUICK = "fashion_mnist_mini"
+"""The dataset of `--quick`, and of nothing else."""
+
+
+def everything(plan: Plan) -> Plan:
+    """Return the plan with every group on every split of every dataset: what is reported, whatever part is run."""
+    datasets = [name for name in DATASETS if (name == QUICK) == plan.quick]
+    return plan._replace(jobs=list(jobs(datasets, list(SPLITS))))
 
 
 def run_plan(plan: Plan, bounds: Bounds) -> tuple[dict[Key, list[Column]], dict[str, Cell]]:
@@ -87,7 +98,7 @@ def run_job(plan: Plan, job: Job, bounds: Bounds) -> tuple[list[Column], Cell | 
             return [], None  # the same column as there
     else:
         choices = rates_of(plan, job, bounds)
-    how = {"seeds": plan.seeds, "together": plan.together, "bounds": bounds}
+    how = {"seeds": plan.seeds, "together": plan.quick, "bounds": bounds}
     tuned, cells = run_tuned(experiment, choices, plan.folder, name, **how)
     central = job.split == "central"
     columns = [Column(titles[p], t.choice, _silent(t.runs) if central else t.runs) for p, t in tuned.items()]
@@ -108,11 +119,12 @@ def _silent(runs: Mapping[int, Reached]) -> dict[int, Reached]:
 
 def make_plan(options: argparse.Namespace) -> Plan:
     """Turn the command line into a plan."""
-    datasets = ["fashion_mnist_mini"] if options.quick else options.dataset.split(",")
+    datasets = [QUICK] if options.quick else options.dataset.split(",")
     usual = ["staircase", "central"] if options.quick else list(SPLITS)
     splits = options.splits.split(",") if options.splits else usual
     groups = options.groups.split(",") if options.groups else list(GROUPS)
-    for what, words, known in (("dataset", datasets, DATASETS), ("splits", splits, SPLITS), ("groups", groups, GROUPS)):
+    full = [name for name in DATASETS if options.quick or name != QUICK]
+    for what, words, known in (("dataset", datasets, full), ("splits", splits, SPLITS), ("groups", groups, GROUPS)):
         if wrong := [word for word in words if word not in known]:
             raise SystemExit(f"{what}: expected some of {', '.join(known)}, got {', '.join(wrong)}")
     grids = dict.fromkeys(GROUPS, Grid((options.learning_rate,)) if options.learning_rate else Grid(more_seeds=1))
@@ -161,7 +173,8 @@ def draw(series: Mapping[str, Mapping[int, Reached]], folder: Path, title: str) 
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, then print and write what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="fashion_mnist,mnist", help="comma-separated: " + ", ".join(DATASETS))
+    full = [name for name in DATASETS if name != QUICK]
+    parser.add_argument("--dataset", default="fashion_mnist,mnist", help="comma-separated: " + ", ".join(full))
     parser.add_argument("--groups", default="", help="comma-separated; default all: " + ", ".join(GROUPS))
     parser.add_argument("--rounds", type=int, default=None, help="default 100, on coloured images 200")
     parser.add_argument("--local-epochs", type=int, default=None, help="default 1")
@@ -172,8 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
     mpl.use("Agg")
     plan = make_plan(options)
     with harness.shared_programs():
-        found, scored = run_plan(plan, Bounds.within(0 if options.report else options.limit_minutes, options.cells))
-    report(plan, found, scored)
+        run_plan(plan, NOTHING if options.report else Bounds.within(options.limit_minutes, options.cells))
+    report(plan, *run_plan(everything(plan), NOTHING))
 
 
 if __name__ == "__main__":

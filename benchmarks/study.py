@@ -8,7 +8,8 @@ criteria, which are chosen as in `paper.py` for every policy, rule and split. An
 seeds, with 95 % t intervals and Holm's correction of final accuracies within each question.
 
 Command:  AUTORANK_JAX_DATA=DIR python benchmarks/study.py            (many hours on two cores; may be stopped and
-          started again, and begins with what matters most)
+          started again, and begins with what matters most; rules and
+          settings narrow what is run, all of theirs are reported)
           AUTORANK_JAX_DATA=DIR python benchmarks/study.py --confirm  (the best pairs on fresh seeds, and on MNIST)
           python benchmarks/study.py --quick                          (embedded subset, two minutes on two cores)
 Writes:   a JSON per cell in benchmarks/results/study, then study.json, study.md and pictures beside it
@@ -16,7 +17,8 @@ Expect:   see benchmarks/README.md
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ import numpy as np
 import pictures
 from answers import ALL, Point, Question, Table
 from curves import table_of
-from grid import Bounds, add_grid_options
+from grid import NOTHING, Bounds, add_grid_options
 from plan import SPLITS
 from tuning import Choice, Grid, choose_rates, run_tuned
 
@@ -72,10 +74,20 @@ class Plan(NamedTuple):
     options: Mapping[str, Any]  # of every experiment
     folder: Path
     together: bool  # all seeds in one cell
+    grid: Grid  # of learning rates
 
 
-def order(plan: Plan) -> list[tuple[str, str, str]]:
-    """Return rule, setting and split of what to run: all criteria first, the other settings under few rules."""
+Place = tuple[str, str, str]
+"""Rule, setting and split."""
+
+
+def everything(plan: Plan) -> Plan:
+    """Return the plan with all rules and settings: what is reported, whatever part of them is run."""
+    return plan._replace(rules=tuple(dict.fromkeys((*RULES, *GLOBAL_RULES))), settings=tuple(SETTINGS))
+
+
+def order(plan: Plan) -> list[Place]:
+    """Return what to run: all criteria first, the other settings under few rules."""
     wide = [(rule, ALL, split) for rule in plan.rules for split in plan.splits if ALL in plan.settings]
     others = [setting for setting in plan.settings if setting != ALL]
     few = plan.rules[:NARROW], plan.splits[:NARROW]
@@ -96,28 +108,48 @@ Rates = Mapping[tuple[str, str], Mapping[str, Choice]]
 """Learning rates by rule and split, then by policy, as far as they are chosen."""
 
 
-def rates_of(plan: Plan, grid: Grid, bounds: Bounds) -> Rates:
-    """Choose the learning rates under every rule on every split; shuffled ranks have AutoRank's."""
+def rates_of(plan: Plan, rule: str, split: str, bounds: Bounds) -> Mapping[str, Choice]:
+    """Choose the learning rates under a rule on a split; shuffled ranks have AutoRank's."""
     tuned = plan._replace(policies=tuple(p for p in plan.policies if p != "shuffled"))
-    rates = {}
-    for rule in plan.rules:
-        for split in plan.splits:
-            experiment = experiment_of(tuned, rule, ALL, split)
-            found = choose_rates(experiment, grid, plan.folder, f"{split}/{rule}", bounds)
-            rates[rule, split] = {**found, **({"shuffled": found["autorank"]} if "autorank" in found else {})}
-    return rates
+    found = choose_rates(experiment_of(tuned, rule, ALL, split), plan.grid, plan.folder, f"{split}/{rule}", bounds)
+    return {**found, **({"shuffled": found["autorank"]} if "autorank" in found else {})}
 
 
-def run_plan(plan: Plan, rates: Rates, bounds: Bounds) -> Table:
-    """Run what is missing within bounds, and return what is there."""
+def run_plan(plan: Plan, places: Iterable[Place], rates: Rates, bounds: Bounds) -> tuple[Table, Rates]:
+    """Run what is missing at some places within bounds, and return what is there.
+
+    Args:
+        plan: what the places belong to.
+        places: in this order.
+        rates: those that are known; others are chosen where a rule and split are first reached.
+        bounds: of the cells to run.
+
+    Returns:
+        Runs, and learning rates with those that were chosen.
+    """
     table: Table = {}
+    rates = dict(rates)
     how = {"seeds": plan.seeds, "together": plan.together, "bounds": bounds, "apart": False}
-    for rule, setting, split in order(plan):
+    for rule, setting, split in places:
+        if (rule, split) not in rates:
+            rates[rule, split] = rates_of(plan, rule, split, bounds)
         experiment = experiment_of(plan, rule, setting, split)
         name = f"{split}/{rule}-{setting.replace(' ', '_')}"
         tuned, _ = run_tuned(experiment, rates[rule, split], plan.folder, name, **how)
         table |= {Point(policy, rule, setting, split): one.runs for policy, one in tuned.items() if one.runs}
-    return table
+    return table, rates
+
+
+def read_all(plan: Plan) -> tuple[Plan, Table, Rates]:
+    """Read the cells of all rules and settings, and return the plan of those that have some."""
+    whole = everything(plan)
+    table, rates = run_plan(whole, itertools.product(whole.rules, whole.settings, whole.splits), {}, NOTHING)
+    rules, settings = {RULES[0], *(point.rule for point in table)}, {ALL, *(point.setting for point in table)}
+    shown = whole._replace(
+        rules=tuple(rule for rule in whole.rules if rule in rules),
+        settings=tuple(setting for setting in whole.settings if setting in settings),
+    )
+    return shown, table, rates
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
@@ -140,14 +172,14 @@ def make_plan(options: argparse.Namespace) -> Plan:
         options=given,
         folder=options.out / ("study_mini" if quick else "study"),
         together=quick,
+        grid=Grid((0.03,)) if quick else Grid(more_seeds=1),
     )
 
 
-def report(plan: Plan, table: Table, rates: Rates) -> list[tuple[Point, float]]:
-    """Print and write the answers that the cells give, and pictures; return the best pairs."""
+def report(plan: Plan, table: Table, rates: Rates, pairs: Sequence[tuple[Point, float]]) -> None:
+    """Print and write the answers that the cells give, the best pairs, and pictures."""
     axes = {"rules": plan.rules, "settings": plan.settings, "splits": plan.splits}
     asked = [answers.answer(table, q, plan.splits, len(plan.seeds)) for q in answers.questions(**axes)]
-    pairs = answers.best_pairs(table, plan.rules, plan.splits, len(plan.seeds))
     text = "\n".join([*filter(None, asked), answers.best_text(table, pairs, plan.splits)])
     print(text)
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +189,6 @@ def report(plan: Plan, table: Table, rates: Rates) -> list[tuple[Point, float]]:
     about = {"options": dict(plan.options), "versions": harness.versions(), "device": harness.device()}
     harness.write_json(plan.folder.with_suffix(".json"), {"points": content, "learning_rates": chosen} | about)
     draw(plan, table)
-    return pairs
 
 
 def draw(plan: Plan, table: Table) -> None:
@@ -207,7 +238,7 @@ def confirm(plan: Plan, best: Sequence[Point], rates: Rates, bounds: Bounds) -> 
             seeds=range(FRESH, FRESH + len(plan.seeds)),
             folder=plan.folder.with_name(f"{plan.folder.name}-confirm-{dataset}"),
         )
-        table = run_plan(fresh, rates, bounds)
+        table, _ = run_plan(fresh, order(fresh), rates, bounds)
         others = [Point(p, rule, ALL, "all") for rule in rules for p in PAIR]
         for one in best:
             rows = tuple(
@@ -228,23 +259,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rules", default="", help="comma-separated; default " + ",".join(RULES))
     parser.add_argument("--settings", default="", help="comma-separated; default all: " + ", ".join(SETTINGS))
     parser.add_argument("--rounds", type=int, default=None, help="default 20")
-    add_grid_options(parser, splits=STUDIED, out=RESULTS)
+    note = "; the best pair is chosen among what is complete on these, and no others are reported"
+    add_grid_options(parser, splits=STUDIED, out=RESULTS, note=note)
     options = parser.parse_args(arguments)
     mpl.use("Agg")
     plan = make_plan(options)
-    bounds = Bounds.within(0 if options.report else options.limit_minutes, options.cells)
+    bounds = NOTHING if options.report else Bounds.within(options.limit_minutes, options.cells)
     with harness.shared_programs():
-        rates = rates_of(plan, Grid((0.03,)) if options.quick else Grid(more_seeds=1), bounds)
-        table = run_plan(plan, rates, bounds)
-    pairs = report(plan, table, rates)
-    if options.confirm:
-        if not pairs:
-            raise SystemExit(
-                "confirm: expected complete cells to choose the best pair from, got none; run the study first"
-            )
-        text = confirm(plan, winners(pairs), rates, bounds)
-        print(text)
-        plan.folder.with_name(f"{plan.folder.name}-confirm.md").write_text(text)
+        run_plan(plan, order(plan), {}, bounds)
+        whole, table, rates = read_all(plan)
+        pairs = answers.best_pairs(table, whole.rules, whole.splits, len(whole.seeds))
+        report(whole, table, rates, pairs)
+        if options.confirm:
+            if not pairs:
+                raise SystemExit(
+                    "confirm: expected complete cells to choose the best pair from, got none; run the study first"
+                )
+            text = confirm(whole, winners(pairs), rates, bounds)
+            print(text)
+            plan.folder.with_name(f"{plan.folder.name}-confirm.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from curves import Reached, runs_of
+from curves import GUESSING, Reached, runs_of
 from grid import Bounds, Cell, run_cells
 
 from autorank_jax.configuration import PERSONAL_RULES, Experiment
@@ -168,9 +168,13 @@ def _parts(choices: Mapping[str, Choice], *, apart: bool) -> dict[str, tuple[str
 
 
 def _reached(cell: Cell, policy: str) -> list[float]:
-    """Return a policy's accuracies at the end: the server's, or where there is none the clients' own."""
+    """Return a policy's accuracies at the end: the server's, or where there is none the clients' own.
+
+    Clients of a run that diverged have none: they guess.
+    """
     runs = runs_of(cell)[policy].values()
-    return [float(run.final if run.final is not None else run.clients["before"]["mean"]) for run in runs]
+    own = [run.clients.get("before", {}).get("mean", GUESSING) for run in runs]
+    return [float(mean if run.final is None else run.final) for run, mean in zip(runs, own, strict=True)]
 
 
 def _mean(values: list[float]) -> float:

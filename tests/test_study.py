@@ -61,7 +61,7 @@ def pretended(monkeypatch):
     """Count the cells that would be trained."""
     names = []
 
-    def run(experiment, _, name):
+    def run(experiment, *_):
         names.append(name)
         return fake_cell(experiment)
 
@@ -212,7 +212,7 @@ def test_the_best_rate_on_validation_examples_is_chosen(tmp_path):
 def test_a_policy_whose_best_rate_is_at_an_end_tries_further(best, chosen, edge, tmp_path, monkeypatch):
     ran = []
 
-    def run(experiment, _, name):
+    def run(experiment, *_):
         ran.append(name)
         return fake_cell(experiment, lambda policy: best if policy == "autorank" else 0.03)
 
@@ -231,7 +231,7 @@ def test_a_rate_has_to_hold_on_more_seeds(tmp_path, monkeypatch):
     """Full rank is best at 0.1 for the first tuning seed and guesses for the second; AutoRank is best at 0.03."""
     ran = {}
 
-    def run(experiment, _, name):
+    def run(experiment, *_):
         ran[name] = experiment
         unlucky = experiment.learning_rate > (0.2 if experiment.first_seed == tuning.FIRST_SEED else 0.05)
         cell = fake_cell(experiment, lambda policy: 0.03 if policy == "autorank" else 0.1)
@@ -251,6 +251,18 @@ def test_a_rate_has_to_hold_on_more_seeds(tmp_path, monkeypatch):
         (("autorank",), 0.03), (("full",), 0.1), (("full",), 0.03),
     }  # fmt: skip
     assert {(one.first_seed, one.seeds) for one in more} == {(tuning.FIRST_SEED + 1, 2)}
+
+
+def test_a_rate_that_diverges_without_a_server_model_guesses(tmp_path, monkeypatch):
+    def run(experiment, *_):
+        cell = fake_cell(experiment)
+        return cell | ({"clients": {}} if experiment.learning_rate == 0.1 else {})
+
+    monkeypatch.setattr(grid, "_run", run)
+    experiment = dataclasses.replace(TINY, aggregators=("local_only",), rounds=4)
+    choice = tuning.choose_rates(experiment, tuning.Grid(), tmp_path, "x", grid.Bounds())["full"]
+    assert choice.accuracy["0.1"] == curves.GUESSING
+    assert choice.rate < 0.1
 
 
 @pytest.mark.parametrize(
@@ -303,7 +315,7 @@ def test_the_paper_is_written_once(pretended, tmp_path, capsys):
 def test_autorank_runs_at_one_ranks_rate_too(tmp_path, monkeypatch, capsys):
     ran = {}
 
-    def run(experiment, _, name):
+    def run(experiment, *_):
         ran[name] = experiment
         return fake_cell(experiment, lambda policy: 0.01 if policy == "autorank" else 0.03)
 
@@ -326,9 +338,34 @@ def test_what_is_not_there_is_not_pretended(tmp_path, capsys):
     assert "No column is complete yet." in capsys.readouterr().out
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Draw no pictures: they take most of the time."""
+    for name in ("accuracy_curves", "heat_map", "ranks_against_complexity"):
+        monkeypatch.setattr(paper.pictures, name, lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_part_of_the_paper_does_not_replace_the_whole(pretended, tmp_path):
+    paper.main(["--quick", "--out", str(tmp_path)])
+    files = [tmp_path / "paper_mini.md", tmp_path / "paper_mini.json"]
+    whole, ran = [path.read_text() for path in files], len(pretended)
+    for part in (["--groups", "local"], ["--splits", "central"], ["--cells", "*/main*"]):
+        paper.main(["--quick", "--out", str(tmp_path), *part])
+        assert [path.read_text() for path in files] == whole
+    assert len(pretended) == ran
+    more = ["--out", str(tmp_path), "--learning-rate", "0.1", "--seeds", "1", "--groups", "main"]
+    paper.main([*more, "--dataset", "mnist", "--splits", "staircase"])
+    paper.main([*more, "--dataset", "cifar10", "--splits", "dirichlet-0.1-10"])
+    tables = json.loads((tmp_path / "paper.json").read_text())["tables"]
+    assert set(tables) == {"mnist, staircase", "cifar10, dirichlet-0.1-10"}
+
+
 def test_mistakes_in_words():
     with pytest.raises(SystemExit, match="splits: expected some of staircase"):
         paper.main(["--splits", "stairs"])
+    with pytest.raises(SystemExit, match=r"dataset: expected some of fashion_mnist, mnist, .*, got fashion_mnist_mini"):
+        paper.main(["--dataset", "fashion_mnist_mini", "--report"])
 
 
 @pytest.mark.usefixtures("pretended")
@@ -340,6 +377,46 @@ def test_the_study_answers(tmp_path, capsys):
     configs = [json.loads(path.read_text())["config"] for path in tmp_path.glob("study_mini-confirm-*/*/*.json")]
     assert {c["first_seed"] for c in configs} == {study.FRESH}
     assert (tmp_path / "study_mini-rules.png").stat().st_size > 0
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_part_of_the_study_does_not_replace_the_whole(pretended, tmp_path):
+    study.main(["--quick", "--out", str(tmp_path)])
+    files = [tmp_path / "study_mini.md", tmp_path / "study_mini.json"]
+    whole, ran = [path.read_text() for path in files], len(pretended)
+    assert "size alone, raflora, " in whole[0]
+    study.main(["--quick", "--out", str(tmp_path), "--settings", "all criteria"])
+    study.main(["--quick", "--out", str(tmp_path), "--rules", "raflora", "--settings", "floor 0.5"])
+    assert [path.read_text() for path in files] == whole
+    assert len(pretended) == ran
+    study.main(["--quick", "--out", str(tmp_path), "--rules", "ffa_lora", "--settings", "all criteria"])
+    assert "| ffa_lora, staircase |" in files[0].read_text()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_study_begins_with_what_matters_most(pretended, tmp_path):
+    part = ["--rules", "rbla,flexlora", "--splits", "staircase,dirichlet-0.4-10", "--settings", "all criteria"]
+    study.main([*part, "--rounds", "2", "--seeds", "1", "--out", str(tmp_path)])
+    places = list(dict.fromkeys(name.split("-lr")[0].split("-tune")[0] for name in pretended))
+    tuned = [place for place in places if not place.endswith("_criteria")]
+    assert places[0] == "staircase/rbla"
+    assert places.index("staircase/rbla-all_criteria") < places.index("dirichlet-0.4-10/rbla")
+    assert len([place for place in places if place.endswith("_criteria")]) == 4
+    assert {place.rsplit("/")[0] for place in tuned} == {"staircase", "dirichlet-0.4-10"}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_programs_are_shared_with_the_confirmation(tmp_path, monkeypatch):
+    folders = {}
+
+    def run(experiment, *_):
+        folders.setdefault(experiment.first_seed, set()).add(study.harness.jax.config.jax_compilation_cache_dir)
+        return fake_cell(experiment)
+
+    monkeypatch.setattr(grid, "_run", run)
+    study.main(["--quick", "--confirm", "--out", str(tmp_path)])
+    assert folders[study.FRESH] == folders[0]
+    assert None not in folders[0]
 
 
 def test_the_study_runs_all_criteria_everywhere_and_settings_where_they_count():
