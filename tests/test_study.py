@@ -61,7 +61,7 @@ def pretended(monkeypatch):
     """Count the cells that would be trained."""
     names = []
 
-    def run(experiment, *_):
+    def run(experiment, _, name):
         names.append(name)
         return fake_cell(experiment)
 
@@ -212,7 +212,7 @@ def test_the_best_rate_on_validation_examples_is_chosen(tmp_path):
 def test_a_policy_whose_best_rate_is_at_an_end_tries_further(best, chosen, edge, tmp_path, monkeypatch):
     ran = []
 
-    def run(experiment, *_):
+    def run(experiment, _, name):
         ran.append(name)
         return fake_cell(experiment, lambda policy: best if policy == "autorank" else 0.03)
 
@@ -231,7 +231,7 @@ def test_a_rate_has_to_hold_on_more_seeds(tmp_path, monkeypatch):
     """Full rank is best at 0.1 for the first tuning seed and guesses for the second; AutoRank is best at 0.03."""
     ran = {}
 
-    def run(experiment, *_):
+    def run(experiment, _, name):
         ran[name] = experiment
         unlucky = experiment.learning_rate > (0.2 if experiment.first_seed == tuning.FIRST_SEED else 0.05)
         cell = fake_cell(experiment, lambda policy: 0.03 if policy == "autorank" else 0.1)
@@ -315,7 +315,7 @@ def test_the_paper_is_written_once(pretended, tmp_path, capsys):
 def test_autorank_runs_at_one_ranks_rate_too(tmp_path, monkeypatch, capsys):
     ran = {}
 
-    def run(experiment, *_):
+    def run(experiment, _, name):
         ran[name] = experiment
         return fake_cell(experiment, lambda policy: 0.01 if policy == "autorank" else 0.03)
 
