@@ -183,7 +183,7 @@ def test_a_run_that_diverges_stops_and_names_where(commands):
     )
     assert code == 3, said
     last = said.splitlines()[-1]
-    assert last.startswith("autorank-jax: autorank with rbla, seed 0: ")
+    assert last.startswith("autorank-jax: autorank with raflora, seed 0: ")
     assert "in round " in last
     assert "probably the learning rate 1e+38 is too large" in last
     steps = saved_steps(out / "checkpoints")
