@@ -72,7 +72,8 @@ def draw(cells: dict[str, Cell], rules: list[str], path: Path, title: str) -> No
     )
 
 
-def main() -> None:
+@harness.mistakes_in_words()
+def main(arguments: list[str] | None = None) -> None:
     """Run the cells that are missing, then print the table and draw the heat map."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the embedded subset")
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     mpl.use("Agg")
     rules, name = options.rules.split(","), "aggregators_mini" if options.quick else "aggregators"
     cells = make_cells(rules, quick=options.quick, rounds=options.rounds, seeds=options.seeds)

@@ -162,7 +162,7 @@ def best_text(pairs: Sequence[tuple[Point, float]]) -> str:
     ]
     note = (
         "All criteria, no more bytes than AutoRank sends under the first rule. The best of many is flattered by "
-        "chance: `--confirm` runs it on fresh seeds."
+        "chance: `--confirm` runs it on fresh seeds, and the best pair with AutoRank's ranks, where that is another."
     )
     return f"### Best pair\n\n{note}\n\n{markdown_table(rows, list(rows[0]))}\n"
 

@@ -13,7 +13,7 @@ import harness
 import numpy as np
 from rich.progress import Progress
 
-from autorank_jax.configuration import ConfigurationError, Experiment, experiment_from
+from autorank_jax.configuration import Experiment, experiment_from
 from autorank_jax.experiment import DivergedError, RoundDone, run_experiment
 from autorank_jax.results import Results, Scores, summarize
 
@@ -90,7 +90,7 @@ def read_cell(path: Path, experiment: Experiment) -> Cell | None:
     try:
         cell = json.loads(path.read_text())
         return cell if experiment_from(cell["config"]) == experiment else None
-    except (FileNotFoundError, json.JSONDecodeError, ConfigurationError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -170,6 +170,7 @@ def draw(series: Mapping[str, Mapping[int, Reached]], folder: Path, title: str) 
         pictures.accuracy_curves(rest, path.with_stem(f"{path.stem}-controls"), f"{title}, controls")
 
 
+@harness.mistakes_in_words()
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, then print and write what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -252,6 +252,7 @@ def confirm(plan: Plan, best: Sequence[Point], rates: Rates, bounds: Bounds) -> 
     return "\n".join(filter(None, parts)) or "Nothing is confirmed yet.\n"
 
 
+@harness.mistakes_in_words()
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, then answer from what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -11,6 +11,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import aggregators
 import answers
 import curves
 import grid
@@ -124,6 +125,28 @@ def test_an_interrupted_grid_goes_on(pretended, tmp_path, monkeypatch):
     assert len(grid.run_cells(cells, tmp_path, grid.Bounds(pattern="*/0"))) == 2
     grid.run_cells(cells, tmp_path)
     assert pretended[3:] == ["part/0", "part/1"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x81", b"{}", b"[]", b"null", b'{"config": 1}', b'{"half'])
+def test_a_cell_that_does_not_read_is_not_there(content, tmp_path):
+    (tmp_path / "one.json").write_bytes(content)
+    assert grid.read_cell(tmp_path / "one.json", TINY) is None
+
+
+@pytest.mark.parametrize("stop", [ValueError, KeyboardInterrupt])
+def test_a_file_that_is_not_written_whole_leaves_nothing(stop, tmp_path, monkeypatch):
+    path = tmp_path / "one.json"
+    grid.harness.write_json(path, {"whole": True})
+
+    def dump(_, file, **__):
+        file.write('{"half')
+        raise stop
+
+    monkeypatch.setattr(grid.harness.json, "dump", dump)
+    with pytest.raises(stop):
+        grid.harness.write_json(path, {})
+    assert [one.name for one in tmp_path.iterdir()] == ["one.json"]
+    assert json.loads(path.read_text()) == {"whole": True}
 
 
 def test_a_real_cell_holds_what_the_tables_need(tmp_path):
@@ -350,15 +373,25 @@ def test_a_part_of_the_paper_does_not_replace_the_whole(pretended, tmp_path):
 def test_mistakes_in_words():
     with pytest.raises(SystemExit, match="splits: expected some of staircase"):
         paper.main(["--splits", "stairs"])
-    with pytest.raises(SystemExit, match="dataset: expected some of fashion_mnist, mnist, .*, got fashion_mnist_mini"):
+    with pytest.raises(SystemExit, match=r"dataset: expected some of fashion_mnist, mnist, .*, got fashion_mnist_mini"):
         paper.main(["--dataset", "fashion_mnist_mini", "--report"])
+
+
+@pytest.mark.parametrize("script", [paper, study, aggregators])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_dataset_that_is_not_at_hand_is_named(script, damaged, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORANK_JAX_DATA", str(tmp_path))
+    if damaged:
+        (tmp_path / "fashion_mnist.npz").write_bytes(b"PK\x03\x04 no more")
+    with pytest.raises(SystemExit, match=r"^dataset.*: expected a (complete npz )?file"):
+        script.main(["--out", str(tmp_path / "out")])
 
 
 @pytest.mark.usefixtures("pretended")
 def test_the_study_answers(tmp_path, capsys):
     study.main(["--quick", "--confirm", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    for part in ("AutoRank minus one rank at equal bytes\n", "by setting", "Best pair", "fresh seeds"):
+    for part in ("AutoRank minus one rank at equal bytes\n", "by setting", "Best pair", "fresh seeds, and the best"):
         assert part in said
     configs = [json.loads(path.read_text())["config"] for path in tmp_path.glob("study_mini-confirm-*/*/*.json")]
     assert {c["first_seed"] for c in configs} == {study.FRESH}
@@ -395,7 +428,7 @@ def test_the_study_begins_with_what_matters_most(pretended, tmp_path):
 def test_programs_are_shared_with_the_confirmation(tmp_path, monkeypatch):
     folders = {}
 
-    def run(experiment, _, name):
+    def run(experiment, *_):
         folders.setdefault(experiment.first_seed, set()).add(study.harness.jax.config.jax_compilation_cache_dir)
         return fake_cell(experiment)
 
