@@ -16,7 +16,8 @@ from pathlib import Path
 import harness
 import matplotlib as mpl
 import numpy as np
-from grid import Cell, finals, mean_sd, run_cells
+from curves import GUESSING, percent
+from grid import Cell, run_cells
 from pictures import heat_map
 
 from autorank_jax.configuration import GLOBAL_RULES, Experiment
@@ -46,6 +47,13 @@ def make_cells(rules: list[str], *, quick: bool, rounds: int, seeds: int) -> dic
     }
 
 
+def finals(cell: Cell, policy: str) -> list[float]:
+    """Return the last accuracy of each seed; a run that diverged guesses."""
+    seeds, config = cell["accuracy"].get(policy, {}), cell["config"]
+    last = [values[-1] for values in seeds.values() if len(values) == config["rounds"] and values[-1] is not None]
+    return last + [GUESSING] * (config["seeds"] - len(last))
+
+
 def table(cells: dict[str, Cell], rules: list[str]) -> list[harness.Row]:
     """Lay the final accuracies out, a row per rule."""
     rows = []
@@ -53,7 +61,7 @@ def table(cells: dict[str, Cell], rules: list[str]) -> list[harness.Row]:
         row: harness.Row = {"rule": f"`{rule}`"}
         for split in SPLITS:
             for policy in POLICIES:
-                row[f"{split}, {policy}"] = mean_sd(finals(cells[f"{split}-{rule}"], policy))
+                row[f"{split}, {policy}"] = percent(finals(cells[f"{split}-{rule}"], policy))
         rows.append(row)
     return rows
 

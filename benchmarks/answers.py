@@ -2,14 +2,14 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from curves import Reached, values
 from harness import Row, markdown_table
-from paired import Difference, difference, holm, in_points
+from paired import Comparison, compare, difference
 
-MEASURES = {"final": "final accuracy", "early": "first fifth of the rounds", "area": "mean over rounds"}
 ALL = "all criteria"
 
 
@@ -65,7 +65,7 @@ def questions(rules: Sequence[str], settings: Sequence[str], splits: Sequence[st
     ]
 
 
-def reached(table: Table, point: Point, what: str, splits: Sequence[str]) -> dict[int, float]:
+def reached(table: Table, point: Point, splits: Sequence[str], what: str) -> dict[int, float]:
     """Return a measure by seed at one point; the split "all" is the mean over splits, of seeds that have them all."""
     if point.split != "all":
         return values(table.get(point, {}), what)
@@ -81,28 +81,22 @@ def shared_splits(table: Table, one: Point, other: Point, splits: Sequence[str])
 
 def answer(table: Table, question: Question, splits: Sequence[str], seeds: int) -> str:
     """Return the table of one question, and what it says in a sentence; empty where nothing is there."""
-    rows: list[Row] = []
-    differences: list[Difference | None] = []
+    heads, pairs = [], []
     for name, one, other in question.rows:
         there = shared_splits(table, one, other, splits)
-        if one.split not in ("all", *there) or (one.split == "all" and len(there) < 2):
-            continue
-        found = [difference(*(reached(table, p, m, there) for p in (one, other)), 0.95) for m in MEASURES]
-        if found[0] is None:
-            continue
-        label = name if one.split != "all" else f"{name.removesuffix('all')}mean of {len(there)} splits"
-        budget = " / ".join(f"{_ratio(table, p, there):.2f}" for p in (one, other))
-        rows.append({"": label, "seeds": f"{found[0].seeds} of {seeds}", "mean ratios": budget})
-        differences += found
+        if one.split in there or (one.split == "all" and len(there) > 1):
+            label = name if one.split != "all" else f"{name.removesuffix('all')}mean of {len(there)} splits"
+            heads.append((label, " / ".join(f"{_ratio(table, p, there):.2f}" for p in (one, other))))
+            pairs.append((partial(reached, table, one, there), partial(reached, table, other, there)))
+    rows: list[Row] = []
+    compared = []
+    for (label, budget), each in zip(heads, compare(pairs), strict=True):
+        if final := each.found["final"]:
+            compared.append(each)
+            rows.append({"": label, "seeds": f"{final.seeds} of {seeds}", "mean ratios": budget} | each.row())
     if not rows:
         return ""
-    final = differences[:: len(MEASURES)]
-    corrected = holm([None if one is None else one.p for one in final])
-    for place, row in enumerate(rows):
-        for number, title in enumerate(MEASURES.values()):
-            p = corrected[place] if number == 0 else None
-            row[title] = in_points(differences[place * len(MEASURES) + number], p)
-    verdict = _sentence([str(row[""]) for row in rows], final, corrected)
+    verdict = _sentence([str(row[""]) for row in rows], compared)
     return f"### {question.title}\n\n{verdict}\n\n{markdown_table(rows, list(rows[0]))}\n"
 
 
@@ -113,14 +107,15 @@ def _ratio(table: Table, point: Point, splits: Sequence[str]) -> float:
     return float(np.mean([run.ratio_by_clients for run in runs]))
 
 
-def _sentence(names: Sequence[str], found: Sequence[Difference | None], corrected: Sequence[float | None]) -> str:
+def _sentence(names: Sequence[str], compared: Sequence[Comparison]) -> str:
     """Say where final accuracy differs beyond chance, after correction."""
     higher, lower, open_ = [], [], []
-    for name, one, p in zip(names, found, corrected, strict=True):
-        if one is None or p is None or p >= 0.05:
+    for name, one in zip(names, compared, strict=True):
+        final = one.found["final"]
+        if final is None or one.p is None or one.p >= 0.05:
             open_.append(name)
         else:
-            (higher if one.mean > 0 else lower).append(name)
+            (higher if final.mean > 0 else lower).append(name)
     parts = [f"{what} {'; '.join(rows)}" for what, rows in (("Higher on", higher), ("lower on", lower)) if rows]
     if open_:
         parts.append(f"no difference shown (corrected p ≥ 0.05, or too few seeds) on {'; '.join(open_)}")
@@ -140,7 +135,7 @@ def best_pairs(table: Table, rules: Sequence[str], splits: Sequence[str], seeds:
         point = Point(policy, rule, ALL, "all")
         sent = _sent(table, point, splits, seeds)
         if budget is not None and sent is not None and sent <= budget * 1.05:  # ranks are whole numbers
-            found.append((point, float(np.mean(list(reached(table, point, "final", splits).values())))))
+            found.append((point, float(np.mean(list(reached(table, point, splits, "final").values())))))
     return sorted(found, key=lambda pair: -pair[1])
 
 

@@ -1,11 +1,16 @@
 """Statistics of paired comparisons: t intervals over seeds, and Holm's correction for many of them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
+
+LEVEL = 0.95
+"""Of the intervals."""
+MEASURES = {"final": "final accuracy", "early": "first fifth of the rounds", "area": "mean over rounds"}
+"""What of a run is compared, with its title; the final accuracy is the outcome that counts."""
 
 
 class Difference(NamedTuple):
@@ -18,15 +23,14 @@ class Difference(NamedTuple):
     seeds: int
 
 
-def difference(one: Mapping[Any, float], other: Mapping[Any, float], level: float = 0.95) -> Difference | None:
+def difference(one: Mapping[Any, float], other: Mapping[Any, float]) -> Difference | None:
     """Compare two sets of values paired by key.
 
-    `d̄ ± t_{(1+level)/2, n-1} s_d / √n` over the keys that both have.
+    `d̄ ± t_{(1+LEVEL)/2, n-1} s_d / √n` over the keys that both have.
 
     Args:
         one: values by key, such as final accuracies by seed.
         other: likewise.
-        level: of the interval.
 
     Returns:
         `one - other`; None where they share no key.
@@ -41,7 +45,7 @@ def difference(one: Mapping[Any, float], other: Mapping[Any, float], level: floa
     error = float(d.std(ddof=1)) / math.sqrt(n)
     if error == 0:
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, n)
-    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error
     return Difference(mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, n - 1)), n)
 
 
@@ -60,9 +64,27 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return mean and sample standard deviation, None for one value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+class Comparison(NamedTuple):
+    """One thing minus another by measure."""
+
+    found: Mapping[str, Difference | None]
+    p: float | None  # of no difference in final accuracy, corrected for the number of comparisons
+
+    def row(self) -> dict[str, str]:
+        """Write the differences by title."""
+        return {t: in_points(self.found[m], self.p if m == "final" else None) for m, t in MEASURES.items()}
+
+
+Values = Callable[[str], Mapping[Any, float]]
+"""From a measure to its values by key."""
+
+
+def compare(pairs: Sequence[tuple[Values, Values]]) -> list[Comparison]:
+    """Compare pairs by every measure; Holm's correction is over their final accuracies."""
+    found = [{measure: difference(one(measure), other(measure)) for measure in MEASURES} for one, other in pairs]
+    finals = [by_measure["final"] for by_measure in found]
+    corrected = holm([None if final is None else final.p for final in finals])
+    return [Comparison(by_measure, p) for by_measure, p in zip(found, corrected, strict=True)]
 
 
 def in_points(found: Difference | None, corrected: float | None = None) -> str:

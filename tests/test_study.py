@@ -161,7 +161,7 @@ def test_a_real_cell_holds_what_the_tables_need(tmp_path):
     assert (run.ratio_by_clients, run.diverged) == (1.0, False)
     assert np.array(cell["scores"]["0"]["matrix"]).shape == (2, 5)
     old = {key: cell[key] for key in ("config", "summary", "accuracy")}
-    assert grid.finals(old, "full") == [run.final]
+    assert aggregators.finals(old, "full") == [run.final]
 
 
 def test_policies_after_one_that_diverges_are_run(monkeypatch, tmp_path):
@@ -183,6 +183,7 @@ def test_policies_after_one_that_diverges_are_run(monkeypatch, tmp_path):
     cell = grid.run_cells({"wild": experiment}, tmp_path)["wild"]
     assert asked == [(("autorank", "full"), 0, 2), (("autorank",), 1, 1), (("full",), 0, 2)]
     assert cell["diverged"] == {"autorank": "the loss is lost"}
+    assert aggregators.finals(cell, "autorank") == [0.7, curves.GUESSING]
     runs = curves.runs_of(cell)
     assert runs["autorank"][0].accuracy.tolist() == [0.2, 0.1, 0.1]
     assert runs["autorank"][1].final == 0.7
@@ -375,6 +376,39 @@ def test_mistakes_in_words():
         paper.main(["--splits", "stairs"])
     with pytest.raises(SystemExit, match=r"dataset: expected some of fashion_mnist, mnist, .*, got fashion_mnist_mini"):
         paper.main(["--dataset", "fashion_mnist_mini", "--report"])
+    with pytest.raises(SystemExit, match="dataset: expected none beside --quick, which has its own, got mnist"):
+        paper.main(["--quick", "--dataset", "mnist", "--report"])
+
+
+@pytest.mark.parametrize("script", [paper, study])
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_counts_start_at_one(script, number, tmp_path):
+    for what in ("seeds", "rounds"):
+        with pytest.raises(SystemExit, match=f"^{what}: expected 1 or more, got {number}$"):
+            script.main(["--quick", "--report", "--out", str(tmp_path), f"--{what}", number])
+
+
+def test_a_learning_rate_of_zero_is_not_a_rate_to_be_tuned(tmp_path, monkeypatch):
+    def run(experiment, *_):
+        experiment.validate()
+        return fake_cell(experiment)
+
+    monkeypatch.setattr(grid, "_run", run)
+    with pytest.raises(SystemExit, match="learning-rate: expected a number above 0"):
+        paper.main(["--quick", "--learning-rate", "0", "--out", str(tmp_path)])
+
+
+def test_comparisons_are_corrected_for_their_number():
+    rng = np.random.default_rng(3)
+    sides = [{m: dict(enumerate(rng.normal(gain, 0.1, 5))) for m in paired.MEASURES} for gain in (0.2, 0.1, 0.0)]
+    pairs = [(sides[0].get, sides[1].get), (sides[0].get, sides[2].get), (sides[0].get, lambda _: {})]
+    found = paired.compare(pairs)
+    ps = [stats.ttest_rel(*(list(side("final").values()) for side in pair)).pvalue for pair in pairs[:2]]
+    assert [one.p for one in found] == [*paired.holm(ps), None]
+    assert found[2].row() == dict.fromkeys(paired.MEASURES.values(), "–")
+    early = paired.difference(sides[0]["early"], sides[1]["early"])
+    assert found[0].row()["first fifth of the rounds"] == paired.in_points(early)
+    assert ", p " in found[0].row()["final accuracy"]
 
 
 @pytest.mark.parametrize("script", [paper, study, aggregators])
