@@ -73,7 +73,7 @@ class Experiment:
         criteria: columns of the decision matrix: size, classes, label_entropy, gini_simpson, loss_entropy
         probe_epochs: epochs of the probe behind the criterion loss_entropy
         rerank_every: rounds after which ranks are set anew, 0 = set once
-        aggregators: aggregation rules, each tried in turn; the top of this help explains them
+        aggregators: aggregation rules, each tried in turn, rbla for the paper's own; the top of this help explains them
         rounds: rounds of federated training
         local_epochs: passes over its data that a client makes each round
         batch_size: examples per local step
@@ -113,7 +113,7 @@ class Experiment:
     criteria: tuple[str, ...] = tuple(complexity.CRITERIA)
     probe_epochs: int = 5
     rerank_every: int = 0
-    aggregators: tuple[str, ...] = ("rbla",)
+    aggregators: tuple[str, ...] = ("raflora",)
     rounds: int = 15
     local_epochs: int = 5
     batch_size: int = 64

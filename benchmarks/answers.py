@@ -1,14 +1,13 @@
 """The questions of `study.py`, answered from its cells: differences paired over seeds, with intervals."""
 
 import itertools
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from curves import Reached, values
+from curves import MEASURES, Reached, measured, values
 from harness import Row, markdown_table
-from paired import Comparison, compare, difference
+from paired import Difference, cells, difference, holm
 
 ALL = "all criteria"
 
@@ -65,11 +64,18 @@ def questions(rules: Sequence[str], settings: Sequence[str], splits: Sequence[st
     ]
 
 
-def reached(table: Table, point: Point, splits: Sequence[str], what: str) -> dict[int, float]:
-    """Return a measure by seed at one point; the split "all" is the mean over splits, of seeds that have them all."""
-    if point.split != "all":
-        return values(table.get(point, {}), what)
-    each = [values(table.get(point._replace(split=split), {}), what) for split in splits]
+def sides(
+    table: Table, one: Point, other: Point, what: str, splits: Sequence[str]
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Return a measure by seed at two points; the split "all" is the mean over splits, of seeds that have them all."""
+    if one.split != "all":
+        return measured(table.get(one, {}), table.get(other, {}), what)
+    each = [sides(table, one._replace(split=s), other._replace(split=s), what, splits) for s in splits]
+    first, second = (_mean_over([pair[side] for pair in each]) for side in (0, 1))
+    return first, second
+
+
+def _mean_over(each: Sequence[Mapping[int, float]]) -> dict[int, float]:
     seeds = set.intersection(*(set(one) for one in each)) if each else set()
     return {seed: float(np.mean([one[seed] for one in each])) for seed in sorted(seeds)}
 
@@ -81,41 +87,59 @@ def shared_splits(table: Table, one: Point, other: Point, splits: Sequence[str])
 
 def answer(table: Table, question: Question, splits: Sequence[str], seeds: int) -> str:
     """Return the table of one question, and what it says in a sentence; empty where nothing is there."""
-    heads, pairs = [], []
+    rows: list[Row] = []
+    found: list[Mapping[str, Difference | None]] = []
     for name, one, other in question.rows:
         there = shared_splits(table, one, other, splits)
-        if one.split in there or (one.split == "all" and len(there) > 1):
+        if one.split not in ("all", *there) or (one.split == "all" and len(there) < 2):
+            continue
+        differences = {what: difference(*sides(table, one, other, what, there)) for what in MEASURES}
+        if final := differences["final"]:
             label = name if one.split != "all" else f"{name.removesuffix('all')}mean of {len(there)} splits"
-            heads.append((label, " / ".join(f"{_ratio(table, p, there):.2f}" for p in (one, other))))
-            pairs.append((partial(reached, table, one, there), partial(reached, table, other, there)))
-    rows: list[Row] = []
-    compared = []
-    for (label, budget), each in zip(heads, compare(pairs), strict=True):
-        if final := each.found["final"]:
-            compared.append(each)
-            rows.append({"": label, "seeds": f"{final.seeds} of {seeds}", "mean ratios": budget} | each.row())
+            rows.append({"": label, "seeds": f"{final.seeds} of {seeds}", **_budgets(table, (one, other), there)})
+            found.append(differences)
     if not rows:
         return ""
-    verdict = _sentence([str(row[""]) for row in rows], compared)
+    rows = [{**row, **written} for row, written in zip(rows, cells(found, MEASURES), strict=True)]
+    final_differences = [row["final"] for row in found]
+    corrected = holm([None if one is None else one.p for one in final_differences])
+    verdict = _sentence([str(row[""]) for row in rows], final_differences, corrected)
     return f"### {question.title}\n\n{verdict}\n\n{markdown_table(rows, list(rows[0]))}\n"
 
 
-def _ratio(table: Table, point: Point, splits: Sequence[str]) -> float:
-    """Return the mean ratio over clients at a point."""
+def _budgets(table: Table, points: Sequence[Point], splits: Sequence[str]) -> Row:
+    """Return what both sides of a comparison may spend and spend, and how many of their runs diverged."""
+    runs = [_runs_at(table, point, splits) for point in points]
+    diverged = [sum(run.diverged for run in side) for side in runs]
+    return {
+        "ratios over clients": _beside(runs, lambda run: run.ratio_by_clients),
+        "over examples": _beside(runs, lambda run: run.ratio_by_examples),
+        "training, TFLOP": _beside(runs, lambda run: run.spent / 1e12),
+        "slowest client, GFLOP a round": _beside(runs, lambda run: run.slowest / 1e9),
+        "diverged": " / ".join(map(str, diverged)) if any(diverged) else "–",
+    }
+
+
+def _beside(runs: Sequence[Sequence[Reached]], what: Callable[[Reached], float]) -> str:
+    """Write the mean of a property over the runs of either side, a dash where none has it."""
+    known = [[value for run in side if np.isfinite(value := what(run))] for side in runs]
+    return " / ".join(f"{np.mean(side):.2f}" if side else "–" for side in known)
+
+
+def _runs_at(table: Table, point: Point, splits: Sequence[str]) -> list[Reached]:
+    """Return all runs at a point; the split "all" is all splits."""
     places = splits if point.split == "all" else [point.split]
-    runs = [run for s in places for run in table.get(point._replace(split=s), {}).values()]
-    return float(np.mean([run.ratio_by_clients for run in runs]))
+    return [run for s in places for run in table.get(point._replace(split=s), {}).values()]
 
 
-def _sentence(names: Sequence[str], compared: Sequence[Comparison]) -> str:
+def _sentence(names: Sequence[str], found: Sequence[Difference | None], corrected: Sequence[float | None]) -> str:
     """Say where final accuracy differs beyond chance, after correction."""
     higher, lower, open_ = [], [], []
-    for name, one in zip(names, compared, strict=True):
-        final = one.found["final"]
-        if final is None or one.p is None or one.p >= 0.05:
+    for name, one, p in zip(names, found, corrected, strict=True):
+        if one is None or p is None or p >= 0.05:
             open_.append(name)
         else:
-            (higher if final.mean > 0 else lower).append(name)
+            (higher if one.mean > 0 else lower).append(name)
     parts = [f"{what} {'; '.join(rows)}" for what, rows in (("Higher on", higher), ("lower on", lower)) if rows]
     if open_:
         parts.append(f"no difference shown (corrected p ≥ 0.05, or too few seeds) on {'; '.join(open_)}")
@@ -135,7 +159,7 @@ def best_pairs(table: Table, rules: Sequence[str], splits: Sequence[str], seeds:
         point = Point(policy, rule, ALL, "all")
         sent = _sent(table, point, splits, seeds)
         if budget is not None and sent is not None and sent <= budget * 1.05:  # ranks are whole numbers
-            found.append((point, float(np.mean(list(reached(table, point, splits, "final").values())))))
+            found.append((point, float(np.mean([run.final for run in _runs_at(table, point, splits)]))))
     return sorted(found, key=lambda pair: -pair[1])
 
 
@@ -147,17 +171,23 @@ def _sent(table: Table, point: Point, splits: Sequence[str], seeds: int) -> floa
     return float(np.nanmean([run.bytes[-1] for runs in there for run in runs.values()]))
 
 
-def best_text(pairs: Sequence[tuple[Point, float]]) -> str:
+def best_text(table: Table, pairs: Sequence[tuple[Point, float]], splits: Sequence[str]) -> str:
     """Return the ten best pairs as a table."""
     if not pairs:
         return "### Best pair\n\nNo pair is complete yet.\n"
     rows: list[Row] = [
-        {"policy": p.policy, "rule": p.rule, "final accuracy, mean over splits, %": f"{100 * v:.2f}"}
-        for p, v in pairs[:10]
+        {
+            "policy": point.policy,
+            "rule": point.rule,
+            "final accuracy, %": f"{100 * value:.2f}",
+            "training, TFLOP": _beside([_runs_at(table, point, splits)], lambda run: run.spent / 1e12),
+        }
+        for point, value in pairs[:10]
     ]
     note = (
-        "All criteria, no more bytes than AutoRank sends under the first rule. The best of many is flattered by "
-        "chance: `--confirm` runs it on fresh seeds, and the best pair with AutoRank's ranks, where that is another."
+        f"Mean over {', '.join(splits)}; all criteria; at most 1.05 times the bytes that AutoRank sends under the "
+        "first rule. The best of many is flattered by chance: `--confirm` runs it on fresh seeds, and with it the "
+        "best pair with AutoRank's ranks."
     )
     return f"### Best pair\n\n{note}\n\n{markdown_table(rows, list(rows[0]))}\n"
 

@@ -15,6 +15,16 @@ EARLY = 5
 """The first rounds are one in so many."""
 
 
+MEASURES: Mapping[str, str] = {
+    "final": "final accuracy",
+    "early": "first fifth of the rounds",
+    "area": "mean over rounds",
+    "early_flops": "first fifth, for the same FLOPs",
+    "final_flops": "end of the cheaper one, for the same FLOPs",
+}
+"""In what runs are compared, with titles: after as many rounds, and after as much training, probes counted."""
+
+
 class Reached(NamedTuple):
     """One run: one policy and seed under one rule."""
 
@@ -48,6 +58,21 @@ class Reached(NamedTuple):
         """Mean accuracy over the first fifth of the rounds."""
         first = self.accuracy[: max(1, len(self.accuracy) // EARLY)]
         return float(first.mean()) if len(first) else None
+
+    @property
+    def spent(self) -> float:
+        """Training FLOPs of all rounds, and of the probe."""
+        return float(np.nanmax(self.flops, initial=0.0))
+
+    def at_flops(self, spent: np.ndarray) -> np.ndarray:
+        """Return accuracies after other sums of training FLOPs: interpolated, held after the last round.
+
+        It begins at guessing, and a run that diverged guesses from there on.
+        """
+        known = np.isfinite(self.flops)
+        steps = np.concatenate([[0.0], self.flops[known]])
+        right = GUESSING if self.diverged else None
+        return np.interp(spent, steps, np.concatenate([[GUESSING], self.accuracy[known]]), right=right)
 
     def until(self, target: float, what: str) -> float | None:
         """Return the `rounds`, `flops` or `bytes` until an accuracy was first seen; None if never."""
@@ -88,6 +113,30 @@ def values(runs: Mapping[int, Reached], what: str) -> dict[int, float]:
     """Return a property of the runs by seed, without seeds that have none."""
     found = {seed: getattr(run, what) for seed, run in runs.items()}
     return {seed: value for seed, value in found.items() if value is not None}
+
+
+def measured(
+    ones: Mapping[int, Reached], others: Mapping[int, Reached], what: str
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Return one of `MEASURES` by seed, of both sides of a comparison."""
+    if not what.endswith("_flops"):
+        return values(ones, what), values(others, what)
+    found: tuple[dict[int, float], dict[int, float]] = {}, {}
+    for seed in sorted(set(ones) & set(others)):
+        pair = ones[seed], others[seed]
+        if all(len(run.accuracy) for run in pair):
+            spent = _same_flops(*pair, early=what == "early_flops")
+            for run, side in zip(pair, found, strict=True):
+                side[seed] = float(run.at_flops(spent).mean())
+    return found
+
+
+def _same_flops(one: Reached, other: Reached, *, early: bool) -> np.ndarray:
+    """Return what the one spends in its first fifth of the rounds, else what the cheaper spends in all."""
+    if early:
+        first = one.flops[: max(1, len(one.flops) // EARLY)]
+        return first[np.isfinite(first)]
+    return np.array([min(one.spent, other.spent)])
 
 
 def client_values(runs: Mapping[int, Reached], what: str, kind: str) -> list[float]:

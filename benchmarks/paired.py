@@ -1,16 +1,11 @@
 """Statistics of paired comparisons: t intervals over seeds, and Holm's correction for many of them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
-
-LEVEL = 0.95
-"""Of the intervals."""
-MEASURES = {"final": "final accuracy", "early": "first fifth of the rounds", "area": "mean over rounds"}
-"""What of a run is compared, with its title; the final accuracy is the outcome that counts."""
 
 
 class Difference(NamedTuple):
@@ -23,10 +18,14 @@ class Difference(NamedTuple):
     seeds: int
 
 
+LEVEL = 0.95
+"""Of the intervals."""
+
+
 def difference(one: Mapping[Any, float], other: Mapping[Any, float]) -> Difference | None:
     """Compare two sets of values paired by key.
 
-    `d̄ ± t_{(1+LEVEL)/2, n-1} s_d / √n` over the keys that both have.
+    `d̄ ± t_{0.975, n-1} s_d / √n` over the keys that both have.
 
     Args:
         one: values by key, such as final accuracies by seed.
@@ -64,29 +63,6 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-class Comparison(NamedTuple):
-    """One thing minus another by measure."""
-
-    found: Mapping[str, Difference | None]
-    p: float | None  # of no difference in final accuracy, corrected for the number of comparisons
-
-    def row(self) -> dict[str, str]:
-        """Write the differences by title."""
-        return {t: in_points(self.found[m], self.p if m == "final" else None) for m, t in MEASURES.items()}
-
-
-Values = Callable[[str], Mapping[Any, float]]
-"""From a measure to its values by key."""
-
-
-def compare(pairs: Sequence[tuple[Values, Values]]) -> list[Comparison]:
-    """Compare pairs by every measure; Holm's correction is over their final accuracies."""
-    found = [{measure: difference(one(measure), other(measure)) for measure in MEASURES} for one, other in pairs]
-    finals = [by_measure["final"] for by_measure in found]
-    corrected = holm([None if final is None else final.p for final in finals])
-    return [Comparison(by_measure, p) for by_measure, p in zip(found, corrected, strict=True)]
-
-
 def in_points(found: Difference | None, corrected: float | None = None) -> str:
     """Write a difference of accuracies in percentage points, with its 95 % interval."""
     if found is None:
@@ -95,3 +71,18 @@ def in_points(found: Difference | None, corrected: float | None = None) -> str:
         return f"{100 * found.mean:+.1f} (one seed)"
     p = "" if corrected is None else f", p {corrected:.2g}"
     return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]{p}"
+
+
+def cells(found: Sequence[Mapping[str, Difference | None]], titles: Mapping[str, str]) -> list[dict[str, str]]:
+    """Write the differences of a table: a dictionary by title for every row.
+
+    Args:
+        found: by measure, of every row; Holm's correction is over the rows of the first measure, the one that counts.
+        titles: of the measures.
+    """
+    first = next(iter(titles))
+    corrected = holm([None if row[first] is None else row[first].p for row in found])
+    return [
+        {title: in_points(row[what], p if what == first else None) for what, title in titles.items()}
+        for row, p in zip(found, corrected, strict=True)
+    ]

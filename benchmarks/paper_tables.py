@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
-from curves import Reached, client_values, percent, until, values
+from curves import MEASURES, Reached, client_values, measured, percent, until, values
 from harness import Row, markdown_table
-from paired import compare
+from paired import cells, difference
 from plan import AUTHOR, DATASETS
 from tuning import Choice
 
@@ -105,10 +104,10 @@ def _differences(columns: Sequence[Column]) -> list[Row]:
     if first is None or not first.runs:
         return []
     others = [c for c in columns if c is not first and values(c.runs, "final")]
-    found = compare([(partial(values, first.runs), partial(values, c.runs)) for c in others])
+    found = [{what: difference(*measured(first.runs, c.runs, what)) for what in MEASURES} for c in others]
     return [
-        {"minus": column.title, "seeds": len(set(first.runs) & set(column.runs))} | one.row()
-        for column, one in zip(others, found, strict=True)
+        {"minus": column.title, "seeds": len(set(first.runs) & set(column.runs)), **written}
+        for column, written in zip(others, cells(found, MEASURES), strict=True)
     ]
 
 

@@ -63,6 +63,9 @@ GROUPS: Mapping[str, Group] = {
     ),
     "by_hand": Group(1, "rbla", {"manual": AUTHOR[1]}, ("staircase",)),
     "flexlora": Group(1, "flexlora", {"uniform_bytes": AUTHOR[3], "autorank": "AutoRank + FlexLoRA"}),
+    "raflora": Group(
+        1, "raflora", {"uniform_bytes": "one rank, AutoRank's bytes + raFLoRA", "autorank": "AutoRank + raFLoRA"}
+    ),
     "same_rate": Group(
         1, "rbla", {"autorank": "AutoRank at one rank's learning rate + RBLA"}, rates=("main", "uniform_bytes")
     ),

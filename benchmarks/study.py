@@ -180,7 +180,7 @@ def report(plan: Plan, table: Table, rates: Rates, pairs: Sequence[tuple[Point, 
     """Print and write the answers that the cells give, the best pairs, and pictures."""
     axes = {"rules": plan.rules, "settings": plan.settings, "splits": plan.splits}
     asked = [answers.answer(table, q, plan.splits, len(plan.seeds)) for q in answers.questions(**axes)]
-    text = "\n".join([*filter(None, asked), answers.best_text(pairs)])
+    text = "\n".join([*filter(None, asked), answers.best_text(table, pairs, plan.splits)])
     print(text)
     plan.folder.mkdir(parents=True, exist_ok=True)
     plan.folder.with_suffix(".md").write_text(text)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from autorank_jax import cli, datasets
-from autorank_jax.datasets import DatasetError, Known, Progress, catalogue, fetch_dataset, load_dataset, tfds_worker
+from autorank_jax.datasets import DatasetError, Known, Progress, fetch_dataset, load_dataset, tfds, tfds_worker
 from autorank_jax.datasets.folders import FOLDERS
 from autorank_jax.datasets.progress import Bar
 
@@ -78,7 +79,18 @@ def truncate(tree):
     (tree / "train" / "cat" / "n1.png").write_bytes(content[: len(content) // 2])
 
 
+def one_folder_down(tree):
+    whole = tree.rename(tree.with_name("whole"))
+    tree.mkdir()
+    whole.rename(tree / "CINIC-10")
+
+
 FAULTS = {
+    "one folder down": (
+        one_folder_down,
+        r"folders train and test in .*/cinic, got CINIC-10; probably those in .*/cinic/CINIC-10 are meant",
+    ),
+    "an empty folder": (lambda t: [shutil.rmtree(path) for path in t.iterdir()], "train and test in .*, got none; pr"),
     "no test part": (lambda t: shutil.rmtree(t / "test"), r"folders train and test in .*, got train, valid"),
     "a class is missing": (drop_class, r"each of airplane, .*/test, got no dog; probably an archive that was not"),
     "a class too many": (lambda t: (t / "train" / "tree").mkdir(), r"/train, got also tree"),
@@ -183,7 +195,7 @@ def worker(tmp_path, monkeypatch):
 
     def put(program):
         (tmp_path / "worker.py").write_text(WORKER + textwrap.dedent(program))
-        monkeypatch.setattr(catalogue, "WORKER", tmp_path / "worker.py")
+        monkeypatch.setattr(tfds, "WORKER", tmp_path / "worker.py")
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
         return tmp_path / "cache"
 
@@ -216,7 +228,11 @@ STOPS = {
     "it sends wrong labels": ("ARRAYS['y_test'] -= 5\nsend()", "expected labels in 0 .."),
     "the disk is full": (
         "tell('error', error='disk', text='No space', names=[])",
-        "No space; probably the disk is full",
+        "No space; probably the disk is full or the folder read-only: choose another with TFDS_DATA_DIR",
+    ),
+    "a package is missing": (
+        "tell('error', error='package', text='cv2', names=[])",
+        r'the package cv2 to prepare it, got none; pip install "autorank-jax\[tfds\]" brings what most datasets need',
     ),
     "the name is unknown": (
         "tell('error', error='unknown', text='', names=['minee'])",
@@ -228,7 +244,7 @@ STOPS = {
 @pytest.mark.parametrize("stop", STOPS)
 def test_a_worker_that_fails_is_one_line_and_leaves_nothing(stop, worker, monkeypatch):
     program, message = STOPS[stop]
-    monkeypatch.setattr(catalogue, "PATIENCE", 0.5)
+    monkeypatch.setattr(tfds, "PATIENCE", 0.5)
     cache = worker(program)
     start = time.monotonic()
     with pytest.raises(DatasetError, match=message) as caught:
@@ -236,6 +252,15 @@ def test_a_worker_that_fails_is_one_line_and_leaves_nothing(stop, worker, monkey
     assert time.monotonic() - start < 20
     assert "\n" not in str(caught.value)
     assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_an_unknown_name_with_a_folder_may_be_that_of_images(worker, tmp_path):
+    cache = worker("tell('error', error='unknown', text='', names=[])")
+    (tmp_path / "mine" / "images" / "train").mkdir(parents=True)
+    with pytest.raises(DatasetError, match=r"or the file .*mine.npz, or folders train and test in .*/mine, got 'mine'"):
+        fetch_dataset("mine", source=tmp_path / "mine", cache=cache)
+    with pytest.raises(DatasetError, match=r"or the file .*mine.npz, got 'mine'"):
+        fetch_dataset("mine", cache=cache)
 
 
 def test_an_interrupt_stops_the_worker(worker):
@@ -255,6 +280,17 @@ def test_an_interrupt_stops_the_worker(worker):
     assert not cache.exists()
 
 
+def test_no_usable_temporary_folder_is_one_line(worker, tmp_path, monkeypatch):
+    cache = worker("send()")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(
+        DatasetError, match=r"^dataset 'mine': .* No such file .*: choose another with TMPDIR$"
+    ) as caught:
+        load_dataset("mine", cache=cache)
+    assert "\n" not in str(caught.value)
+    assert not cache.exists()
+
+
 def test_a_full_disk_is_one_line(worker, monkeypatch):
     def fail(file, **_):
         file.write(b"half")
@@ -271,8 +307,12 @@ def test_a_full_disk_is_one_line(worker, monkeypatch):
     ("error", "kind"),
     [
         (ModuleNotFoundError("No module named 'cv2'", name="cv2"), "package"),
+        (ImportError("cannot import name 'runtime_version' from 'google.protobuf'", name="google.protobuf"), "other"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk"),
+        (OSError(errno.EDQUOT, "over quota"), "disk"),
         (OSError("Not enough disk space. Needed: 3 GiB"), "disk"),
+        (type("ResourceExhaustedError", (Exception,), {})("/data/mnist.tfrecord; No space left on device"), "disk"),
+        (type("ResourceExhaustedError", (Exception,), {})("OOM when allocating tensor"), "other"),
         (type("NonMatchingChecksumError", (Exception,), {})("wrong checksum:\n* Expected: 1"), "checksum"),
         (AssertionError("Manual directory x does not exist or is empty."), "manual"),
         (ConnectionRefusedError(111, "Connection refused"), "network"),
@@ -287,11 +327,19 @@ def test_errors_of_the_worker_are_told_apart(error, kind):
     except ValueError as outer:
         wrapped = outer
     assert tfds_worker.explain(error, "mine")["error"] == kind
-    for found in (error, wrapped) if kind not in ("manual", "unsuitable") and "Not enough" not in str(error) else ():
+    for found in (error, wrapped) if kind not in ("manual", "unsuitable") else ():
         told = tfds_worker.explain(found, "mine")
         assert told["error"] == kind
         assert "\n" not in told["text"]
         assert json.dumps(told)
+        if kind == "disk":
+            assert str(error) in told["text"]
+
+
+def test_a_package_is_named_though_its_error_is_raised_again_without_its_name():
+    again = ModuleNotFoundError("No module named 'cv2'\nFailed importing cv2.")
+    again.__cause__ = ModuleNotFoundError("No module named 'cv2'", name="cv2")
+    assert tfds_worker.explain(again, "mine")["text"] == "cv2"
 
 
 def test_bar_on_a_terminal_and_in_a_file():

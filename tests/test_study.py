@@ -193,6 +193,20 @@ def test_policies_after_one_that_diverges_are_run(monkeypatch, tmp_path):
     assert len(curves.runs_of(cell | {"config": alone})["autorank"][0].accuracy) == 0
 
 
+def test_accuracy_at_equal_flops():
+    cell = fake_cell(TINY)
+    run = curves.runs_of(cell)["full"][0]._replace(diverged=False)
+    dear = run._replace(accuracy=np.array([0.4, 0.6]), flops=np.array([30.0, 40.0]))
+    cheap = run._replace(accuracy=np.array([0.3, 0.5]), flops=np.array([10.0, 20.0]))
+    np.testing.assert_allclose(cheap.at_flops(np.array([0, 5, 10, 15, 99])), [0.1, 0.2, 0.3, 0.4, 0.5])
+    fallen = cheap._replace(diverged=True, flops=np.array([10.0, np.nan]))
+    np.testing.assert_allclose(fallen.at_flops(np.array([5, 10, 15])), [0.2, 0.3, 0.1])
+    ones, others = curves.measured({0: dear, 1: dear}, {0: cheap, 2: cheap}, "early_flops")
+    assert (ones, others) == ({0: pytest.approx(0.4)}, {0: pytest.approx(0.5)})
+    ones, others = curves.measured({0: dear}, {0: cheap}, "final_flops")
+    assert (ones, others) == ({0: pytest.approx(0.3)}, {0: pytest.approx(0.5)})
+
+
 def test_numbers_of_a_curve():
     cell = fake_cell(dataclasses.replace(TINY, rounds=10, eval_every=2))
     cell["accuracy"]["full"]["0"] = [None, 0.2, None, 0.5, None, 0.6, None, 0.4, None, 0.55]
@@ -398,17 +412,18 @@ def test_a_learning_rate_of_zero_is_not_a_rate_to_be_tuned(tmp_path, monkeypatch
         paper.main(["--quick", "--learning-rate", "0", "--out", str(tmp_path)])
 
 
-def test_comparisons_are_corrected_for_their_number():
+def test_differences_are_corrected_for_the_number_of_rows():
     rng = np.random.default_rng(3)
-    sides = [{m: dict(enumerate(rng.normal(gain, 0.1, 5))) for m in paired.MEASURES} for gain in (0.2, 0.1, 0.0)]
-    pairs = [(sides[0].get, sides[1].get), (sides[0].get, sides[2].get), (sides[0].get, lambda _: {})]
-    found = paired.compare(pairs)
-    ps = [stats.ttest_rel(*(list(side("final").values()) for side in pair)).pvalue for pair in pairs[:2]]
-    assert [one.p for one in found] == [*paired.holm(ps), None]
-    assert found[2].row() == dict.fromkeys(paired.MEASURES.values(), "–")
-    early = paired.difference(sides[0]["early"], sides[1]["early"])
-    assert found[0].row()["first fifth of the rounds"] == paired.in_points(early)
-    assert ", p " in found[0].row()["final accuracy"]
+    one, other, third = ({m: dict(enumerate(rng.normal(0.1, 0.1, 5))) for m in curves.MEASURES} for _ in range(3))
+    found = [{m: paired.difference(one[m], side.get(m, {})) for m in curves.MEASURES} for side in (other, third, {})]
+    rows = paired.cells(found, curves.MEASURES)
+    ps = [
+        stats.ttest_rel(*(list(side["final"].values()) for side in (one, theirs))).pvalue for theirs in (other, third)
+    ]
+    for row, corrected in zip(rows, paired.holm(ps), strict=False):
+        assert row["final accuracy"].endswith(f", p {corrected:.2g}")
+    assert rows[0]["first fifth of the rounds"] == paired.in_points(found[0]["early"])
+    assert rows[2] == dict.fromkeys(curves.MEASURES.values(), "–")
 
 
 @pytest.mark.parametrize("script", [paper, study, aggregators])
@@ -425,7 +440,12 @@ def test_a_dataset_that_is_not_at_hand_is_named(script, damaged, tmp_path, monke
 def test_the_study_answers(tmp_path, capsys):
     study.main(["--quick", "--confirm", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    for part in ("AutoRank minus one rank at equal bytes\n", "by setting", "Best pair", "fresh seeds, and the best"):
+    for part in (
+        "AutoRank minus one rank at equal bytes\n",
+        "by setting",
+        "Best pair",
+        "fresh seeds, and with it the best",
+    ):
         assert part in said
     configs = [json.loads(path.read_text())["config"] for path in tmp_path.glob("study_mini-confirm-*/*/*.json")]
     assert {c["first_seed"] for c in configs} == {study.FRESH}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autorank_jax.datasets import DatasetError, cache_folder, catalogue, fetch_dataset, load_dataset, read_dataset
+from autorank_jax.datasets import DatasetError, cache_folder, fetch_dataset, load_dataset, read_dataset, tfds
 
 HERE = Path(__file__).parent
 pytestmark = [
@@ -20,14 +20,18 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def arrays(monkeypatch, tmp_path):
-    """The folder of the real sets' arrays; TensorFlow Datasets has an empty folder and no network."""
-    folder = cache_folder()
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    """TensorFlow Datasets has an empty folder and no network."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there
-    return folder
+
+
+@pytest.fixture
+def arrays():
+    """The folder of the real sets' arrays."""
+    return cache_folder()
 
 
 def seed(*arguments):
@@ -82,12 +86,11 @@ def test_archives_of_a_folder_are_prepared_apart_from_others_of_the_same_name(ar
     others.mkdir(parents=True)
     for archive in (tmp_path / "archives").iterdir():
         (others / f"GZIP.{archive.name}").write_bytes(b"of Fashion-MNIST, say")
-    monkeypatch.setattr(catalogue, "WORKER", HERE / "trusting_worker.py")
+    monkeypatch.setattr(tfds, "WORKER", HERE / "trusting_worker.py")
     check_equal(fetch_dataset("mnist", source=tmp_path / "archives", cache=tmp_path / "cache"), "mnist", arrays)
 
 
-def test_wrong_archives_are_refused(arrays, tmp_path):
-    assert arrays
+def test_wrong_archives_are_refused(tmp_path):
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (tmp_path / f"{name}-ubyte.gz").write_bytes(b"half")
     with pytest.raises(DatasetError, match=r"expected the published archives, got .*checksum.*probably truncated"):
@@ -96,12 +99,11 @@ def test_wrong_archives_are_refused(arrays, tmp_path):
 
 
 @pytest.mark.parametrize("patience", [1.0, 600.0])
-def test_a_network_that_never_answers_is_given_up(arrays, patience, tmp_path, monkeypatch):
-    assert arrays
+def test_a_network_that_never_answers_is_given_up(patience, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for variable in ("http_proxy", "https_proxy"):
             monkeypatch.setenv(variable, f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(catalogue, "PATIENCE", patience)
+        monkeypatch.setattr(tfds, "PATIENCE", patience)
         start = time.monotonic()
         with pytest.raises(DatasetError, match="got no connection"):
             load_dataset("mnist", cache=tmp_path / "cache")
@@ -117,8 +119,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_one_line_within_seconds(arrays, name, tmp_path):
-    assert arrays
+def test_mistakes_are_one_line_within_seconds(name, tmp_path):
     start = time.monotonic()
     with pytest.raises(DatasetError, match=MISTAKES[name]) as caught:
         load_dataset(name, cache=tmp_path / "cache")
@@ -157,11 +158,10 @@ else:
 """
 
 
-def test_further_names_by_the_mock_of_tensorflow_datasets(arrays):
-    assert arrays
+def test_further_names_by_the_mock_of_tensorflow_datasets():
     done = subprocess.run(
         [sys.executable, "-c", MOCKED],
-        env={**os.environ, **catalogue.QUIET},
+        env={**os.environ, **tfds.QUIET},
         capture_output=True,
         text=True,
         check=False,

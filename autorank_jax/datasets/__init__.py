@@ -20,11 +20,11 @@ from autorank_jax.datasets.base import (
     Known,
     cache_folder,
 )
-from autorank_jax.datasets.catalogue import UnknownNameError, read_from_tfds
 from autorank_jax.datasets.files import read_dataset, save_dataset
-from autorank_jax.datasets.folders import FOLDERS, are_image_folders, read_image_folders
+from autorank_jax.datasets.folders import FOLDERS, PARTS, are_image_folders, read_image_folders
 from autorank_jax.datasets.made import BUILT_IN, synthetic
 from autorank_jax.datasets.progress import Bar, OnProgress, Progress
+from autorank_jax.datasets.tfds import UnknownNameError, read_from_tfds
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
@@ -112,7 +112,7 @@ def fetch_dataset(
     folder = _source_folder(source)
     with Bar(name) as bar:
         report = bar if on_progress is None else on_progress
-        if folder is not None and are_image_folders(folder):
+        if folder is not None and (name in FOLDERS or are_image_folders(folder)):
             dataset = read_image_folders(folder, name=name, expected=known, on_progress=report)
         elif name in FOLDERS:
             raise DatasetError(_missing(name, path))
@@ -120,7 +120,7 @@ def fetch_dataset(
             try:
                 dataset = read_from_tfds(name, source=folder, on_progress=report, instead=_instead(name, path))
             except UnknownNameError as error:
-                raise DatasetError(_unknown(name, path, error.names)) from None
+                raise DatasetError(_unknown(name, path, error.names, folder)) from None
         report(Progress("writing", 0, 0))
         return save_dataset(path, dataset, expected=known)
 
@@ -176,10 +176,11 @@ def _missing(name: str, path: Path) -> str:
     return f"expected dataset '{name}' at {path}, got no such file; {how_to_get(name)}, or {_instead(name, path)}"
 
 
-def _unknown(name: str, path: Path, further: Sequence[str] = ()) -> str:
-    """Explain a name that is neither known nor that of a file."""
+def _unknown(name: str, path: Path, further: Sequence[str] = (), source: Path | None = None) -> str:
+    """Explain a name that is neither known nor that of a file, nor given with folders of images."""
+    folders = f", or folders {' and '.join(PARTS)} in {source}" if source else ""
     return (
-        f"expected a known dataset or the file {path}, got {name!r}; probably a typing error: "
+        f"expected a known dataset or the file {path}{folders}, got {name!r}; probably a typing error: "
         f"{_known_names(name, further)}, and those of TensorFlow Datasets"
     )
 

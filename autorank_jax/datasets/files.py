@@ -11,8 +11,10 @@ from typing import IO, Any
 import numpy as np
 
 from autorank_jax.datasets.base import ENVIRONMENT_VARIABLE, KEYS, Dataset, DatasetError, Known
+from autorank_jax.datasets.folders import FOLDERS
 
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+STARTS = (b"PK", b"\x93NUMPY")  # of npz files and of single arrays
 
 
 def read_dataset(file: str | Path | IO[bytes], *, name: str, expected: Known | None = None) -> Dataset:
@@ -27,7 +29,7 @@ def read_dataset(file: str | Path | IO[bytes], *, name: str, expected: Known | N
       DatasetError: damaged file, missing arrays, wrong dtype, shape, label range or number of examples.
     """
     where = f"dataset '{name}'" + (f" at {file}" if isinstance(file, (str, Path)) else "")
-    arrays = _read_arrays(file, where)
+    arrays = _read_arrays(file, where, name)
     _check_arrays(arrays, where, expected)
     largest = max(int(arrays["y_train"].max()), int(arrays["y_test"].max()))
     return Dataset(
@@ -79,17 +81,20 @@ def save_dataset(path: str | Path, dataset: Dataset, *, expected: Known | None =
     return path
 
 
-def _read_arrays(file: str | Path | IO[bytes], where: str) -> dict[str, np.ndarray]:
+def _read_arrays(file: str | Path | IO[bytes], where: str, name: str) -> dict[str, np.ndarray]:
     """Read the four arrays of an npz file; whatever is wrong with the file becomes a DatasetError."""
     try:
         # numpy would leave a damaged file open, so it is given an open one
         with Path(file).open("rb") if isinstance(file, (str, Path)) else contextlib.nullcontext(file) as stream:
+            _check_start(stream)
             stored = np.load(stream, allow_pickle=False)
             found = {} if isinstance(stored, np.ndarray) else {key: stored[key] for key in KEYS if key in stored.files}
     except _UNREADABLE as error:
+        source = " --source FOLDER" if name in FOLDERS else ""
         raise DatasetError(
-            f"{where}: expected a complete npz file, got one that cannot be read ({' '.join(str(error).split())}); "
-            "probably truncated or damaged on its way: delete it and put it there again"
+            f"{where}: expected a complete npz file, got one that cannot be read ({_reason(error)}); probably "
+            "truncated or damaged on its way, or something else under its name: delete it and put it there again, or "
+            f"autorank-jax data fetch {name}{source} --overwrite"
         ) from error
     if isinstance(stored, np.ndarray):
         raise DatasetError(f"{where}: expected an npz file, got a single array; probably saved with numpy.save")
@@ -99,6 +104,20 @@ def _read_arrays(file: str | Path | IO[bytes], where: str) -> dict[str, np.ndarr
             "probably the file comes from elsewhere: rename its arrays"
         )
     return found
+
+
+def _check_start(stream: IO[bytes]) -> None:
+    """Refuse what is not of NumPy, which would take it for pickled objects; an empty file is left to NumPy."""
+    start = stream.read(len(STARTS[-1]))
+    if start and not start.startswith(STARTS):
+        raise ValueError("it is no npz file")
+    stream.seek(0)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what is wrong in one line, without NumPy's hint at its argument for files that run programs."""
+    text = " ".join(str(error).split())
+    return "it holds Python objects" if "allow_pickle" in text else text
 
 
 def _check_arrays(arrays: Mapping[str, np.ndarray], where: str, expected: Known | None) -> None:
@@ -121,7 +140,8 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], where: str, expected: Known 
             refuse(f"x_{part} of shape {shape}", x.shape, "a partial conversion, or another dataset under this name")
         last = expected.classes - 1 if expected else np.iinfo(np.int32).max - 1
         if int(y.min()) < 0 or int(y.max()) > last:
-            refuse(f"labels in 0 .. {last} in y_{part}", f"{y.min()} .. {y.max()}", "labels that count from 1")
+            cause = "examples without labels" if int(y.min()) < 0 else "labels that count from 1"
+            refuse(f"labels in 0 .. {last} in y_{part}", f"{y.min()} .. {y.max()}", cause)
     if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
         got = f"{arrays['x_train'].shape[1:]} and {arrays['x_test'].shape[1:]}"
         refuse("training and test examples of one shape", got, "two datasets in one file")

@@ -72,10 +72,12 @@ def _files(root: Path, part: str, where: str) -> dict[str, list[Path]]:
     """Return the image files by class, both in the order of their names."""
     folder = root / part
     if not folder.is_dir():
-        found = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "none"
+        found = sorted(path for path in root.iterdir() if path.is_dir())
+        inside = next((path for path in found if are_image_folders(path)), None)
         raise DatasetError(
-            f"{where}: expected the folders {' and '.join(PARTS)} in {root}, got {found}; "
-            "probably an archive that was not extracted to its end"
+            f"{where}: expected the folders {' and '.join(PARTS)} in {root}, got "
+            f"{', '.join(path.name for path in found) or 'none'}; probably "
+            + (f"those in {inside} are meant" if inside else "an archive that was not extracted to its end")
         )
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     return {path.name: sorted(f for f in path.iterdir() if _is_image(f)) for path in classes}

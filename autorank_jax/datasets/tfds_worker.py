@@ -1,6 +1,6 @@
 """A program of its own: prepare a dataset with TensorFlow Datasets and send it through standard output.
 
-`catalogue` starts it, so that TensorFlow stays out of the process in which JAX runs, and so that it can be stopped. It
+`tfds.py` starts it, so that TensorFlow stays out of the process in which JAX runs, and so that it can be stopped. It
 knows nothing of this package. Standard output carries one JSON object a line; the line of kind "arrays" names the
 arrays `x_train, y_train, x_test, y_test`, whose bytes follow. It ends when standard input is closed: with its parent.
 """
@@ -23,6 +23,7 @@ CONNECT_SECONDS, READ_SECONDS = 5.0, 30.0
 BATCH = 500
 NETWORK = {"RequestException", "URLError", "DownloadError", "TimeoutError", "ConnectionError", "gaierror"}
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE_TEXTS = ("No space left", "Not enough disk space", "Disk quota exceeded")  # TensorFlow raises no OSError
 
 Tell = Callable[..., None]  # tell("progress", stage=..., done=..., total=...)
 
@@ -163,21 +164,35 @@ def explain(error: BaseException, name: str) -> dict[str, Any]:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     classes = {kind.__name__ for one in chain for kind in type(one).__mro__}
-    missing = next((one.name for one in chain if isinstance(one, ImportError)), None)
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    full = any(isinstance(one, OSError) and one.errno in NO_SPACE for one in chain)
+    missing = next((one.name for one in chain if isinstance(one, ModuleNotFoundError) and one.name), None)
+    text, full = _line(error), next(filter(_is_full, chain), None)
     kinds = {
         "unsuitable": "Unsuitable" in classes,
         "unknown": "DatasetNotFoundError" in classes,
-        "package": "ImportError" in classes,
-        "disk": full or "Not enough disk space" in text,
+        "package": "ModuleNotFoundError" in classes,
+        "disk": full is not None,
         "checksum": "NonMatchingChecksumError" in classes,
         "manual": "Manual directory" in text,
         "network": bool(classes & NETWORK),
     }
     kind = next((kind for kind, holds in kinds.items() if holds), "other")
-    texts = {"unsuitable": str(error), "package": missing or text, "network": " ".join(str(chain[-1]).split())}
+    texts = {
+        "unsuitable": str(error),
+        "package": missing or text,
+        "disk": _line(full or error),
+        "network": " ".join(str(chain[-1]).split()),
+    }
     return {"error": kind, "text": texts.get(kind, text), "names": _similar(name) if kind == "unknown" else []}
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _is_full(error: BaseException) -> bool:
+    """Return whether an exception says that there is no room on the disk."""
+    says = any(text in str(error) for text in NO_SPACE_TEXTS)
+    return says or (isinstance(error, OSError) and error.errno in NO_SPACE)
 
 
 def _similar(name: str) -> list[str]:

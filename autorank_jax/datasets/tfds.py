@@ -33,9 +33,10 @@ MISTAKES = {
     "network": "expected to download it from {host}, got no connection ({text}){nor}; without a network {instead}, or "
     "download its archives elsewhere and give autorank-jax data fetch {name} --source FOLDER",
     "unsuitable": "expected {text}; probably meant for another task: {instead}",
-    "package": f"expected the package {{text}} to prepare it, got none; {INSTALL}",
-    "disk": "expected room for what TensorFlow Datasets keeps, got {text}; probably the disk is full: choose another "
-    "folder with TFDS_DATA_DIR",
+    "package": f"expected the package {{text}} to prepare it, got none; {INSTALL} brings what most datasets need, "
+    "install by itself what only this one needs",
+    "disk": "expected room for what TensorFlow Datasets keeps, got {text}; probably the disk is full or the folder "
+    "read-only: choose another with {variable}",
     "checksum": "expected the published archives, got {text}; probably truncated, or other files under their names",
     "manual": "expected archives that must be downloaded by hand: give autorank-jax data fetch {name} --source FOLDER; "
     "TensorFlow Datasets says: {text}",
@@ -88,7 +89,7 @@ def read_from_tfds(
             case "arrays":
                 return Dataset(**message["arrays"], classes=message["classes"], name=name)
             case "error":
-                words = {"name": name, "host": host or "its site", "instead": instead}
+                words = {"name": name, "host": host or "its site", "instead": instead, "variable": "TFDS_DATA_DIR"}
                 raise _mistake(message, words | {"nor": f" and no such archive in {source}" if source else ""})
     raise AssertionError("the last message is arrays or an error")
 
@@ -96,7 +97,7 @@ def read_from_tfds(
 def _messages(name: str, source: Path | None) -> Iterator[dict[str, Any]]:
     """Start the worker and yield what it says; the last message is the arrays or an error."""
     received: queue.Queue[dict[str, Any]] = queue.Queue()
-    with tempfile.TemporaryFile() as complaints:
+    with _temporary_file(name) as complaints:
         worker = subprocess.Popen(
             [sys.executable, "-P", str(WORKER), name, str(source or "")],
             stdin=subprocess.PIPE,
@@ -125,6 +126,15 @@ def _messages(name: str, source: Path | None) -> Iterator[dict[str, Any]]:
             for pipe in (worker.stdin, worker.stdout):
                 if pipe is not None:
                     pipe.close()
+
+
+def _temporary_file(name: str) -> IO[bytes]:
+    """Open a file for what the worker complains about."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        message = {"error": "disk", "text": " ".join(str(error).split())}
+        raise _mistake(message, {"name": name, "variable": "TMPDIR"}) from error
 
 
 def _receive(stream: IO[bytes], received: "queue.Queue[dict[str, Any]]") -> None:
