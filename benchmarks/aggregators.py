@@ -16,7 +16,8 @@ from pathlib import Path
 import harness
 import matplotlib as mpl
 import numpy as np
-from grid import Cell, finals, mean_sd, run_cells
+from curves import GUESSING, percent
+from grid import Cell, run_cells
 from pictures import heat_map
 
 from autorank_jax.configuration import GLOBAL_RULES, Experiment
@@ -46,6 +47,13 @@ def make_cells(rules: list[str], *, quick: bool, rounds: int, seeds: int) -> dic
     }
 
 
+def finals(cell: Cell, policy: str) -> list[float]:
+    """Return the last accuracy of each seed; a run that diverged guesses."""
+    seeds, config = cell["accuracy"].get(policy, {}), cell["config"]
+    last = [values[-1] for values in seeds.values() if len(values) == config["rounds"] and values[-1] is not None]
+    return last + [GUESSING] * (config["seeds"] - len(last))
+
+
 def table(cells: dict[str, Cell], rules: list[str]) -> list[harness.Row]:
     """Lay the final accuracies out, a row per rule."""
     rows = []
@@ -53,7 +61,7 @@ def table(cells: dict[str, Cell], rules: list[str]) -> list[harness.Row]:
         row: harness.Row = {"rule": f"`{rule}`"}
         for split in SPLITS:
             for policy in POLICIES:
-                row[f"{split}, {policy}"] = mean_sd(finals(cells[f"{split}-{rule}"], policy))
+                row[f"{split}, {policy}"] = percent(finals(cells[f"{split}-{rule}"], policy))
         rows.append(row)
     return rows
 
@@ -72,7 +80,8 @@ def draw(cells: dict[str, Cell], rules: list[str], path: Path, title: str) -> No
     )
 
 
-def main() -> None:
+@harness.mistakes_in_words()
+def main(arguments: list[str] | None = None) -> None:
     """Run the cells that are missing, then print the table and draw the heat map."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the embedded subset")
@@ -80,7 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     mpl.use("Agg")
     rules, name = options.rules.split(","), "aggregators_mini" if options.quick else "aggregators"
     cells = make_cells(rules, quick=options.quick, rounds=options.rounds, seeds=options.seeds)

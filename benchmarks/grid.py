@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
-import numpy as np
 from rich.progress import Progress
 
-from autorank_jax.configuration import ConfigurationError, Experiment, experiment_from
+from autorank_jax.configuration import Experiment, experiment_from
 from autorank_jax.experiment import DivergedError, RoundDone, run_experiment
 from autorank_jax.results import Results, Scores, summarize
 
@@ -54,6 +53,15 @@ def add_grid_options(parser: argparse.ArgumentParser, *, splits: Sequence[str], 
     parser.add_argument("--out", type=Path, default=out)
 
 
+def count(what: str, given: int | None, default: int) -> int:
+    """Return how many of something are asked for."""
+    if given is None:
+        return default
+    if given < 1:
+        raise SystemExit(f"{what}: expected 1 or more, got {given}")
+    return given
+
+
 def run_cells(cells: Mapping[str, Experiment], folder: Path, bounds: Bounds = Bounds()) -> dict[str, Cell]:  # noqa: B008
     """Run the cells that are not there yet, and return all that are there then.
 
@@ -90,7 +98,7 @@ def read_cell(path: Path, experiment: Experiment) -> Cell | None:
     try:
         cell = json.loads(path.read_text())
         return cell if experiment_from(cell["config"]) == experiment else None
-    except (FileNotFoundError, json.JSONDecodeError, ConfigurationError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -177,17 +185,3 @@ def _merge(cell: Cell, more: Cell) -> None:
 def _tidy(value: float) -> float:
     """Round to six digits."""
     return float(f"{value:.6g}")
-
-
-def finals(cell: Cell, policy: str) -> list[float]:
-    """Return the last accuracy of each seed; 0.1, that of guessing among ten classes, where a run diverged."""
-    seeds = cell["accuracy"].get(policy, {})
-    count = cell["config"]["seeds"]
-    last = [values[-1] if values and values[-1] is not None else 0.1 for values in seeds.values()]
-    return last + [0.1] * (count - len(last))
-
-
-def mean_sd(values: Sequence[float]) -> str:
-    """Write mean ± standard deviation in per cent."""
-    sd = np.std(values, ddof=1) if len(values) > 1 else float("nan")
-    return f"{100 * np.mean(values):.1f} ± {100 * sd:.1f}"

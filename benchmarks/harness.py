@@ -21,6 +21,9 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
+from autorank_jax.configuration import ConfigurationError
+from autorank_jax.datasets import DatasetError
+
 Row = dict[str, Any]
 
 
@@ -87,6 +90,15 @@ def shared_programs() -> Iterator[None]:
             compilation_cache.reset_cache()
 
 
+@contextlib.contextmanager
+def mistakes_in_words() -> Iterator[None]:
+    """Leave the script with the message alone where options make no experiment or a dataset is not at hand."""
+    try:
+        yield
+    except (ConfigurationError, DatasetError) as error:
+        raise SystemExit(str(error)) from error
+
+
 def summary(seconds: Sequence[float]) -> dict[str, float]:
     """Return the median and the half-width of the middle half."""
     low, high = np.percentile(seconds, [25, 75])
@@ -94,16 +106,24 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def write_json(path: str | Path | None, content: Any) -> None:
-    """Write JSON under a temporary name, then rename it; do nothing where there is no path."""
+    """Write JSON under a temporary name, then rename it; do nothing where there is no path.
+
+    Where that fails or is interrupted, what the path held before stays, and nothing else is left.
+    """
     if path is None:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.write("\n")
-    os.chmod(file.name, 0o644)  # temporary files are the owner's alone
-    os.replace(file.name, path)
+        try:
+            json.dump(content, file, indent=1, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.chmod(file.name, 0o644)  # temporary files are the owner's alone
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[str]) -> str:

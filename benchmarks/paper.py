@@ -29,7 +29,8 @@ import numpy as np
 import paper_tables
 import pictures
 from curves import Reached, table_of
-from grid import NOTHING, Bounds, Cell, add_grid_options
+from grid import NOTHING, Bounds, Cell, add_grid_options, count
+from paper_tables import Column
 from plan import DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
 from tuning import Choice, Grid, choose_rates, run_tuned
 
@@ -38,14 +39,6 @@ from autorank_jax.configuration import MODELS
 RESULTS = Path(__file__).parent / "results"
 Key = tuple[str, str]
 """Dataset and split."""
-
-
-class Column(NamedTuple):
-    """One policy under one rule, on one split of one dataset."""
-
-    title: str
-    choice: Choice | None  # None until it is tuned
-    runs: dict[int, Reached]  # by seed; those that are there
 
 
 class Plan(NamedTuple):
@@ -61,6 +54,7 @@ class Plan(NamedTuple):
 
 QUICK = "fashion_mnist_mini"
 """The dataset of `--quick`, and of nothing else."""
+USUAL = "fashion_mnist,mnist"
 
 
 def everything(plan: Plan) -> Plan:
@@ -119,7 +113,9 @@ def _silent(runs: Mapping[int, Reached]) -> dict[int, Reached]:
 
 def make_plan(options: argparse.Namespace) -> Plan:
     """Turn the command line into a plan."""
-    datasets = [QUICK] if options.quick else options.dataset.split(",")
+    if options.quick and options.dataset:
+        raise SystemExit(f"dataset: expected none beside --quick, which has its own, got {options.dataset}")
+    datasets = [QUICK] if options.quick else (options.dataset or USUAL).split(",")
     usual = ["staircase", "central"] if options.quick else list(SPLITS)
     splits = options.splits.split(",") if options.splits else usual
     groups = options.groups.split(",") if options.groups else list(GROUPS)
@@ -127,10 +123,13 @@ def make_plan(options: argparse.Namespace) -> Plan:
     for what, words, known in (("dataset", datasets, full), ("splits", splits, SPLITS), ("groups", groups, GROUPS)):
         if wrong := [word for word in words if word not in known]:
             raise SystemExit(f"{what}: expected some of {', '.join(known)}, got {', '.join(wrong)}")
-    grids = dict.fromkeys(GROUPS, Grid((options.learning_rate,)) if options.learning_rate else Grid(more_seeds=1))
-    if options.quick and not options.learning_rate:  # one rate but for the first group, which shows how it is chosen
+    rate = options.learning_rate
+    if options.rounds is not None:
+        count("rounds", options.rounds, 1)
+    grids = dict.fromkeys(GROUPS, Grid(more_seeds=1) if rate is None else Grid((rate,)))
+    if options.quick and rate is None:  # one rate but for the first group, which shows how it is chosen
         grids = dict.fromkeys(GROUPS, Grid((0.03,))) | {"main": Grid((0.01, 0.03))}
-    seeds = options.seeds or (2 if options.quick else 5)
+    seeds = count("seeds", options.seeds, 2 if options.quick else 5)
     given = {name: getattr(options, name) for name in ("rounds", "local_epochs", "model")}
     chosen = {name: value for name, value in given.items() if value is not None} | {"eval_every": 2}
     folder = options.out / ("paper_mini" if options.quick else "paper")
@@ -170,11 +169,12 @@ def draw(series: Mapping[str, Mapping[int, Reached]], folder: Path, title: str) 
         pictures.accuracy_curves(rest, path.with_stem(f"{path.stem}-controls"), f"{title}, controls")
 
 
+@harness.mistakes_in_words()
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, then print and write what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     full = [name for name in DATASETS if name != QUICK]
-    parser.add_argument("--dataset", default="fashion_mnist,mnist", help="comma-separated: " + ", ".join(full))
+    parser.add_argument("--dataset", default="", help=f"comma-separated; default {USUAL}, of " + ", ".join(full))
     parser.add_argument("--groups", default="", help="comma-separated; default all: " + ", ".join(GROUPS))
     parser.add_argument("--rounds", type=int, default=None, help="default 100, on coloured images 200")
     parser.add_argument("--local-epochs", type=int, default=None, help="default 1")

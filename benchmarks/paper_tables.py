@@ -2,24 +2,33 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 from curves import MEASURES, Reached, client_values, measured, percent, until, values
 from harness import Row, markdown_table
 from paired import cells, difference
 from plan import AUTHOR, DATASETS
+from tuning import Choice
 
 FIRST = AUTHOR[0]
 COSTS = {"rounds": "rounds", "flops": "FLOPs", "bytes": "bytes"}
 
 
-def write(dataset: str, split: str, columns: Sequence[Any], *, seeds: int) -> str:
+class Column(NamedTuple):
+    """One policy under one rule, on one split of one dataset."""
+
+    title: str
+    choice: Choice | None  # None until it is tuned
+    runs: dict[int, Reached]  # by seed; those that are there
+
+
+def write(dataset: str, split: str, columns: Sequence[Column], *, seeds: int) -> str:
     """Return all tables of one split of one dataset; what no seed has reached yet is a dash.
 
     Args:
         dataset: its name.
         split: its name.
-        columns: with `title`, `choice` and `runs`.
+        columns: in this order.
         seeds: how many there are to be.
     """
     parts = [f"## {dataset}, {split}\n", _accuracies(columns, seeds)]
@@ -41,7 +50,7 @@ def write(dataset: str, split: str, columns: Sequence[Any], *, seeds: int) -> st
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def _accuracies(columns: Sequence[Any], seeds: int) -> str:
+def _accuracies(columns: Sequence[Column], seeds: int) -> str:
     rows: list[Row] = []
     for column in columns:
         runs = column.runs
@@ -77,7 +86,7 @@ def _slowest(runs: Sequence[Reached]) -> str:
     return f"{_mean(known) / 1e9:.1f}" if known else "–"
 
 
-def _targets(dataset: str, columns: Sequence[Any]) -> str:
+def _targets(dataset: str, columns: Sequence[Column]) -> str:
     rows: list[Row] = []
     for column in columns:
         runs = {seed: run for seed, run in column.runs.items() if len(run.accuracy)}
@@ -90,7 +99,7 @@ def _targets(dataset: str, columns: Sequence[Any]) -> str:
     return markdown_table(rows, list(rows[0])) if rows else "–"
 
 
-def _differences(columns: Sequence[Any]) -> list[Row]:
+def _differences(columns: Sequence[Column]) -> list[Row]:
     first = next((column for column in columns if column.title == FIRST), None)
     if first is None or not first.runs:
         return []
@@ -102,7 +111,7 @@ def _differences(columns: Sequence[Any]) -> list[Row]:
     ]
 
 
-def _beside_author(columns: Sequence[Any], author: Sequence[float]) -> str:
+def _beside_author(columns: Sequence[Column], author: Sequence[float]) -> str:
     by_title = {column.title: column.runs for column in columns}
     rows: list[Row] = []
     for title, theirs in zip(AUTHOR, author, strict=True):

@@ -116,6 +116,7 @@ def draw(rows: list[harness.Row], path: Path) -> None:
     plt.close(figure)
 
 
+@harness.mistakes_in_words()
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,10 +128,7 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", options.devices)
     mpl.use("Agg")
     ratios, repeats, levels = ((0.5,), 1, 2) if options.quick else (RATIOS, options.repeats, LEVELS)
-    try:
-        workload = workloads.make_workload("staircase", quick=options.quick)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
+    workload = workloads.make_workload("staircase", quick=options.quick)
     rows = measure(workload, ratios, repeats, levels, options.devices)
     print(harness.markdown_table(rows, COLUMNS))
     content = {"rows": rows, "versions": harness.versions(), "device": harness.device()}

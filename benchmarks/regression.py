@@ -41,6 +41,7 @@ def compare(
     ]
 
 
+@harness.mistakes_in_words()
 def main() -> None:
     """Measure anew, compare, and exit with 1 where something got worse."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,15 +54,13 @@ def main() -> None:
         print(f"nothing to compare with: run benchmarks/speed.py --json {options.committed}")
         raise SystemExit(2)
     committed = json.loads(options.committed.read_text())["ratios"]
-    settings = speed.parse(["--competitors", ",".join(COMPETITORS), "--repeats", str(options.repeats)])
+    asked = {"workloads": options.workloads, "competitors": COMPETITORS, "repeats": (str(options.repeats),)}
+    settings = speed.parse([word for name, words in asked.items() for word in (f"--{name}", ",".join(words))])
     speed.use_devices(settings)
     measured = {}
-    for name in options.workloads:
+    for name in settings.workloads:
         print(f"{name} …", flush=True)
-        try:
-            measured[name] = speed.measure(workloads.make_workload(name), settings)["ratios"]
-        except ValueError as error:
-            raise SystemExit(f"{name}: {error}") from error
+        measured[name] = speed.measure(workloads.make_workload(name), settings)["ratios"]
     rows = compare(committed, measured, options.tolerance)
     print(harness.markdown_table(rows, ["workload", "competitor", "committed", "measured", "change", "worse"]))
     if not rows:

@@ -230,6 +230,7 @@ def show_file(path: Path) -> None:
     draw(content, path.with_suffix(".png"))
 
 
+@harness.mistakes_in_words()
 def main() -> None:
     """Measure, print, write, workload by workload."""
     options = parse()
@@ -245,11 +246,7 @@ def main() -> None:
             print(f"{name}: in {options.json} already", flush=True)
             continue
         print(f"{name}: making the workload", flush=True)
-        try:
-            workload = workloads.make_workload(name, quick=options.quick)
-        except ValueError as error:  # the dataset is not at hand
-            raise SystemExit(f"{name}: {error}") from error
-        measured = measure(workload, options)
+        measured = measure(workloads.make_workload(name, quick=options.quick), options)
         report(name, measured)
         content = merge(options.json, name, measured, about)
         if options.json is not None:

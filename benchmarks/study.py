@@ -29,7 +29,7 @@ import numpy as np
 import pictures
 from answers import ALL, Point, Question, Table
 from curves import table_of
-from grid import NOTHING, Bounds, add_grid_options
+from grid import NOTHING, Bounds, add_grid_options, count
 from plan import SPLITS
 from tuning import Choice, Grid, choose_rates, run_tuned
 
@@ -163,12 +163,12 @@ def make_plan(options: argparse.Namespace) -> Plan:
             chosen[what] = tuple(words.split(","))
         if wrong := [word for word in chosen[what] if word not in known]:
             raise SystemExit(f"{what}: expected some of {', '.join(known)}, got {', '.join(wrong)}")
-    given = {"rounds": options.rounds or (4 if quick else 20)} | ({"rank_levels": 1} if quick else {})
+    given = {"rounds": count("rounds", options.rounds, 4 if quick else 20)} | ({"rank_levels": 1} if quick else {})
     return Plan(
         "fashion_mnist_mini" if quick else "fashion_mnist",
         tuple(POLICIES)[: 4 if quick else None],
         **chosen,
-        seeds=range(options.seeds or (2 if quick else 5)),
+        seeds=range(count("seeds", options.seeds, 2 if quick else 5)),
         options=given,
         folder=options.out / ("study_mini" if quick else "study"),
         together=quick,
@@ -252,6 +252,7 @@ def confirm(plan: Plan, best: Sequence[Point], rates: Rates, bounds: Bounds) -> 
     return "\n".join(filter(None, parts)) or "Nothing is confirmed yet.\n"
 
 
+@harness.mistakes_in_words()
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, then answer from what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

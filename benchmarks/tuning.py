@@ -33,6 +33,10 @@ class Grid(NamedTuple):
     more_seeds: int = 0  # beyond the first, for the best rate and those close to it
 
 
+Scores = dict[float, list[float]]
+"""Accuracies on the tuning seeds that were run, by rate."""
+
+
 class Choice(NamedTuple):
     """The learning rate of one policy under one rule."""
 
@@ -84,10 +88,6 @@ def choose_rates(experiment: Experiment, grid: Grid, folder: Path, name: str, bo
     return {policy: _choice(scores) for policy, scores in tried.items()}
 
 
-Scores = dict[float, list[float]]
-"""Accuracies on the tuning seeds that were run, by rate."""
-
-
 def _next(trial: Experiment, scores: Scores, more_seeds: int) -> dict[str, Experiment]:
     """Return what to try for a policy, by name: a rate beyond its best, else its best rates with more seeds."""
     best = _best(scores)
@@ -105,6 +105,32 @@ def _policies(experiment: Experiment, policies: tuple[str, ...], **options: Any)
     """Return an experiment of some of its policies, with the options on top."""
     ratios = experiment.ratios if "manual" in policies else ()
     return dataclasses.replace(experiment, rank_policies=policies, ratios=ratios, **options)
+
+
+def _reached(cell: Cell, policy: str) -> list[float]:
+    """Return a policy's accuracies at the end: the server's, or where there is none the clients' own.
+
+    Clients of a run that diverged have none: they guess.
+    """
+    runs = runs_of(cell)[policy].values()
+    own = [run.clients.get("before", {}).get("mean", GUESSING) for run in runs]
+    return [float(mean if run.final is None else run.final) for run, mean in zip(runs, own, strict=True)]
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values))
+
+
+def _best(scores: Scores) -> float:
+    """Return the smallest of the rates that are as good as the best."""
+    mistakes = {rate: 1 - _mean(accuracies) for rate, accuracies in scores.items()}
+    return min(rate for rate, share in mistakes.items() if share <= TIE * min(mistakes.values()))
+
+
+def _choice(scores: Scores) -> Choice:
+    best = _best(scores)
+    means = {f"{rate:g}": round(_mean(scores[rate]), 4) for rate in sorted(scores)}
+    return Choice(best, means, best in (min(scores), max(scores)))
 
 
 class Tuned(NamedTuple):
@@ -165,29 +191,3 @@ def _parts(choices: Mapping[str, Choice], *, apart: bool) -> dict[str, tuple[str
         return {f"{policy}-lr{choice.rate:g}": (policy,) for policy, choice in choices.items()}
     rates = sorted({choice.rate for choice in choices.values()})
     return {f"lr{rate:g}": tuple(p for p, choice in choices.items() if choice.rate == rate) for rate in rates}
-
-
-def _reached(cell: Cell, policy: str) -> list[float]:
-    """Return a policy's accuracies at the end: the server's, or where there is none the clients' own.
-
-    Clients of a run that diverged have none: they guess.
-    """
-    runs = runs_of(cell)[policy].values()
-    own = [run.clients.get("before", {}).get("mean", GUESSING) for run in runs]
-    return [float(mean if run.final is None else run.final) for run, mean in zip(runs, own, strict=True)]
-
-
-def _mean(values: list[float]) -> float:
-    return float(np.mean(values))
-
-
-def _best(scores: Scores) -> float:
-    """Return the smallest of the rates that are as good as the best."""
-    mistakes = {rate: 1 - _mean(accuracies) for rate, accuracies in scores.items()}
-    return min(rate for rate, share in mistakes.items() if share <= TIE * min(mistakes.values()))
-
-
-def _choice(scores: Scores) -> Choice:
-    best = _best(scores)
-    means = {f"{rate:g}": round(_mean(scores[rate]), 4) for rate in sorted(scores)}
-    return Choice(best, means, best in (min(scores), max(scores)))

@@ -11,6 +11,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import aggregators
 import answers
 import curves
 import grid
@@ -126,6 +127,28 @@ def test_an_interrupted_grid_goes_on(pretended, tmp_path, monkeypatch):
     assert pretended[3:] == ["part/0", "part/1"]
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x81", b"{}", b"[]", b"null", b'{"config": 1}', b'{"half'])
+def test_a_cell_that_does_not_read_is_not_there(content, tmp_path):
+    (tmp_path / "one.json").write_bytes(content)
+    assert grid.read_cell(tmp_path / "one.json", TINY) is None
+
+
+@pytest.mark.parametrize("stop", [ValueError, KeyboardInterrupt])
+def test_a_file_that_is_not_written_whole_leaves_nothing(stop, tmp_path, monkeypatch):
+    path = tmp_path / "one.json"
+    grid.harness.write_json(path, {"whole": True})
+
+    def dump(_, file, **__):
+        file.write('{"half')
+        raise stop
+
+    monkeypatch.setattr(grid.harness.json, "dump", dump)
+    with pytest.raises(stop):
+        grid.harness.write_json(path, {})
+    assert [one.name for one in tmp_path.iterdir()] == ["one.json"]
+    assert json.loads(path.read_text()) == {"whole": True}
+
+
 def test_a_real_cell_holds_what_the_tables_need(tmp_path):
     experiment = dataclasses.replace(TINY, rank_policies=("autorank", "full"), personal=True, probe_epochs=1, rounds=2)
     cell = grid.run_cells({"one": experiment}, tmp_path)["one"]
@@ -138,7 +161,7 @@ def test_a_real_cell_holds_what_the_tables_need(tmp_path):
     assert (run.ratio_by_clients, run.diverged) == (1.0, False)
     assert np.array(cell["scores"]["0"]["matrix"]).shape == (2, 5)
     old = {key: cell[key] for key in ("config", "summary", "accuracy")}
-    assert grid.finals(old, "full") == [run.final]
+    assert aggregators.finals(old, "full") == [run.final]
 
 
 def test_policies_after_one_that_diverges_are_run(monkeypatch, tmp_path):
@@ -160,6 +183,7 @@ def test_policies_after_one_that_diverges_are_run(monkeypatch, tmp_path):
     cell = grid.run_cells({"wild": experiment}, tmp_path)["wild"]
     assert asked == [(("autorank", "full"), 0, 2), (("autorank",), 1, 1), (("full",), 0, 2)]
     assert cell["diverged"] == {"autorank": "the loss is lost"}
+    assert aggregators.finals(cell, "autorank") == [0.7, curves.GUESSING]
     runs = curves.runs_of(cell)
     assert runs["autorank"][0].accuracy.tolist() == [0.2, 0.1, 0.1]
     assert runs["autorank"][1].final == 0.7
@@ -366,13 +390,62 @@ def test_mistakes_in_words():
         paper.main(["--splits", "stairs"])
     with pytest.raises(SystemExit, match=r"dataset: expected some of fashion_mnist, mnist, .*, got fashion_mnist_mini"):
         paper.main(["--dataset", "fashion_mnist_mini", "--report"])
+    with pytest.raises(SystemExit, match="dataset: expected none beside --quick, which has its own, got mnist"):
+        paper.main(["--quick", "--dataset", "mnist", "--report"])
+
+
+@pytest.mark.parametrize("script", [paper, study])
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_counts_start_at_one(script, number, tmp_path):
+    for what in ("seeds", "rounds"):
+        with pytest.raises(SystemExit, match=f"^{what}: expected 1 or more, got {number}$"):
+            script.main(["--quick", "--report", "--out", str(tmp_path), f"--{what}", number])
+
+
+def test_a_learning_rate_of_zero_is_not_a_rate_to_be_tuned(tmp_path, monkeypatch):
+    def run(experiment, *_):
+        experiment.validate()
+        return fake_cell(experiment)
+
+    monkeypatch.setattr(grid, "_run", run)
+    with pytest.raises(SystemExit, match="learning-rate: expected a number above 0"):
+        paper.main(["--quick", "--learning-rate", "0", "--out", str(tmp_path)])
+
+
+def test_differences_are_corrected_for_the_number_of_rows():
+    rng = np.random.default_rng(3)
+    one, other, third = ({m: dict(enumerate(rng.normal(0.1, 0.1, 5))) for m in curves.MEASURES} for _ in range(3))
+    found = [{m: paired.difference(one[m], side.get(m, {})) for m in curves.MEASURES} for side in (other, third, {})]
+    rows = paired.cells(found, curves.MEASURES)
+    ps = [
+        stats.ttest_rel(*(list(side["final"].values()) for side in (one, theirs))).pvalue for theirs in (other, third)
+    ]
+    for row, corrected in zip(rows, paired.holm(ps), strict=False):
+        assert row["final accuracy"].endswith(f", p {corrected:.2g}")
+    assert rows[0]["first fifth of the rounds"] == paired.in_points(found[0]["early"])
+    assert rows[2] == dict.fromkeys(curves.MEASURES.values(), "–")
+
+
+@pytest.mark.parametrize("script", [paper, study, aggregators])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_dataset_that_is_not_at_hand_is_named(script, damaged, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTORANK_JAX_DATA", str(tmp_path))
+    if damaged:
+        (tmp_path / "fashion_mnist.npz").write_bytes(b"PK\x03\x04 no more")
+    with pytest.raises(SystemExit, match=r"^dataset.*: expected a (complete npz )?file"):
+        script.main(["--out", str(tmp_path / "out")])
 
 
 @pytest.mark.usefixtures("pretended")
 def test_the_study_answers(tmp_path, capsys):
     study.main(["--quick", "--confirm", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    for part in ("AutoRank minus one rank at equal bytes\n", "by setting", "Best pair", "fresh seeds"):
+    for part in (
+        "AutoRank minus one rank at equal bytes\n",
+        "by setting",
+        "Best pair",
+        "fresh seeds, and with it the best",
+    ):
         assert part in said
     configs = [json.loads(path.read_text())["config"] for path in tmp_path.glob("study_mini-confirm-*/*/*.json")]
     assert {c["first_seed"] for c in configs} == {study.FRESH}
