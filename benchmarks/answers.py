@@ -134,15 +134,15 @@ def _runs_at(table: Table, point: Point, splits: Sequence[str]) -> list[Reached]
 
 def _sentence(names: Sequence[str], found: Sequence[Difference | None], corrected: Sequence[float | None]) -> str:
     """Say where final accuracy differs beyond chance, after correction."""
-    higher, lower, open_ = [], [], []
+    higher: list[str] = []
+    lower: list[str] = []
     for name, one, p in zip(names, found, corrected, strict=True):
-        if one is None or p is None or p >= 0.05:
-            open_.append(name)
-        else:
+        if one is not None and p is not None and p < 0.05:
             (higher if one.mean > 0 else lower).append(name)
     parts = [f"{what} {'; '.join(rows)}" for what, rows in (("Higher on", higher), ("lower on", lower)) if rows]
-    if open_:
-        parts.append(f"no difference shown (corrected p ≥ 0.05, or too few seeds) on {'; '.join(open_)}")
+    if len(higher) + len(lower) < len(names):
+        where = "the others" if parts else "any"
+        parts.append(f"no difference shown (corrected p ≥ 0.05, or too few seeds) on {where}")
     text = "; ".join(parts)
     return f"Final accuracy: {text[0].lower()}{text[1:]}."
 
@@ -192,13 +192,11 @@ def best_text(table: Table, pairs: Sequence[tuple[Point, float]], splits: Sequen
     return f"### Best pair\n\n{note}\n\n{markdown_table(rows, list(rows[0]))}\n"
 
 
-def grid_of(table: Table, rows: Sequence[Mapping[str, str]], splits: Sequence[str], other: str) -> np.ndarray:
-    """Return AutoRank minus another policy in points of final accuracy, `(rows, splits)`; NaN where it is not there."""
+def grid_of(table: Table, rows: Sequence[tuple[Point, Point]], splits: Sequence[str]) -> np.ndarray:
+    """Return one minus other of every row, in points of final accuracy, `(rows, splits)`; NaN where it is not there."""
     result = np.full((len(rows), len(splits)), np.nan)
     for y, row in enumerate(rows):
         for x, split in enumerate(splits):
-            one = Point("autorank", row["rule"], row["setting"], split)
-            pair = (values(table.get(p, {}), "final") for p in (one, one._replace(policy=other)))
-            found = difference(*pair)
+            found = difference(*(values(table.get(point._replace(split=split), {}), "final") for point in row))
             result[y, x] = np.nan if found is None else 100 * found.mean
     return result

@@ -19,8 +19,8 @@ MEASURES: Mapping[str, str] = {
     "final": "final accuracy",
     "early": "first fifth of the rounds",
     "area": "mean over rounds",
-    "early_flops": "first fifth, for the same FLOPs",
-    "final_flops": "end of the cheaper one, for the same FLOPs",
+    "early_flops": "the dearer one's first fifth, for the same FLOPs",
+    "final_flops": "the cheaper one's end, for the same FLOPs",
 }
 """In what runs are compared, with titles: after as many rounds, and after as much training, probes counted."""
 
@@ -132,11 +132,11 @@ def measured(
 
 
 def _same_flops(one: Reached, other: Reached, *, early: bool) -> np.ndarray:
-    """Return what the one spends in its first fifth of the rounds, else what the cheaper spends in all."""
-    if early:
-        first = one.flops[: max(1, len(one.flops) // EARLY)]
-        return first[np.isfinite(first)]
-    return np.array([min(one.spent, other.spent)])
+    """Return what the dearer of two spends in its first fifth of the rounds, else what the cheaper spends in all."""
+    if not early:
+        return np.array([min(one.spent, other.spent)])
+    first = max(1, len(one.flops) // EARLY)
+    return np.fmax(one.flops[:first], other.flops[:first])
 
 
 def client_values(runs: Mapping[int, Reached], what: str, kind: str) -> list[float]:

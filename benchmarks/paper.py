@@ -137,7 +137,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
 
 
 def report(plan: Plan, found: Mapping[Key, list[Column]], scored: Mapping[str, Cell]) -> None:
-    """Print the tables of what is there; write JSON, Markdown and pictures."""
+    """Print the tables of what is there; write JSON, Markdown and pictures, nothing where no column is there."""
     text, content = [], {}
     for (dataset, split), own in found.items():
         if split == "central" or not any(column.runs for column in own):
@@ -149,7 +149,10 @@ def report(plan: Plan, found: Mapping[Key, list[Column]], scored: Mapping[str, C
             for column in columns
         }
         draw({c.title: c.runs for c in own}, plan.folder, f"{dataset}, {split}")
-    print("\n".join(text) if text else "No column is complete yet.")
+    if not text:
+        print("No column is complete yet.")
+        return
+    print("\n".join(text))
     about = {"versions": harness.versions(), "device": harness.device(), "seeds": len(plan.seeds)}
     harness.write_json(plan.folder.with_suffix(".json"), {"tables": content, "options": dict(plan.options)} | about)
     plan.folder.with_suffix(".md").write_text("\n".join(text))

@@ -41,7 +41,7 @@ RULES = ("rbla", "raflora", "owner_merge", "flexlora")
 POLICIES: Mapping[str, str] = {
     "autorank": "AutoRank",
     "uniform_bytes": "one rank, AutoRank's bytes",
-    "uniform": "one rank, AutoRank's FLOPs",
+    "uniform": "one rank, AutoRank's FLOPs without the probe",
     "by_size_bytes": "by size, AutoRank's bytes",
     "shuffled": "AutoRank shuffled",
 }
@@ -55,7 +55,8 @@ BETTER: Mapping[str, Mapping[str, Any]] = {
     "server momentum 0.5": {"server_momentum": 0.5, "server_learning_rate": 0.5},
 }
 SETTINGS: Mapping[str, Mapping[str, Any]] = {ALL: {}, **BETTER, **CRITERIA_ALONE}
-STUDIED = ("staircase", "dirichlet-0.4-10", "dirichlet-0.4-100", "dirichlet-0.1-10")
+STUDIED = ("staircase", "dirichlet-0.4-10")
+"""By default; `--splits` takes all of `paper.py`."""
 NARROW = 2
 """Settings other than all criteria are tried under so many rules, on so many splits."""
 FRESH = 100
@@ -177,10 +178,13 @@ def make_plan(options: argparse.Namespace) -> Plan:
 
 
 def report(plan: Plan, table: Table, rates: Rates, pairs: Sequence[tuple[Point, float]]) -> None:
-    """Print and write the answers that the cells give, the best pairs, and pictures."""
+    """Print and write the answers that the cells give, the best pairs, and pictures; nothing where no cell is there."""
+    if not table:
+        print("No cell is complete yet.")
+        return
     axes = {"rules": plan.rules, "settings": plan.settings, "splits": plan.splits}
     asked = [answers.answer(table, q, plan.splits, len(plan.seeds)) for q in answers.questions(**axes)]
-    text = "\n".join([*filter(None, asked), answers.best_text(table, pairs, plan.splits)])
+    text = "\n".join([heading(plan), *filter(None, asked), answers.best_text(table, pairs, plan.splits)])
     print(text)
     plan.folder.mkdir(parents=True, exist_ok=True)
     plan.folder.with_suffix(".md").write_text(text)
@@ -191,31 +195,47 @@ def report(plan: Plan, table: Table, rates: Rates, pairs: Sequence[tuple[Point, 
     draw(plan, table)
 
 
+def heading(plan: Plan, title: str = "Rank policies under aggregation rules") -> str:
+    """Return what a reader of the tables has to know."""
+    policies = "; ".join(f"`{name}`: {words}" for name, words in POLICIES.items())
+    return (
+        f"# {title}: {plan.dataset}, {plan.options['rounds']} rounds\n\n"
+        "Differences are in points of test accuracy, paired over seeds: mean [95 % t interval]; p of a paired t test "
+        "of final accuracy, Holm-corrected over the rows of a table. Budgets are those of either side, one / other; "
+        f"training counts the probe.\n{policies}.\n"
+    )
+
+
 def draw(plan: Plan, table: Table) -> None:
-    """Draw AutoRank minus one rank of equal bytes: by rule, and by setting under the first rule; curves by split."""
-    grids = {
-        "rules": [{"rule": rule, "setting": ALL} for rule in plan.rules],
-        "settings": [{"rule": plan.rules[0], "setting": setting} for setting in plan.settings],
+    """Draw AutoRank minus one rank of equal bytes by rule, settings minus all criteria, and curves."""
+    one = Point("autorank", plan.rules[0], ALL, "")
+    rules = {rule: one._replace(rule=rule) for rule in plan.rules}
+    settings = {name: one._replace(setting=name) for name in plan.settings if name != ALL}
+    maps = {
+        "rules": (
+            "AutoRank minus one rank of equal bytes",
+            {n: (p, p._replace(policy=PAIR[1])) for n, p in rules.items()},
+        ),
+        "settings": (f"AutoRank, {one.rule}: setting minus all criteria", {n: (p, one) for n, p in settings.items()}),
     }
-    columns = [split.replace("-", "\n", 1) for split in plan.splits]
-    for what, rows in grids.items():
-        values = answers.grid_of(table, rows, plan.splits, "uniform_bytes")
+    about = f"{plan.dataset}, {plan.options['rounds']} rounds, mean of {len(plan.seeds)} seeds"
+    for what, (title, rows) in maps.items():
+        values = answers.grid_of(table, list(rows.values()), plan.splits)
         if np.isfinite(values).any():
-            names = [row["rule" if what == "rules" else "setting"] for row in rows]
             pictures.heat_map(
                 values,
-                names,
-                columns,
+                list(rows),
+                [split.replace("-", "\n", 1) for split in plan.splits],
                 plan.folder.with_name(f"{plan.folder.name}-{what}.png"),
-                title="AutoRank minus one rank of equal bytes",
+                title=f"{title}\n{about}",
                 label="points of final accuracy",
                 differences=True,
             )
-    for split in plan.splits:
-        series = {POLICIES[p]: table.get(Point(p, plan.rules[0], ALL, split), {}) for p in plan.policies}
+    for split, rule in itertools.product(plan.splits, plan.rules[:NARROW]):
+        series = {POLICIES[p]: table.get(Point(p, rule, ALL, split), {}) for p in plan.policies}
         if seen := {title: runs for title, runs in series.items() if runs}:
-            path = plan.folder.with_name(f"{plan.folder.name}-{split}.png")
-            pictures.accuracy_curves(seen, path, f"{plan.dataset}, {split}, {plan.rules[0]}")
+            path = plan.folder.with_name(f"{plan.folder.name}-{split}-{rule}.png")
+            pictures.accuracy_curves(seen, path, f"{plan.dataset}, {split}, {rule}")
 
 
 def winners(pairs: Sequence[tuple[Point, float]]) -> tuple[Point, ...]:
@@ -276,7 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise SystemExit(
                     "confirm: expected complete cells to choose the best pair from, got none; run the study first"
                 )
-            text = confirm(whole, winners(pairs), rates, bounds)
+            text = f"{heading(whole, 'The best pairs on fresh seeds')}\n{confirm(whole, winners(pairs), rates, bounds)}"
             print(text)
             plan.folder.with_name(f"{plan.folder.name}-confirm.md").write_text(text)
 

@@ -203,6 +203,7 @@ def test_accuracy_at_equal_flops():
     np.testing.assert_allclose(fallen.at_flops(np.array([5, 10, 15])), [0.2, 0.3, 0.1])
     ones, others = curves.measured({0: dear, 1: dear}, {0: cheap, 2: cheap}, "early_flops")
     assert (ones, others) == ({0: pytest.approx(0.4)}, {0: pytest.approx(0.5)})
+    assert curves.measured({0: cheap, 2: cheap}, {0: dear, 1: dear}, "early_flops") == (others, ones)
     ones, others = curves.measured({0: dear}, {0: cheap}, "final_flops")
     assert (ones, others) == ({0: pytest.approx(0.3)}, {0: pytest.approx(0.5)})
 
