@@ -9,7 +9,7 @@ from scipy import stats
 
 
 class Difference(NamedTuple):
-    """One thing minus another, paired over seeds; nothing but mean and seeds where there is one seed."""
+    """One thing minus another, paired over seeds; nothing but mean and number where there are fewer than `FEWEST`."""
 
     mean: float
     low: float | None
@@ -20,6 +20,8 @@ class Difference(NamedTuple):
 
 LEVEL = 0.95
 """Of the intervals."""
+FEWEST = 3
+"""Seeds below which there is no interval and no test: two that happen to agree would look certain."""
 
 
 def difference(one: Mapping[Any, float], other: Mapping[Any, float]) -> Difference | None:
@@ -39,8 +41,8 @@ def difference(one: Mapping[Any, float], other: Mapping[Any, float]) -> Differen
         return None
     d = np.array([one[key] - other[key] for key in shared])
     n, mean = len(d), float(d.mean())
-    if n == 1:
-        return Difference(mean, None, None, None, 1)
+    if n < FEWEST:
+        return Difference(mean, None, None, None, n)
     error = float(d.std(ddof=1)) / math.sqrt(n)
     if error == 0:
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, n)
@@ -68,7 +70,7 @@ def in_points(found: Difference | None, corrected: float | None = None) -> str:
     if found is None:
         return "–"
     if found.low is None or found.high is None:
-        return f"{100 * found.mean:+.1f} (one seed)"
+        return f"{100 * found.mean:+.1f} (n = {found.seeds})"
     p = "" if corrected is None else f", p {corrected:.2g}"
     return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]{p}"
 
