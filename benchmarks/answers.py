@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from curves import MEASURES, Reached, measured, values
 from harness import Row, markdown_table
-from paired import Difference, cells, difference, holm
+from paired import Difference, cells, corrected, difference
 
 ALL = "all criteria"
 
@@ -101,9 +101,7 @@ def answer(table: Table, question: Question, splits: Sequence[str], seeds: int) 
     if not rows:
         return ""
     rows = [{**row, **written} for row, written in zip(rows, cells(found, MEASURES), strict=True)]
-    final_differences = [row["final"] for row in found]
-    corrected = holm([None if one is None else one.p for one in final_differences])
-    verdict = _sentence([str(row[""]) for row in rows], final_differences, corrected)
+    verdict = _sentence([str(row[""]) for row in rows], [row["final"] for row in found], corrected(found, "final"))
     return f"### {question.title}\n\n{verdict}\n\n{markdown_table(rows, list(rows[0]))}\n"
 
 
@@ -132,11 +130,11 @@ def _runs_at(table: Table, point: Point, splits: Sequence[str]) -> list[Reached]
     return [run for s in places for run in table.get(point._replace(split=s), {}).values()]
 
 
-def _sentence(names: Sequence[str], found: Sequence[Difference | None], corrected: Sequence[float | None]) -> str:
+def _sentence(names: Sequence[str], found: Sequence[Difference | None], ps: Sequence[float | None]) -> str:
     """Say where final accuracy differs beyond chance, after correction."""
     higher: list[str] = []
     lower: list[str] = []
-    for name, one, p in zip(names, found, corrected, strict=True):
+    for name, one, p in zip(names, found, ps, strict=True):
         if one is not None and p is not None and p < 0.05:
             (higher if one.mean > 0 else lower).append(name)
     parts = [f"{what} {'; '.join(rows)}" for what, rows in (("Higher on", higher), ("lower on", lower)) if rows]

@@ -65,14 +65,20 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def in_points(found: Difference | None, corrected: float | None = None) -> str:
+def in_points(found: Difference | None, p_value: float | None = None) -> str:
     """Write a difference of accuracies in percentage points, with its 95 % interval."""
     if found is None:
         return "–"
     if found.low is None or found.high is None:
         return f"{100 * found.mean:+.1f} (n = {found.seeds})"
-    p = "" if corrected is None else f", p {corrected:.2g}"
+    p = "" if p_value is None else f", p {p_value:.2g}"
     return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]{p}"
+
+
+def corrected(found: Sequence[Mapping[str, Difference | None]], what: str) -> list[float | None]:
+    """Return Holm's p values of one measure over the rows of a table."""
+    ps = [row[what] for row in found]
+    return holm([None if one is None else one.p for one in ps])
 
 
 def cells(found: Sequence[Mapping[str, Difference | None]], titles: Mapping[str, str]) -> list[dict[str, str]]:
@@ -83,8 +89,7 @@ def cells(found: Sequence[Mapping[str, Difference | None]], titles: Mapping[str,
         titles: of the measures.
     """
     first = next(iter(titles))
-    corrected = holm([None if row[first] is None else row[first].p for row in found])
     return [
         {title: in_points(row[what], p if what == first else None) for what, title in titles.items()}
-        for row, p in zip(found, corrected, strict=True)
+        for row, p in zip(found, corrected(found, first), strict=True)
     ]

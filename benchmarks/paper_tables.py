@@ -7,7 +7,7 @@ from typing import NamedTuple
 from curves import MEASURES, Reached, client_values, measured, percent, until, values
 from harness import Row, markdown_table
 from paired import cells, difference
-from plan import AUTHOR, DATASETS
+from plan import AUTHOR, CONTRASTS, DATASETS
 from tuning import Choice
 
 FIRST = AUTHOR[0]
@@ -33,13 +33,16 @@ def write(dataset: str, split: str, columns: Sequence[Column], *, seeds: int) ->
     """
     parts = [f"## {dataset}, {split}\n", _accuracies(columns, seeds)]
     parts += ["To reach an accuracy:\n", _targets(dataset, columns)]
-    against = _differences(columns)
+    against = _differences(_against_first(columns), "minus")
+    further = _differences(_further(columns), "")
     if against:
         parts += [
             f"{FIRST} minus each, in points: mean [95 % t interval over seeds]; for final accuracy, the outcome that "
             "counts, p of a paired t test, Holm-corrected over the rows:\n",
             markdown_table(against, list(against[0])),
         ]
+    if further:
+        parts += ["Further differences, corrected among themselves:\n", markdown_table(further, list(further[0]))]
     author = DATASETS[dataset].author
     if author and split == "staircase":
         parts += [
@@ -99,16 +102,25 @@ def _targets(dataset: str, columns: Sequence[Column]) -> str:
     return markdown_table(rows, list(rows[0])) if rows else "–"
 
 
-def _differences(columns: Sequence[Column]) -> list[Row]:
-    first = next((column for column in columns if column.title == FIRST), None)
-    if first is None or not first.runs:
-        return []
-    others = [c for c in columns if c is not first and values(c.runs, "final")]
-    found = [{what: difference(*measured(first.runs, c.runs, what)) for what in MEASURES} for c in others]
+def _differences(pairs: Sequence[tuple[str, Column, Column]], label: str) -> list[Row]:
+    """Return one column minus another, a row for each pair with its title."""
+    found = [{what: difference(*measured(one.runs, other.runs, what)) for what in MEASURES} for _, one, other in pairs]
     return [
-        {"minus": column.title, "seeds": len(set(first.runs) & set(column.runs)), **written}
-        for column, written in zip(others, cells(found, MEASURES), strict=True)
+        {label: title, "seeds": len(set(one.runs) & set(other.runs)), **written}
+        for (title, one, other), written in zip(pairs, cells(found, MEASURES), strict=True)
     ]
+
+
+def _against_first(columns: Sequence[Column]) -> list[tuple[str, Column, Column]]:
+    first = next((column for column in columns if column.title == FIRST and column.runs), None)
+    others = [c for c in columns if c is not first and values(c.runs, "final")]
+    return [(other.title, first, other) for other in others] if first else []
+
+
+def _further(columns: Sequence[Column]) -> list[tuple[str, Column, Column]]:
+    """Return the pairs of `CONTRASTS` that are there."""
+    there = {column.title: column for column in columns if values(column.runs, "final")}
+    return [(f"{a} minus {b}", there[a], there[b]) for a, b in CONTRASTS if a in there and b in there]
 
 
 def _beside_author(columns: Sequence[Column], author: Sequence[float]) -> str:

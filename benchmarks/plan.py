@@ -83,6 +83,20 @@ GROUPS: Mapping[str, Group] = {
 }
 
 
+def _title(group: str, policy: str) -> str:
+    return GROUPS[group].titles[policy]
+
+
+CONTRASTS = (
+    (_title("flexlora", "autorank"), _title("flexlora", "uniform_bytes")),
+    (_title("raflora", "autorank"), _title("raflora", "uniform_bytes")),
+    (_title("raflora", "autorank"), AUTHOR[2]),
+    (_title("same_rate", "autorank"), AUTHOR[2]),
+    (_title("same_rate", "autorank"), AUTHOR[1]),
+)
+"""Columns that are compared with each other, beside the first with all."""
+
+
 class Job(NamedTuple):
     """One group on one split of one dataset."""
 
