@@ -139,9 +139,16 @@ def _same_flops(one: Reached, other: Reached, *, early: bool) -> np.ndarray:
     return np.fmax(one.flops[:first], other.flops[:first])
 
 
-def client_values(runs: Mapping[int, Reached], what: str, kind: str) -> list[float]:
-    """Return a measure of the clients' own accuracy, one value per seed that has it."""
-    return [run.clients[what][kind] for run in runs.values() if what in run.clients]
+def client_values(runs: Mapping[int, Reached], what: str, kind: str) -> dict[int, float]:
+    """Return a measure of the clients' own accuracy by seed, without seeds that have none."""
+    return {seed: run.clients[what][kind] for seed, run in runs.items() if what in run.clients}
+
+
+def costs(runs: Mapping[int, Reached], target: float, what: str) -> dict[int, float]:
+    """Return the `rounds`, `flops` or `bytes` until an accuracy was first seen, by seed; nothing unless all saw it."""
+    found = {seed: run.until(target, what) for seed, run in runs.items()}
+    known = {seed: value for seed, value in found.items() if value is not None and np.isfinite(value)}
+    return known if len(known) == len(found) else {}
 
 
 def percent(found: Sequence[float]) -> str:

@@ -106,18 +106,21 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def write_json(path: str | Path | None, content: Any) -> None:
-    """Write JSON under a temporary name, then rename it; do nothing where there is no path.
+    """Write JSON as `write_text` does; do nothing where there is no path."""
+    if path is not None:
+        write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it.
 
     Where that fails or is interrupted, what the path held before stays, and nothing else is left.
     """
-    if path is None:
-        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False, suffix=".tmp") as file:
         try:
-            json.dump(content, file, indent=1, sort_keys=True)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.chmod(file.name, 0o644)  # temporary files are the owner's alone
             os.replace(file.name, path)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from autorank_jax.results import si
+
 
 class Difference(NamedTuple):
     """One thing minus another, paired over seeds; nothing but mean and number where there are fewer than `FEWEST`."""
@@ -73,6 +75,14 @@ def in_points(found: Difference | None, p_value: float | None = None) -> str:
         return f"{100 * found.mean:+.1f} (n = {found.seeds})"
     p = "" if p_value is None else f", p {p_value:.2g}"
     return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]{p}"
+
+
+def in_units(found: Difference | None) -> str:
+    """Write a difference of rounds, FLOPs or bytes with its 95 % interval."""
+    if found is None:
+        return "–"
+    mean, *interval = ["–" if x is None else ("+" if x > 0 else "") + si(x, 2) for x in found[:3]]
+    return f"{mean} (n = {found.seeds})" if found.low is None else f"{mean} [{', '.join(interval)}]"
 
 
 def corrected(found: Sequence[Mapping[str, Difference | None]], what: str) -> list[float | None]:

@@ -4,14 +4,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from curves import MEASURES, Reached, client_values, measured, percent, until, values
+from curves import MEASURES, Reached, client_values, costs, measured, percent, until, values
 from harness import Row, markdown_table
-from paired import cells, difference
+from paired import cells, difference, in_points, in_units
 from plan import AUTHOR, CONTRASTS, DATASETS
 from tuning import Choice
 
 FIRST = AUTHOR[0]
 COSTS = {"rounds": "rounds", "flops": "FLOPs", "bytes": "bytes"}
+OWN = {"before": "own", "after": "own, trained once more"}
+"""Clients' own accuracy under the server's model cut to their ranks, and after one more local training."""
+TARGETS, OTHERWISE = "To reach an accuracy", "The same differences in clients' own accuracy, and in what they take"
+"""Titles of the widest tables."""
+
+Pair = tuple[str, "Column", "Column"]
+"""A title, and one column minus another."""
 
 
 class Column(NamedTuple):
@@ -23,7 +30,7 @@ class Column(NamedTuple):
 
 
 def write(dataset: str, split: str, columns: Sequence[Column], *, seeds: int) -> str:
-    """Return all tables of one split of one dataset; what no seed has reached yet is a dash.
+    """Return all tables of one split of one dataset; columns that no seed has reached yet are named.
 
     Args:
         dataset: its name.
@@ -31,32 +38,42 @@ def write(dataset: str, split: str, columns: Sequence[Column], *, seeds: int) ->
         columns: in this order.
         seeds: how many there are to be.
     """
-    parts = [f"## {dataset}, {split}\n", _accuracies(columns, seeds)]
-    parts += ["To reach an accuracy:\n", _targets(dataset, columns)]
-    against = _differences(_against_first(columns), "minus")
-    further = _differences(_further(columns), "")
+    parts = [f"## {dataset}, {split}", _accuracies(columns, seeds), f"### {TARGETS}", _targets(dataset, columns)]
+    against, further = _against_first(columns), _further(columns)
     if against:
         parts += [
-            f"{FIRST} minus each, in points: mean [95 % t interval over seeds]; for final accuracy, the outcome that "
-            "counts, p of a paired t test, Holm-corrected over the rows:\n",
-            markdown_table(against, list(against[0])),
+            f"### {FIRST} minus each",
+            "In points: mean [95 % t interval over seeds]; for final accuracy, the outcome that counts, p of a paired "
+            "t test, Holm-corrected over the rows.",
+            _differences(against),
         ]
     if further:
-        parts += ["Further differences, corrected among themselves:\n", markdown_table(further, list(further[0]))]
+        parts += ["### Further differences", "Corrected among themselves.", _differences(further)]
+    if against or further:
+        title = f"{100 * DATASETS[dataset].targets[-1]:g} %"
+        parts += [
+            f"### {OTHERWISE}",
+            f"Own accuracy in points; rounds, training FLOPs and bytes to {title} where all seeds reach it. Not "
+            "corrected.",
+            _other_differences([(f"{FIRST} minus {name}", *pair) for name, *pair in against] + further, dataset),
+        ]
     author = DATASETS[dataset].author
     if author and split == "staircase":
         parts += [
-            "Beside the author's result files. *Best* accuracy is selected on test data, and is shown for this reason "
-            "only; theirs are single runs of other code, data order, local epochs and budgets:\n",
+            "### Beside the author's result files",
+            "*Best* accuracy is selected on test data, and is shown for this reason only; theirs are single runs of "
+            "other code, data order, local epochs and budgets.",
             _beside_author(columns, author),
         ]
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _accuracies(columns: Sequence[Column], seeds: int) -> str:
     rows: list[Row] = []
     for column in columns:
         runs = column.runs
+        if not runs:
+            continue
         ratios = [f"{_mean(r):.2f}" for r in zip(*((x.ratio_by_clients, x.ratio_by_examples) for x in runs.values()),
                                                  strict=True)]  # fmt: skip
         rate = "–" if column.choice is None else f"{column.choice.rate:g}" + (" (edge)" if column.choice.edge else "")
@@ -71,16 +88,18 @@ def _accuracies(columns: Sequence[Column], seeds: int) -> str:
             "slowest client, GFLOP a round": _slowest(list(runs.values())),
             "label-weighted, worst client": _own(runs, "label_weighted", "worst"),
         }
-        for what, title in (("before", "own"), ("after", "own, trained once more")):
+        for what, title in OWN.items():
             row[f"{title}: mean"] = _own(runs, what, "mean")
             row[f"{title}: worst"] = _own(runs, what, "worst")
         rows.append(row)
-    return markdown_table(rows, list(rows[0]))
+    missing = [column.title for column in columns if not column.runs]
+    note = f"\n\nNot run yet: {'; '.join(missing)}." if missing else ""
+    return (markdown_table(rows, list(rows[0])) if rows else "–") + note
 
 
 def _own(runs: Mapping[int, Reached], what: str, kind: str) -> str:
     """Write a measure of the clients' own accuracy; runs that diverged have none, and are counted."""
-    found = client_values(runs, what, kind)
+    found = list(client_values(runs, what, kind).values())
     return percent(found) + (f" ({len(found)} of {len(runs)} seeds)" if 0 < len(found) < len(runs) else "")
 
 
@@ -102,22 +121,41 @@ def _targets(dataset: str, columns: Sequence[Column]) -> str:
     return markdown_table(rows, list(rows[0])) if rows else "–"
 
 
-def _differences(pairs: Sequence[tuple[str, Column, Column]], label: str) -> list[Row]:
-    """Return one column minus another, a row for each pair with its title."""
+def _differences(pairs: Sequence[Pair]) -> str:
+    """Return one column minus another in accuracy, a row for each pair."""
     found = [{what: difference(*measured(one.runs, other.runs, what)) for what in MEASURES} for _, one, other in pairs]
-    return [
-        {label: title, "seeds": len(set(one.runs) & set(other.runs)), **written}
-        for (title, one, other), written in zip(pairs, cells(found, MEASURES), strict=True)
-    ]
+    rows = [{**_named(pair), **written} for pair, written in zip(pairs, cells(found, MEASURES), strict=True)]
+    return markdown_table(rows, list(rows[0]))
 
 
-def _against_first(columns: Sequence[Column]) -> list[tuple[str, Column, Column]]:
+def _other_differences(pairs: Sequence[Pair], dataset: str) -> str:
+    """Return one column minus another in clients' own accuracy, and in what it took to reach the highest target."""
+    target = DATASETS[dataset].targets[-1]
+    rows: list[Row] = []
+    for pair in pairs:
+        sides = [column.runs for column in pair[1:]]
+        row = _named(pair)
+        for what, title in OWN.items():
+            for kind in ("mean", "worst"):
+                row[f"{title}: {kind}"] = in_points(difference(*(client_values(side, what, kind) for side in sides)))
+        for what, title in COSTS.items():
+            row[title] = in_units(difference(*(costs(side, target, what) for side in sides)))
+        rows.append(row)
+    return markdown_table(rows, list(rows[0]))
+
+
+def _named(pair: Pair) -> Row:
+    title, one, other = pair
+    return {"": title, "seeds": len(set(one.runs) & set(other.runs))}
+
+
+def _against_first(columns: Sequence[Column]) -> list[Pair]:
     first = next((column for column in columns if column.title == FIRST and column.runs), None)
     others = [c for c in columns if c is not first and values(c.runs, "final")]
     return [(other.title, first, other) for other in others] if first else []
 
 
-def _further(columns: Sequence[Column]) -> list[tuple[str, Column, Column]]:
+def _further(columns: Sequence[Column]) -> list[Pair]:
     """Return the pairs of `CONTRASTS` that are there."""
     there = {column.title: column for column in columns if values(column.runs, "final")}
     return [(f"{a} minus {b}", there[a], there[b]) for a, b in CONTRASTS if a in there and b in there]

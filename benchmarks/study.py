@@ -186,8 +186,7 @@ def report(plan: Plan, table: Table, rates: Rates, pairs: Sequence[tuple[Point, 
     asked = [answers.answer(table, q, plan.splits, len(plan.seeds)) for q in answers.questions(**axes)]
     text = "\n".join([heading(plan), *filter(None, asked), answers.best_text(table, pairs, plan.splits)])
     print(text)
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    plan.folder.with_suffix(".md").write_text(text)
+    harness.write_text(plan.folder.with_suffix(".md"), text)
     content = {" | ".join(point): table_of(runs) for point, runs in table.items()}
     chosen = {" | ".join(at): {p: c._asdict() for p, c in found.items()} for at, found in rates.items() if found}
     about = {"options": dict(plan.options), "versions": harness.versions(), "device": harness.device()}
@@ -298,7 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
                 )
             text = f"{heading(whole, 'The best pairs on fresh seeds')}\n{confirm(whole, winners(pairs), rates, bounds)}"
             print(text)
-            plan.folder.with_name(f"{plan.folder.name}-confirm.md").write_text(text)
+            harness.write_text(plan.folder.with_name(f"{plan.folder.name}-confirm.md"), text)
 
 
 if __name__ == "__main__":
