@@ -41,11 +41,10 @@ def paper_tables(results: Path) -> str:
             if name not in (TARGETS, OTHERWISE):
                 parts += [f"**{name}.** {text}"]
         stem = results / f"paper-{title.replace(', ', '-')}"
-        parts += [
-            f"![{title}: accuracy over rounds, FLOPs and bytes]({path.relative_to(FOLDER).as_posix()})"
-            for path in (stem.with_name(f"{stem.name}{which}.png") for which in ("", "-controls"))
-            if path.exists()
-        ]
+        for which, words in (("", ""), ("-controls", " of the controls")):
+            if (path := stem.with_name(f"{stem.name}{which}.png")).exists():
+                link = path.relative_to(FOLDER).as_posix()
+                parts.append(f"![{title}: accuracy{words} over rounds, FLOPs and bytes]({link})")
         found.append("\n\n".join(parts))
     return "\n\n".join(found)
 

@@ -16,7 +16,6 @@ import curves
 import grid
 import paired
 import paper
-import paper_tables
 import plan
 import study
 from fake_cells import TINY, fake_cell
@@ -101,20 +100,6 @@ def test_a_part_of_the_paper_does_not_replace_the_whole(pretended, tmp_path):
     paper.main([*more, "--dataset", "cifar10", "--splits", "dirichlet-0.1-10"])
     tables = json.loads((tmp_path / "paper.json").read_text())["tables"]
     assert set(tables) == {"mnist, staircase", "cifar10, dirichlet-0.1-10"}
-
-
-def test_further_columns_are_compared_with_each_other():
-    base = curves.runs_of(fake_cell(TINY))["full"][0]
-
-    def column(title, gains):
-        runs = {seed: base._replace(accuracy=np.array([0.5 + gain])) for seed, gain in enumerate(gains)}
-        return paper_tables.Column(title, None, runs)
-
-    one, other = plan.CONTRASTS[0]
-    columns = [column(other, (0.1, 0.2, 0.3)), column(one, (0.2, 0.3, 0.41)), column("by size", (0.3, 0.3, 0.3))]
-    text = paper_tables.write("mnist", "staircase", columns, seeds=3)
-    assert f"| {one} minus {other} | 3 | +10.3 [" in text
-    assert "minus by size" not in text
 
 
 def test_mistakes_in_words():
