@@ -98,11 +98,10 @@ def test_a_file_that_is_not_written_whole_leaves_nothing(stop, tmp_path, monkeyp
     path = tmp_path / "one.json"
     grid.harness.write_json(path, {"whole": True})
 
-    def dump(_, file, **__):
-        file.write('{"half')
+    def replace(*_):
         raise stop
 
-    monkeypatch.setattr(grid.harness.json, "dump", dump)
+    monkeypatch.setattr(grid.harness.os, "replace", replace)
     with pytest.raises(stop):
         grid.harness.write_json(path, {})
     assert [one.name for one in tmp_path.iterdir()] == ["one.json"]
