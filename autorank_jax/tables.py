@@ -129,12 +129,13 @@ def _percent(spread: Mapping[str, Any]) -> str:
 
 
 def datasets_table(rows: Sequence[DatasetInfo]) -> Table:
-    """Show the datasets, whether each is there, and in which file."""
+    """Show the datasets, whether each is there and a whole file, and in which file."""
     table = _table("Datasets")
     for name in ("name", "there", "file", "what"):
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(row.name, "yes" if row.present else "no", Path(row.where).name, row.description)
+        there = "damaged" if row.damaged else "yes" if row.present else "no"
+        table.add_row(row.name, there, Path(row.where).name, row.description)
     return table
 
 

@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
+import difflib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +61,21 @@ def count(what: str, given: int | None, default: int) -> int:
     if given < 1:
         raise SystemExit(f"{what}: expected 1 or more, got {given}")
     return given
+
+
+def words(what: str, given: str, usual: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Read comma-separated words, the usual ones where none are given.
+
+    Raises:
+        SystemExit: some are not known; with the nearest that is.
+    """
+    chosen, known = given.split(",") if given else list(usual), list(known)
+    wrong = [word for word in chosen if word not in known]
+    if wrong:
+        close = difflib.get_close_matches(wrong[0], known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise SystemExit(f"{what}: expected some of {', '.join(known)}, got {', '.join(wrong)}{hint}")
+    return chosen
 
 
 def run_cells(cells: Mapping[str, Experiment], folder: Path, bounds: Bounds = Bounds()) -> dict[str, Cell]:  # noqa: B008

@@ -29,7 +29,7 @@ import numpy as np
 import paper_tables
 import pictures
 from curves import Reached, table_of
-from grid import NOTHING, Bounds, Cell, add_grid_options, count
+from grid import NOTHING, Bounds, Cell, add_grid_options, count, words
 from paper_tables import Column
 from plan import DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
 from tuning import Choice, Grid, choose_rates, run_tuned
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 
 QUICK = "fashion_mnist_mini"
 """The dataset of `--quick`, and of nothing else."""
-USUAL = "fashion_mnist,mnist"
+USUAL = ("fashion_mnist", "mnist")
 
 
 def everything(plan: Plan) -> Plan:
@@ -115,14 +115,10 @@ def make_plan(options: argparse.Namespace) -> Plan:
     """Turn the command line into a plan."""
     if options.quick and options.dataset:
         raise SystemExit(f"dataset: expected none beside --quick, which has its own, got {options.dataset}")
-    datasets = [QUICK] if options.quick else (options.dataset or USUAL).split(",")
-    usual = ["staircase", "central"] if options.quick else list(SPLITS)
-    splits = options.splits.split(",") if options.splits else usual
-    groups = options.groups.split(",") if options.groups else list(GROUPS)
     full = [name for name in DATASETS if options.quick or name != QUICK]
-    for what, words, known in (("dataset", datasets, full), ("splits", splits, SPLITS), ("groups", groups, GROUPS)):
-        if wrong := [word for word in words if word not in known]:
-            raise SystemExit(f"{what}: expected some of {', '.join(known)}, got {', '.join(wrong)}")
+    datasets = words("dataset", options.dataset, [QUICK] if options.quick else USUAL, full)
+    splits = words("splits", options.splits, ["staircase", "central"] if options.quick else list(SPLITS), SPLITS)
+    groups = words("groups", options.groups, list(GROUPS), GROUPS)
     rate = options.learning_rate
     if options.rounds is not None:
         count("rounds", options.rounds, 1)
@@ -177,7 +173,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, then print and write what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     full = [name for name in DATASETS if name != QUICK]
-    parser.add_argument("--dataset", default="", help=f"comma-separated; default {USUAL}, of " + ", ".join(full))
+    parser.add_argument(
+        "--dataset", default="", help=f"comma-separated; default {','.join(USUAL)}, of " + ", ".join(full)
+    )
     parser.add_argument("--groups", default="", help="comma-separated; default all: " + ", ".join(GROUPS))
     parser.add_argument("--rounds", type=int, default=None, help="default 100, on coloured images 200")
     parser.add_argument("--local-epochs", type=int, default=None, help="default 1")

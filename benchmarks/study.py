@@ -29,7 +29,7 @@ import numpy as np
 import pictures
 from answers import ALL, Point, Question, Table
 from curves import table_of
-from grid import NOTHING, Bounds, add_grid_options, count
+from grid import NOTHING, Bounds, add_grid_options, count, words
 from plan import SPLITS
 from tuning import Choice, Grid, choose_rates, run_tuned
 
@@ -159,11 +159,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     chosen = {"rules": RULES, "splits": STUDIED, "settings": tuple(SETTINGS)}
     if quick:
         chosen = {"rules": RULES[:2], "splits": STUDIED[:2], "settings": (ALL, "floor 0.5", "size alone")}
-    for what, known in (("rules", GLOBAL_RULES), ("splits", SPLITS), ("settings", SETTINGS)):
-        if words := getattr(options, what):
-            chosen[what] = tuple(words.split(","))
-        if wrong := [word for word in chosen[what] if word not in known]:
-            raise SystemExit(f"{what}: expected some of {', '.join(known)}, got {', '.join(wrong)}")
+    known = {"rules": GLOBAL_RULES, "splits": SPLITS, "settings": SETTINGS}
+    chosen = {what: tuple(words(what, getattr(options, what), chosen[what], known[what])) for what in known}
     given = {"rounds": count("rounds", options.rounds, 4 if quick else 20)} | ({"rank_levels": 1} if quick else {})
     return Plan(
         "fashion_mnist_mini" if quick else "fashion_mnist",

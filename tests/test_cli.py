@@ -206,11 +206,15 @@ def test_the_list_of_commands_is_short(capsys):
 
 def test_data(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("AUTORANK_JAX_DATA", str(tmp_path))
+    np.savez(tmp_path / "mine.npz", x_train=np.zeros(100))
+    (tmp_path / "cifar10.npz").write_bytes((tmp_path / "mine.npz").read_bytes()[:-50])
     assert cli.main(["data"]) == 0
     text = capsys.readouterr().out
     lines = {line.split()[0]: line.split()[1] for line in text.splitlines() if len(line.split()) > 2}
     assert lines["fashion_mnist_mini"] == "yes"
     assert lines["mnist"] == "no"
+    assert lines["mine"] == "yes"
+    assert lines["cifar10"] == "damaged"
     assert str(tmp_path) in text
 
 

@@ -105,8 +105,10 @@ def test_a_part_of_the_paper_does_not_replace_the_whole(pretended, tmp_path):
 
 
 def test_mistakes_in_words():
-    with pytest.raises(SystemExit, match="splits: expected some of staircase"):
+    with pytest.raises(SystemExit, match=r"splits: expected some of .*, got stairs; did you mean staircase\?"):
         paper.main(["--splits", "stairs"])
+    with pytest.raises(SystemExit, match=r"rules: expected some of .*, got raflore; did you mean raflora\?$"):
+        study.main(["--rules", "raflore", "--report"])
     with pytest.raises(SystemExit, match=r"dataset: expected some of fashion_mnist, mnist, .*, got fashion_mnist_mini"):
         paper.main(["--dataset", "fashion_mnist_mini", "--report"])
     with pytest.raises(SystemExit, match="dataset: expected none beside --quick, which has its own, got mnist"):

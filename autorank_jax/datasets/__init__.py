@@ -7,6 +7,7 @@ there is converted once: from TensorFlow Datasets, or from folders of images.
 
 import difflib
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,11 +131,16 @@ def available_datasets(*, cache: str | Path | None = None) -> list[DatasetInfo]:
     folder = cache_folder(cache)
     rows = [DatasetInfo(name, True, "built in", description) for name, (_, description) in BUILT_IN.items()]
     for name, known in KNOWN.items():
-        path = folder / f"{name}.npz"
-        rows.append(DatasetInfo(name, path.is_file(), str(path), known.description))
+        rows.append(_info(folder / f"{name}.npz", known.description))
     names = {row.name for row in rows}
     others = sorted(path for path in folder.glob("[A-Za-z0-9]*.npz") if path.stem not in names)
-    return rows + [DatasetInfo(path.stem, True, str(path), "your own file") for path in others]
+    return rows + [_info(path, "your own file") for path in others]
+
+
+def _info(path: Path, description: str) -> DatasetInfo:
+    """Describe a file by what can be seen without reading its arrays."""
+    present = path.is_file()
+    return DatasetInfo(path.stem, present, str(path), description, present and not zipfile.is_zipfile(path))
 
 
 def how_to_get(name: str) -> str:

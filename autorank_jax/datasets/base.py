@@ -33,6 +33,7 @@ class DatasetInfo(NamedTuple):
     present: bool
     where: str
     description: str
+    damaged: bool = False  # present, but no whole npz file: a download that stopped, most likely
 
 
 class Known(NamedTuple):
