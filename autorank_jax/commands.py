@@ -216,7 +216,11 @@ def execute(command: Run | Ranks | Data) -> None:
             console = Console()
             console.print(datasets_table(available_datasets()))
             console.print(f"Files are looked for in {cache_folder()}", soft_wrap=True, highlight=False)
-            console.print(f"{PROGRAM} data fetch NAME gets what is not there", soft_wrap=True, highlight=False)
+            console.print(
+                f"{PROGRAM} data fetch NAME gets what is not there, with --overwrite what is damaged",
+                soft_wrap=True,
+                highlight=False,
+            )
 
 
 def run(command: Run) -> None:

@@ -165,10 +165,16 @@ def si(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "–"
     value = float(f"{value:.{digits}g}")  # 999.9e6 is 1 G
+    scale, prefix = si_scale(value)
+    return f"{value / scale:.{max(digits, 3)}g}{prefix}"
+
+
+def si_scale(value: float) -> tuple[float, str]:
+    """Return the unit in which a number is written, and its prefix after a space: 4.2e11 has `(1e9, " G")`."""
     for scale, prefix in ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= scale:
-            return f"{value / scale:.{max(digits, 3)}g}{prefix}"
-    return f"{value:.{max(digits, 3)}g}"
+            return scale, prefix
+    return 1.0, ""
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:

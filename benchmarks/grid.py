@@ -69,7 +69,7 @@ def words(what: str, given: str, usual: Sequence[str], known: Iterable[str]) -> 
     Raises:
         SystemExit: some are not known; with the nearest that is.
     """
-    chosen, known = given.split(",") if given else list(usual), list(known)
+    chosen, known = [word for part in given.split(",") if (word := part.strip())] or list(usual), list(known)
     wrong = [word for word in chosen if word not in known]
     if wrong:
         close = difflib.get_close_matches(wrong[0], known, n=1)

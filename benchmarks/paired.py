@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from autorank_jax.results import si
+from autorank_jax.results import si_scale
 
 
 class Difference(NamedTuple):
@@ -78,11 +78,14 @@ def in_points(found: Difference | None, p_value: float | None = None) -> str:
 
 
 def in_units(found: Difference | None) -> str:
-    """Write a difference of rounds, FLOPs or bytes with its 95 % interval."""
+    """Write a difference of rounds, FLOPs or bytes with its 95 % interval, all in the unit of the largest."""
     if found is None:
         return "–"
-    mean, *interval = ["–" if x is None else ("+" if x > 0 else "") + si(x, 2) for x in found[:3]]
-    return f"{mean} (n = {found.seeds})" if found.low is None else f"{mean} [{', '.join(interval)}]"
+    known = [x for x in found[:3] if x is not None]
+    scale, prefix = si_scale(max(map(abs, known)))
+    mean, *interval = [f"{x / scale:+.1f}" for x in known]
+    spread = f"[{', '.join(interval)}]" if interval else f"(n = {found.seeds})"
+    return f"{mean} {spread}{prefix}"
 
 
 def corrected(found: Sequence[Mapping[str, Difference | None]], what: str) -> list[float | None]:

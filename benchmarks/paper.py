@@ -95,7 +95,7 @@ def run_job(plan: Plan, job: Job, bounds: Bounds) -> tuple[list[Column], Cell | 
     how = {"seeds": plan.seeds, "together": plan.quick, "bounds": bounds}
     tuned, cells = run_tuned(experiment, choices, plan.folder, name, **how)
     central = job.split == "central"
-    columns = [Column(titles[p], t.choice, _silent(t.runs) if central else t.runs) for p, t in tuned.items()]
+    columns = [Column(titles[p], t.choice, _alone(t.runs) if central else t.runs) for p, t in tuned.items()]
     scored = [cell for cell in cells if "autorank" in cell["config"]["rank_policies"]]
     return columns, scored[0] if scored else None
 
@@ -106,9 +106,9 @@ def rates_of(plan: Plan, job: Job, bounds: Bounds) -> Mapping[str, Choice]:
     return choose_rates(experiment_of(job, **plan.options), plan.grids[job.group], plan.folder, name, bounds)
 
 
-def _silent(runs: Mapping[int, Reached]) -> dict[int, Reached]:
-    """Take the bytes away: who has all examples need not send anything."""
-    return {seed: run._replace(bytes=np.full(len(run.rounds), np.nan)) for seed, run in runs.items()}
+def _alone(runs: Mapping[int, Reached]) -> dict[int, Reached]:
+    """Take bytes and clients away: who has all examples need not send anything, and its test set is the server's."""
+    return {seed: run._replace(bytes=np.full(len(run.rounds), np.nan), clients={}) for seed, run in runs.items()}
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
@@ -132,26 +132,39 @@ def make_plan(options: argparse.Namespace) -> Plan:
     return Plan(list(jobs(datasets, splits, groups)), range(seeds), chosen, grids, folder, options.quick)
 
 
+def complete(found: Mapping[Key, list[Column]]) -> dict[Key, list[Column]]:
+    """Return what has a table: the columns of every split that has runs, with those of central training."""
+    return {
+        (dataset, split): [*own, *found.get((dataset, "central"), [])]
+        for (dataset, split), own in found.items()
+        if split != "central" and any(column.runs for column in own)
+    }
+
+
+def tables(plan: Plan, found: Mapping[Key, list[Column]]) -> str:
+    """Return the tables of what is there, in Markdown."""
+    return "\n".join(paper_tables.write(*key, own, seeds=len(plan.seeds)) for key, own in complete(found).items())
+
+
 def report(plan: Plan, found: Mapping[Key, list[Column]], scored: Mapping[str, Cell]) -> None:
     """Print the tables of what is there; write JSON, Markdown and pictures, nothing where no column is there."""
-    text, content = [], {}
-    for (dataset, split), own in found.items():
-        if split == "central" or not any(column.runs for column in own):
-            continue
-        columns = [*own, *found.get((dataset, "central"), [])]
-        text.append(paper_tables.write(dataset, split, columns, seeds=len(plan.seeds)))
-        content[f"{dataset}, {split}"] = {
-            column.title: table_of(column.runs) | {"choice": column.choice._asdict() if column.choice else None}
-            for column in columns
-        }
-        draw({c.title: c.runs for c in own}, plan.folder, f"{dataset}, {split}")
+    text = tables(plan, found)
     if not text:
         print("No column is complete yet.")
         return
-    print("\n".join(text))
+    print(text)
+    content = {
+        ", ".join(key): {
+            column.title: table_of(column.runs) | {"choice": column.choice._asdict() if column.choice else None}
+            for column in columns
+        }
+        for key, columns in complete(found).items()
+    }
     about = {"versions": harness.versions(), "device": harness.device(), "seeds": len(plan.seeds)}
     harness.write_json(plan.folder.with_suffix(".json"), {"tables": content, "options": dict(plan.options)} | about)
-    plan.folder.with_suffix(".md").write_text("\n".join(text))
+    harness.write_text(plan.folder.with_suffix(".md"), text)
+    for key in complete(found):
+        draw({column.title: column.runs for column in found[key]}, plan.folder, ", ".join(key))
     if scored:
         pictures.ranks_against_complexity(scored, plan.folder.with_name(f"{plan.folder.name}-ranks.png"))
 
@@ -168,21 +181,24 @@ def draw(series: Mapping[str, Mapping[int, Reached]], folder: Path, title: str) 
         pictures.accuracy_curves(rest, path.with_stem(f"{path.stem}-controls"), f"{title}, controls")
 
 
-@harness.mistakes_in_words()
-def main(arguments: list[str] | None = None) -> None:
-    """Run what is missing, then print and write what there is."""
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    full = [name for name in DATASETS if name != QUICK]
-    parser.add_argument(
-        "--dataset", default="", help=f"comma-separated; default {','.join(USUAL)}, of " + ", ".join(full)
-    )
+    full, usual = ", ".join(name for name in DATASETS if name != QUICK), ",".join(USUAL)
+    parser.add_argument("--dataset", default="", help=f"comma-separated; default {usual}, of {full}")
     parser.add_argument("--groups", default="", help="comma-separated; default all: " + ", ".join(GROUPS))
     parser.add_argument("--rounds", type=int, default=None, help="default 100, on coloured images 200")
     parser.add_argument("--local-epochs", type=int, default=None, help="default 1")
     parser.add_argument("--model", choices=tuple(MODELS), help="default mlp, on coloured images deep_cnn")
     parser.add_argument("--learning-rate", type=float, default=None, help="of all columns, default tuned for each")
     add_grid_options(parser, splits=tuple(SPLITS), out=RESULTS)
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+@harness.mistakes_in_words()
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing, then print and write what there is."""
+    options = options_of(arguments)
     mpl.use("Agg")
     plan = make_plan(options)
     with harness.shared_programs():

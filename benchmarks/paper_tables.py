@@ -39,7 +39,8 @@ def write(dataset: str, split: str, columns: Sequence[Column], *, seeds: int) ->
         seeds: how many there are to be.
     """
     parts = [f"## {dataset}, {split}", _accuracies(columns, seeds), f"### {TARGETS}", _targets(dataset, columns)]
-    against, further = _against_first(columns), _further(columns)
+    shared = [column for column in columns if values(column.runs, "final")]
+    against, further = _against_first(shared), _further(shared)
     if against:
         parts += [
             f"### {FIRST} minus each",
@@ -49,13 +50,14 @@ def write(dataset: str, split: str, columns: Sequence[Column], *, seeds: int) ->
         ]
     if further:
         parts += ["### Further differences", "Corrected among themselves.", _differences(further)]
-    if against or further:
+    everything = _against_first([column for column in columns if column.runs])
+    if everything or further:
         title = f"{100 * DATASETS[dataset].targets[-1]:g} %"
         parts += [
             f"### {OTHERWISE}",
             f"Own accuracy in points; rounds, training FLOPs and bytes to {title} where all seeds reach it. Not "
             "corrected.",
-            _other_differences([(f"{FIRST} minus {name}", *pair) for name, *pair in against] + further, dataset),
+            _other_differences([(f"{FIRST} minus {name}", *pair) for name, *pair in everything] + further, dataset),
         ]
     author = DATASETS[dataset].author
     if author and split == "staircase":
@@ -94,7 +96,7 @@ def _accuracies(columns: Sequence[Column], seeds: int) -> str:
         rows.append(row)
     missing = [column.title for column in columns if not column.runs]
     note = f"\n\nNot run yet: {'; '.join(missing)}." if missing else ""
-    return (markdown_table(rows, list(rows[0])) if rows else "–") + note
+    return markdown_table(rows, list(rows[0])) + note
 
 
 def _own(runs: Mapping[int, Reached], what: str, kind: str) -> str:
@@ -137,7 +139,9 @@ def _other_differences(pairs: Sequence[Pair], dataset: str) -> str:
         row = _named(pair)
         for what, title in OWN.items():
             for kind in ("mean", "worst"):
-                row[f"{title}: {kind}"] = in_points(difference(*(client_values(side, what, kind) for side in sides)))
+                found = difference(*(client_values(side, what, kind) for side in sides))
+                fewer = f" (of {found.seeds} seeds)" if found and found.seeds < row["seeds"] else ""
+                row[f"{title}: {kind}"] = in_points(found) + fewer
         for what, title in COSTS.items():
             row[title] = in_units(difference(*(costs(side, target, what) for side in sides)))
         rows.append(row)
@@ -150,14 +154,14 @@ def _named(pair: Pair) -> Row:
 
 
 def _against_first(columns: Sequence[Column]) -> list[Pair]:
-    first = next((column for column in columns if column.title == FIRST and column.runs), None)
-    others = [c for c in columns if c is not first and values(c.runs, "final")]
-    return [(other.title, first, other) for other in others] if first else []
+    """Return the first column beside every other."""
+    first = next((column for column in columns if column.title == FIRST), None)
+    return [(other.title, first, other) for other in columns if other is not first] if first else []
 
 
 def _further(columns: Sequence[Column]) -> list[Pair]:
     """Return the pairs of `CONTRASTS` that are there."""
-    there = {column.title: column for column in columns if values(column.runs, "final")}
+    there = {column.title: column for column in columns}
     return [(f"{a} minus {b}", there[a], there[b]) for a, b in CONTRASTS if a in there and b in there]
 
 

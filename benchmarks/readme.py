@@ -1,7 +1,7 @@
-"""The tables of the studies in `benchmarks/README.md`, between markers: taken from the result files, never typed.
+"""The tables of the studies in `benchmarks/README.md`, between markers: taken from `results/*.md`, never typed.
 
 Command:  python benchmarks/readme.py            (after `paper.py` or `study.py`; a second)
-          python benchmarks/readme.py --check    (exit status 1 where the README does not say what the results say)
+          python benchmarks/readme.py --check    (exit status 1 where it does not say what they say)
 Writes:   benchmarks/README.md
 """
 
@@ -32,10 +32,10 @@ def sections(text: str, level: int) -> dict[str, str]:
     return {title: body.strip() for title, body in zip(parts[::2], parts[1::2], strict=True)}
 
 
-def paper_tables(results: Path) -> str:
+def paper_block(results: Path) -> str:
     """Return the tables and pictures of `paper.py`, without the widest, which stay in `paper.md`."""
     found = []
-    for title, body in sections((results / "paper.md").read_text(encoding="utf-8"), 2).items():
+    for title, body in sections(_text(results / "paper.md"), 2).items():
         parts = [f"#### {title}", body.split("\n### ")[0].strip()]
         for name, text in sections(body, 3).items():
             if name not in (TARGETS, OTHERWISE):
@@ -49,21 +49,31 @@ def paper_tables(results: Path) -> str:
     return "\n\n".join(found)
 
 
-def study_tables(results: Path) -> str:
+def study_block(results: Path) -> str:
     """Return the answers of `study.py` that carry its recommendation."""
-    answers = sections((results / "study.md").read_text(encoding="utf-8"), 3)
-    confirmed = sections((results / "study-confirm.md").read_text(encoding="utf-8"), 3)
-    shown = {name: answers[name] for name in STUDY}
+    answers = sections(_text(results / "study.md"), 3)
+    confirmed = sections(_text(results / "study-confirm.md"), 3)
+    shown = {name: answers[name] for name in STUDY if name in answers}
     shown |= {name: text for name, text in confirmed.items() if CONFIRMED in name}
+    for title in (*STUDY, CONFIRMED):
+        if not any(title in name for name in shown):
+            raise SystemExit(f"{results}: expected the table {title!r} in study.md or study-confirm.md, got none")
     return "\n\n".join(f"**{name}.** {text}" for name, text in shown.items())
+
+
+def _text(path: Path) -> str:
+    """Read a file of results."""
+    if not path.is_file():
+        raise SystemExit(f"{path}: expected tables, got no file; probably `paper.py` or `study.py` has not been run")
+    return path.read_text(encoding="utf-8")
 
 
 def blocks(results: Path) -> Mapping[str, str]:
     """Return what belongs between the markers, by their names."""
     return {
-        "paper tables": paper_tables(results),
-        "two cores tables": paper_tables(results / "two_cores"),
-        "study tables": study_tables(results),
+        "paper tables": paper_block(results),
+        "two cores tables": paper_block(results / "two_cores"),
+        "study tables": study_block(results),
     }
 
 

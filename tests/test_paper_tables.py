@@ -1,15 +1,19 @@
 """The tables of `benchmarks/paper.py`, and those of `benchmarks/README.md`."""
 
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_cells import TINY, fake_cell
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import curves
+import grid
+import paper
 import paper_tables
 import plan
 import readme
@@ -18,18 +22,27 @@ TARGET = plan.DATASETS["mnist"].targets[-1]
 BASE = curves.runs_of(fake_cell(TINY))["full"][0]
 
 
-def column(title, finals, own=None, before=None):
-    """Return a column with these final accuracies; the target is seen at the second of two evaluations, if at all."""
-    runs = {
-        seed: BASE._replace(
-            rounds=np.array([2, 2 + 2 * (seed + 1)]),
+def column(title, finals, own=(), after=(), costs=(2, 1e9, 1e6)):
+    """Return a column with these final accuracies; the target is seen at the second of two evaluations, if at all.
+
+    Args:
+        title: of the column.
+        finals: by seed.
+        own: clients' own accuracy by seed, as mean and worst.
+        after: likewise, after one more training.
+        costs: rounds, FLOPs and bytes until the second evaluation, of which seed `s` takes `s + 1` times as much.
+    """
+    rounds, flops, sent = costs
+    runs = {}
+    for seed, final in enumerate(finals):
+        clients = {"before": own[seed], "after": after[seed]} if seed < len(own) else {}
+        runs[seed] = BASE._replace(
+            rounds=np.array([1, rounds * (seed + 1)]),
             accuracy=np.array([0.3, final]),
-            flops=np.array([1e9, 5e9]),
-            bytes=np.array([1e6, 4e6]) * (1 if before is None else before),
-            clients={} if own is None else {"before": own[seed], "after": own[seed]},
+            flops=np.array([1, flops * (seed + 1)]),
+            bytes=np.array([1, sent * (seed + 1)]),
+            clients={when: dict(zip(("mean", "worst"), pair, strict=True)) for when, pair in clients.items()},
         )
-        for seed, final in enumerate(finals)
-    }
     return paper_tables.Column(title, None, runs)
 
 
@@ -47,18 +60,46 @@ def row_of(text, title):
     return rows[-1][2:]
 
 
+def interval(values, scale=1, suffix=""):
+    """Write mean and 95 % t interval of the mean, by SciPy."""
+    low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values)) / np.array(scale)
+    return f"{np.mean(values) / scale:+.1f} [{low:+.1f}, {high:+.1f}]{suffix}"
+
+
 def test_differences_in_what_clients_have_and_in_what_it_takes():
-    own = [{"mean": 0.5 + shift, "worst": 0.2} for shift in (0.1, 0.2, 0.3)]
-    less = [{"mean": 0.5, "worst": 0.2 + shift} for shift in (0.1, 0.2, 0.3)]
-    first = column(paper_tables.FIRST, [TARGET] * 3, own)
-    other = column("other", [TARGET] * 3, less, before=3)
-    never = column("never", [TARGET, TARGET, TARGET - 0.01])
+    first = column(
+        paper_tables.FIRST, [TARGET] * 3, [(0.6, 0.2), (0.7, 0.3), (0.9, 0.3)], [(0.9, 0.8)] * 3, (4, 2e9, 5e6)
+    )
+    other = column("other", [TARGET] * 3, [(0.5, 0.4)] * 3, [(0.9, 0.6), (0.8, 0.6), (0.8, 0.5)], (2, 1.5e9, 8e6))
+    never = column("never", [TARGET, TARGET, TARGET - 0.01], [(0.5, 0.4)] * 2, [(0.9, 0.6)] * 2)
     text = paper_tables.write("mnist", "staircase", [first, other, never], seeds=3)
-    cells = row_of(text, f"{paper_tables.FIRST} minus other")
-    assert cells[0].startswith("+20.0 [")
-    assert cells[1].startswith("-20.0 [")
-    assert cells[4:] == ["0 [0, 0]", "0 [0, 0]", "-8 M [-8 M, -8 M]"]
-    assert row_of(text, f"{paper_tables.FIRST} minus never") == ["–"] * 7
+    wanted = [[10, 20, 40], [-20, -10, -10], [0, 10, 10], [20, 20, 30]]
+    assert row_of(text, f"{paper_tables.FIRST} minus other") == [
+        *(interval(values) for values in wanted),
+        interval([2, 4, 6]),
+        interval([0.5e9, 1e9, 1.5e9], 1e9, " G"),
+        interval([-3e6, -6e6, -9e6], 1e6, " M"),
+    ]
+    cells = row_of(text, f"{paper_tables.FIRST} minus never")
+    assert cells[0] == "+15.0 (n = 2) (of 2 seeds)"
+    assert cells[4:] == ["–"] * 3
+
+
+def test_who_shares_nothing_is_compared_by_the_clients():
+    first = column(paper_tables.FIRST, [0.5] * 2, [(0.6, 0.2)] * 2, [(0.6, 0.2)] * 2)
+    alone = column("alone", [0.5] * 2, [(0.4, 0.1)] * 2, [(0.4, 0.1)] * 2)
+    alone = alone._replace(runs={seed: run._replace(accuracy=np.array([])) for seed, run in alone.runs.items()})
+    text = paper_tables.write("mnist", "staircase", [first, alone], seeds=2)
+    assert "| alone | 2 |" not in text
+    assert row_of(text, f"{paper_tables.FIRST} minus alone")[:2] == ["+20.0 (n = 2)", "+10.0 (n = 2)"]
+
+
+def test_who_has_all_examples_has_no_clients():
+    run = column("central", [0.5], [(0.6, 0.2)], [(0.6, 0.2)]).runs[0]
+    alone = paper._alone({0: run})[0]
+    assert alone.clients == {}
+    assert np.isnan(alone.bytes).all()
+    assert alone.final == 0.5
 
 
 def test_columns_that_nobody_ran_are_named():
@@ -68,8 +109,28 @@ def test_columns_that_nobody_ran_are_named():
     assert "| one |" not in text
 
 
+def test_the_tables_are_what_the_cells_say():
+    folder = paper.RESULTS
+    options = paper.options_of(["--report", "--out", str(folder)])
+    found, _ = paper.run_plan(paper.everything(paper.make_plan(options)), grid.NOTHING)
+    assert (folder / "paper.md").read_text(encoding="utf-8") == paper.tables(paper.make_plan(options), found)
+
+
 def test_benchmarks_readme_holds_the_tables_of_the_results():
     readme.main(["--check"])
+
+
+def test_the_readme_leaves_the_widest_tables_out(tmp_path):
+    (tmp_path / "paper.md").write_text(
+        f"## a, b\n\none\n\n### {paper_tables.TARGETS}\n\ntwo\n\n### Other\n\nthree\n\n## c, d\n\nfour\n"
+    )
+    assert readme.paper_block(tmp_path) == "#### a, b\n\none\n\n**Other.** three\n\n#### c, d\n\nfour"
+    (tmp_path / "study.md").write_text("# t\n\n" + "".join(f"### {name}\n\nx\n\n" for name in readme.STUDY))
+    with pytest.raises(SystemExit, match=r"study-confirm.md: expected tables, got no file"):
+        readme.study_block(tmp_path)
+    (tmp_path / "study-confirm.md").write_text("### another pair minus\n\ny\n")
+    with pytest.raises(SystemExit, match=f"expected the table '{re.escape(readme.CONFIRMED)}'"):
+        readme.study_block(tmp_path)
 
 
 def test_a_block_is_replaced_between_its_markers():

@@ -33,7 +33,7 @@ class DatasetInfo(NamedTuple):
     present: bool
     where: str
     description: str
-    damaged: bool = False  # present, but no whole npz file: a download that stopped, most likely
+    damaged: bool = False  # present, but its end is missing: most likely a download that stopped
 
 
 class Known(NamedTuple):
