@@ -17,7 +17,11 @@ from autorank_jax.federations import Federation
 from autorank_jax.types import Array, FederatedData, Key, LocalTraining, State
 
 Measure = Callable[[Federation, State], dict[str, dict[str, float]]]
-"""Accuracies over clients by what was measured: each `mean`, `weighted_mean` (by examples) and `worst`."""
+"""Accuracies over clients by what was measured: each `mean`, `weighted_mean` (by examples) and `worst`.
+
+Of what took a local training, `diverged` counts the clients whose training gave no finite result. They are in none of
+the accuracies, which then speak for the others alone.
+"""
 
 
 def deal_test_set(label_counts: ArrayLike, labels: ArrayLike) -> list[np.ndarray]:
@@ -74,9 +78,10 @@ def make_measure(
     @jax.jit
     def measured(key: Key, state: State, data: FederatedData, own: FederatedData, counts: Array) -> dict:
         scores = train_once(key, state, data, own)
+        diverged = {"diverged": jnp.sum((own.size > 0) & (data.size > 0) & (scores.examples == 0))}
         found = {
-            "before": evaluation.summarise_clients(scores.before, scores.examples),
-            "after": evaluation.summarise_clients(scores.after, scores.examples),
+            "before": evaluation.summarise_clients(scores.before, scores.examples) | diverged,
+            "after": evaluation.summarise_clients(scores.after, scores.examples) | diverged,
         }
         if name in PERSONAL_RULES:
             return found

@@ -107,7 +107,9 @@ def _lines(results: Results, policies: Mapping[str, Any]) -> Iterator[tuple[str,
             show = lambda p, key=what: _percent(p["clients"][key]["mean"])  # noqa: E731
             yield f"{label}, mean over clients", show, False
             show = lambda p, key=what: _percent(p["clients"][key]["worst"])  # noqa: E731
-            yield "  of the worst client", show, what == "after"
+            yield "  of the worst client", show, what == "after" and not _lost(policies)
+    if _lost(policies):
+        yield "  without diverged clients", lambda p: f"{p['clients']['after']['diverged']['mean']:.3g}", True
     yield "mean ratio over clients", lambda p: f"{p['mean_ratio']['clients']:.3f}", False
     yield "mean ratio over examples", lambda p: f"{p['mean_ratio']['examples']:.3f}", False
     yield "trained parameters", lambda p: si(p["trained_parameters"]), True
@@ -119,6 +121,11 @@ def _lines(results: Results, policies: Mapping[str, Any]) -> Iterator[tuple[str,
     yield "  in total, with the probe", lambda p: si(p["train_flops"]["total"]), True
     yield "seconds to compile", lambda p: f"{p['seconds']['compile']:.1f}", False
     yield "seconds to train", lambda p: f"{p['seconds']['train']:.1f}", False
+
+
+def _lost(policies: Mapping[str, Any]) -> bool:
+    """Tell whether clients are missing in the clients' own accuracy, because their training gave nothing finite."""
+    return any(p.get("clients", {}).get("after", {}).get("diverged", {}).get("mean") for p in policies.values())
 
 
 def _percent(spread: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ class Reached(NamedTuple):
     accuracy: np.ndarray  # (evaluations,) of the server on the test set; none where there is no server model
     flops: np.ndarray  # (evaluations,) of training so far, with the probe
     bytes: np.ndarray  # (evaluations,) sent so far, up and down
-    clients: Mapping[str, Mapping[str, float]]  # their own accuracy after the last round
+    clients: Mapping[str, Mapping[str, float]]  # their own accuracy after the last round, if all trained to the end
     ratio_by_clients: float
     ratio_by_examples: float
     slowest: float  # training FLOPs a round of the client that has most of them
@@ -101,7 +101,7 @@ def _run(cell: Cell, policy: str, seed: str, due: np.ndarray) -> Reached:
         due,
         np.array([GUESSING if value is None else value for value in values]),
         *spent,
-        cell["clients"].get(policy, {}).get(seed, {}),
+        {what: row for what, row in cell["clients"].get(policy, {}).get(seed, {}).items() if not row.get("diverged")},
         float(ratios.mean()),
         float((ratios * size).sum() / size.sum()),
         cell["summary"].get(policy, {}).get("train_flops", {}).get("slowest_client", np.nan),

@@ -108,6 +108,14 @@ def test_a_file_that_is_not_written_whole_leaves_nothing(stop, tmp_path, monkeyp
     assert json.loads(path.read_text()) == {"whole": True}
 
 
+def test_survivors_do_not_speak_for_clients_that_diverged():
+    cell = fake_cell(TINY)
+    assert curves.runs_of(cell)["full"][0].clients.keys() == {"before", "after"}
+    own = cell["clients"]["full"]["0"]
+    own["before"] = own["before"] | {"mean": 1.0, "diverged": 1}
+    assert curves.runs_of(cell)["full"][0].clients.keys() == {"after"}
+
+
 def test_a_real_cell_holds_what_the_tables_need(tmp_path):
     experiment = dataclasses.replace(TINY, rank_policies=("autorank", "full"), personal=True, probe_epochs=1, rounds=2)
     cell = grid.run_cells({"one": experiment}, tmp_path)["one"]

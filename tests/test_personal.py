@@ -119,6 +119,18 @@ def test_whole_weights_and_personal_rules_are_shown():
     assert "of the worst client" in console.export_text()
 
 
+def test_clients_that_diverge_are_counted():
+    """Whose training gives nothing finite is in no accuracy, so that it must be said that it is missing."""
+    whole = dataclasses.replace(MANY, aggregators=("local_only",), rank_policies=("full",), rounds=1)
+    lost = dataclasses.replace(whole, learning_rate=1e30)
+    for experiment, expected in ((whole, 0), (lost, MANY.clients)):
+        results = run_experiment(experiment)
+        assert [results.runs[0].clients[what]["diverged"] for what in ("before", "after")] == [expected] * 2
+        console = Console(width=100, record=True)
+        console.print(*comparison_tables(results))
+        assert ("without diverged clients" in console.export_text()) == (expected > 0)
+
+
 def test_validation_takes_examples_from_training():
     dataset = datasets.load_dataset("synthetic")
     part = with_validation(dataset, 0.1)
