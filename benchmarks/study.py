@@ -174,14 +174,19 @@ def make_plan(options: argparse.Namespace) -> Plan:
     )
 
 
+def tables(plan: Plan, table: Table, pairs: Sequence[tuple[Point, float]]) -> str:
+    """Return the answers that the cells give, and the best pairs, in Markdown."""
+    axes = {"rules": plan.rules, "settings": plan.settings, "splits": plan.splits}
+    asked = [answers.answer(table, q, plan.splits, len(plan.seeds)) for q in answers.questions(**axes)]
+    return "\n".join([heading(plan), *filter(None, asked), answers.best_text(table, pairs, plan.splits)])
+
+
 def report(plan: Plan, table: Table, rates: Rates, pairs: Sequence[tuple[Point, float]]) -> None:
-    """Print and write the answers that the cells give, the best pairs, and pictures; nothing where no cell is there."""
+    """Print and write the tables of what is there, and pictures; nothing where no cell is there."""
     if not table:
         print("No cell is complete yet.")
         return
-    axes = {"rules": plan.rules, "settings": plan.settings, "splits": plan.splits}
-    asked = [answers.answer(table, q, plan.splits, len(plan.seeds)) for q in answers.questions(**axes)]
-    text = "\n".join([heading(plan), *filter(None, asked), answers.best_text(table, pairs, plan.splits)])
+    text = tables(plan, table, pairs)
     print(text)
     harness.write_text(plan.folder.with_suffix(".md"), text)
     content = {" | ".join(point): table_of(runs) for point, runs in table.items()}
@@ -268,9 +273,13 @@ def confirm(plan: Plan, best: Sequence[Point], rates: Rates, bounds: Bounds) -> 
     return "\n".join(filter(None, parts)) or "Nothing is confirmed yet.\n"
 
 
-@harness.mistakes_in_words()
-def main(arguments: list[str] | None = None) -> None:
-    """Run what is missing, then answer from what there is."""
+def confirmed(plan: Plan, pairs: Sequence[tuple[Point, float]], rates: Rates, bounds: Bounds) -> str:
+    """Run what is missing of the best pairs on fresh seeds; return their tables in Markdown."""
+    return f"{heading(plan, 'The best pairs on fresh seeds')}\n{confirm(plan, winners(pairs), rates, bounds)}"
+
+
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--confirm", action="store_true", help="run the best pairs on fresh seeds and on MNIST")
     parser.add_argument("--rules", default="", help="comma-separated; default " + ",".join(RULES))
@@ -278,7 +287,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=None, help="default 20")
     note = "; the best pair is chosen among what is complete on these, and no others are reported"
     add_grid_options(parser, splits=STUDIED, out=RESULTS, note=note)
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+@harness.mistakes_in_words()
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing, then answer from what there is."""
+    options = options_of(arguments)
     mpl.use("Agg")
     plan = make_plan(options)
     bounds = NOTHING if options.report else Bounds.within(options.limit_minutes, options.cells)
@@ -292,7 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise SystemExit(
                     "confirm: expected complete cells to choose the best pair from, got none; run the study first"
                 )
-            text = f"{heading(whole, 'The best pairs on fresh seeds')}\n{confirm(whole, winners(pairs), rates, bounds)}"
+            text = confirmed(whole, pairs, rates, bounds)
             print(text)
             harness.write_text(plan.folder.with_name(f"{plan.folder.name}-confirm.md"), text)
 

@@ -1,4 +1,4 @@
-"""The tables of `benchmarks/paper.py`, and those of `benchmarks/README.md`."""
+"""The tables of `benchmarks/paper.py` and `study.py` are those of the cells, and `benchmarks/README.md` holds them."""
 
 import re
 import sys
@@ -11,12 +11,14 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import answers
 import curves
 import grid
 import paper
 import paper_tables
 import plan
 import readme
+import study
 
 TARGET = plan.DATASETS["mnist"].targets[-1]
 BASE = curves.runs_of(fake_cell(TINY))["full"][0]
@@ -109,11 +111,21 @@ def test_columns_that_nobody_ran_are_named():
     assert "| one |" not in text
 
 
-def test_the_tables_are_what_the_cells_say():
-    folder = paper.RESULTS
-    options = paper.options_of(["--report", "--out", str(folder)])
-    found, _ = paper.run_plan(paper.everything(paper.make_plan(options)), grid.NOTHING)
-    assert (folder / "paper.md").read_text(encoding="utf-8") == paper.tables(paper.make_plan(options), found)
+def test_the_tables_of_the_paper_are_what_its_cells_say():
+    plan = paper.make_plan(paper.options_of([]))
+    found, _ = paper.run_plan(paper.everything(plan), grid.NOTHING)
+    assert (paper.RESULTS / "paper.md").read_text(encoding="utf-8") == paper.tables(plan, found)
+
+
+def test_the_tables_of_the_study_are_what_its_cells_say():
+    whole, table, rates = study.read_all(study.make_plan(study.options_of([])))
+    pairs = answers.best_pairs(table, whole.rules, whole.splits, len(whole.seeds))
+    found = {
+        "study": study.tables(whole, table, pairs),
+        "study-confirm": study.confirmed(whole, pairs, rates, grid.NOTHING),
+    }
+    for name, text in found.items():
+        assert (study.RESULTS / f"{name}.md").read_text(encoding="utf-8") == text
 
 
 def test_benchmarks_readme_holds_the_tables_of_the_results():
