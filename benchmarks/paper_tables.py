@@ -140,8 +140,10 @@ def _other_differences(pairs: Sequence[Pair], dataset: str) -> str:
         for what, title in OWN.items():
             for kind in ("mean", "worst"):
                 found = difference(*(client_values(side, what, kind) for side in sides))
-                fewer = f" (of {found.seeds} seeds)" if found and found.seeds < row["seeds"] else ""
-                row[f"{title}: {kind}"] = in_points(found) + fewer
+                fewer = found is not None and found.seeds < row["seeds"]
+                row[f"{title}: {kind}"] = in_points(found) + (
+                    f" ({found.seeds} of {row['seeds']} seeds)" if fewer else ""
+                )
         for what, title in COSTS.items():
             row[title] = in_units(difference(*(costs(side, target, what) for side in sides)))
         rows.append(row)

@@ -83,7 +83,7 @@ def test_differences_in_what_clients_have_and_in_what_it_takes():
         interval([-3e6, -6e6, -9e6], 1e6, " M"),
     ]
     cells = row_of(text, f"{paper_tables.FIRST} minus never")
-    assert cells[0] == "+15.0 (n = 2) (of 2 seeds)"
+    assert cells[0] == "+15.0 (n = 2) (2 of 3 seeds)"
     assert cells[4:] == ["–"] * 3
 
 
