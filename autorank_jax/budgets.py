@@ -1,4 +1,4 @@
-"""Adapters of rank policies to budgets and devices.
+"""Adapters of rank policies to budgets, devices and rules that average factors.
 
 `with_caps(with_budget(policy, ...))` spends what the devices let it; the other order may exceed the caps.
 """
@@ -119,6 +119,40 @@ def with_caps(policy: RankPolicy) -> RankPolicy:
         return jnp.minimum(ratios, caps if ratios.ndim == 1 else caps[:, None]), info
 
     return capped
+
+
+def with_coverage(policy: RankPolicy, share: float = 0.5) -> RankPolicy:
+    """Cut the highest ratios until every rank position has owners who hold a share of all examples.
+
+    Rules that average a position over its owners, as `rbla` does, leave the last positions to whoever has the highest
+    rank, with the label mix of its data alone. In every layer
+
+        ρ'_i = min(ρ_i, c),   c = max { ρ_j : Σ_{i: ρ_i ≥ ρ_j} n_i ≥ share · Σ_i n_i }
+
+    Args:
+        policy: whose ratios are cut.
+        share: in (0, 1], of the examples of all clients present; 1 gives everyone the lowest ratio.
+
+    Returns:
+        A policy; the mean of its ratios is at most the old one.
+
+    Raises:
+        ValueError: for a bad `share`.
+
+    Source: ours; that positions of few owners are amplified is a known weakness of averaging over owners.
+    """
+    if isinstance(share, int | float) and not 0 < share <= 1:
+        raise ValueError(f"share: expected a number in (0, 1], got {share}, probably a percentage")
+
+    def covered(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
+        ratios, info = policy(key, stats)
+        order = jnp.argsort(-ratios, axis=0)
+        examples = jnp.cumsum(jnp.where(stats.where, jnp.asarray(stats.size), 0)[order], axis=0)
+        enough = examples.astype(ratios.dtype) >= share * examples[-1:].astype(ratios.dtype)
+        cap = jnp.max(jnp.where(enough, jnp.take_along_axis(ratios, order, axis=0), 0), axis=0, keepdims=True)
+        return jnp.minimum(ratios, cap), info
+
+    return covered
 
 
 def resource_profile(name: str, key: Key, clients: int, *, levels: Sequence[float] = DEVICE_LEVELS) -> Array:

@@ -29,6 +29,7 @@ WIDTHS: Mapping[str, tuple[int, ...]] = {"mlp": (200, 200), "cnn": (16, 32), "de
 OPTIMIZERS = ("sgd", "adam", "adamw")
 POLICIES: Mapping[str, str] = {
     "autorank": "ratio grows with the complexity of the client's data: CRITIC and TOPSIS on the criteria",
+    "covered": "AutoRank's ratios, the highest cut until clients with half of all examples have them",
     "by_size": "ratio grows with the client's number of examples",
     "uniform": "one ratio for all: AutoRank's mean over examples, so equal training FLOPs",
     "uniform_bytes": "one ratio for all: AutoRank's mean over clients, so equal bytes",
@@ -39,7 +40,7 @@ POLICIES: Mapping[str, str] = {
     "manual": "the ratios given as --ratios",
 }
 SAMPLINGS = ("uniform", "by_size", "independent")
-SCORED = ("autorank", "uniform", "uniform_bytes", "by_size_bytes", "shuffled", "reversed")
+SCORED = ("autorank", "covered", "uniform", "uniform_bytes", "by_size_bytes", "shuffled", "reversed")
 """Policies that need AutoRank's scores, if only for their mean."""
 
 

@@ -14,7 +14,7 @@ from autorank_jax.federations import Federation
 from autorank_jax.results import Scores
 from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy, Task
 
-PROBE_POLICIES = ("autorank", "shuffled", "reversed")
+PROBE_POLICIES = ("autorank", "covered", "shuffled", "reversed")
 """Policies that are charged for the probe, because each client's ratio comes from its score."""
 
 
@@ -33,6 +33,7 @@ def rank_policy(name: str, experiment: Experiment) -> RankPolicy:
     scored = policies.autorank(criteria=experiment.criteria, min_ratio=experiment.min_ratio)
     makers: dict[str, Callable[[], RankPolicy]] = {
         "autorank": lambda: scored,
+        "covered": lambda: budgets.with_coverage(scored),
         "by_size": lambda: policies.by_size(min_ratio=experiment.min_ratio),
         "uniform": lambda: budgets.with_one_ratio(scored, "examples"),
         "by_size_bytes": lambda: by_size_at_mean(scored, experiment.min_ratio),

@@ -69,6 +69,7 @@ GROUPS: Mapping[str, Group] = {
     "same_rate": Group(
         1, "rbla", {"autorank": "AutoRank at one rank's learning rate + RBLA"}, rates=("main", "uniform_bytes")
     ),
+    "covered": Group(1, "rbla", {"covered": "AutoRank covered + RBLA"}),
     "by_size": Group(2, "rbla", {"by_size_bytes": "by size, AutoRank's bytes + RBLA"}),
     "dealt": Group(
         2,
@@ -93,6 +94,8 @@ CONTRASTS = (
     (_title("raflora", "autorank"), AUTHOR[2]),
     (_title("same_rate", "autorank"), AUTHOR[2]),
     (_title("same_rate", "autorank"), AUTHOR[1]),
+    (_title("covered", "covered"), AUTHOR[2]),
+    (_title("covered", "covered"), _title("raflora", "autorank")),
 )
 """Columns that are compared with each other, beside the first with all."""
 

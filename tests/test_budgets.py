@@ -10,6 +10,7 @@ from autorank_jax.budgets import (
     resource_profile,
     with_budget,
     with_caps,
+    with_coverage,
     with_one_ratio,
 )
 from autorank_jax.controls import reversed_ranks, shuffled
@@ -105,6 +106,36 @@ def test_caps_bind_where_the_device_is_small(ratios):
     np.testing.assert_allclose(capped, np.minimum(ratios.T, caps).T, rtol=1e-6)
 
 
+def covered_by_hand(ratios, share, where):
+    size = np.where(where, SIZE, 0)
+    enough = [r for r in ratios if size[ratios >= r].sum() >= share * size.sum()]
+    return np.minimum(ratios, max(enough))
+
+
+@pytest.mark.parametrize("where", [np.ones(6, bool), WHERE, np.array([True, False, True, True, True, True])])
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.6, 0.8, 1.0])
+@pytest.mark.parametrize(
+    "ratios", [RATIOS, PER_LAYER, np.array([0.5, 0.5, 1.0, 1.0, 0.2, 0.1])], ids=["", "layers", "ties"]
+)
+def test_every_position_has_owners_with_a_share_of_the_examples(ratios, share, where):
+    """The largest ratios are cut to the highest one that enough examples stand behind, layer by layer."""
+    covered, _ = jax.jit(with_coverage(policies.manual(ratios), share))(KEY, client_stats(where))
+    expected = np.stack([covered_by_hand(r, share, where) for r in ratios.reshape(6, -1).T], axis=1)
+    np.testing.assert_allclose(covered, expected.reshape(ratios.shape), rtol=1e-6)
+
+
+def test_coverage_cuts_nobody_where_the_most_complex_clients_have_the_data():
+    ratios, _ = with_coverage(policies.by_size())(KEY, client_stats())  # 900 of 1,600 examples have ratio 1
+    np.testing.assert_array_equal(ratios, policies.by_size()(KEY, client_stats())[0])
+    few, _ = with_coverage(policies.manual([0.2, 0.3, 1.0, 0.9, 0.8, 0.4]))(KEY, client_stats())
+    np.testing.assert_allclose(few, [0.2, 0.3, 0.3, 0.3, 0.3, 0.3])  # 600 examples have more, 1,500 this
+
+
+def test_coverage_of_nobody_changes_nothing():
+    ratios, _ = with_coverage(policies.manual(RATIOS))(KEY, client_stats(np.zeros(6, bool)))
+    np.testing.assert_allclose(ratios, RATIOS, rtol=1e-6)
+
+
 @pytest.mark.parametrize("control", [shuffled, reversed_ranks])
 @pytest.mark.parametrize("ratios", [RATIOS, PER_LAYER])
 def test_controls_deal_the_same_ratios_to_the_clients_present(control, ratios):
@@ -161,6 +192,7 @@ def test_profiles_take_any_number_of_levels(name):
         ),
         (lambda: with_budget(policies.uniform(), 1.2), "mean_ratio: .*got 1.2"),
         (lambda: with_budget(policies.uniform(), 0.5, min_ratio=0), "min_ratio: .*got 0"),
+        (lambda: with_coverage(policies.uniform(), 50), "share: .*got 50"),
         (lambda: with_budget(policies.uniform(), 0.5, "bytes"), "weight: expected one of .*got 'bytes'"),
         (
             lambda: with_budget(policies.uniform(), 0.5, layer_weights=[1, 2])(KEY, client_stats()),

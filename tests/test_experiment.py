@@ -18,7 +18,17 @@ TINY = Experiment(
     split="dirichlet_lognormal",
     clients=6,
     hidden=(8,),
-    rank_policies=("autorank", "by_size", "uniform", "uniform_bytes", "full", "shuffled", "reversed", "manual"),
+    rank_policies=(
+        "autorank",
+        "covered",
+        "by_size",
+        "uniform",
+        "uniform_bytes",
+        "full",
+        "shuffled",
+        "reversed",
+        "manual",
+    ),
     ratios=(0.1, 0.2, 0.3, 0.4, 0.5, 1.0),
     rounds=2,
     local_epochs=1,
@@ -91,6 +101,10 @@ def test_budgets_and_controls(tiny):
         assert abs(over_examples - ratios["autorank"].mean()) > 0.02  # else this test could not tell them apart
         np.testing.assert_array_equal(np.sort(ratios["shuffled"]), np.sort(ratios["autorank"]))
         order = np.argsort(ratios["autorank"])
+        half = np.cumsum(scores.size[order][::-1])[::-1] >= scores.size.sum() / 2
+        np.testing.assert_array_equal(
+            ratios["covered"], np.minimum(ratios["autorank"], ratios["autorank"][order][half].max())
+        )
         np.testing.assert_array_equal(ratios["reversed"][order], np.sort(ratios["autorank"])[::-1])
         np.testing.assert_array_equal(ratios["full"], np.ones(6))
         np.testing.assert_allclose(ratios["manual"], TINY.ratios, rtol=1e-6)
@@ -116,7 +130,7 @@ def test_the_probe_is_charged_to_those_whose_ranks_come_from_it(tiny):
     results, _ = tiny
     for run in results.runs:
         probe = results.scores[run.seed].probe_flops
-        charged = probe if run.policy in ("autorank", "shuffled", "reversed") else 0.0
+        charged = probe if run.policy in ("autorank", "covered", "shuffled", "reversed") else 0.0
         assert run.probe_flops == charged
         assert run.rows[-1].train_flops == pytest.approx(charged + 2 * run.costs.flops)
     full = runs_of(results, "full")[0]
