@@ -35,6 +35,7 @@ class Reached(NamedTuple):
     clients: Mapping[str, Mapping[str, float]]  # their own accuracy after the last round, if all trained to the end
     ratio_by_clients: float
     ratio_by_examples: float
+    behind: float  # share of all examples whose clients have the highest ratio
     slowest: float  # training FLOPs a round of the client that has most of them
     diverged: bool
 
@@ -104,6 +105,7 @@ def _run(cell: Cell, policy: str, seed: str, due: np.ndarray) -> Reached:
         {what: row for what, row in cell["clients"].get(policy, {}).get(seed, {}).items() if not row.get("diverged")},
         float(ratios.mean()),
         float((ratios * size).sum() / size.sum()),
+        float(size[ratios == ratios.max()].sum() / size.sum()),
         cell["summary"].get(policy, {}).get("train_flops", {}).get("slowest_client", np.nan),
         diverged,
     )
@@ -178,6 +180,7 @@ def table_of(runs: Mapping[int, Reached]) -> dict[str, Any]:
         "clients": [dict(run.clients) for run in runs.values()],
         "ratio_by_clients": [round(run.ratio_by_clients, 4) for run in runs.values()],
         "ratio_by_examples": [round(run.ratio_by_examples, 4) for run in runs.values()],
+        "examples_behind_highest_ratio": [round(run.behind, 4) for run in runs.values()],
         "slowest_client_flops": [None if np.isnan(run.slowest) else run.slowest for run in runs.values()],
         "diverged": [run.diverged for run in runs.values()],
     }

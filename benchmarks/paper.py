@@ -31,7 +31,7 @@ import pictures
 from curves import Reached, table_of
 from grid import NOTHING, Bounds, Cell, add_grid_options, count, words
 from paper_tables import Column
-from plan import DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
+from plan import AUTHOR, DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
 from tuning import Choice, Grid, choose_rates, run_tuned
 
 from autorank_jax.configuration import MODELS
@@ -167,6 +167,22 @@ def report(plan: Plan, found: Mapping[Key, list[Column]], scored: Mapping[str, C
         draw({column.title: column.runs for column in found[key]}, plan.folder, ", ".join(key))
     if scored:
         pictures.ranks_against_complexity(scored, plan.folder.with_name(f"{plan.folder.name}-ranks.png"))
+    if points := behind_ranks(complete(found)):
+        pictures.accuracy_over_coverage(points, plan.folder.with_name(f"{plan.folder.name}-coverage.png"))
+
+
+def behind_ranks(found: Mapping[Key, list[Column]]) -> list[pictures.Behind]:
+    """Return every run of mixed ranks under RBLA, beside the run of one rank at AutoRank's bytes of the same seed."""
+    mixed = {title for group in GROUPS.values() if group.rule == "rbla" for title in group.titles.values()}
+    points = []
+    for (dataset, split), columns in found.items():
+        one_rank = next((column.runs for column in columns if column.title == AUTHOR[2]), {})
+        for column in columns:
+            for seed, run in column.runs.items():
+                if column.title in mixed and run.behind < 1 and run.final is not None and seed in one_rank:
+                    less = run.final - (one_rank[seed].final or 0.0)
+                    points.append(pictures.Behind(dataset, split, column.title, run.behind, less))
+    return points
 
 
 def draw(series: Mapping[str, Mapping[int, Reached]], folder: Path, title: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -10,7 +10,7 @@ from curves import Reached
 from grid import Cell
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from autorank_jax.figures import DASHES, PALETTE, PERCENT, STYLE
 from autorank_jax.results import si
@@ -21,6 +21,17 @@ PANELS = {
     "bytes": "bytes sent, up and down",
 }
 MOST_LINES = len(PALETTE)
+MARKERS = "osD^v"
+
+
+class Behind(NamedTuple):
+    """A run of mixed ranks: how many examples stand behind its highest rank, and what became of it."""
+
+    dataset: str
+    split: str
+    column: str
+    share: float  # of all examples, held by the clients of the highest rank
+    difference: float  # its final accuracy minus that of one rank for all
 
 
 def accuracy_curves(series: Mapping[str, Mapping[int, Reached]], path: Path, title: str) -> None:
@@ -103,6 +114,44 @@ def ranks_against_complexity(cells: Mapping[str, Cell], path: Path) -> None:
         figure.suptitle(
             "Rank against data complexity, a point per client", x=0.01, ha="left", fontsize=11, weight="bold"
         )
+        _save(figure, path)
+
+
+def accuracy_over_coverage(runs: Sequence[Behind], path: Path) -> None:
+    """Draw what mixed ranks reach over the examples behind the highest rank: colours for columns, markers for splits.
+
+    Args:
+        runs: at least one.
+        path: of the PNG.
+    """
+    datasets, splits, columns = (list(dict.fromkeys(run[place] for run in runs)) for place in range(3))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.5 * len(datasets), 5.2), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(1, len(datasets), sharey=True))
+        for run in runs:
+            look = {
+                "color": PALETTE[columns.index(run.column) % len(PALETTE)],
+                "marker": MARKERS[splits.index(run.split)],
+            }
+            panels[datasets.index(run.dataset)].scatter(
+                run.share, 100 * run.difference, s=42, alpha=0.75, linewidth=0, **look
+            )
+        for axes, name in zip(panels, datasets, strict=True):
+            axes.axhline(0, color="#666666", linewidth=0.8)
+            axes.set_xscale("log")
+            axes.set_xlim(min(run.share for run in runs) / 1.3, 1.1)
+            axes.xaxis.set_major_locator(FixedLocator([0.003, 0.01, 0.03, 0.1, 0.3, 1]))
+            axes.xaxis.set_major_formatter(PERCENT)
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xlabel("share of all examples that the clients of the highest rank hold")
+            axes.set_title(name, loc="left")
+        panels[0].set_ylabel("final accuracy minus that of one rank\nof AutoRank's bytes, points")
+        handles = [Line2D([], [], color=PALETTE[n % len(PALETTE)], marker="o", linestyle="", label=name)
+                   for n, name in enumerate(columns)]  # fmt: skip
+        handles += [Line2D([], [], color="#666666", marker=MARKERS[n], linestyle="", label=name)
+                    for n, name in enumerate(splits)]  # fmt: skip
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+        figure.suptitle("Mixed ranks under RBLA, a point per run", x=0.01, ha="left", fontsize=11, weight="bold")
         _save(figure, path)
 
 

@@ -33,6 +33,7 @@ def fake_cell(experiment, best=lambda _: 0.03):
     for seed in experiment.all_seeds:
         rng = np.random.default_rng(seed)
         matrix, ratios = rng.random((clients, 5)), {p: np.full(clients, 0.5).tolist() for p in experiment.rank_policies}
+        ratios |= {"autorank": np.linspace(0.1, 1, clients).tolist()}
         cell["scores"][str(seed)] = {"criteria": list("abcde"), "size": [10] * clients, "matrix": matrix.tolist()}
         cell["scores"][str(seed)] |= {"weights": None, "closeness": None, "ratios": ratios}
         for number, policy in enumerate(experiment.rank_policies):

@@ -56,6 +56,20 @@ def test_further_columns_are_compared_with_each_other():
     assert "minus by size" not in text
 
 
+def test_what_stands_behind_the_highest_rank():
+    cell = fake_cell(TINY)
+    cell["scores"]["0"] |= {"size": [10, 30, 20], "ratios": {"full": [0.9, 0.2, 0.9]}}
+    assert curves.runs_of(cell)["full"][0].behind == pytest.approx(0.5)
+    mixed = BASE._replace(behind=0.25)
+    runs = {seed: mixed._replace(accuracy=np.array([0.1, 0.6 + 0.1 * seed])) for seed in range(3)}
+    one = {seed: BASE._replace(accuracy=np.array([0.1, 0.75])) for seed in range(2)}
+    columns = [paper_tables.Column(title, None, own) for title, own in ((plan.AUTHOR[2], one), (plan.AUTHOR[0], runs),
+                                                                         ("AutoRank + raFLoRA", runs))]  # fmt: skip
+    points = paper.behind_ranks({("mnist", "staircase"): columns})
+    assert [point[:4] for point in points] == [("mnist", "staircase", plan.AUTHOR[0], 0.25)] * 2
+    np.testing.assert_allclose([point.difference for point in points], [-0.15, -0.05])
+
+
 def row_of(text, title):
     """Return the cells of the last row that begins with a title."""
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {title} |")]

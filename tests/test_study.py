@@ -38,7 +38,7 @@ def test_what_matters_most_comes_first():
 
 
 PICTURES = ["paper_mini-fashion_mnist_mini-staircase.png", "paper_mini-ranks.png", "paper_mini.json"]
-PICTURES += ["paper_mini-fashion_mnist_mini-staircase-controls.png"]
+PICTURES += ["paper_mini-fashion_mnist_mini-staircase-controls.png", "paper_mini-coverage.png"]
 
 
 def test_the_paper_is_written_once(pretended, tmp_path, capsys):
@@ -84,7 +84,7 @@ def test_what_is_not_there_is_not_pretended(tmp_path, capsys):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Draw no pictures: they take most of the time."""
-    for name in ("accuracy_curves", "heat_map", "ranks_against_complexity"):
+    for name in ("accuracy_curves", "accuracy_over_coverage", "heat_map", "ranks_against_complexity"):
         monkeypatch.setattr(paper.pictures, name, lambda *_, **__: None)
 
 
