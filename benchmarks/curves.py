@@ -7,7 +7,7 @@ import numpy as np
 from grid import Cell
 
 from autorank_jax.configuration import PERSONAL_RULES
-from autorank_jax.results import si
+from autorank_jax.results import behind_highest, si
 
 GUESSING = 0.1
 """Accuracy of guessing among ten classes: what a run that diverged is given from there on."""
@@ -105,7 +105,7 @@ def _run(cell: Cell, policy: str, seed: str, due: np.ndarray) -> Reached:
         {what: row for what, row in cell["clients"].get(policy, {}).get(seed, {}).items() if not row.get("diverged")},
         float(ratios.mean()),
         float((ratios * size).sum() / size.sum()),
-        float(size[ratios == ratios.max()].sum() / size.sum()),
+        behind_highest(ratios, size),
         cell["summary"].get(policy, {}).get("train_flops", {}).get("slowest_client", np.nan),
         diverged,
     )
