@@ -29,7 +29,7 @@ WIDTHS: Mapping[str, tuple[int, ...]] = {"mlp": (200, 200), "cnn": (16, 32), "de
 OPTIMIZERS = ("sgd", "adam", "adamw")
 POLICIES: Mapping[str, str] = {
     "autorank": "ratio grows with the complexity of the client's data: CRITIC and TOPSIS on the criteria",
-    "covered": "AutoRank's ratios, the highest cut until clients with half of all examples have them",
+    "covered": "AutoRank's ratios, the highest cut until clients with half of all examples have them, for rbla",
     "by_size": "ratio grows with the client's number of examples",
     "uniform": "one ratio for all: AutoRank's mean over examples, so equal training FLOPs",
     "uniform_bytes": "one ratio for all: AutoRank's mean over clients, so equal bytes",

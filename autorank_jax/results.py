@@ -126,7 +126,7 @@ def _summarize_runs(runs: Sequence[Run], results: Results) -> dict[str, Any]:
             "clients": _mean([run.ratio_by_clients for run in runs]),
             "examples": _mean([run.ratio_by_examples for run in runs]),
         },
-        "behind_highest_ratio": _mean([_behind(results, run) for run in runs]),
+        "examples_behind_highest_ratio": _mean([_behind(results, run) for run in runs]),
         "trained_parameters": _mean([c.trained_parameters for c in costs]),
         "bytes_per_round": {"up": _mean([c.bytes_up for c in costs]), "down": _mean([c.bytes_down for c in costs])},
         "train_flops": {
@@ -150,7 +150,8 @@ def _behind(results: Results, run: Run) -> float:
 def behind_highest(ratios: np.ndarray, size: np.ndarray) -> float:
     """Return the share of all examples that the clients of the highest ratio hold.
 
-    Rules that average a rank position over its owners, such as `rbla`, leave the last ones to these clients.
+    Rules that average a rank position over its owners, such as `rbla`, leave the last ones to these clients, and to
+    those whose ratios round to the same rank.
 
     Args:
         ratios: `(clients,)`.

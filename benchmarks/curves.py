@@ -96,7 +96,7 @@ def _run(cell: Cell, policy: str, seed: str, due: np.ndarray) -> Reached:
     served = cell["config"]["aggregators"][0] not in PERSONAL_RULES
     values = [accuracy[n - 1] if n <= len(accuracy) else None for n in due] if served else []
     scores = cell["scores"][seed]
-    ratios, size = np.array(scores["ratios"].get(policy, [np.nan])), np.array(scores["size"])
+    ratios, size = np.array(scores["ratios"][policy]), np.array(scores["size"])
     spent = [np.array([row[n - 1] if n <= len(row) else np.nan for n in due]) for row in (flops, sent)]
     return Reached(
         due,

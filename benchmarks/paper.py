@@ -1,7 +1,7 @@
 """AutoRank beside fixed ranks, FlexLoRA and controls: accuracy, and what it takes, with seeds, spread and tests.
 
 Four columns are those of the author's result files (scored ranks with RBLA, ranks by hand, one rank, FlexLoRA with one
-rank); the others are controls at stated budgets, whole weights, clients alone, and one client that has all examples.
+rank); the others are controls at stated budgets, covered ranks, whole weights, clients alone, and one client with all.
 MLP 784-200-200-10 with maximum ranks 160, 160, 100 on grey images, a CNN on coloured ones; batch 64, SGD with momentum
 0.9, one local epoch, all clients every round, evaluated every second round. A seed varies initial weights, adapters,
 split and batch order; differences are paired over seeds. The learning rate of every policy and rule is the best of
@@ -28,7 +28,7 @@ import matplotlib as mpl
 import numpy as np
 import paper_tables
 import pictures
-from curves import Reached, table_of
+from curves import Reached, table_of, values
 from grid import NOTHING, Bounds, Cell, add_grid_options, count, words
 from paper_tables import Column
 from plan import AUTHOR, DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
@@ -176,12 +176,11 @@ def behind_ranks(found: Mapping[Key, list[Column]]) -> list[pictures.Behind]:
     mixed = {title for group in GROUPS.values() if group.rule == "rbla" for title in group.titles.values()}
     points = []
     for (dataset, split), columns in found.items():
-        one_rank = next((column.runs for column in columns if column.title == AUTHOR[2]), {})
+        one_rank = next((values(column.runs, "final") for column in columns if column.title == AUTHOR[2]), {})
         for column in columns:
             for seed, run in column.runs.items():
                 if column.title in mixed and run.behind < 1 and run.final is not None and seed in one_rank:
-                    less = run.final - (one_rank[seed].final or 0.0)
-                    points.append(pictures.Behind(dataset, split, column.title, run.behind, less))
+                    points.append(pictures.Behind(dataset, split, column.title, run.behind, run.final - one_rank[seed]))
     return points
 
 

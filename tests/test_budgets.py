@@ -127,6 +127,8 @@ def test_every_position_has_owners_with_a_share_of_the_examples(ratios, share, w
 def test_coverage_cuts_nobody_where_the_most_complex_clients_have_the_data():
     ratios, _ = with_coverage(policies.by_size())(KEY, client_stats())  # 900 of 1,600 examples have ratio 1
     np.testing.assert_array_equal(ratios, policies.by_size()(KEY, client_stats())[0])
+    exact = client_stats()._replace(size=jnp.array([15, 10, 0, 0, 0, 0]))
+    assert with_coverage(policies.manual([1, 0.5, 0.4, 0.3, 0.2, 0.1]), 0.6)(KEY, exact)[0][0] == 1  # 15 of 25
     few, _ = with_coverage(policies.manual([0.2, 0.3, 1.0, 0.9, 0.8, 0.4]))(KEY, client_stats())
     np.testing.assert_allclose(few, [0.2, 0.3, 0.3, 0.3, 0.3, 0.3])  # 600 examples have more, 1,500 this
 
@@ -193,6 +195,7 @@ def test_profiles_take_any_number_of_levels(name):
         (lambda: with_budget(policies.uniform(), 1.2), "mean_ratio: .*got 1.2"),
         (lambda: with_budget(policies.uniform(), 0.5, min_ratio=0), "min_ratio: .*got 0"),
         (lambda: with_coverage(policies.uniform(), 50), "share: .*got 50"),
+        (lambda: with_coverage(policies.uniform(), np.float32(50)), "share: .*got 50"),
         (lambda: with_budget(policies.uniform(), 0.5, "bytes"), "weight: expected one of .*got 'bytes'"),
         (
             lambda: with_budget(policies.uniform(), 0.5, layer_weights=[1, 2])(KEY, client_stats()),

@@ -80,7 +80,7 @@ def test_schemas(finished):
         "seconds": {"compile", "train"},
     }
     for policy, numbers in summary["policies"].items():
-        assert set(numbers) == {*schema, "behind_highest_ratio", "trained_parameters"}
+        assert set(numbers) == {*schema, "examples_behind_highest_ratio", "trained_parameters"}
         assert {name: set(numbers[name]) for name in schema} == schema
         last = [row for row in history if row["policy"] == policy][-1]
         assert numbers["final_accuracy"]["values"] == [last["accuracy"]]

@@ -75,7 +75,7 @@ def test_summary_worked_by_hand():
         },
         "rounds_to": {"0.5": 2.5, "0.95": None},
         "mean_ratio": {"clients": 0.55, "examples": 0.775},
-        "behind_highest_ratio": 0.75,
+        "examples_behind_highest_ratio": 0.75,
         "trained_parameters": 100.0,
         "bytes_per_round": {"up": 400.0, "down": 400.0},
         "train_flops": {"per_round": 1e6, "total": 8e6, "probe": 5e6, "slowest_client": 6e5},
