@@ -58,7 +58,7 @@ def test_events_tell_the_whole_story(tiny):
     results, events = tiny
     kinds = [type(event) for event in events]
     assert kinds[:3] == [Compiled, Scored, Scored]
-    assert kinds[3:] == [Started, RoundDone, RoundDone, Finished] * 16
+    assert kinds[3:] == [Started, RoundDone, RoundDone, Finished] * 2 * len(TINY.rank_policies)
     assert [event.row for event in events if isinstance(event, RoundDone)] == [
         r for run in results.runs for r in run.rows
     ]
