@@ -62,7 +62,7 @@ def test_events_tell_the_whole_story(tiny):
     assert [event.row for event in events if isinstance(event, RoundDone)] == [
         r for run in results.runs for r in run.rows
     ]
-    sizes = [scores.size.sum() for scores in results.scores for _ in range(2)] * 8
+    sizes = [scores.size.sum() for scores in results.scores for _ in range(2)] * len(TINY.rank_policies)
     assert [event.examples for event in events if isinstance(event, RoundDone)] == sizes
 
 
