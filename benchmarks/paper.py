@@ -28,7 +28,7 @@ import matplotlib as mpl
 import numpy as np
 import paper_tables
 import pictures
-from curves import Reached, table_of, values
+from curves import Behind, Reached, table_of, values
 from grid import NOTHING, Bounds, Cell, add_grid_options, count, words
 from paper_tables import Column
 from plan import AUTHOR, DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
@@ -143,7 +143,9 @@ def complete(found: Mapping[Key, list[Column]]) -> dict[Key, list[Column]]:
 
 def tables(plan: Plan, found: Mapping[Key, list[Column]]) -> str:
     """Return the tables of what is there, in Markdown."""
-    return "\n".join(paper_tables.write(*key, own, seeds=len(plan.seeds)) for key, own in complete(found).items())
+    whole = complete(found)
+    parts = [paper_tables.write(*key, own, seeds=len(plan.seeds)) for key, own in whole.items()]
+    return "\n".join([*parts, *paper_tables.coverage(behind_ranks(whole))])
 
 
 def report(plan: Plan, found: Mapping[Key, list[Column]], scored: Mapping[str, Cell]) -> None:
@@ -171,7 +173,7 @@ def report(plan: Plan, found: Mapping[Key, list[Column]], scored: Mapping[str, C
         pictures.accuracy_over_coverage(points, plan.folder.with_name(f"{plan.folder.name}-coverage.png"))
 
 
-def behind_ranks(found: Mapping[Key, list[Column]]) -> list[pictures.Behind]:
+def behind_ranks(found: Mapping[Key, list[Column]]) -> list[Behind]:
     """Return every run of mixed ranks under RBLA, beside the run of one rank at AutoRank's bytes of the same seed."""
     mixed = {title for group in GROUPS.values() if group.rule == "rbla" for title in group.titles.values()}
     points = []
@@ -180,7 +182,8 @@ def behind_ranks(found: Mapping[Key, list[Column]]) -> list[pictures.Behind]:
         for column in columns:
             for seed, run in column.runs.items():
                 if column.title in mixed and run.behind < 1 and run.final is not None and seed in one_rank:
-                    points.append(pictures.Behind(dataset, split, column.title, run.behind, run.final - one_rank[seed]))
+                    difference = run.final - one_rank[seed]
+                    points.append(Behind(dataset, split, column.title, seed, run.behind, difference))
     return points
 
 

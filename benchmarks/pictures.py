@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from curves import Reached
+from curves import Behind, Reached
 from grid import Cell
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -22,16 +22,6 @@ PANELS = {
 }
 MOST_LINES = len(PALETTE)
 MARKERS = "osD^v"
-
-
-class Behind(NamedTuple):
-    """A run of mixed ranks: how many examples stand behind its highest rank, and what became of it."""
-
-    dataset: str
-    split: str
-    column: str
-    share: float  # of all examples, held by the clients of the highest rank
-    difference: float  # its final accuracy minus that of one rank for all
 
 
 def accuracy_curves(series: Mapping[str, Mapping[int, Reached]], path: Path, title: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness import write_text
-from paper_tables import OTHERWISE, TARGETS
+from paper_tables import OTHERWISE, RUNS, TARGETS
 
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"
@@ -38,7 +38,7 @@ def paper_block(results: Path) -> str:
     for title, body in sections(_text(results / "paper.md"), 2).items():
         parts = [f"#### {title}", body.split("\n### ")[0].strip()]
         for name, text in sections(body, 3).items():
-            if name not in (TARGETS, OTHERWISE):
+            if name not in (TARGETS, OTHERWISE, RUNS):
                 parts += [f"**{name}.** {text}"]
         stem = results / f"paper-{title.replace(', ', '-')}"
         for which, words in (("", ""), ("-controls", " of the controls")):

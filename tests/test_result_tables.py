@@ -66,8 +66,26 @@ def test_what_stands_behind_the_highest_rank():
     columns = [paper_tables.Column(title, None, own) for title, own in ((plan.AUTHOR[2], one), (plan.AUTHOR[0], runs),
                                                                          ("AutoRank + raFLoRA", runs))]  # fmt: skip
     points = paper.behind_ranks({("mnist", "staircase"): columns})
-    assert [point[:4] for point in points] == [("mnist", "staircase", plan.AUTHOR[0], 0.25)] * 2
+    assert [point[:5] for point in points] == [("mnist", "staircase", plan.AUTHOR[0], seed, 0.25) for seed in range(2)]
     np.testing.assert_allclose([point.difference for point in points], [-0.15, -0.05])
+
+
+def test_losses_are_told_by_the_examples_behind_the_highest_rank():
+    found = [(0, 0.012, -0.5), (1, 0.2, -0.02), (2, 0.39, 0.01), (0, 0.3, -0.06)]
+    runs = [curves.Behind("mnist", "staircase", "b" if n == 3 else "a", *run) for n, run in enumerate(found)]
+    (text,) = paper_tables.coverage(runs)
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert rows[1:5] == [
+        ["under 5 %", "1", "-50.0", "-50.0", "-50.0", "1"],
+        ["5 to 20 %", "0", "–", "–", "–", "0"],
+        ["20 to 40 %", "3", "-6.0", "-2.0", "+1.0", "1"],
+        ["40 % and more", "0", "–", "–", "–", "0"],
+    ]
+    assert rows[6:] == [
+        ["a", "mnist, staircase", "-50.0 (1.2 %)", "-2.0 (20 %)", "+1.0 (39 %)"],
+        ["b", "mnist, staircase", "-6.0 (30 %)", "–", "–"],
+    ]
+    assert paper_tables.coverage([]) == []
 
 
 def row_of(text, title):
