@@ -36,6 +36,7 @@ class Reached(NamedTuple):
     ratio_by_clients: float
     ratio_by_examples: float
     behind: float  # share of all examples whose clients have the highest ratio
+    probe: float  # training FLOPs before the first round
     slowest: float  # training FLOPs a round of the client that has most of them
     diverged: bool
 
@@ -68,10 +69,10 @@ class Reached(NamedTuple):
     def at_flops(self, spent: np.ndarray) -> np.ndarray:
         """Return accuracies after other sums of training FLOPs: interpolated, held after the last round.
 
-        It begins at guessing, and a run that diverged guesses from there on.
+        A run guesses until its probe is paid for, and one that diverged from there on.
         """
         known = np.isfinite(self.flops)
-        steps = np.concatenate([[0.0], self.flops[known]])
+        steps = np.concatenate([[self.probe], self.flops[known]])
         right = GUESSING if self.diverged else None
         return np.interp(spent, steps, np.concatenate([[GUESSING], self.accuracy[known]]), right=right)
 
@@ -106,7 +107,7 @@ def _run(cell: Cell, policy: str, seed: str, due: np.ndarray) -> Reached:
     diverged = len(accuracy) < cell["config"]["rounds"]
     served = cell["config"]["aggregators"][0] not in PERSONAL_RULES
     values = [accuracy[n - 1] if n <= len(accuracy) else None for n in due] if served else []
-    scores = cell["scores"][seed]
+    scores, trained = cell["scores"][seed], cell["summary"].get(policy, {}).get("train_flops", {})
     ratios, size = np.array(scores["ratios"][policy]), np.array(scores["size"])
     spent = [np.array([row[n - 1] if n <= len(row) else np.nan for n in due]) for row in (flops, sent)]
     return Reached(
@@ -117,7 +118,8 @@ def _run(cell: Cell, policy: str, seed: str, due: np.ndarray) -> Reached:
         float(ratios.mean()),
         float((ratios * size).sum() / size.sum()),
         behind_highest(ratios, size),
-        cell["summary"].get(policy, {}).get("train_flops", {}).get("slowest_client", np.nan),
+        trained.get("probe", 0.0),
+        trained.get("slowest_client", np.nan),
         diverged,
     )
 

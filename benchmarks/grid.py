@@ -83,9 +83,12 @@ def run_cells(cells: Mapping[str, Experiment], folder: Path, bounds: Bounds = Bo
 
     Args:
         cells: experiments by a name that is good for a file; with slashes, for a file in a folder.
-        folder: where each finished cell lies as `NAME.json`; a cell of other options is run again
-            (an option that a cell does not name has its default).
+        folder: where each finished cell lies as `NAME.json` (an option that a cell does not name has its default);
+            what does not read is run again.
         bounds: leave out what is beyond them.
+
+    Raises:
+        SystemExit: a cell of other options lies where one is to be run.
 
     Returns:
         Cells by name: `config`, `summary`, `accuracy[policy][seed]` by round, likewise `flops` and `bytes` spent so
@@ -99,6 +102,7 @@ def run_cells(cells: Mapping[str, Experiment], folder: Path, bounds: Bounds = Bo
             path = folder / f"{name}.json"
             cell = read_cell(path, experiment)
             if cell is None and fnmatchcase(name, bounds.pattern) and time.monotonic() < bounds.until:
+                _refuse_to_lose(path, experiment)
                 begin = time.monotonic()
                 cell = _run(experiment, progress, name)
                 harness.write_json(path, cell)
@@ -111,11 +115,29 @@ def run_cells(cells: Mapping[str, Experiment], folder: Path, bounds: Bounds = Bo
 
 def read_cell(path: Path, experiment: Experiment) -> Cell | None:
     """Return a finished cell, None if it is not there, does not read, or has other options."""
+    cell, options = _read(path)
+    return cell if options == experiment else None
+
+
+def _read(path: Path) -> tuple[Cell, Experiment | None]:
+    """Return a cell and its options, None for options if it is not there or does not read."""
     try:
         cell = json.loads(path.read_text())
-        return cell if experiment_from(cell["config"]) == experiment else None
+        return cell, experiment_from(cell["config"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+        return {}, None
+
+
+def _refuse_to_lose(path: Path, experiment: Experiment) -> None:
+    """Leave a finished cell of other options where it is: it may have taken hours."""
+    _, theirs = _read(path)
+    if theirs is not None:
+        ours, others = dataclasses.asdict(experiment), dataclasses.asdict(theirs)
+        name = next(name for name in ours if ours[name] != others[name])
+        raise SystemExit(
+            f"{path}: expected a cell of {name} {ours[name]}, got one of {others[name]}; probably another run put "
+            "results there: choose another --out, or remove the cell"
+        )
 
 
 def _run(experiment: Experiment, progress: Progress, name: str) -> Cell:

@@ -162,7 +162,7 @@ def report(plan: Plan, found: Mapping[Key, list[Column]], scored: Mapping[str, C
         }
         for key, columns in complete(found).items()
     }
-    about = {"versions": harness.versions(), "device": harness.device(), "seeds": len(plan.seeds)}
+    about = {"seeds": len(plan.seeds), "reported_with": harness.versions()}  # cells name what they were run with
     harness.write_json(plan.folder.with_suffix(".json"), {"tables": content, "options": dict(plan.options)} | about)
     harness.write_text(plan.folder.with_suffix(".md"), text)
     for key in complete(found):

@@ -89,14 +89,16 @@ def coverage(runs: Sequence[Behind]) -> list[str]:
     names = [f"under {100 * BANDS[0]:g} %", *(f"{100 * a:g} to {100 * b:g} %" for a, b in itertools.pairwise(BANDS))]
     rows: list[Row] = []
     for name, band in zip([*names, f"{100 * BANDS[-1]:g} % and more"], bands, strict=True):
+        if not band:
+            continue
         differences = [100 * run.difference for run in band]
         rows.append(
             {
                 "examples behind the highest rank": name,
                 "runs": len(band),
-                "worst": f"{min(differences):+.1f}" if band else None,
-                "median": f"{statistics.median(differences):+.1f}" if band else None,
-                "best": f"{max(differences):+.1f}" if band else None,
+                "worst": f"{min(differences):+.1f}",
+                "median": f"{statistics.median(differences):+.1f}",
+                "best": f"{max(differences):+.1f}",
                 "more than 5 points behind": sum(difference < -5 for difference in differences),
             }
         )

@@ -69,6 +69,18 @@ GROUPS: Mapping[str, Group] = {
     "same_rate": Group(
         1, "rbla", {"autorank": "AutoRank at one rank's learning rate + RBLA"}, rates=("main", "uniform_bytes")
     ),
+    "same_rate_flexlora": Group(
+        1,
+        "flexlora",
+        {"autorank": "AutoRank at one rank's learning rate + FlexLoRA"},
+        rates=("flexlora", "uniform_bytes"),
+    ),
+    "same_rate_raflora": Group(
+        1,
+        "raflora",
+        {"autorank": "AutoRank at one rank's learning rate + raFLoRA"},
+        rates=("raflora", "uniform_bytes"),
+    ),
     "covered": Group(1, "rbla", {"covered": "AutoRank covered + RBLA"}),
     "by_size": Group(2, "rbla", {"by_size_bytes": "by size, AutoRank's bytes + RBLA"}),
     "dealt": Group(
@@ -92,9 +104,13 @@ CONTRASTS = (
     (_title("flexlora", "autorank"), _title("flexlora", "uniform_bytes")),
     (_title("raflora", "autorank"), _title("raflora", "uniform_bytes")),
     (_title("raflora", "autorank"), AUTHOR[2]),
+    (_title("same_rate_flexlora", "autorank"), _title("flexlora", "uniform_bytes")),
+    (_title("same_rate_raflora", "autorank"), _title("raflora", "uniform_bytes")),
+    (_title("same_rate_raflora", "autorank"), AUTHOR[2]),
     (_title("same_rate", "autorank"), AUTHOR[2]),
     (_title("same_rate", "autorank"), AUTHOR[1]),
     (_title("covered", "covered"), AUTHOR[2]),
+    (_title("covered", "covered"), _title("same_rate", "autorank")),
     (_title("covered", "covered"), _title("raflora", "autorank")),
 )
 """Columns that are compared with each other, beside the first with all."""

@@ -191,7 +191,7 @@ def report(plan: Plan, table: Table, rates: Rates, pairs: Sequence[tuple[Point, 
     harness.write_text(plan.folder.with_suffix(".md"), text)
     content = {" | ".join(point): table_of(runs) for point, runs in table.items()}
     chosen = {" | ".join(at): {p: c._asdict() for p, c in found.items()} for at, found in rates.items() if found}
-    about = {"options": dict(plan.options), "versions": harness.versions(), "device": harness.device()}
+    about = {"options": dict(plan.options), "reported_with": harness.versions()}  # cells name what they were run with
     harness.write_json(plan.folder.with_suffix(".json"), {"points": content, "learning_rates": chosen} | about)
     draw(plan, table)
 

@@ -80,11 +80,21 @@ def test_an_interrupted_grid_goes_on(pretended, tmp_path, monkeypatch):
     assert len(grid.run_cells(cells, tmp_path)) == 3
     assert pretended == ["part/0", "part/1", "part/2"]
     (tmp_path / "part/1.json").write_text('{"half')
-    cells["part/0"] = dataclasses.replace(cells["part/0"], rounds=2)
-    assert len(grid.run_cells(cells, tmp_path, grid.Bounds.within(0))) == 1  # no time for the damaged, the changed
+    assert len(grid.run_cells(cells, tmp_path, grid.Bounds.within(0))) == 2  # no time for the damaged
     assert len(grid.run_cells(cells, tmp_path, grid.Bounds(pattern="*/0"))) == 2
     grid.run_cells(cells, tmp_path)
-    assert pretended[3:] == ["part/0", "part/1"]
+    assert pretended[3:] == ["part/1"]
+
+
+def test_a_cell_of_other_options_is_not_lost(tmp_path, pretended):
+    grid.run_cells({"one": TINY}, tmp_path)
+    before = (tmp_path / "one.json").read_bytes()
+    other = {"one": dataclasses.replace(TINY, rounds=2)}
+    assert grid.run_cells(other, tmp_path, grid.NOTHING) == {}
+    with pytest.raises(SystemExit, match=r"one.json: expected a cell of rounds 2, got one of 1; .* another --out"):
+        grid.run_cells(other, tmp_path)
+    assert pretended == ["one"]
+    assert (tmp_path / "one.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x81", b"{}", b"[]", b"null", b'{"config": 1}', b'{"half'])
@@ -166,6 +176,8 @@ def test_accuracy_at_equal_flops():
     dear = run._replace(accuracy=np.array([0.4, 0.6]), flops=np.array([30.0, 40.0]))
     cheap = run._replace(accuracy=np.array([0.3, 0.5]), flops=np.array([10.0, 20.0]))
     np.testing.assert_allclose(cheap.at_flops(np.array([0, 5, 10, 15, 99])), [0.1, 0.2, 0.3, 0.4, 0.5])
+    probed = cheap._replace(probe=5.0)
+    np.testing.assert_allclose(probed.at_flops(np.array([2, 5, 7.5, 10])), [0.1, 0.1, 0.2, 0.3])
     fallen = cheap._replace(diverged=True, flops=np.array([10.0, np.nan]))
     np.testing.assert_allclose(fallen.at_flops(np.array([5, 10, 15])), [0.2, 0.3, 0.1])
     ones, others = curves.measured({0: dear, 1: dear}, {0: cheap, 2: cheap}, "early_flops")
