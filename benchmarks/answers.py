@@ -112,7 +112,7 @@ def _budgets(table: Table, points: Sequence[Point], splits: Sequence[str]) -> Ro
     return {
         "ratios over clients": _beside(runs, lambda run: run.ratio_by_clients),
         "over examples": _beside(runs, lambda run: run.ratio_by_examples),
-        "examples behind the highest ratio": _beside(runs, lambda run: run.behind),
+        "examples behind the highest rank": _beside(runs, lambda run: run.behind),
         "training, TFLOP": _beside(runs, lambda run: run.spent / 1e12),
         "slowest client, GFLOP a round": _beside(runs, lambda run: run.slowest / 1e9),
         "diverged": " / ".join(map(str, diverged)) if any(diverged) else "–",

@@ -82,17 +82,6 @@ class Reached(NamedTuple):
         return float(getattr(self, what)[there[0]]) if len(there) else None
 
 
-class Behind(NamedTuple):
-    """A run of mixed ranks: how many examples stand behind its highest rank, and what became of it."""
-
-    dataset: str
-    split: str
-    column: str
-    seed: int
-    share: float  # of all examples, held by the clients of the highest rank
-    difference: float  # its final accuracy minus that of one rank for all
-
-
 def runs_of(cell: Cell) -> dict[str, dict[int, Reached]]:
     """Return the runs of a cell by policy and seed; a run that diverged guesses from there on."""
     config = cell["config"]

@@ -25,13 +25,14 @@ from typing import Any, NamedTuple
 
 import harness
 import matplotlib as mpl
+import mixed_ranks
 import numpy as np
 import paper_tables
 import pictures
-from curves import Behind, Reached, table_of, values
+from curves import Reached, table_of
 from grid import NOTHING, Bounds, Cell, add_grid_options, count, words
 from paper_tables import Column
-from plan import AUTHOR, DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
+from plan import DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
 from tuning import Choice, Grid, choose_rates, run_tuned
 
 from autorank_jax.configuration import MODELS
@@ -145,7 +146,7 @@ def tables(plan: Plan, found: Mapping[Key, list[Column]]) -> str:
     """Return the tables of what is there, in Markdown."""
     whole = complete(found)
     parts = [paper_tables.write(*key, own, seeds=len(plan.seeds)) for key, own in whole.items()]
-    return "\n".join([*parts, *paper_tables.coverage(behind_ranks(whole))])
+    return "\n".join([*parts, *mixed_ranks.write(mixed_ranks.mixed_runs(whole))])
 
 
 def report(plan: Plan, found: Mapping[Key, list[Column]], scored: Mapping[str, Cell]) -> None:
@@ -169,22 +170,8 @@ def report(plan: Plan, found: Mapping[Key, list[Column]], scored: Mapping[str, C
         draw({column.title: column.runs for column in found[key]}, plan.folder, ", ".join(key))
     if scored:
         pictures.ranks_against_complexity(scored, plan.folder.with_name(f"{plan.folder.name}-ranks.png"))
-    if points := behind_ranks(complete(found)):
-        pictures.accuracy_over_coverage(points, plan.folder.with_name(f"{plan.folder.name}-coverage.png"))
-
-
-def behind_ranks(found: Mapping[Key, list[Column]]) -> list[Behind]:
-    """Return every run of mixed ranks under RBLA, beside the run of one rank at AutoRank's bytes of the same seed."""
-    mixed = {title for group in GROUPS.values() if group.rule == "rbla" for title in group.titles.values()}
-    points = []
-    for (dataset, split), columns in found.items():
-        one_rank = next((values(column.runs, "final") for column in columns if column.title == AUTHOR[2]), {})
-        for column in columns:
-            for seed, run in column.runs.items():
-                if column.title in mixed and run.behind < 1 and run.final is not None and seed in one_rank:
-                    difference = run.final - one_rank[seed]
-                    points.append(Behind(dataset, split, column.title, seed, run.behind, difference))
-    return points
+    if mixed := mixed_ranks.mixed_runs(complete(found)):
+        pictures.accuracy_over_coverage(mixed, plan.folder.with_name(f"{plan.folder.name}-coverage.png"))
 
 
 def draw(series: Mapping[str, Mapping[int, Reached]], folder: Path, title: str) -> None:

@@ -1,13 +1,10 @@
 """The tables of `paper.py`, in Markdown."""
 
-import bisect
-import itertools
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from curves import MEASURES, Behind, Reached, client_values, costs, measured, percent, until, values
+from curves import MEASURES, Reached, client_values, costs, measured, percent, until, values
 from harness import Row, markdown_table
 from paired import cells, difference, in_points, in_units
 from plan import AUTHOR, CONTRASTS, DATASETS
@@ -18,12 +15,7 @@ COSTS = {"rounds": "rounds", "flops": "FLOPs", "bytes": "bytes"}
 OWN = {"before": "own", "after": "own, trained once more"}
 """Clients' own accuracy under the server's model cut to their ranks, and after one more local training."""
 TARGETS, OTHERWISE = "To reach an accuracy", "The same differences in clients' own accuracy, and in what they take"
-RUNS = "Run by run, with the share of the examples"
 """Titles of the widest tables."""
-COVERAGE = "Mixed ranks under RBLA, by the examples behind the highest rank"
-BANDS = (0.05, 0.2, 0.4)
-"""Where the share of all examples behind the highest rank is cut into bands."""
-
 Pair = tuple[str, "Column", "Column"]
 """A title, and one column minus another."""
 
@@ -75,53 +67,6 @@ def write(dataset: str, split: str, columns: Sequence[Column], *, seeds: int) ->
             _beside_author(columns, author),
         ]
     return "\n\n".join(parts) + "\n"
-
-
-def coverage(runs: Sequence[Behind]) -> list[str]:
-    """Return what mixed ranks under RBLA lose against one rank of AutoRank's bytes: in bands, then run by run.
-
-    Args:
-        runs: of all splits; no table where there is none.
-    """
-    if not runs:
-        return []
-    bands = [[r for r in runs if bisect.bisect(BANDS, r.share) == number] for number in range(len(BANDS) + 1)]
-    names = [f"under {100 * BANDS[0]:g} %", *(f"{100 * a:g} to {100 * b:g} %" for a, b in itertools.pairwise(BANDS))]
-    rows: list[Row] = []
-    for name, band in zip([*names, f"{100 * BANDS[-1]:g} % and more"], bands, strict=True):
-        if not band:
-            continue
-        differences = [100 * run.difference for run in band]
-        rows.append(
-            {
-                "examples behind the highest rank": name,
-                "runs": len(band),
-                "worst": f"{min(differences):+.1f}",
-                "median": f"{statistics.median(differences):+.1f}",
-                "best": f"{max(differences):+.1f}",
-                "more than 5 points behind": sum(difference < -5 for difference in differences),
-            }
-        )
-    text = (
-        "A run is a column of mixed ranks and a seed: its final accuracy minus that of one rank of AutoRank's bytes of "
-        "the same seed, in points."
-    )
-    return [f"## {COVERAGE}\n\n{text}\n\n{markdown_table(rows, list(rows[0]))}\n\n### {RUNS}\n\n{_run_by_run(runs)}\n"]
-
-
-def _run_by_run(runs: Sequence[Behind]) -> str:
-    """Return a row for every column of every split, with difference and share of each seed."""
-    seeds = sorted({run.seed for run in runs})
-    rows: dict[tuple[str, str], Row] = {}
-    for run in runs:
-        place = f"{run.dataset}, {run.split}"
-        row = rows.setdefault((place, run.column), {"": run.column, "split": place, **dict.fromkeys(map(_seed, seeds))})
-        row[_seed(run.seed)] = f"{100 * run.difference:+.1f} ({100 * run.share:.2g} %)"
-    return markdown_table(list(rows.values()), ["", "split", *map(_seed, seeds)])
-
-
-def _seed(number: int) -> str:
-    return f"seed {number}"
 
 
 def _accuracies(columns: Sequence[Column], seeds: int) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of the studies: accuracy curves with bands, ranks against data complexity, heat maps."""
+"""Pictures of the studies: accuracy curves with bands, ranks against data complexity, coverage, heat maps."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,11 +6,12 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from curves import Behind, Reached
+from curves import Reached
 from grid import Cell
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from mixed_ranks import MixedRun
 
 from autorank_jax.figures import DASHES, PALETTE, PERCENT, STYLE
 from autorank_jax.results import si
@@ -107,7 +108,7 @@ def ranks_against_complexity(cells: Mapping[str, Cell], path: Path) -> None:
         _save(figure, path)
 
 
-def accuracy_over_coverage(runs: Sequence[Behind], path: Path) -> None:
+def accuracy_over_coverage(runs: Sequence[MixedRun], path: Path) -> None:
     """Draw what mixed ranks reach over the examples behind the highest rank: colours for columns, markers for splits.
 
     Args:

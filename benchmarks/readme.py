@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness import write_text
-from paper_tables import OTHERWISE, RUNS, TARGETS
+from mixed_ranks import RUNS
+from paper_tables import OTHERWISE, TARGETS
 
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import answers
 import curves
 import grid
+import mixed_ranks
 import paper
 import paper_tables
 import plan
@@ -65,15 +66,15 @@ def test_what_stands_behind_the_highest_rank():
     one = {seed: BASE._replace(accuracy=np.array([0.1, 0.75])) for seed in range(2)}
     columns = [paper_tables.Column(title, None, own) for title, own in ((plan.AUTHOR[2], one), (plan.AUTHOR[0], runs),
                                                                          ("AutoRank + raFLoRA", runs))]  # fmt: skip
-    points = paper.behind_ranks({("mnist", "staircase"): columns})
+    points = mixed_ranks.mixed_runs({("mnist", "staircase"): columns})
     assert [point[:5] for point in points] == [("mnist", "staircase", plan.AUTHOR[0], seed, 0.25) for seed in range(2)]
     np.testing.assert_allclose([point.difference for point in points], [-0.15, -0.05])
 
 
 def test_losses_are_told_by_the_examples_behind_the_highest_rank():
     found = [(0, 0.012, -0.5), (1, 0.2, -0.02), (2, 0.39, 0.01), (0, 0.3, -0.06)]
-    runs = [curves.Behind("mnist", "staircase", "b" if n == 3 else "a", *run) for n, run in enumerate(found)]
-    (text,) = paper_tables.coverage(runs)
+    runs = [mixed_ranks.MixedRun("mnist", "staircase", "b" if n == 3 else "a", *run) for n, run in enumerate(found)]
+    (text,) = mixed_ranks.write(runs)
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert rows[1:3] == [
         ["under 5 %", "1", "-50.0", "-50.0", "-50.0", "1"],
@@ -83,7 +84,7 @@ def test_losses_are_told_by_the_examples_behind_the_highest_rank():
         ["a", "mnist, staircase", "-50.0 (1.2 %)", "-2.0 (20 %)", "+1.0 (39 %)"],
         ["b", "mnist, staircase", "-6.0 (30 %)", "–", "–"],
     ]
-    assert paper_tables.coverage([]) == []
+    assert mixed_ranks.write([]) == []
 
 
 def row_of(text, title):
