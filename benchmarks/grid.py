@@ -54,6 +54,25 @@ def add_grid_options(parser: argparse.ArgumentParser, *, splits: Sequence[str], 
     parser.add_argument("--out", type=Path, default=out)
 
 
+def keep_published(options: argparse.Namespace, published: Path, changing: Iterable[str]) -> None:
+    """Let no other setting write over the results that are published with the project.
+
+    Args:
+        options: the command line, with `quick` and `out`.
+        published: the folder where those results lie.
+        changing: names of options that make another setting where they are given.
+
+    Raises:
+        SystemExit: one of them is, and the results would go there.
+    """
+    given = [name for name in changing if getattr(options, name) not in (None, "")]
+    if given and not options.quick and options.out.resolve() == published.resolve():
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise SystemExit(
+            f"out: expected a folder of its own beside {names}, got {published}, which keeps the usual setting"
+        )
+
+
 def count(what: str, given: int | None, default: int) -> int:
     """Return how many of something are asked for."""
     if given is None:

@@ -11,8 +11,9 @@ reversed ranks run at AutoRank's rate, and AutoRank once more at that of one ran
 at the column's own rate, so that AutoRank's ranks depend on it a little.
 
 Command:  AUTORANK_JAX_DATA=DIR python benchmarks/paper.py    (full data: many hours on two cores; it may be stopped and
-          started again, and begins with what matters most; options
-          narrow what is run, all cells that are there are reported)
+          started again, and begins with what matters most; datasets,
+          splits, groups and cells narrow what is run, all that is there
+          is reported; another setting needs an --out of its own)
           python benchmarks/paper.py --quick                  (embedded subset, two minutes on two cores)
 Writes:   a JSON per cell in benchmarks/results/paper, then paper.json, paper.md and pictures beside it
 Expect:   see benchmarks/README.md
@@ -30,7 +31,7 @@ import numpy as np
 import paper_tables
 import pictures
 from curves import Reached, table_of
-from grid import NOTHING, Bounds, Cell, add_grid_options, count, words
+from grid import NOTHING, Bounds, Cell, add_grid_options, count, keep_published, words
 from paper_tables import Column
 from plan import DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
 from tuning import Choice, Grid, choose_rates, run_tuned
@@ -114,6 +115,7 @@ def _alone(runs: Mapping[int, Reached]) -> dict[int, Reached]:
 
 def make_plan(options: argparse.Namespace) -> Plan:
     """Turn the command line into a plan."""
+    keep_published(options, RESULTS, ("seeds", "rounds", "local_epochs", "model", "learning_rate"))
     if options.quick and options.dataset:
         raise SystemExit(f"dataset: expected none beside --quick, which has its own, got {options.dataset}")
     full = [name for name in DATASETS if options.quick or name != QUICK]
@@ -149,6 +151,17 @@ def tables(plan: Plan, found: Mapping[Key, list[Column]]) -> str:
     return "\n".join([*parts, *mixed_ranks.write(mixed_ranks.mixed_runs(whole))])
 
 
+def numbers(found: Mapping[Key, list[Column]]) -> dict[str, Any]:
+    """Return what the columns of every table reached, and how their rates were chosen, as JSON."""
+    return {
+        ", ".join(key): {
+            column.title: table_of(column.runs) | {"choice": column.choice._asdict() if column.choice else None}
+            for column in columns
+        }
+        for key, columns in complete(found).items()
+    }
+
+
 def report(plan: Plan, found: Mapping[Key, list[Column]], scored: Mapping[str, Cell]) -> None:
     """Print the tables of what is there; write JSON, Markdown and pictures, nothing where no column is there."""
     text = tables(plan, found)
@@ -156,15 +169,10 @@ def report(plan: Plan, found: Mapping[Key, list[Column]], scored: Mapping[str, C
         print("No column is complete yet.")
         return
     print(text)
-    content = {
-        ", ".join(key): {
-            column.title: table_of(column.runs) | {"choice": column.choice._asdict() if column.choice else None}
-            for column in columns
-        }
-        for key, columns in complete(found).items()
-    }
     about = {"seeds": len(plan.seeds), "reported_with": harness.versions()}  # cells name what they were run with
-    harness.write_json(plan.folder.with_suffix(".json"), {"tables": content, "options": dict(plan.options)} | about)
+    harness.write_json(
+        plan.folder.with_suffix(".json"), {"tables": numbers(found), "options": dict(plan.options)} | about
+    )
     harness.write_text(plan.folder.with_suffix(".md"), text)
     for key in complete(found):
         draw({column.title: column.runs for column in found[key]}, plan.folder, ", ".join(key))

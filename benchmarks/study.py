@@ -9,7 +9,8 @@ seeds, with 95 % t intervals and Holm's correction of final accuracies within ea
 
 Command:  AUTORANK_JAX_DATA=DIR python benchmarks/study.py            (many hours on two cores; may be stopped and
           started again, and begins with what matters most; rules and
-          settings narrow what is run, all of theirs are reported)
+          settings narrow what is run, all of theirs are reported; other
+          splits, rounds and seeds need an --out of their own)
           AUTORANK_JAX_DATA=DIR python benchmarks/study.py --confirm  (the best pairs on fresh seeds, and on MNIST)
           python benchmarks/study.py --quick                          (embedded subset, two minutes on two cores)
 Writes:   a JSON per cell in benchmarks/results/study, then study.json, study.md and pictures beside it
@@ -29,7 +30,7 @@ import numpy as np
 import pictures
 from answers import ALL, Point, Question, Table
 from curves import table_of
-from grid import NOTHING, Bounds, add_grid_options, count, words
+from grid import NOTHING, Bounds, add_grid_options, count, keep_published, words
 from plan import SPLITS
 from tuning import Choice, Grid, choose_rates, run_tuned
 
@@ -156,6 +157,7 @@ def read_all(plan: Plan) -> tuple[Plan, Table, Rates]:
 def make_plan(options: argparse.Namespace) -> Plan:
     """Turn the command line into a plan."""
     quick = options.quick
+    keep_published(options, RESULTS, ("seeds", "rounds", "splits"))
     chosen = {"rules": RULES, "splits": STUDIED, "settings": tuple(SETTINGS)}
     if quick:
         chosen = {"rules": RULES[:2], "splits": STUDIED[:2], "settings": (ALL, "floor 0.5", "size alone")}
@@ -189,11 +191,19 @@ def report(plan: Plan, table: Table, rates: Rates, pairs: Sequence[tuple[Point, 
     text = tables(plan, table, pairs)
     print(text)
     harness.write_text(plan.folder.with_suffix(".md"), text)
-    content = {" | ".join(point): table_of(runs) for point, runs in table.items()}
-    chosen = {" | ".join(at): {p: c._asdict() for p, c in found.items()} for at, found in rates.items() if found}
     about = {"options": dict(plan.options), "reported_with": harness.versions()}  # cells name what they were run with
-    harness.write_json(plan.folder.with_suffix(".json"), {"points": content, "learning_rates": chosen} | about)
+    harness.write_json(plan.folder.with_suffix(".json"), numbers(table, rates) | about)
     draw(plan, table)
+
+
+def numbers(table: Table, rates: Rates) -> dict[str, Any]:
+    """Return what the cells reached, and at which learning rates, as JSON."""
+    return {
+        "points": {" | ".join(point): table_of(runs) for point, runs in table.items()},
+        "learning_rates": {
+            " | ".join(at): {p: c._asdict() for p, c in own.items()} for at, own in rates.items() if own
+        },
+    }
 
 
 def heading(plan: Plan, title: str = "Rank policies under aggregation rules") -> str:

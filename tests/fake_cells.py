@@ -2,14 +2,9 @@
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
-
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import grid
+import numpy as np
 
 from autorank_jax.configuration import Experiment
 

@@ -7,27 +7,25 @@ import sys
 import warnings
 from pathlib import Path
 
+import common
+import competitors
+import devices
+import faults
+import harness
 import jax
 import jax.numpy as jnp
+import jax_network
 import numpy as np
 import pytest
+import regression
+import speed
+import speed_picture
+import workloads
 from matplotlib.figure import Figure
 
+from autorank_jax.types import Batch
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-sys.path += [str(FOLDER), str(FOLDER / "peers")]
-
-import common  # noqa: E402
-import competitors  # noqa: E402
-import devices  # noqa: E402
-import faults  # noqa: E402
-import harness  # noqa: E402
-import jax_network  # noqa: E402
-import regression  # noqa: E402
-import speed  # noqa: E402
-import speed_picture  # noqa: E402
-import workloads  # noqa: E402
-
-from autorank_jax.types import Batch  # noqa: E402
 
 
 @pytest.fixture(scope="module")

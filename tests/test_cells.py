@@ -3,28 +3,25 @@
 import dataclasses
 import json
 
-import fake_cells  # puts the benchmarks on the path
-import numpy as np
-import pytest
-from scipy import stats
-
-# isort: split
-
 import aggregators
 import curves
 import grid
+import numpy as np
 import paired
 import plan
+import pytest
 import tuning
-from fake_cells import TINY, fake_cell
+from fake_cells import TINY, fake_cell, pretend
+from scipy import stats
 from test_report import make_results
 
+from autorank_jax.experiment import run_experiment
 from autorank_jax.rounds import DivergedError, Record
 
 
 @pytest.fixture
 def pretended(monkeypatch):
-    return fake_cells.pretend(monkeypatch)
+    return pretend(monkeypatch)
 
 
 @pytest.mark.parametrize("n", [3, 5, 12])
@@ -137,6 +134,15 @@ def test_a_real_cell_holds_what_the_tables_need(tmp_path):
     assert 0 <= run.clients["before"]["worst"] <= run.clients["before"]["mean"] <= 1
     assert (run.ratio_by_clients, run.diverged) == (1.0, False)
     assert np.array(cell["scores"]["0"]["matrix"]).shape == (2, 5)
+    results = run_experiment(experiment)
+    scores = results.scores[0]
+    for one in results.runs:
+        for what, wanted in (("flops", "train_flops"), ("bytes", "bytes")):
+            rows = [getattr(row, wanted) for row in one.rows]
+            np.testing.assert_allclose(cell[what][one.policy]["0"], rows, rtol=1e-5)
+        np.testing.assert_allclose(cell["scores"]["0"]["ratios"][one.policy], scores.ratios[one.policy], rtol=1e-5)
+    for what in ("weights", "closeness"):
+        np.testing.assert_allclose(cell["scores"]["0"][what], getattr(scores, what), rtol=1e-5)
     old = {key: cell[key] for key in ("config", "summary", "accuracy")}
     assert aggregators.finals(old, "full") == [run.final]
 

@@ -24,6 +24,7 @@ TINY = Experiment(
         "by_size",
         "uniform",
         "uniform_bytes",
+        "by_size_bytes",
         "full",
         "shuffled",
         "reversed",
@@ -99,6 +100,9 @@ def test_budgets_and_controls(tiny):
         np.testing.assert_allclose(ratios["uniform"], over_examples, rtol=1e-6)
         np.testing.assert_allclose(ratios["uniform_bytes"], ratios["autorank"].mean(), rtol=1e-6)
         assert abs(over_examples - ratios["autorank"].mean()) > 0.02  # else this test could not tell them apart
+        np.testing.assert_allclose(ratios["by_size_bytes"].mean(), ratios["autorank"].mean(), rtol=1e-5)
+        np.testing.assert_array_equal(np.argsort(ratios["by_size_bytes"]), np.argsort(scores.size))
+        assert abs(ratios["by_size"].mean() - ratios["autorank"].mean()) > 0.02
         np.testing.assert_array_equal(np.sort(ratios["shuffled"]), np.sort(ratios["autorank"]))
         order = np.argsort(ratios["autorank"])
         half = np.cumsum(scores.size[order][::-1])[::-1] >= scores.size.sum() / 2

@@ -1,17 +1,12 @@
 """Clients' own accuracy, validation without the test set, whole weights, rules that leave adapters with the clients."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
+import harness
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import harness
 
 from autorank_jax import datasets, federated_data, partition, policies
 from autorank_jax.configuration import Experiment

@@ -1,9 +1,10 @@
-"""The README's code runs, its pictures are there, and it names every module."""
+"""The README's code runs, links lead somewhere, and every module is named in its layer."""
 
 import re
 from pathlib import Path
 
 import pytest
+from test_layering import NUMBER as LAYER_OF
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,13 +25,28 @@ def test_snippets_run(number, tmp_path, monkeypatch):
         assert 1 <= names["ranks"].min() <= names["ranks"].max() == 64
 
 
-def test_linked_files_are_there():
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!http)([^)]+)\)", text)
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
-def test_every_module_is_in_the_layer_table():
+def anchors(text):
+    """Return the anchors of a Markdown file's headings."""
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_layer_table_names_every_module_in_order():
     table = README.split("## Architecture")[1].split("## ")[0]
-    modules = {path.stem for path in (ROOT / "autorank_jax").glob("*.py")} | {"aggregators"}
-    missing = {name for name in modules if not re.search(rf"`{name}`", table)} - {"__init__", "__main__"}
-    assert not missing, f"add to the layer table of the README: {sorted(missing)}"
+    rows = [re.findall(r"`(\w+)`", line) for line in table.splitlines() if line.startswith("| ") and "`" in line]
+    named = [name for row in rows for name in row]
+    assert sorted(named) == sorted(set(LAYER_OF) - {"__init__", "__main__"})
+    for row in rows:
+        assert [LAYER_OF[name] for name in row] == sorted(LAYER_OF[name] for name in row), row

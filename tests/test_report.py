@@ -19,7 +19,7 @@ from autorank_jax.results import Costs, Results, Row, Run, Scores, client_rows, 
 from autorank_jax.tables import comparison_tables, criteria_table, datasets_table, scores_table
 
 CRITERIA = ("size", "label_entropy")
-COSTS = Costs(trained_parameters=100.0, bytes_up=400.0, bytes_down=400.0, flops=1e6, slowest_client=6e5)
+COSTS = Costs(trained_parameters=100.0, bytes_up=400.0, bytes_down=300.0, flops=1e6, slowest_client=6e5)
 
 
 def make_scores(seed, policies=("autorank", "full")):
@@ -41,7 +41,7 @@ def make_scores(seed, policies=("autorank", "full")):
 def make_run(policy, seed, curve, aggregator="rbla"):
     probe = 5e6 if policy == "autorank" else 0.0
     rows = tuple(
-        Row(policy, aggregator, seed, n, accuracy, 1.0, 2.0, 2, 0, 0, 0, 2, probe + n * 1e6, n * 800.0, 0.5)
+        Row(policy, aggregator, seed, n, accuracy, 1.0, 2.0, 2, 0, 0, 0, 2, probe + n * 1e6, n * 700.0, 0.5)
         for n, accuracy in enumerate(curve, 1)
     )
     ratios = (0.55, 0.775) if policy == "autorank" else (1.0, 1.0)
@@ -77,7 +77,7 @@ def test_summary_worked_by_hand():
         "mean_ratio": {"clients": 0.55, "examples": 0.775},
         "examples_behind_highest_ratio": 0.75,
         "trained_parameters": 100.0,
-        "bytes_per_round": {"up": 400.0, "down": 400.0},
+        "bytes_per_round": {"up": 400.0, "down": 300.0},
         "train_flops": {"per_round": 1e6, "total": 8e6, "probe": 5e6, "slowest_client": 6e5},
         "seconds": {"compile": 1.5, "train": 1.5},
     }

@@ -1,25 +1,21 @@
 """The tables of `benchmarks/paper.py` and `study.py` are those of the cells, and `benchmarks/README.md` holds them."""
 
+import json
 import re
-import sys
-from pathlib import Path
-
-import numpy as np
-import pytest
-from fake_cells import TINY, fake_cell
-from scipy import stats
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import answers
 import curves
 import grid
 import mixed_ranks
+import numpy as np
 import paper
 import paper_tables
 import plan
+import pytest
 import readme
 import study
+from fake_cells import TINY, fake_cell
+from scipy import stats
 
 TARGET = plan.DATASETS["mnist"].targets[-1]
 BASE = curves.runs_of(fake_cell(TINY))["full"][0]
@@ -142,6 +138,11 @@ def test_columns_that_nobody_ran_are_named():
     assert "| one |" not in text
 
 
+def written(path):
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 TWO_CORES = (
     "--dataset cifar10 --model cnn --splits staircase --groups main,by_hand,flexlora --rounds 10 --seeds 2 "
     f"--learning-rate 0.03 --out {paper.RESULTS / 'two_cores'}"
@@ -153,6 +154,7 @@ def test_the_tables_of_the_paper_are_what_its_cells_say(options):
     plan = paper.make_plan(paper.options_of(options.split()))
     found, _ = paper.run_plan(paper.everything(plan), grid.NOTHING)
     assert plan.folder.with_suffix(".md").read_text(encoding="utf-8") == paper.tables(plan, found)
+    assert written(plan.folder.with_suffix(".json"))["tables"] == json.loads(json.dumps(paper.numbers(found)))
 
 
 def test_the_tables_of_the_study_are_what_its_cells_say():
@@ -164,6 +166,10 @@ def test_the_tables_of_the_study_are_what_its_cells_say():
     }
     for name, text in found.items():
         assert (study.RESULTS / f"{name}.md").read_text(encoding="utf-8") == text
+    there = written(study.RESULTS / "study.json")
+    assert {key: there[key] for key in ("points", "learning_rates")} == json.loads(
+        json.dumps(study.numbers(table, rates))
+    )
 
 
 def test_benchmarks_readme_holds_the_tables_of_the_results():
@@ -189,3 +195,35 @@ def test_a_block_is_replaced_between_its_markers():
     for broken in ("no markers", "<!-- end of a --> <!-- a -->"):
         with pytest.raises(ValueError, match="expected the markers <!-- a --> and <!-- end of a -->"):
             readme.filled(broken, {"a": "new"})
+
+
+NUMBER = r"[-+]?\d+(?:\.\d+)?"
+PROSE = [("README.md", "## What the study says", "## What is there"), ("benchmarks/README.md", "## paper.py", None)]
+
+
+@pytest.mark.parametrize(("name", "begin", "end"), PROSE, ids=["README", "benchmarks"])
+def test_differences_in_the_prose_stand_in_a_table(name, begin, end):
+    tables = [path.read_text(encoding="utf-8") for path in paper.RESULTS.rglob("*.md")]
+    triples = {
+        tuple(map(float, one)) for text in tables for one in re.findall(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]", text)
+    }
+    ps = {p for text in tables for p in re.findall(r", p ([\d.e-]+)", text)}
+    text = (Path(__file__).parents[1] / name).read_text(encoding="utf-8").split(begin)[1].split(end)[0]
+    prose = " ".join(re.sub(r"<!-- (?!end).*?<!-- end.*?-->", "", text, flags=re.DOTALL).split())
+    said = re.findall(rf"({NUMBER})(?: [A-Za-z]+){{0,2}} \[({NUMBER}), ({NUMBER})\]", prose)
+    assert len(said) > 30
+    for one in said:
+        assert stands(one, triples), one
+    for p in re.findall(r"corrected p (?:of )?(\d[\d.e-]*\d)", prose):
+        assert p in ps, p
+
+
+def stands(said, triples):
+    """Tell whether a mean and its interval are a table's, perhaps the other way round, or rounded more."""
+    digits = max(len(part.partition(".")[2]) for part in said)
+    mean, low, high = map(float, said)
+    for triple in triples:
+        one, *rest = (round(value, digits) for value in triple)
+        if any((sign * one, *sorted(sign * value for value in rest)) == (mean, low, high) for sign in (1, -1)):
+            return True
+    return False

@@ -3,27 +3,23 @@
 import json
 from pathlib import Path
 
-import fake_cells  # puts the benchmarks on the path
-import numpy as np
-import pytest
-from scipy import stats
-
-# isort: split
-
 import aggregators
 import answers
 import curves
 import grid
+import numpy as np
 import paired
 import paper
 import plan
+import pytest
 import study
-from fake_cells import TINY, fake_cell
+from fake_cells import TINY, fake_cell, pretend
+from scipy import stats
 
 
 @pytest.fixture
 def pretended(monkeypatch):
-    return fake_cells.pretend(monkeypatch)
+    return pretend(monkeypatch)
 
 
 def test_what_matters_most_comes_first():
@@ -115,6 +111,20 @@ def test_mistakes_in_words():
         paper.main(["--dataset", "fashion_mnist_mini", "--report"])
     with pytest.raises(SystemExit, match="dataset: expected none beside --quick, which has its own, got mnist"):
         paper.main(["--quick", "--dataset", "mnist", "--report"])
+
+
+@pytest.mark.parametrize(
+    ("script", "setting"),
+    [(paper, "--seeds 1"), (paper, "--rounds 3"), (paper, "--local-epochs 2"), (paper, "--model cnn"),
+     (paper, "--learning-rate 0.1"), (study, "--rounds 3"), (study, "--seeds 1"), (study, "--splits staircase")],
+)  # fmt: skip
+@pytest.mark.usefixtures("undrawn")
+def test_other_settings_do_not_replace_what_is_published(script, setting, monkeypatch, tmp_path, pretended):
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match=f"out: expected a folder of its own beside {setting.split()[0]}, got "):
+        script.main(["--report", "--out", str(tmp_path), *setting.split()])
+    script.main(["--report", "--out", str(tmp_path / "own"), *setting.split()])
+    assert not pretended
 
 
 @pytest.mark.parametrize("script", [paper, study])
