@@ -48,7 +48,8 @@ def write(dataset: str, split: str, columns: Sequence[Column], *, seeds: int) ->
             _differences(against),
         ]
     if further:
-        parts += ["### Further differences", "Corrected among themselves; some were added after other columns had been seen.", _differences(further)]
+        note = "Corrected among themselves; some were added after other columns had been seen."
+        parts += ["### Further differences", note, _differences(further)]
     everything = _against_first([column for column in columns if column.runs])
     if everything or further:
         title = f"{100 * DATASETS[dataset].targets[-1]:g} %"
