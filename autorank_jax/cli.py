@@ -6,6 +6,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 import jax
 
@@ -13,6 +14,7 @@ from autorank_jax.configuration import ConfigurationError
 from autorank_jax.criteria_file import CriteriaError
 from autorank_jax.datasets import DatasetError
 
+INTERRUPTED = 130
 EXTRA = ("tyro", "rich", "matplotlib")
 
 _LOST = "another process ended or cannot be reached"
@@ -53,6 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def entry() -> NoReturn:
+    """Run the command line and leave with its exit code.
+
+    After an interrupt Python ends without tidying up: XLA may still be compiling, and would crash.
+    """
+    code = main()
+    if code >= INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def _watch() -> subprocess.Popen[str]:
     """Start a process that says why this one was aborted, as XLA does where the first process is lost: no Python runs.
 
@@ -79,7 +94,7 @@ def _run(arguments: Sequence[str]) -> int:
     except commands.DivergedError as error:
         return _say(3, [str(error)])
     except KeyboardInterrupt as stop:
-        return _say(getattr(stop, "code", 130), [str(stop) or "interrupted; nothing was written"])
+        return _say(getattr(stop, "code", INTERRUPTED), [str(stop) or "interrupted; nothing was written"])
     return 0
 
 

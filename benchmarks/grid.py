@@ -29,6 +29,8 @@ class Bounds(NamedTuple):
     @classmethod
     def within(cls, minutes: float | None, pattern: str = "*") -> "Bounds":
         """Return bounds that end some minutes from now, where minutes are given."""
+        if minutes is not None and not minutes >= 0:
+            raise SystemExit(f"limit-minutes: expected 0 or more, got {minutes:g}")
         return cls(pattern, time.monotonic() + 60 * minutes if minutes is not None else float("inf"))
 
 
@@ -70,6 +72,16 @@ def keep_published(options: argparse.Namespace, published: Path, changing: Itera
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise SystemExit(
             f"out: expected a folder of its own beside {names}, got {published}, which keeps the usual setting"
+        )
+
+
+def check_pattern(pattern: str, folder: Path) -> None:
+    """Say so where a pattern has matched no cell, finished before or now."""
+    names = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.json"))]
+    if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
+        like = f" such as {names[0]}" if names else ""
+        raise SystemExit(
+            f"cells: expected a pattern that matches names of cells{like}, got {pattern}, which matches none"
         )
 
 

@@ -92,9 +92,11 @@ def shared_programs() -> Iterator[None]:
 
 @contextlib.contextmanager
 def mistakes_in_words() -> Iterator[None]:
-    """Leave the script with the message alone where options make no experiment or a dataset is not at hand."""
+    """Leave the script with one line where options make no experiment, a dataset is not at hand, or it is interrupted."""
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; what is finished is kept") from None
     except (ConfigurationError, DatasetError) as error:
         raise SystemExit(str(error)) from error
 

@@ -31,7 +31,7 @@ import numpy as np
 import paper_tables
 import pictures
 from curves import Reached, table_of
-from grid import NOTHING, Bounds, Cell, add_grid_options, count, keep_published, words
+from grid import NOTHING, Bounds, Cell, add_grid_options, check_pattern, count, keep_published, words
 from paper_tables import Column
 from plan import DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
 from tuning import Choice, Grid, choose_rates, run_tuned
@@ -216,6 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
     plan = make_plan(options)
     with harness.shared_programs():
         run_plan(plan, NOTHING if options.report else Bounds.within(options.limit_minutes, options.cells))
+    check_pattern(options.cells, plan.folder)
     report(plan, *run_plan(everything(plan), NOTHING))
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import pictures
 from answers import ALL, Point, Question, Table
 from curves import table_of
-from grid import NOTHING, Bounds, add_grid_options, count, keep_published, words
+from grid import NOTHING, Bounds, add_grid_options, check_pattern, count, keep_published, words
 from plan import SPLITS
 from tuning import Choice, Grid, choose_rates, run_tuned
 
@@ -309,6 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
     bounds = NOTHING if options.report else Bounds.within(options.limit_minutes, options.cells)
     with harness.shared_programs():
         run_plan(plan, order(plan), {}, bounds)
+        check_pattern(options.cells, plan.folder)
         whole, table, rates = read_all(plan)
         pairs = answers.best_pairs(table, whole.rules, whole.splits, len(whole.seeds))
         report(whole, table, rates, pairs)

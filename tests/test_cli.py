@@ -323,3 +323,16 @@ def test_interrupt(monkeypatch, capsys):
     monkeypatch.setattr(commands, "execute", interrupted)
     assert cli.main(["data"]) == 130
     assert "interrupted" in capsys.readouterr().err
+    ended = []
+    monkeypatch.setattr(cli.os, "_exit", ended.append)  # Python itself would wait for XLA, which may be compiling
+    with pytest.raises(SystemExit):
+        cli.entry()
+    assert ended == [130]
+
+
+def test_the_exit_code_is_that_of_the_command(monkeypatch):
+    for code in (0, 2):
+        monkeypatch.setattr(cli, "main", lambda code=code: code)
+        with pytest.raises(SystemExit) as left:
+            cli.entry()
+        assert left.value.code == code

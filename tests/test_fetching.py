@@ -107,9 +107,22 @@ FAULTS = {
     ),
     "one image too few": (
         lambda t: (t / "test" / "cat" / "n0.png").unlink(),
-        r"expected x_test of shape \(20, 32, 32, 3\), got \(19, 32, 32, 3\); probably a partial conversion",
+        r"expected 20 images in .*/test, got 19; probably an archive that was not extracted to its end",
+    ),
+    "the first of another size": (
+        lambda t: picture(0, 0, (28, 30)).save(t / "train" / "airplane" / "n0.png"),
+        r"expected images of 32 × 32 pixels, got 28 × 30 in .*/airplane/n0.png; probably another dataset",
     ),
 }
+
+
+@pytest.mark.usefixtures("small")
+def test_a_cache_folder_that_cannot_be_written_is_told_before_the_work(tree, tmp_path):
+    (tmp_path / "file").write_text("")
+    seen = []
+    with pytest.raises(DatasetError, match=r"to write dataset 'cinic10' to .*; probably a file lies where its folder"):
+        fetch_dataset("cinic10", source=tree, cache=tmp_path / "file" / "cache", on_progress=seen.append)
+    assert not seen
 
 
 @pytest.mark.usefixtures("small")

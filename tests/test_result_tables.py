@@ -199,7 +199,10 @@ def test_a_block_is_replaced_between_its_markers():
 
 
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
-PROSE = [("README.md", "## What the study says", "## What is there"), ("benchmarks/README.md", "## paper.py", "## aggregators.py")]
+PROSE = [
+    ("README.md", "## What the study says", "## What is there"),
+    ("benchmarks/README.md", "## paper.py", "## aggregators.py"),
+]
 
 
 @pytest.mark.parametrize(("name", "begin", "end"), PROSE, ids=["README", "benchmarks"])

@@ -21,7 +21,7 @@ from autorank_jax.datasets.base import (
     Known,
     cache_folder,
 )
-from autorank_jax.datasets.files import read_dataset, save_dataset
+from autorank_jax.datasets.files import check_writable, read_dataset, save_dataset
 from autorank_jax.datasets.folders import FOLDERS, PARTS, are_image_folders, read_image_folders
 from autorank_jax.datasets.made import BUILT_IN, synthetic
 from autorank_jax.datasets.progress import Bar, OnProgress, Progress
@@ -111,6 +111,7 @@ def fetch_dataset(
         read_dataset(path, name=name, expected=known)
         return path
     folder = _source_folder(source)
+    check_writable(path, name)
     with Bar(name) as bar:
         report = bar if on_progress is None else on_progress
         if folder is not None and (name in FOLDERS or are_image_folders(folder)):
@@ -171,7 +172,7 @@ def _source_folder(source: str | Path | None) -> Path | None:
 def _known_names(name: str, further: Sequence[str] = ()) -> str:
     """Say which names exist and which of them come close to a wrong one."""
     names = [*BUILT_IN, *KNOWN]
-    close = difflib.get_close_matches(name, [*names, *further], n=2)
+    close = difflib.get_close_matches(name, dict.fromkeys([*names, *further]), n=2)
     return (f"did you mean {' or '.join(close)}? " if close else "") + f"known datasets: {', '.join(names)}"
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from autorank_jax.datasets.base import ENVIRONMENT_VARIABLE, KEYS, Dataset, Data
 from autorank_jax.datasets.folders import FOLDERS
 
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+OBJECTS = "it holds Python objects"
+GAPS = 100  # times as many numbers as there are different labels: those do not count classes
 STARTS = (b"PK", b"\x93NUMPY")  # of npz files and of single arrays
 
 
@@ -70,15 +73,39 @@ def save_dataset(path: str | Path, dataset: Dataset, *, expected: Known | None =
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        reason = error.strerror or error
-        raise DatasetError(
-            f"expected to write dataset '{dataset.name}' to {path}, got: {reason}; "
-            f"probably the disk is full or the folder read-only: choose another with {ENVIRONMENT_VARIABLE}"
-        ) from error
+        raise _not_written(path, dataset.name, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return path
+
+
+def check_writable(path: Path, name: str) -> None:
+    """Try whether a file can be written, before the work that it takes; leave everything as it was.
+
+    Raises:
+      DatasetError: it cannot.
+    """
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _not_written(path, name, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def _not_written(path: Path, name: str, error: OSError) -> DatasetError:
+    in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+    cause = "a file lies where its folder should be" if in_the_way else "the disk is full or the folder read-only"
+    return DatasetError(
+        f"expected to write dataset '{name}' to {path}, got: {error.strerror or error}; probably {cause}: choose "
+        f"another folder with {ENVIRONMENT_VARIABLE}"
+    )
 
 
 def _read_arrays(file: str | Path | IO[bytes], where: str, name: str) -> dict[str, np.ndarray]:
@@ -91,8 +118,12 @@ def _read_arrays(file: str | Path | IO[bytes], where: str, name: str) -> dict[st
             found = {} if isinstance(stored, np.ndarray) else {key: stored[key] for key in KEYS if key in stored.files}
     except _UNREADABLE as error:
         source = " --source FOLDER" if name in FOLDERS else ""
+        if OBJECTS in (reason := _reason(error)):
+            raise DatasetError(
+                f"{where}: expected arrays of numbers, got Python objects; probably made of lists of unequal lengths"
+            ) from error
         raise DatasetError(
-            f"{where}: expected a complete npz file, got one that cannot be read ({_reason(error)}); probably "
+            f"{where}: expected a complete npz file, got one that cannot be read ({reason}); probably "
             "truncated or damaged on its way, or something else under its name: delete it and put it there again, or "
             f"autorank-jax data fetch {name}{source} --overwrite"
         ) from error
@@ -117,7 +148,7 @@ def _check_start(stream: IO[bytes]) -> None:
 def _reason(error: BaseException) -> str:
     """Return what is wrong in one line, without NumPy's hint at its argument for files that run programs."""
     text = " ".join(str(error).split())
-    return "it holds Python objects" if "allow_pickle" in text else text
+    return OBJECTS if "allow_pickle" in text else text
 
 
 def _check_arrays(arrays: Mapping[str, np.ndarray], where: str, expected: Known | None) -> None:
@@ -131,7 +162,8 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], where: str, expected: Known 
         if x.dtype != np.uint8:
             refuse(f"x_{part} as uint8 in 0 .. 255", x.dtype, "already scaled: multiply by 255 and convert")
         if y.ndim != 1 or y.dtype.kind not in "iu":
-            refuse(f"y_{part} as a vector of integers", f"{y.dtype}{y.shape}", "one-hot or a column: flatten it")
+            cause = "one-hot or a column: flatten it" if y.ndim != 1 else "whole numbers of another dtype: convert them"
+            refuse(f"y_{part} as a vector of integers", f"{y.dtype}{y.shape}", cause)
         if x.ndim < 2 or len(x) != len(y) or not x.size:
             got = f"x_{part}{x.shape} and y_{part}{y.shape}"
             refuse("as many examples as labels, at least one", got, "a partial conversion")
@@ -142,6 +174,10 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], where: str, expected: Known 
         if int(y.min()) < 0 or int(y.max()) > last:
             cause = "examples without labels" if int(y.min()) < 0 else "labels that count from 1"
             refuse(f"labels in 0 .. {last} in y_{part}", f"{y.min()} .. {y.max()}", cause)
+    labels = np.unique(np.concatenate([arrays["y_train"], arrays["y_test"]]))
+    if not expected and int(labels[-1]) >= GAPS * len(labels):
+        got = f"{len(labels)} different ones up to {labels[-1]}"
+        refuse("labels in 0 .. classes - 1", got, "numbers of another list: number the classes from 0 on")
     if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
         got = f"{arrays['x_train'].shape[1:]} and {arrays['x_test'].shape[1:]}"
         refuse("training and test examples of one shape", got, "two datasets in one file")

@@ -56,6 +56,9 @@ def read_image_folders(
     for part in PARTS:
         _check_classes(root / part, files[part], classes, where)
     paths = {part: [path for label in classes for path in files[part][label]] for part in PARTS}
+    if expected:
+        for part in PARTS:
+            _check_expected(paths[part], getattr(expected, part), expected.shape, where)
     colour = len(expected.shape) == 3 if expected else _any_colour([*paths["train"], *paths["test"]], where)
     images = {
         part: _read_all(paths[part], colour, where, functools.partial(_report, on_progress, part, len(paths[part])))
@@ -102,6 +105,22 @@ def _check_classes(folder: Path, files: Mapping[str, Sequence[Path]], classes: S
         raise DatasetError(
             f"{where}: expected images ({', '.join(SUFFIXES)}) in {folder / empty[0]}, got none; "
             "probably an archive that was not extracted to its end"
+        )
+
+
+def _check_expected(paths: Sequence[Path], number: int, shape: Sequence[int], where: str) -> None:
+    """Check the number of images, and the size of the first, before all are read."""
+    folder = paths[0].parent.parent
+    if len(paths) != number:
+        raise DatasetError(
+            f"{where}: expected {number} images in {folder}, got {len(paths)}; probably an archive that was not "
+            "extracted to its end"
+        )
+    height, width = _opened(paths[0], where, lambda image: (image.height, image.width))
+    if (height, width) != tuple(shape[:2]):
+        raise DatasetError(
+            f"{where}: expected images of {shape[0]} × {shape[1]} pixels, got {height} × {width} in {paths[0]}; "
+            "probably another dataset"
         )
 
 
