@@ -323,6 +323,7 @@ def test_interrupt(monkeypatch, capsys):
     monkeypatch.setattr(commands, "execute", interrupted)
     assert cli.main(["data"]) == 130
     assert "interrupted" in capsys.readouterr().err
+    monkeypatch.setattr(cli.sys, "argv", ["autorank-jax", "data"])
     ended = []
     monkeypatch.setattr(cli.os, "_exit", ended.append)  # Python itself would wait for XLA, which may be compiling
     with pytest.raises(SystemExit):
