@@ -81,7 +81,7 @@ def check_pattern(pattern: str, folder: Path) -> None:
     if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
         like = f" such as {names[0]}" if names else ""
         raise SystemExit(
-            f"cells: expected a pattern that matches names of cells{like}, got {pattern}, which matches none"
+            f"cells: expected a pattern that matches names of cells{like}, got {pattern}: none does"
         )
 
 

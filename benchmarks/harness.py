@@ -92,7 +92,7 @@ def shared_programs() -> Iterator[None]:
 
 @contextlib.contextmanager
 def mistakes_in_words() -> Iterator[None]:
-    """Leave the script with one line where options make no experiment, a dataset is not at hand, or it is interrupted."""
+    """Leave the script with one line where options make no experiment, a dataset is missing, or it is interrupted."""
     try:
         yield
     except KeyboardInterrupt:
