@@ -1,7 +1,7 @@
 """The questions of `study.py`, answered from its cells: differences paired over seeds, with intervals."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,8 @@ from harness import Row, markdown_table
 from paired import Difference, cells, corrected, difference
 
 ALL = "all criteria"
+BEYOND = 0.05
+"""Corrected p below which a difference is shown."""
 
 
 class Point(NamedTuple):
@@ -87,22 +89,41 @@ def shared_splits(table: Table, one: Point, other: Point, splits: Sequence[str])
 
 def answer(table: Table, question: Question, splits: Sequence[str], seeds: int) -> str:
     """Return the table of one question, and what it says in a sentence; empty where nothing is there."""
+    asked = list(_differences(table, question, splits))
+    if not asked:
+        return ""
     rows: list[Row] = []
-    found: list[Mapping[str, Difference | None]] = []
-    for name, one, other in question.rows:
+    for (name, one, other), there, differences in asked:
+        label = name if one.split != "all" else f"{name.removesuffix('all')}mean of {len(there)} splits"
+        number = f"{differences['final'].seeds} of {seeds}"
+        rows.append({"": label, "seeds": number, **_budgets(table, (one, other), there)})
+    found = [differences for *_, differences in asked]
+    rows = [{**row, **written} for row, written in zip(rows, cells(found, MEASURES), strict=True)]
+    verdict = _sentence([str(row[""]) for row in rows], [row["final"] for row in found], corrected(found, "final"))
+    return f"### {question.title}\n\n{verdict}\n\n{markdown_table(rows, list(rows[0]))}\n"
+
+
+Asked = tuple[Contrast, list[str], dict[str, Difference | None]]
+"""A row of a question, the splits on which both sides have runs, and one minus the other in each measure."""
+
+
+def _differences(table: Table, question: Question, splits: Sequence[str]) -> Iterator[Asked]:
+    """Yield the rows that have an answer."""
+    for contrast in question.rows:
+        _, one, other = contrast
         there = shared_splits(table, one, other, splits)
         if one.split not in ("all", *there) or (one.split == "all" and len(there) < 2):
             continue
         differences = {what: difference(*sides(table, one, other, what, there)) for what in MEASURES}
-        if final := differences["final"]:
-            label = name if one.split != "all" else f"{name.removesuffix('all')}mean of {len(there)} splits"
-            rows.append({"": label, "seeds": f"{final.seeds} of {seeds}", **_budgets(table, (one, other), there)})
-            found.append(differences)
-    if not rows:
-        return ""
-    rows = [{**row, **written} for row, written in zip(rows, cells(found, MEASURES), strict=True)]
-    verdict = _sentence([str(row[""]) for row in rows], [row["final"] for row in found], corrected(found, "final"))
-    return f"### {question.title}\n\n{verdict}\n\n{markdown_table(rows, list(rows[0]))}\n"
+        if differences["final"]:
+            yield contrast, there, differences
+
+
+def shown(table: Table, question: Question, splits: Sequence[str]) -> set[tuple[Point, Point]]:
+    """Return the rows of a question, as one and other, whose final accuracies differ beyond chance after correction."""
+    asked = list(_differences(table, question, splits))
+    ps = corrected([differences for *_, differences in asked], "final")
+    return {(one, other) for ((_, one, other), *_), p in zip(asked, ps, strict=True) if p is not None and p < BEYOND}
 
 
 def _budgets(table: Table, points: Sequence[Point], splits: Sequence[str]) -> Row:
@@ -136,7 +157,7 @@ def _sentence(names: Sequence[str], found: Sequence[Difference | None], ps: Sequ
     higher: list[str] = []
     lower: list[str] = []
     for name, one, p in zip(names, found, ps, strict=True):
-        if one is not None and p is not None and p < 0.05:
+        if one is not None and p is not None and p < BEYOND:
             (higher if one.mean > 0 else lower).append(name)
     parts = [f"{what} {'; '.join(rows)}" for what, rows in (("Higher on", higher), ("lower on", lower)) if rows]
     if len(higher) + len(lower) < len(names):

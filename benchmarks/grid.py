@@ -80,9 +80,7 @@ def check_pattern(pattern: str, folder: Path) -> None:
     names = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.json"))]
     if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
         like = f" such as {names[0]}" if names else ""
-        raise SystemExit(
-            f"cells: expected a pattern that matches names of cells{like}, got {pattern}: none does"
-        )
+        raise SystemExit(f"cells: expected a pattern that matches names of cells{like}, got {pattern}: none does")
 
 
 def count(what: str, given: int | None, default: int) -> int:

@@ -33,7 +33,7 @@ import pictures
 from curves import Reached, table_of
 from grid import NOTHING, Bounds, Cell, add_grid_options, check_pattern, count, keep_published, words
 from paper_tables import Column
-from plan import DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
+from plan import DATASETS, GROUPS, PICTURES, SPLITS, Job, experiment_of, jobs
 from tuning import Choice, Grid, choose_rates, run_tuned
 
 from autorank_jax.configuration import MODELS
@@ -183,15 +183,14 @@ def report(plan: Plan, found: Mapping[Key, list[Column]], scored: Mapping[str, C
 
 
 def draw(series: Mapping[str, Mapping[int, Reached]], folder: Path, title: str) -> None:
-    """Draw the columns that have a server model, in two pictures where they are many, the first column in both."""
+    """Draw the pictures of a split; none of those that show nothing beyond the first."""
     seen = {name: runs for name, runs in series.items() if any(len(run.accuracy) for run in runs.values())}
     path = folder.with_name(f"{folder.name}-{title.replace(', ', '-')}.png")
-    names, most = list(seen), pictures.MOST_LINES
-    if names:
-        pictures.accuracy_curves({name: seen[name] for name in names[:most]}, path, title)
-    if len(names) > most:
-        rest = {name: seen[name] for name in (names[0], *names[most:])}
-        pictures.accuracy_curves(rest, path.with_stem(f"{path.stem}-controls"), f"{title}, controls")
+    for which, names in PICTURES.items():
+        own = set(names) - set(PICTURES[""]) if which else set(names)
+        if own & set(seen):
+            file, heading = (path.with_stem(f"{path.stem}-{which}"), f"{title}, {which}") if which else (path, title)
+            pictures.accuracy_curves({name: seen.get(name, {}) for name in names}, file, heading)
 
 
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:

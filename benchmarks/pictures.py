@@ -26,10 +26,10 @@ MARKERS = "osD^v"
 
 
 def accuracy_curves(series: Mapping[str, Mapping[int, Reached]], path: Path, title: str) -> None:
-    """Draw test accuracy over rounds, FLOPs and bytes: mean over seeds, with a band of ±1 sample standard deviation.
+    """Draw test accuracy over rounds, FLOPs and bytes: mean over seeds, in a band from the worst to the best.
 
     Args:
-        series: runs by seed, by name; the first eight are drawn.
+        series: runs by seed, by name; the first eight are drawn. Who has no runs keeps the colour of the place.
         path: of the PNG.
         title: above all.
     """
@@ -39,6 +39,8 @@ def accuracy_curves(series: Mapping[str, Mapping[int, Reached]], path: Path, tit
         handles = []
         panels = figure.subplots(1, 3, sharey=True)
         for number, (name, runs) in enumerate(list(series.items())[:MOST_LINES]):
+            if not runs:
+                continue
             look: dict[str, Any] = {
                 "color": PALETTE[number],
                 "linestyle": DASHES[0 if number == 0 else 1 + (number - 1) % 3],
@@ -55,7 +57,7 @@ def accuracy_curves(series: Mapping[str, Mapping[int, Reached]], path: Path, tit
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value) if value else "0"))
         panels[0].set_ylabel("test accuracy")
         panels[0].yaxis.set_major_formatter(PERCENT)
-        band = f"mean ± sd of {most} seeds" if most > 1 else "one seed"
+        band = f"mean and range of {most} seeds" if most > 1 else "one seed"
         figure.suptitle(f"{title} · {band}", x=0.01, ha="left", fontsize=11, weight="bold")
         figure.legend(handles=handles, loc="outside lower center", ncols=2 if len(handles) > 3 else len(handles))
         _save(figure, path)
@@ -63,14 +65,13 @@ def accuracy_curves(series: Mapping[str, Mapping[int, Reached]], path: Path, tit
 
 def _draw_curves(panels: Sequence[Any], runs: Sequence[Reached], look: Mapping[str, Any]) -> None:
     accuracy = np.array([run.accuracy for run in runs])
-    mean = accuracy.mean(axis=0)
-    deviation = accuracy.std(axis=0, ddof=1) if len(runs) > 1 else None
     for axes, what in zip(panels, PANELS, strict=True):
         x = np.nanmean([getattr(run, what) for run in runs], axis=0)
-        axes.plot(x, mean, **look)
-        if deviation is not None:
-            low, high = np.clip(mean - deviation, 0, 1), np.clip(mean + deviation, 0, 1)
-            axes.fill_between(x, low, high, color=look["color"], alpha=0.13, linewidth=0)
+        axes.plot(x, accuracy.mean(axis=0), **look)
+        if len(runs) > 1:
+            axes.fill_between(
+                x, accuracy.min(axis=0), accuracy.max(axis=0), color=look["color"], alpha=0.13, linewidth=0
+            )
 
 
 def ranks_against_complexity(cells: Mapping[str, Cell], path: Path) -> None:
@@ -103,7 +104,11 @@ def ranks_against_complexity(cells: Mapping[str, Cell], path: Path) -> None:
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
         figure.suptitle(
-            "Rank against data complexity, a point per client", x=0.01, ha="left", fontsize=11, weight="bold"
+            "Rank against data complexity, a point per client of the first seed",
+            x=0.01,
+            ha="left",
+            fontsize=11,
+            weight="bold",
         )
         _save(figure, path)
 
@@ -121,11 +126,11 @@ def accuracy_over_coverage(runs: Sequence[MixedRun], path: Path) -> None:
         panels = np.atleast_1d(figure.subplots(1, len(datasets), sharey=True))
         for run in runs:
             look = {
-                "color": PALETTE[columns.index(run.column) % len(PALETTE)],
+                "edgecolors": PALETTE[columns.index(run.column) % len(PALETTE)],
                 "marker": MARKERS[splits.index(run.split)],
             }
             panels[datasets.index(run.dataset)].scatter(
-                run.share, 100 * run.difference, s=42, alpha=0.75, linewidth=0, **look
+                run.share, 100 * run.difference, s=48, facecolors="none", linewidth=1.5, **look
             )
         for axes, name in zip(panels, datasets, strict=True):
             axes.axhline(0, color="#666666", linewidth=0.8)
@@ -137,9 +142,10 @@ def accuracy_over_coverage(runs: Sequence[MixedRun], path: Path) -> None:
             axes.set_xlabel("share of all examples that the clients of the highest rank hold")
             axes.set_title(name, loc="left")
         panels[0].set_ylabel("final accuracy minus that of one rank\nof AutoRank's bytes, points")
-        handles = [Line2D([], [], color=PALETTE[n % len(PALETTE)], marker="o", linestyle="", label=name)
+        hollow = {"linestyle": "", "markerfacecolor": "none", "markeredgewidth": 1.5}
+        handles = [Line2D([], [], color=PALETTE[n % len(PALETTE)], marker="o", label=name, **hollow)
                    for n, name in enumerate(columns)]  # fmt: skip
-        handles += [Line2D([], [], color="#666666", marker=MARKERS[n], linestyle="", label=name)
+        handles += [Line2D([], [], color="#666666", marker=MARKERS[n], label=name, **hollow)
                     for n, name in enumerate(splits)]  # fmt: skip
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
         figure.suptitle("Mixed ranks under RBLA, a point per run", x=0.01, ha="left", fontsize=11, weight="bold")
@@ -156,6 +162,7 @@ def heat_map(
     label: str,
     breaks: Sequence[int] = (),
     differences: bool = False,
+    shown: np.ndarray | None = None,
 ) -> None:
     """Draw numbers as a heat map, NaN left empty.
 
@@ -168,6 +175,7 @@ def heat_map(
         label: of the colours.
         breaks: columns before which a gap is drawn.
         differences: colours centred at 0 and numbers with a sign.
+        shown: `(rows, columns)`, whether a number gets a star.
     """
     known = values[np.isfinite(values)]
     top = float(np.abs(known).max() if differences else known.max()) or 1.0
@@ -178,8 +186,9 @@ def heat_map(
         image = axes.imshow(values, cmap="RdBu" if differences else "viridis", aspect="auto", vmin=low, vmax=top)
         for (y, x), value in np.ndenumerate(values):
             if np.isfinite(value):
-                number = f"{value:+.1f}" if differences else f"{value:.1f}"
-                axes.text(x, y, number, ha="center", va="center", fontsize=8,
+                star = shown is not None and shown[y, x]
+                number = (f"{value:+.1f}" if differences else f"{value:.1f}") + "*" * bool(star)
+                axes.text(x, y, number, ha="center", va="center", fontsize=8, weight="bold" if star else "normal",
                           color=_ink(image.cmap(image.norm(value))))  # fmt: skip
         axes.set_xticks(range(len(columns)), columns, fontsize=7.5)
         axes.set_yticks(range(len(rows)), rows)

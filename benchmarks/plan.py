@@ -116,6 +116,36 @@ CONTRASTS = (
 """Columns that are compared with each other, beside the first with all."""
 
 
+PICTURES: Mapping[str, tuple[str, ...]] = {
+    "": (
+        *(AUTHOR[n] for n in (0, 2, 1, 3)),
+        _title("raflora", "autorank"),
+        _title("covered", "covered"),
+        _title("main", "full"),
+        _title("fedavg", "full"),
+    ),
+    "controls": (
+        AUTHOR[0],
+        AUTHOR[2],
+        _title("main", "uniform"),
+        _title("same_rate", "autorank"),
+        _title("by_size", "by_size_bytes"),
+        _title("dealt", "shuffled"),
+        _title("dealt", "reversed"),
+    ),
+    "products": (
+        _title("raflora", "autorank"),
+        AUTHOR[2],
+        _title("raflora", "uniform_bytes"),
+        _title("same_rate_raflora", "autorank"),
+        _title("flexlora", "autorank"),
+        AUTHOR[3],
+        _title("same_rate_flexlora", "autorank"),
+    ),
+}
+"""What every picture of a split shows, by the end of its name; a column has the colour of its place."""
+
+
 class Job(NamedTuple):
     """One group on one split of one dataset."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from harness import write_text
 from mixed_ranks import RUNS
 from paper_tables import OTHERWISE, TARGETS
+from plan import PICTURES
 
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"
@@ -42,8 +43,10 @@ def paper_block(results: Path) -> str:
             if name not in (TARGETS, OTHERWISE, RUNS):
                 parts += [f"**{name}.** {text}"]
         stem = results / f"paper-{title.replace(', ', '-')}"
-        for which, words in (("", ""), ("-controls", " of the controls")):
-            if (path := stem.with_name(f"{stem.name}{which}.png")).exists():
+        for which in PICTURES:
+            path = stem.with_name(f"{stem.name}-{which}.png" if which else f"{stem.name}.png")
+            if path.exists():
+                words = f" of the {which}" if which else ""
                 link = path.relative_to(FOLDER).as_posix()
                 parts.append(f"![{title}: accuracy{words} over rounds, FLOPs and bytes]({link})")
         found.append("\n\n".join(parts))

@@ -229,9 +229,12 @@ def draw(plan: Plan, table: Table) -> None:
         ),
         "settings": (f"AutoRank, {one.rule}: setting minus all criteria", {n: (p, one) for n, p in settings.items()}),
     }
-    about = f"{plan.dataset}, {plan.options['rounds']} rounds, mean of {len(plan.seeds)} seeds"
+    about = f"{plan.dataset}, {plan.options['rounds']} rounds, mean of {len(plan.seeds)} seeds; * corrected p < 0.05"
+    asked = answers.questions(rules=plan.rules, settings=plan.settings, splits=plan.splits)
+    beyond = set().union(*(answers.shown(table, question, plan.splits) for question in asked))
     for what, (title, rows) in maps.items():
         values = answers.grid_of(table, list(rows.values()), plan.splits)
+        pairs = [[tuple(p._replace(split=split) for p in row) for split in plan.splits] for row in rows.values()]
         if np.isfinite(values).any():
             pictures.heat_map(
                 values,
@@ -241,6 +244,7 @@ def draw(plan: Plan, table: Table) -> None:
                 title=f"{title}\n{about}",
                 label="points of final accuracy",
                 differences=True,
+                shown=np.array([[pair in beyond for pair in row] for row in pairs]),
             )
     for split, rule in itertools.product(plan.splits, plan.rules[:NARROW]):
         series = {POLICIES[p]: table.get(Point(p, rule, ALL, split), {}) for p in plan.policies}

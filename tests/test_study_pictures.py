@@ -3,7 +3,9 @@
 import answers
 import mixed_ranks
 import numpy as np
+import paper
 import pictures
+import plan
 import pytest
 import study
 from answers import Point
@@ -33,7 +35,28 @@ def test_accuracy_over_rounds_flops_and_bytes(drawn, tmp_path):
         np.testing.assert_allclose(axes.lines[0].get_xdata(), x)
         np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.3, 0.6])
         band = axes.collections[0].get_paths()[0].vertices
-        assert band[:, 1].max() == pytest.approx(0.6 + np.std([0.4, 0.8], ddof=1))
+        assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0.2, 0.8))
+
+
+def test_a_column_keeps_its_colour_where_others_are_missing(drawn, tmp_path):
+    runs = {0: run([0.2, 0.4])}
+    pictures.accuracy_curves({"a": runs, "b": {}, "c": runs}, tmp_path / "a.png", "title")
+    assert [line.get_color() for line in drawn[0].axes[0].lines] == [pictures.PALETTE[0], pictures.PALETTE[2]]
+
+
+def test_every_column_with_a_server_is_in_a_picture(drawn, tmp_path):
+    titles = [t for g in plan.GROUPS.values() if "central" not in g.splits for t in g.titles.values()]
+    paper.draw({title: {0: run([0.2, 0.4])} for title in titles}, tmp_path / "paper", "mnist, staircase")
+    named = {text.get_text() for figure in drawn for text in figure.legends[0].get_texts()}
+    assert named == set(titles)
+    assert all(len(names) <= pictures.MOST_LINES for names in plan.PICTURES.values())
+
+
+def test_what_is_shown_has_a_star(drawn, tmp_path):
+    values, shown = np.array([[1.0, -2.0]]), np.array([[False, True]])
+    how = {"title": "", "label": "", "differences": True, "shown": shown}
+    pictures.heat_map(values, ["a"], ["b", "c"], tmp_path / "a.png", **how)
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["+1.0", "-2.0*"]
 
 
 def test_every_criterion_has_its_own_panel(drawn, tmp_path):
@@ -66,10 +89,10 @@ def test_settings_are_compared_with_all_criteria(monkeypatch, tmp_path):
     maps = {}
     monkeypatch.setattr(pictures, "heat_map", lambda values, rows, *_, **about: maps.update({rows[0]: (values, about)}))
     monkeypatch.setattr(pictures, "accuracy_curves", lambda *_: None)
-    plan = study.make_plan(study.options_of(["--quick", "--out", str(tmp_path)]))
-    plan = plan._replace(rules=("rbla",), settings=(answers.ALL, "floor 0.5"), splits=("staircase",))
+    small = study.make_plan(study.options_of(["--quick", "--out", str(tmp_path)]))
+    small = small._replace(rules=("rbla",), settings=(answers.ALL, "floor 0.5"), splits=("staircase",))
     found = {("autorank", answers.ALL): 0.7, ("autorank", "floor 0.5"): 0.6, ("uniform_bytes", answers.ALL): 0.4}
-    study.draw(plan, {Point(p, "rbla", s, "staircase"): {0: run([0.2, final])} for (p, s), final in found.items()})
+    study.draw(small, {Point(p, "rbla", s, "staircase"): {0: run([0.2, final])} for (p, s), final in found.items()})
     np.testing.assert_allclose(maps["rbla"][0], [[30]])
     np.testing.assert_allclose(maps["floor 0.5"][0], [[-10]])
     assert maps["rbla"][1]["differences"]
