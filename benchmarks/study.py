@@ -229,7 +229,7 @@ def draw(plan: Plan, table: Table) -> None:
         ),
         "settings": (f"AutoRank, {one.rule}: setting minus all criteria", {n: (p, one) for n, p in settings.items()}),
     }
-    about = f"{plan.dataset}, {plan.options['rounds']} rounds, mean of {len(plan.seeds)} seeds; * corrected p < 0.05"
+    about = f"{plan.dataset}, {plan.options['rounds']} rounds, mean of {len(plan.seeds)} seeds\n* corrected p < {answers.BEYOND:g}"
     asked = answers.questions(rules=plan.rules, settings=plan.settings, splits=plan.splits)
     beyond = set().union(*(answers.shown(table, question, plan.splits) for question in asked))
     for what, (title, rows) in maps.items():
