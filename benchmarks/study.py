@@ -229,7 +229,8 @@ def draw(plan: Plan, table: Table) -> None:
         ),
         "settings": (f"AutoRank, {one.rule}: setting minus all criteria", {n: (p, one) for n, p in settings.items()}),
     }
-    about = f"{plan.dataset}, {plan.options['rounds']} rounds, mean of {len(plan.seeds)} seeds\n* corrected p < {answers.BEYOND:g}"
+    about = f"{plan.dataset}, {plan.options['rounds']} rounds, mean of {len(plan.seeds)} seeds"
+    star = f"* corrected p < {answers.BEYOND:g}"
     asked = answers.questions(rules=plan.rules, settings=plan.settings, splits=plan.splits)
     beyond = set().union(*(answers.shown(table, question, plan.splits) for question in asked))
     for what, (title, rows) in maps.items():
@@ -241,7 +242,7 @@ def draw(plan: Plan, table: Table) -> None:
                 list(rows),
                 [split.replace("-", "\n", 1) for split in plan.splits],
                 plan.folder.with_name(f"{plan.folder.name}-{what}.png"),
-                title=f"{title}\n{about}",
+                title=f"{title}\n{about}\n{star}",
                 label="points of final accuracy",
                 differences=True,
                 shown=np.array([[pair in beyond for pair in row] for row in pairs]),
