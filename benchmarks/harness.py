@@ -23,6 +23,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from autorank_jax.configuration import ConfigurationError
 from autorank_jax.datasets import DatasetError
+from autorank_jax.report import write_file
 
 Row = dict[str, Any]
 
@@ -114,21 +115,10 @@ def write_json(path: str | Path | None, content: Any) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it.
-
-    Where that fails or is interrupted, what the path held before stays, and nothing else is left.
-    """
+    """Make the folder and write a file whole or not at all: what the path held before stays where that fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False, suffix=".tmp") as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.chmod(file.name, 0o644)  # temporary files are the owner's alone
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    write_file(path, text.encode())
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[str]) -> str:

@@ -108,7 +108,7 @@ def test_a_file_that_is_not_written_whole_leaves_nothing(stop, tmp_path, monkeyp
     def replace(*_):
         raise stop
 
-    monkeypatch.setattr(grid.harness.os, "replace", replace)
+    monkeypatch.setattr(type(path), "replace", replace)
     with pytest.raises(stop):
         grid.harness.write_json(path, {})
     assert [one.name for one in tmp_path.iterdir()] == ["one.json"]
