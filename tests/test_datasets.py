@@ -19,6 +19,7 @@ from autorank_jax.datasets import (
     save_dataset,
     synthetic,
 )
+from autorank_jax.datasets.files import check_writable
 
 SMALL = synthetic(train=30, test=10, classes=3, shape=(4, 4))
 
@@ -279,3 +280,20 @@ def test_unreadable_file_is_one_line(tmp_path):
     write(tmp_path).chmod(0)
     with pytest.raises(DatasetError, match="cannot be read"):
         load_dataset("mine", cache=tmp_path)
+
+
+def test_trying_a_folder_leaves_everything_as_it_was(tmp_path, monkeypatch):
+    check_writable(tmp_path / "some" / "deep" / "mine.npz", "mine")
+    assert list(tmp_path.iterdir()) == []
+    make, last = type(tmp_path).mkdir, tmp_path / "some" / "deep" / "last"
+
+    def full(folder, *args, **how):
+        if folder == last:
+            make(folder.parent, parents=True)
+            raise OSError(28, "No space left on device")
+        return make(folder, *args, **how)
+
+    monkeypatch.setattr(type(tmp_path), "mkdir", full)
+    with pytest.raises(DatasetError, match=r"to write dataset 'mine' .*No space left .*disk is full"):
+        check_writable(last / "mine.npz", "mine")
+    assert list(tmp_path.iterdir()) == []

@@ -94,8 +94,8 @@ def check_writable(path: Path, name: str) -> None:
     except OSError as error:
         raise _not_written(path, name, error) from error
     finally:
-        with contextlib.suppress(OSError):
-            for folder in made:
+        for folder in made:  # the innermost first; some may not have been made
+            with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
@@ -118,7 +118,7 @@ def _read_arrays(file: str | Path | IO[bytes], where: str, name: str) -> dict[st
             found = {} if isinstance(stored, np.ndarray) else {key: stored[key] for key in KEYS if key in stored.files}
     except _UNREADABLE as error:
         source = " --source FOLDER" if name in FOLDERS else ""
-        if OBJECTS in (reason := _reason(error)):
+        if (reason := _reason(error)) == OBJECTS:
             raise DatasetError(
                 f"{where}: expected arrays of numbers, got Python objects; probably made of lists of unequal lengths"
             ) from error
