@@ -1,40 +1,57 @@
 """AutoRank: federated LoRA with a rank for every client, simulated fast in JAX.
 
-The pipeline, a module each: `datasets` and `partition` → `federated_data` → `complexity` → `mcda` → `policies` →
-`engine` (with `local` and `aggregators`) → `simulation` → `evaluation`.
+A room per stage: `datasets` → `federated` → `adapters` (around your model, or one of `models`) → `ranks` → `engine`
+with a rule of `aggregators` → `evaluation`; `experiment` and `cli` run all of it.
 """
 
-from autorank_jax import (
-    aggregators,
-    budgets,
-    controls,
-    datasets,
-    dealing,
-    faults,
-    federated_data,
-    models,
-    partition,
-    policies,
+from autorank_jax import adapters, aggregators, datasets, engine, evaluation, federated, models, ranks
+from autorank_jax.adapters import (
+    classification_loss,
+    export_peft,
+    max_ranks,
+    merge,
+    regression_loss,
+    task_from_function,
+    task_from_linen,
+    task_from_nnx,
+    token_loss,
 )
-from autorank_jax.assembly import merge
 from autorank_jax.checkpoint import restore_state, save_state
-from autorank_jax.complexity import complexity_matrix, gini_simpson, label_entropy, loss_entropy
-from autorank_jax.costs import client_costs, training_flops
 from autorank_jax.datasets import load_dataset
-from autorank_jax.engine import make_round
-from autorank_jax.evaluation import label_weighted_accuracy, make_evaluate
-from autorank_jax.export import export_peft
-from autorank_jax.federated_data import client_stats, from_client_ids, from_parts
-from autorank_jax.functions import task_from_function
-from autorank_jax.linen import task_from_linen
-from autorank_jax.local import make_local_training, with_proximal_term
-from autorank_jax.lora import max_ranks
-from autorank_jax.losses import classification_loss, regression_loss, token_loss
-from autorank_jax.mcda import critic_weights, topsis
-from autorank_jax.participation import sample_by_size, sample_independently, sample_uniformly
-from autorank_jax.policies import autorank_ranks, ranks_from_ratios, with_reranking
-from autorank_jax.simulation import init_state, simulate
-from autorank_jax.tasks import task_from_nnx
+from autorank_jax.engine import (
+    init_state,
+    make_local_training,
+    make_round,
+    sharding,
+    simulate,
+    training_flops,
+    with_proximal_term,
+)
+from autorank_jax.evaluation import client_costs, label_weighted_accuracy, make_evaluate
+from autorank_jax.federated import (
+    client_stats,
+    faults,
+    from_client_ids,
+    from_parts,
+    partition,
+    sample_by_size,
+    sample_independently,
+    sample_uniformly,
+)
+from autorank_jax.ranks import (
+    autorank_ranks,
+    budgets,
+    complexity_matrix,
+    controls,
+    critic_weights,
+    gini_simpson,
+    label_entropy,
+    loss_entropy,
+    policies,
+    ranks_from_ratios,
+    topsis,
+    with_reranking,
+)
 from autorank_jax.types import (
     Adapter,
     Aggregator,
@@ -50,7 +67,7 @@ from autorank_jax.types import (
     Trainable,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Adapter",
@@ -65,6 +82,7 @@ __all__ = [
     "State",
     "Task",
     "Trainable",
+    "adapters",
     "aggregators",
     "autorank_ranks",
     "budgets",
@@ -75,10 +93,11 @@ __all__ = [
     "controls",
     "critic_weights",
     "datasets",
-    "dealing",
+    "engine",
+    "evaluation",
     "export_peft",
     "faults",
-    "federated_data",
+    "federated",
     "from_client_ids",
     "from_parts",
     "gini_simpson",
@@ -95,6 +114,7 @@ __all__ = [
     "models",
     "partition",
     "policies",
+    "ranks",
     "ranks_from_ratios",
     "regression_loss",
     "restore_state",
@@ -102,6 +122,7 @@ __all__ = [
     "sample_independently",
     "sample_uniformly",
     "save_state",
+    "sharding",
     "simulate",
     "task_from_function",
     "task_from_linen",

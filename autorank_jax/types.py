@@ -18,7 +18,7 @@ class Adapter(NamedTuple):
     """The low-rank update `ΔW = lora_a @ lora_b` of one layer, always 2-D for one client.
 
     A k×k convolution has `d_in = k·k·c_in`, so that every aggregation rule is written once. `ΔW` is in units of the
-    weight itself: a LoRA scale is a matter of local training only (see `autorank_jax.local`).
+    weight itself: a LoRA scale is a matter of local training only (see `autorank_jax.engine.local`).
     """
 
     lora_a: Array  # (..., d_in, r)
@@ -150,7 +150,7 @@ class LocalState(NamedTuple):
 
 
 class LocalTraining(NamedTuple):
-    """Local training of ONE client, as the engine calls it. Made by `autorank_jax.local.make_local_training`."""
+    """Local training of ONE client, as the engine calls it. Made by `autorank_jax.engine.local.make_local_training`."""
 
     begin: Callable[[Hparams, Trainable, Client], LocalState]  # from the start that the rule hands out
     step: Callable[[Hparams, Setting, LocalState, Batch, Key], tuple[LocalState, Array]]  # -> (b,) losses

@@ -20,7 +20,7 @@ from curves import GUESSING, percent
 from grid import Cell, run_cells
 from pictures import heat_map
 
-from autorank_jax.configuration import GLOBAL_RULES, Experiment
+from autorank_jax.experiment.config import GLOBAL_RULES, Experiment
 
 SPLITS = ("staircase", "dirichlet_lognormal")
 POLICIES = ("autorank", "uniform_bytes", "shuffled", "reversed")

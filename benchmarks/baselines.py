@@ -14,11 +14,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from autorank_jax.batches import take_batch
-from autorank_jax.engine import make_plan
-from autorank_jax.lanes import Level, Program, Round, Seat, finish, make_queue, take_seat
-from autorank_jax.lora import cut, level_widths, max_ranks, narrow, rank_masks
-from autorank_jax.participation import by_examples, everyone
+from autorank_jax.adapters.lora import cut, level_widths, max_ranks, narrow, rank_masks
+from autorank_jax.engine.lanes import Level, Program, Round, Seat, finish, make_queue, take_seat
+from autorank_jax.engine.round import make_plan
+from autorank_jax.federated.batches import take_batch
+from autorank_jax.federated.participation import by_examples, everyone
 from autorank_jax.types import (
     Aggregator,
     Array,

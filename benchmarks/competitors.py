@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from peer import ENVIRONMENTS, Peer, PeerError
 from workloads import Workload
 
-from autorank_jax import dealing
-from autorank_jax.engine import make_round
+from autorank_jax.engine import sharding
+from autorank_jax.engine.round import make_round
 from autorank_jax.types import State
 
 ENGINES = ("centralised", "lockstep", "loop")
@@ -45,7 +45,7 @@ def timed(program: Callable[..., Any], *arguments: Any) -> float:
 def arguments_of(workload: Workload, mesh: Mesh | None = None) -> tuple[Any, ...]:
     """Return the arguments of every round, on all devices of a mesh where there is one."""
     arguments = (jax.random.key(KEY), workload.state, workload.data)
-    return arguments if mesh is None else dealing.replicate(arguments, mesh)
+    return arguments if mesh is None else sharding.replicate(arguments, mesh)
 
 
 def compiled_entry(function: Callable[..., State], arguments: tuple[Any, ...], **detail: Any) -> Entry:
@@ -62,7 +62,7 @@ def compiled_entry(function: Callable[..., State], arguments: tuple[Any, ...], *
 
 def make_ours(workload: Workload, lanes: int, devices: int = 1) -> Entry:
     """Compile this package's round, for several devices where asked for."""
-    mesh = dealing.client_mesh(jax.devices()[:devices]) if devices > 1 else None
+    mesh = sharding.client_mesh(jax.devices()[:devices]) if devices > 1 else None
     lanes = min(lanes, max(1, workload.data.size.shape[0] // devices))
     round_fn = make_round(workload.local, workload.rule, lanes=lanes, rank_levels=workload.rank_levels, mesh=mesh)
     return compiled_entry(lambda *a: round_fn(*a)[0], arguments_of(workload, mesh), lanes=lanes, devices=devices)
@@ -75,7 +75,7 @@ def fastest(entries: list[Entry]) -> Entry:
 
 def meshes(devices: int) -> dict[int, Mesh | None]:
     """Return the device counts to try: one (which on a CPU still uses all cores within an operation), and all."""
-    return {1: None} | ({devices: dealing.client_mesh(jax.devices()[:devices])} if devices > 1 else {})
+    return {1: None} | ({devices: sharding.client_mesh(jax.devices()[:devices])} if devices > 1 else {})
 
 
 def make_best_centralised(workload: Workload, devices: int) -> Entry:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from grid import Cell
 
-from autorank_jax.configuration import PERSONAL_RULES
-from autorank_jax.results import behind_highest, si
+from autorank_jax.experiment.config import PERSONAL_RULES
+from autorank_jax.experiment.results import behind_highest, si
 
 GUESSING = 0.1
 """Accuracy of guessing among ten classes: what a run that diverged is given from there on."""

@@ -35,12 +35,12 @@ from competitors import difference, trained_values
 from matplotlib.figure import Figure
 from workloads import Workload
 
-from autorank_jax import dealing
-from autorank_jax.engine import make_round
-from autorank_jax.figures import PALETTE, STYLE
-from autorank_jax.lanes import Program, steps_and_levels
-from autorank_jax.lora import level_widths, max_ranks
-from autorank_jax.participation import everyone
+from autorank_jax.adapters.lora import level_widths, max_ranks
+from autorank_jax.cli.figures import PALETTE, STYLE
+from autorank_jax.engine import sharding
+from autorank_jax.engine.lanes import Program, steps_and_levels
+from autorank_jax.engine.round import make_round
+from autorank_jax.federated.participation import everyone
 
 COUNTED = (2, 8, 256)
 PAPER = {
@@ -63,11 +63,11 @@ class Ready(NamedTuple):
 
 def make_ready(workload: Workload, devices: int) -> dict[int, Ready]:
     """Compile the round for one device and for many."""
-    mesh, key = dealing.client_mesh(jax.devices()[:devices]), jax.random.key(0)
+    mesh, key = sharding.client_mesh(jax.devices()[:devices]), jax.random.key(0)
     useful = float(np.sum(client_steps(workload)) / np.max(client_steps(workload)))
     lanes = {1: workload.lanes, devices: max(1, min(workload.lanes, int(useful / devices)))}
     placed = {1: (key, workload.state, workload.data)}
-    placed[devices] = dealing.replicate(placed[1], mesh)
+    placed[devices] = sharding.replicate(placed[1], mesh)
     ready = {}
     for count, arguments in placed.items():
         options = {"lanes": lanes[count], "rank_levels": workload.rank_levels, "mesh": mesh if count > 1 else None}
@@ -120,9 +120,9 @@ def count(workload: Workload, devices: int) -> harness.Row:
     program = Program(workload.local, workload.rule, 1, widths)
     cohort = everyone(jax.random.key(0), workload.data)
     steps, level = steps_and_levels(workload.state, workload.data, cohort, program=program)
-    costs = jnp.array([dealing.step_cost(workload.state.server.trainable, w) for w in widths])
+    costs = jnp.array([sharding.step_cost(workload.state.server.trainable, w) for w in widths])
     cost = steps * costs[level]
-    device = np.asarray(dealing.deal(cost, devices))
+    device = np.asarray(sharding.assign(cost, devices))
     load = np.bincount(device, weights=np.asarray(cost, float), minlength=devices)
     taken = np.bincount(device, weights=np.asarray(steps, float), minlength=devices)
     return {
@@ -145,7 +145,7 @@ def on_paper(workload: Workload, clients: int, devices: int) -> harness.Row:
     """Predict a round from counted steps, bytes and the numbers in `PAPER`."""
     size = np.ceil(60 * np.exp(np.random.default_rng(0).normal(-0.5, 1.0, clients)))
     steps = -(-size // 32)
-    device = np.asarray(dealing.deal(jnp.asarray(steps, jnp.float32), devices))
+    device = np.asarray(sharding.assign(jnp.asarray(steps, jnp.float32), devices))
     load = np.bincount(device, weights=steps, minlength=devices)
     lanes, step = PAPER["lanes"], PAPER["milliseconds_per_step"] / 1e3
     train = max(steps.max(), load.max() / lanes) * step

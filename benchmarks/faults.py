@@ -26,14 +26,16 @@ from flax import nnx
 from harness import Row, device, markdown_table, versions, write_json
 from matplotlib.figure import Figure
 
-from autorank_jax import aggregators, datasets, faults, federated_data, partition, policies
-from autorank_jax.engine import make_round
-from autorank_jax.evaluation import make_evaluate
-from autorank_jax.local import make_local_training
-from autorank_jax.lora import max_ranks
-from autorank_jax.models import MLP
-from autorank_jax.simulation import init_state
-from autorank_jax.tasks import task_from_nnx
+from autorank_jax import aggregators, datasets, federated
+from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.adapters.nnx import task_from_nnx
+from autorank_jax.engine.local import make_local_training
+from autorank_jax.engine.round import make_round
+from autorank_jax.engine.simulation import init_state
+from autorank_jax.evaluation.metrics import make_evaluate
+from autorank_jax.federated import faults, partition
+from autorank_jax.models.vision import MLP
+from autorank_jax.ranks import policies
 from autorank_jax.types import Aggregator, Array, FederatedData, Key, RoundInfo, State
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,9 +57,9 @@ def make_federation(seed: int) -> Federation:
     """Make the clients and the model of a seed."""
     dataset = datasets.load_dataset("fashion_mnist_mini")
     parts = partition.dirichlet_lognormal(dataset.y_train, CLIENTS, alpha=0.3, sigma=1.0, seed=seed)
-    data = federated_data.from_parts(dataset.x_train, dataset.y_train, parts, classes=10)
+    data = federated.from_parts(dataset.x_train, dataset.y_train, parts, classes=10)
     task = task_from_nnx(MLP((784, 64, 10), rngs=nnx.Rngs(seed)), max_rank=32)
-    ratios, _ = policies.by_size()(jax.random.key(seed), federated_data.client_stats(data))
+    ratios, _ = policies.by_size()(jax.random.key(seed), federated.client_stats(data))
     return Federation(task, data, policies.ranks_from_ratios(ratios, max_ranks(task.server.trainable)), dataset)
 
 
@@ -149,7 +151,7 @@ def soak(rounds: int) -> Row:
     """Run many rounds of a tiny federation with all faults on; watch memory, live arrays and compilations."""
     rng, clients, traced = np.random.default_rng(0), 20, []
     x, y = rng.normal(size=(400, 8)).astype(np.float32), rng.integers(0, 3, 400).astype(np.int32)
-    data = federated_data.from_client_ids(x, y, rng.integers(0, clients, 400), classes=3)
+    data = federated.from_client_ids(x, y, rng.integers(0, clients, 400), classes=3)
     task, rule = task_from_nnx(MLP((8, 8, 3), rngs=nnx.Rngs(0)), max_rank=3), aggregators.rbla()
     local = make_local_training(task, optax.sgd(0.05), batch_size=8)
     local = faults.with_nan_clients(local, np.arange(clients) % 10 == 0)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import harness
 from rich.progress import Progress
 
-from autorank_jax.configuration import Experiment, experiment_from
-from autorank_jax.experiment import DivergedError, RoundDone, run_experiment
-from autorank_jax.results import Results, Scores, summarize
+from autorank_jax.experiment.config import Experiment, experiment_from
+from autorank_jax.experiment.results import Results, Scores, summarize
+from autorank_jax.experiment.run import DivergedError, RoundDone, run_experiment
 
 Cell = dict[str, Any]
 

@@ -21,9 +21,9 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from autorank_jax.configuration import ConfigurationError
+from autorank_jax.cli.files import write_file
 from autorank_jax.datasets import DatasetError
-from autorank_jax.report import write_file
+from autorank_jax.experiment.config import ConfigurationError
 
 Row = dict[str, Any]
 

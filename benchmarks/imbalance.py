@@ -20,13 +20,14 @@ from baselines import make_lockstep
 from flax import nnx
 from matplotlib import pyplot as plt
 
-from autorank_jax import aggregators, datasets, federated_data, partition
-from autorank_jax.engine import make_round
-from autorank_jax.local import make_local_training
-from autorank_jax.models import MLP
-from autorank_jax.scheduling import choose_lanes
-from autorank_jax.simulation import init_state
-from autorank_jax.tasks import task_from_nnx
+from autorank_jax import aggregators, datasets, federated
+from autorank_jax.adapters.nnx import task_from_nnx
+from autorank_jax.engine.lane_count import choose_lanes
+from autorank_jax.engine.local import make_local_training
+from autorank_jax.engine.round import make_round
+from autorank_jax.engine.simulation import init_state
+from autorank_jax.federated import partition
+from autorank_jax.models.vision import MLP
 
 CLIENTS, BATCH_SIZE, MAX_RANK = 100, 16, 32
 RESULTS = Path(__file__).parent / "results"
@@ -36,7 +37,7 @@ def measure(sigma: float, repeats: int) -> harness.Row:
     """Time one round of both engines at one imbalance."""
     dataset = datasets.load_dataset("fashion_mnist_mini")
     parts = partition.quantity(dataset.y_train, CLIENTS, sigma=sigma, seed=0)
-    data = federated_data.from_parts(dataset.x_train, dataset.y_train, parts)
+    data = federated.from_parts(dataset.x_train, dataset.y_train, parts)
     task = task_from_nnx(MLP((784, 200, 200, 10), rngs=nnx.Rngs(0)), max_rank=MAX_RANK)
     local = make_local_training(task, optax.sgd(0.01, momentum=0.9), batch_size=BATCH_SIZE)
     rule = aggregators.rbla()

@@ -2,7 +2,7 @@
 
 Command:  AUTORANK_JAX_DATA=FOLDER python benchmarks/make_fashion_mnist_mini.py   (FOLDER holds fashion_mnist.npz)
 Hardware: any, 3 seconds on one CPU core.
-Result:   autorank_jax/data/fashion_mnist_mini.npz, 2.6 MB. The first examples of each class are taken, in their
+Result:   autorank_jax/datasets/embedded/fashion_mnist_mini.npz, 2.6 MB. The first examples of each class, in their
           original order, so that nothing depends on a random number generator.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from autorank_jax.datasets import load_dataset, save_dataset
 
-TARGET = Path(__file__).parents[1] / "autorank_jax" / "data" / "fashion_mnist_mini.npz"
+TARGET = Path(__file__).parents[1] / "autorank_jax" / "datasets" / "embedded" / "fashion_mnist_mini.npz"
 
 
 def first_of_each_class(labels: np.ndarray, amount: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from autorank_jax.results import si_scale
+from autorank_jax.experiment.results import si_scale
 
 
 class Difference(NamedTuple):

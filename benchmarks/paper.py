@@ -36,7 +36,7 @@ from paper_tables import Column
 from plan import DATASETS, GROUPS, PICTURES, SPLITS, Job, experiment_of, jobs
 from tuning import Choice, Grid, choose_rates, run_tuned
 
-from autorank_jax.configuration import MODELS
+from autorank_jax.experiment.config import MODELS
 
 RESULTS = Path(__file__).parent / "results"
 Key = tuple[str, str]

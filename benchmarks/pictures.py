@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from mixed_ranks import MixedRun
 
-from autorank_jax.figures import DASHES, PALETTE, PERCENT, STYLE
-from autorank_jax.results import si
+from autorank_jax.cli.figures import DASHES, PALETTE, PERCENT, STYLE
+from autorank_jax.experiment.results import si
 
 PANELS = {
     "rounds": "round",

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from autorank_jax.configuration import Experiment
+from autorank_jax.experiment.config import Experiment
 
 AUTHOR = ("AutoRank + RBLA", "ranks by hand + RBLA", "one rank, AutoRank's bytes + RBLA",
           "one rank, AutoRank's bytes + FlexLoRA")  # fmt: skip

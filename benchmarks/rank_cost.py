@@ -23,10 +23,11 @@ from competitors import arguments_of, meshes, timed
 from matplotlib import pyplot as plt
 from workloads import Workload
 
-from autorank_jax import dealing
-from autorank_jax.costs import client_costs, training_flops
-from autorank_jax.engine import make_round
-from autorank_jax.lora import max_ranks
+from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.engine import sharding
+from autorank_jax.engine.flops import training_flops
+from autorank_jax.engine.round import make_round
+from autorank_jax.evaluation.costs import client_costs
 from autorank_jax.types import State
 
 RATIOS = (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
@@ -67,7 +68,7 @@ def measure(
     flops = flops_of(workload, states)
     key, state, data = arguments_of(workload, mesh)
     if mesh is not None:
-        states = dealing.replicate(states, mesh)
+        states = sharding.replicate(states, mesh)
     programs = {}
     for levels in (1, most_levels):
         print(f"compiling {levels} rank levels …", flush=True)

@@ -22,7 +22,7 @@ import workloads
 from competitors import timed
 from matplotlib import pyplot as plt
 
-from autorank_jax.engine import make_round
+from autorank_jax.engine.round import make_round
 
 COLUMNS = (
     "clients",

@@ -31,7 +31,8 @@ from peer import ENVIRONMENTS, PeerError, peer_versions
 from speed_picture import draw
 from workloads import WORKLOADS, Workload
 
-from autorank_jax.costs import client_costs, training_flops
+from autorank_jax.engine.flops import training_flops
+from autorank_jax.evaluation.costs import client_costs
 
 SWEEP = (1, 4, 16, 64, 256, 1024, 4096)
 COMPETITORS = (*ENGINES, *ENVIRONMENTS)

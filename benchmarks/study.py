@@ -34,8 +34,8 @@ from grid import NOTHING, Bounds, add_grid_options, check_pattern, count, keep_p
 from plan import SPLITS
 from tuning import Choice, Grid, choose_rates, run_tuned
 
-from autorank_jax.complexity import CRITERIA
-from autorank_jax.configuration import GLOBAL_RULES, Experiment
+from autorank_jax.experiment.config import GLOBAL_RULES, Experiment
+from autorank_jax.ranks.criteria import CRITERIA
 
 RESULTS = Path(__file__).parent / "results"
 RULES = ("rbla", "raflora", "owner_merge", "flexlora")

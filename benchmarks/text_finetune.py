@@ -34,18 +34,21 @@ import tyro
 from flax import nnx
 from harness import Row, compiled, device, markdown_table, versions, write_json
 
-from autorank_jax import aggregators, budgets, partition, policies
-from autorank_jax.configuration import GLOBAL_RULES
-from autorank_jax.costs import FlopModel, client_costs
-from autorank_jax.engine import make_round
-from autorank_jax.evaluation import make_evaluate
-from autorank_jax.federated_data import client_stats, from_parts
-from autorank_jax.local import make_local_training
-from autorank_jax.lora import max_ranks
-from autorank_jax.simulation import init_state
-from autorank_jax.tasks import task_from_nnx
-from autorank_jax.text import load_bert, load_tokenizer
-from autorank_jax.transformer import TextClassifier
+from autorank_jax import aggregators
+from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.adapters.nnx import task_from_nnx
+from autorank_jax.engine.flops import FlopModel
+from autorank_jax.engine.local import make_local_training
+from autorank_jax.engine.round import make_round
+from autorank_jax.engine.simulation import init_state
+from autorank_jax.evaluation.costs import client_costs
+from autorank_jax.evaluation.metrics import make_evaluate
+from autorank_jax.experiment.config import GLOBAL_RULES
+from autorank_jax.federated import partition
+from autorank_jax.federated.data import client_stats, from_parts
+from autorank_jax.models.bert import load_bert, load_tokenizer
+from autorank_jax.models.transformer import TextClassifier
+from autorank_jax.ranks import budgets, policies
 from autorank_jax.types import Aggregator, ClientStats, FederatedData, State, Task
 
 COLUMNS = ("rule", "policy", "seed", "accuracy", "loss", "mean ratio", "ratio by examples", "MB up", "TFLOP", "seconds")

@@ -14,7 +14,7 @@ import numpy as np
 from curves import GUESSING, Reached, runs_of
 from grid import Bounds, Cell, run_cells
 
-from autorank_jax.configuration import PERSONAL_RULES, Experiment
+from autorank_jax.experiment.config import PERSONAL_RULES, Experiment
 
 FIRST_SEED = 1000
 VALIDATION = 0.1

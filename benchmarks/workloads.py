@@ -26,15 +26,17 @@ import optax
 from baselines import make_level
 from flax import nnx
 
-from autorank_jax import aggregators, datasets, federated_data, partition, policies
-from autorank_jax.batches import permuted
-from autorank_jax.local import make_local_training
-from autorank_jax.lora import max_ranks
-from autorank_jax.models import CNN, MLP
-from autorank_jax.scheduling import choose_lanes
-from autorank_jax.simulation import init_state
-from autorank_jax.tasks import task_from_nnx
-from autorank_jax.transformer import Size, Transformer
+from autorank_jax import aggregators, datasets, federated
+from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.adapters.nnx import task_from_nnx
+from autorank_jax.engine.lane_count import choose_lanes
+from autorank_jax.engine.local import make_local_training
+from autorank_jax.engine.simulation import init_state
+from autorank_jax.federated import partition
+from autorank_jax.federated.batches import permuted
+from autorank_jax.models.transformer import Size, Transformer
+from autorank_jax.models.vision import CNN, MLP
+from autorank_jax.ranks import policies
 from autorank_jax.types import Aggregator, Array, FederatedData, Key, LocalTraining, State, Task
 
 CRITERIA = ("size", "classes", "label_entropy", "gini_simpson")
@@ -91,12 +93,12 @@ def fashion_mnist(quick: bool) -> datasets.Dataset:
 
 def clients_of(dataset: datasets.Dataset, parts: partition.Parts) -> FederatedData:
     """Put a split on the device."""
-    return federated_data.from_parts(dataset.x_train, dataset.y_train, parts, classes=dataset.classes)
+    return federated.from_parts(dataset.x_train, dataset.y_train, parts, classes=dataset.classes)
 
 
 def autorank_ranks(model: Model, data: FederatedData) -> dict[str, Array]:
     """Set the ranks by AutoRank, without the criterion that needs a probe."""
-    ratios, _ = policies.autorank(criteria=CRITERIA)(jax.random.key(0), federated_data.client_stats(data))
+    ratios, _ = policies.autorank(criteria=CRITERIA)(jax.random.key(0), federated.client_stats(data))
     return policies.ranks_from_ratios(ratios, max_ranks(model.task.server.trainable))
 
 
@@ -129,7 +131,7 @@ def few_shot_clients(clients: int, examples: int, *, features: int = 64, classes
     x = rng.integers(0, 256, (clients * examples, features), np.uint8)
     y = rng.integers(0, classes, clients * examples, np.int32)
     owner = np.repeat(np.arange(clients, dtype=np.int32), examples)
-    return federated_data.from_client_ids(x, y, owner, classes=classes)
+    return federated.from_client_ids(x, y, owner, classes=classes)
 
 
 def alternating_ranks(model: Model, clients: int) -> dict[str, Array]:
@@ -171,7 +173,7 @@ def make_images(name: str, model: Model, quick: bool) -> Workload:
     noise = rng.integers(0, 16, (len(chosen), *dataset.x_train.shape[1:]), np.uint8)
     images = np.minimum(dataset.x_train[chosen], 239) + noise
     parts = np.arange(len(chosen)).reshape(clients, -1)
-    data = federated_data.from_parts(images, dataset.y_train[chosen], list(parts), classes=dataset.classes)
+    data = federated.from_parts(images, dataset.y_train[chosen], list(parts), classes=dataset.classes)
     return assemble(name, model, data, uniform_ranks(model, data), batch_size=32)
 
 

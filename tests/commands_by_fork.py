@@ -7,7 +7,8 @@ import json
 import os
 import sys
 
-from autorank_jax import cli, commands  # noqa: F401  # imported once, for all forks
+from autorank_jax.cli import commands  # noqa: F401  # imported once, for all forks
+from autorank_jax.cli import main as cli
 
 
 def main():

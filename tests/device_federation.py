@@ -12,14 +12,16 @@ import numpy as np
 import optax
 from flax import nnx
 
-from autorank_jax import aggregators, dealing, federations, local
-from autorank_jax.configuration import Experiment
-from autorank_jax.engine import make_round
-from autorank_jax.experiment import run_experiment
-from autorank_jax.federated_data import from_parts
-from autorank_jax.participation import Cohort, sample_uniformly
-from autorank_jax.resuming import Checkpoints
-from autorank_jax.simulation import init_state
+from autorank_jax import aggregators
+from autorank_jax.engine import local, sharding
+from autorank_jax.engine.round import make_round
+from autorank_jax.engine.simulation import init_state
+from autorank_jax.experiment import setup as federations
+from autorank_jax.experiment.checkpoints import Checkpoints
+from autorank_jax.experiment.config import Experiment
+from autorank_jax.experiment.run import run_experiment
+from autorank_jax.federated.data import from_parts
+from autorank_jax.federated.participation import Cohort, sample_uniformly
 from autorank_jax.types import Adapter, Aggregator, Base, LocalState, LocalTraining, Server, Task, Trainable, Trains
 
 SIZES = (9, 3, 40, 4, 8, 12, 5, 1, 22, 6, 7)
@@ -116,8 +118,8 @@ def run_rounds(rules, data, rounds=1, mesh=None, **options):
     state, key = start_state(rules), jax.random.key(5)
     train = compile_round(rules, mesh=mesh, **options)
     if mesh is not None:
-        state, key = dealing.replicate((state, key), mesh)
-        data = data if data.owner is not None else dealing.replicate(data, mesh)
+        state, key = sharding.replicate((state, key), mesh)
+        data = data if data.owner is not None else sharding.replicate(data, mesh)
     for _ in range(rounds):
         state, info = train(key, state, data)
     return jax.tree.map(np.asarray, (state, info))
@@ -142,7 +144,7 @@ def by_product(server):
 def owned(mesh):
     """The examples of `make_data`, each on its client's device only."""
     inputs, targets, parts = make_parts()
-    return dealing.owned_data(mesh, inputs, targets, parts, ids=3 * np.arange(len(SIZES)))
+    return sharding.owned_data(mesh, inputs, targets, parts, ids=3 * np.arange(len(SIZES)))
 
 
 # ------------------------------------------------------------------------------------- run in processes of their own
@@ -158,7 +160,7 @@ def compare_devices():
         return server_steps(rules, jax.random.key(0), sums, server)
 
     def results(devices):
-        mesh = dealing.client_mesh(jax.devices()[:devices]) if devices > 1 else None
+        mesh = sharding.client_mesh(jax.devices()[:devices]) if devices > 1 else None
         state, info = run_rounds(rules, make_data(broken=True), mesh=mesh, update=False)
         after = {name: (by_product(new), memory) for name, (new, memory) in step(state.aggregator).items()}
         return state, info._replace(lane_steps=0), after
@@ -188,9 +190,9 @@ def count_steps():
         client_init=lambda server: jnp.full((), -1, jnp.int32),  # noqa: ARG005
         client_keep=lambda update, server: jax.lax.axis_index("clients"),  # noqa: ARG005
     )
-    mesh = dealing.client_mesh()
+    mesh = sharding.client_mesh()
     state = init_state(server, rule, {"layer": np.full(clients, 4)}, local_epochs=epochs)
-    key, state, data = dealing.replicate((jax.random.key(0), state, data), mesh)
+    key, state, data = sharding.replicate((jax.random.key(0), state, data), mesh)
     state, info = jax.jit(make_round(nothing, rule, mesh=mesh))(key, state, data)
     steps = epochs * -(-size // BATCH)
     assert info.steps == steps.sum()
@@ -202,7 +204,7 @@ def be_one_process(port, number):
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_enable_x64", True)
     jax.distributed.initialize(f"localhost:{port}", 2, number)
-    mesh, rules = dealing.client_mesh(), all_rules()
+    mesh, rules = sharding.client_mesh(), all_rules()
     assert (mesh.devices.size, jax.local_device_count()) == (4, 2)
     data = owned(mesh)
     assert len(data.inputs.addressable_shards) == 2
@@ -244,7 +246,7 @@ def resume_elsewhere(folder):
             return None
         return states[-1]
 
-    mesh = dealing.client_mesh()
+    mesh = sharding.client_mesh()
     expected = run(None, stop=0)
     assert int(expected.round) == experiment.rounds
     for number, (first, then) in enumerate(((None, mesh), (mesh, None))):

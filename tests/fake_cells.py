@@ -6,7 +6,7 @@ import json
 import grid
 import numpy as np
 
-from autorank_jax.configuration import Experiment
+from autorank_jax.experiment.config import Experiment
 
 TINY = Experiment(
     dataset="synthetic",

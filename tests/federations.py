@@ -14,14 +14,15 @@ import optax
 from flax import nnx
 from reference import RULES, training
 
-from autorank_jax import aggregators, local
-from autorank_jax.engine import make_round
-from autorank_jax.federated_data import from_parts
-from autorank_jax.lora import max_ranks
-from autorank_jax.models import MLP
-from autorank_jax.participation import Cohort, everyone
-from autorank_jax.simulation import init_state
-from autorank_jax.tasks import task_from_nnx
+from autorank_jax import aggregators
+from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.adapters.nnx import task_from_nnx
+from autorank_jax.engine import local
+from autorank_jax.engine.round import make_round
+from autorank_jax.engine.simulation import init_state
+from autorank_jax.federated.data import from_parts
+from autorank_jax.federated.participation import Cohort, everyone
+from autorank_jax.models.vision import MLP
 from autorank_jax.types import Adapter, Aggregator, LocalState, LocalTraining, Server, Trainable
 
 SIZES = (9, 3, 17, 4, 8, 12, 5)

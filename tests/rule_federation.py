@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax.aggregators.base import make_summand
-from autorank_jax.engine import make_round
-from autorank_jax.participation import Cohort
-from autorank_jax.simulation import init_state
+from autorank_jax.engine.round import make_round
+from autorank_jax.engine.simulation import init_state
+from autorank_jax.federated.participation import Cohort
 from autorank_jax.types import (
     Adapter,
     Aggregator,

@@ -9,14 +9,14 @@ import pytest
 from flax import nnx
 
 from autorank_jax import aggregators
-from autorank_jax.assembly import merge
-from autorank_jax.lora import cut, max_ranks, narrow, rank_masks
-from autorank_jax.losses import token_loss
-from autorank_jax.models import CNN, MLP
-from autorank_jax.tasks import task_from_nnx
-from autorank_jax.transformer import Decoder, Size, Transformer
+from autorank_jax.adapters.lora import cut, max_ranks, narrow, rank_masks
+from autorank_jax.adapters.losses import token_loss
+from autorank_jax.adapters.low_rank import einsum_form
+from autorank_jax.adapters.nnx import task_from_nnx
+from autorank_jax.adapters.task import merge
+from autorank_jax.models.transformer import Decoder, Size, Transformer
+from autorank_jax.models.vision import CNN, MLP
 from autorank_jax.types import Adapter, Batch, Client, ClientUpdate, Plan
-from autorank_jax.updates import einsum_form
 
 SIZE = Size(width=8, depth=1, heads=2, hidden=12, length=6)
 IMAGES = jax.random.uniform(jax.random.key(0), (3, 8, 8))

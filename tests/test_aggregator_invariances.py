@@ -10,7 +10,7 @@ import pytest
 from rule_federation import FAST, SHAPES, Cohorts, aggregate, make_server, to_jax
 
 from autorank_jax import aggregators
-from autorank_jax.lora import cut, rank_masks
+from autorank_jax.adapters.lora import cut, rank_masks
 from autorank_jax.types import Adapter, Trainable
 
 pytestmark = pytest.mark.usefixtures("x64", "standard_promotion")

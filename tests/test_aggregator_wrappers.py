@@ -26,9 +26,9 @@ from rule_federation import (
 )
 
 from autorank_jax import aggregators
+from autorank_jax.adapters.lora import cut
 from autorank_jax.aggregators.diagnostics import effective_rank, relative_gap
-from autorank_jax.lora import cut
-from autorank_jax.simulation import init_state
+from autorank_jax.engine.simulation import init_state
 from autorank_jax.types import Adapter, Base, Client, ClientUpdate, Trainable
 
 in_64_bit = pytest.mark.usefixtures("x64", "standard_promotion")

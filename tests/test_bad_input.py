@@ -13,27 +13,17 @@ import optax
 import pytest
 from flax import nnx
 
-from autorank_jax import (
-    aggregators,
-    budgets,
-    cli,
-    complexity,
-    datasets,
-    engine,
-    faults,
-    federated_data,
-    local,
-    mcda,
-    participation,
-    partition,
-    policies,
-    simulation,
-    tasks,
-)
+from autorank_jax import aggregators, datasets, engine, federated
+from autorank_jax.adapters.nnx import task_from_nnx
 from autorank_jax.checkpoint import CheckpointError, read_about, restore_state, save_state
-from autorank_jax.configuration import ConfigurationError, Experiment, experiment_from
-from autorank_jax.criteria_file import read_criteria
-from autorank_jax.models import MLP
+from autorank_jax.cli import main as cli
+from autorank_jax.engine import local, simulation
+from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
+from autorank_jax.federated import faults, participation, partition
+from autorank_jax.models.vision import MLP
+from autorank_jax.ranks import budgets, mcda, policies
+from autorank_jax.ranks.criteria import loss_entropy
+from autorank_jax.ranks.table_file import read_criteria
 
 KEY = jax.random.key(0)
 X, Y = np.zeros((6, 4), np.float32), np.array([0, 1, 2, 0, 1, 2])
@@ -43,15 +33,15 @@ TRAINING = local.LocalTraining(None, None, None, 1)
 
 
 def parts(*lists, **options):
-    return federated_data.from_parts(X, Y, [np.array(p, np.int64) for p in lists], **options)
+    return federated.from_parts(X, Y, [np.array(p, np.int64) for p in lists], **options)
 
 
 def ids(values, x=X, y=Y, **options):
-    return federated_data.from_client_ids(x, y, values, **options)
+    return federated.from_client_ids(x, y, values, **options)
 
 
 def task(**options):
-    return tasks.task_from_nnx(MLP((4, 3, 2), rngs=nnx.Rngs(0)), **{"max_rank": 2} | options)
+    return task_from_nnx(MLP((4, 3, 2), rngs=nnx.Rngs(0)), **{"max_rank": 2} | options)
 
 
 def state(ranks=None, **options):
@@ -61,7 +51,7 @@ def state(ranks=None, **options):
 
 
 def stats(**options):
-    return federated_data.client_stats(parts([0, 1, 2], [3, 4, 5]), classes=3)._replace(**options)
+    return federated.client_stats(parts([0, 1, 2], [3, 4, 5]), classes=3)._replace(**options)
 
 
 def experiment(**options):
@@ -107,11 +97,11 @@ CASES = {
     "empty client": (lambda _: parts([], [0, 1, 2, 3, 4, 5]), "got none for client 0; probably a split with too many"),
     "number too large": (lambda _: parts([0, 1], [2, 6]), "expected example numbers in 0 .. 5, got 6 for client 1"),
     "negative number": (lambda _: parts([-1, 1], [2]), "got -1 for client 0"),
-    "no clients": (lambda _: federated_data.from_parts(X, Y, []), "at least one example in some client, got 0 clients"),
+    "no clients": (lambda _: federated.from_parts(X, Y, []), "at least one example in some client, got 0 clients"),
     "masks for numbers": (
-        lambda _: federated_data.from_parts(X, Y, [np.arange(6) < 3, np.arange(6) >= 3]), "use np.flatnonzero",
+        lambda _: federated.from_parts(X, Y, [np.arange(6) < 3, np.arange(6) >= 3]), "use np.flatnonzero",
     ),
-    "client numbers for parts": (lambda _: federated_data.from_parts(X, Y, [0, 0, 1, 1, 2, 2]), "use from_client_ids"),
+    "client numbers for parts": (lambda _: federated.from_parts(X, Y, [0, 0, 1, 1, 2, 2]), "use from_client_ids"),
     "labels from one": (lambda _: ids(Y, y=Y + 1, classes=3), "targets as labels in 0 .. 2, got 1 .. 3; probably"),
     "label of minus one": (lambda _: ids(Y, y=Y - 1, classes=3), "got -1 .. 1"),
     "real labels": (lambda _: ids(Y, y=Y + 0.5, classes=3), "expected targets as integers, got float64"),
@@ -140,7 +130,7 @@ CASES = {
     "one criterion as a vector": (lambda _: mcda.critic_weights(np.ones(3)), "wants `[:, None]`"),
     "normalisation": (lambda _: mcda.topsis(np.ones((2, 2)), np.ones(2), normalization="max"), "got 'max'"),
     "weights": (lambda _: mcda.topsis(np.ones((2, 2)), np.ones(3)), "weights: expected shape (2,), got (3,)"),
-    "losses": (lambda _: complexity.loss_entropy(np.ones((3, 0))), "at least one epoch"),
+    "losses": (lambda _: loss_entropy(np.ones((3, 0))), "at least one epoch"),
     "no probe": (lambda _: policies.autorank()(KEY, stats(epoch_losses=None)), "probably no probe was run"),
     "criterion": (lambda _: policies.autorank(criteria=("entropy",))(KEY, stats()), "got 'entropy'"),
     "no criteria": (lambda _: policies.autorank(criteria=())(KEY, stats()), "expected at least one, got none"),

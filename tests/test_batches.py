@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from autorank_jax.batches import permuted, steps_per_epoch, take_batch
+from autorank_jax.federated.batches import permuted, steps_per_epoch, take_batch
 from autorank_jax.types import FederatedData
 
 COUNT = 24_000

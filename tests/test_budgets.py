@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from autorank_jax import policies
-from autorank_jax.budgets import (
+from autorank_jax.ranks import policies
+from autorank_jax.ranks.budgets import (
     DEVICE_LEVELS,
     RESOURCE_PROFILES,
     resource_profile,
@@ -13,7 +13,7 @@ from autorank_jax.budgets import (
     with_coverage,
     with_one_ratio,
 )
-from autorank_jax.controls import reversed_ranks, shuffled
+from autorank_jax.ranks.controls import reversed_ranks, shuffled
 from autorank_jax.types import ClientStats
 
 KEY = jax.random.key(0)

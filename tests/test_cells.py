@@ -15,8 +15,8 @@ from fake_cells import TINY, fake_cell, pretend
 from scipy import stats
 from test_report import make_results
 
-from autorank_jax.experiment import run_experiment
-from autorank_jax.rounds import DivergedError, Record
+from autorank_jax.experiment.rounds import DivergedError, Record
+from autorank_jax.experiment.run import run_experiment
 
 
 @pytest.fixture

@@ -8,16 +8,17 @@ import numpy as np
 import optax
 import pytest
 
-from autorank_jax import aggregators, charges, datasets
-from autorank_jax.configuration import Experiment
-from autorank_jax.costs import FlopModel, training_flops
-from autorank_jax.engine import make_round
-from autorank_jax.experiment import run_experiment
-from autorank_jax.faults import with_nan_clients
-from autorank_jax.federations import make_federations
-from autorank_jax.local import make_local_training
-from autorank_jax.lora import max_ranks
-from autorank_jax.rounds import start_state
+from autorank_jax import aggregators, datasets
+from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.engine.flops import FlopModel, training_flops
+from autorank_jax.engine.local import make_local_training
+from autorank_jax.engine.round import make_round
+from autorank_jax.experiment import costs as charges
+from autorank_jax.experiment.config import Experiment
+from autorank_jax.experiment.rounds import start_state
+from autorank_jax.experiment.run import run_experiment
+from autorank_jax.experiment.setup import make_federations
+from autorank_jax.federated.faults import with_nan_clients
 
 UNLUCKY = Experiment(
     dataset="synthetic", split="dirichlet_lognormal", clients=8, hidden=(8,), max_ranks=(6, 4), rank_policies=("full",),

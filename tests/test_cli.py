@@ -10,9 +10,11 @@ import sys
 import numpy as np
 import pytest
 
-from autorank_jax import cli, configuration, policies
-from autorank_jax.report import FILES
-from autorank_jax.results import Row
+from autorank_jax.cli import main as cli
+from autorank_jax.cli.files import FILES
+from autorank_jax.experiment import config as configuration
+from autorank_jax.experiment.results import Row
+from autorank_jax.ranks import policies
 
 OPTIONS = {
     "dataset": "synthetic", "clients": "4", "split": "dirichlet_lognormal", "hidden": "8", "rounds": "2",
@@ -112,7 +114,7 @@ def test_quiet_overwriting_run_repeats_its_history(finished, capsys):
 
 
 def test_default_folders_are_numbered(tmp_path, monkeypatch):
-    commands = importlib.import_module("autorank_jax.commands")
+    commands = importlib.import_module("autorank_jax.cli.commands")
     monkeypatch.chdir(tmp_path)
     experiment = commands.Experiment()
     assert str(commands.default_folder(experiment, False)) == "runs/fashion_mnist_mini-staircase"
@@ -189,7 +191,7 @@ def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])
     text = capsys.readouterr().out
-    commands = importlib.import_module("autorank_jax.commands")
+    commands = importlib.import_module("autorank_jax.cli.commands")
     for name in commands.Experiment.__dataclass_fields__:
         assert f"--{name.replace('_', '-')} " in text
     assert "default:autorank,by_size,uniform,full)" in "".join(text.split())
@@ -315,7 +317,7 @@ def test_without_the_extra_packages(missing, monkeypatch, capsys):
 
 
 def test_interrupt(monkeypatch, capsys):
-    commands = importlib.import_module("autorank_jax.commands")
+    commands = importlib.import_module("autorank_jax.cli.commands")
 
     def interrupted(command):  # noqa: ARG001
         raise KeyboardInterrupt

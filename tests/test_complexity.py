@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from autorank_jax.complexity import (
+from autorank_jax.ranks.criteria import (
     CRITERIA,
     complexity_matrix,
     criterion_names,

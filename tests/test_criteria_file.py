@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autorank_jax.criteria_file import CriteriaError, read_criteria
+from autorank_jax.ranks.table_file import CriteriaError, read_criteria
 
 cells = st.one_of(
     st.text(st.characters(codec="utf-8"), max_size=4),

@@ -48,7 +48,7 @@ def test_embedded_subset_is_balanced_real_and_small():
     np.testing.assert_array_equal(np.bincount(mini.y_test), 100)
     assert nearest_pattern_accuracy(mini) > 0.6  # the class means of Fashion-MNIST reach about 0.68
     assert mini.classes == 10
-    file = Path(datasets.__file__).parents[1] / "data" / "fashion_mnist_mini.npz"
+    file = Path(datasets.__file__).parent / "embedded" / "fashion_mnist_mini.npz"
     assert file.stat().st_size < 3e6
     assert "Copyright (c) 2017 Zalando SE" in (file.parent / "FASHION_MNIST_LICENSE").read_text()
 

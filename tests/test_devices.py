@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from autorank_jax import aggregators, dealing
-from autorank_jax.engine import make_round
+from autorank_jax import aggregators
+from autorank_jax.engine import sharding
+from autorank_jax.engine.round import make_round
 
 in_64_bit = pytest.mark.usefixtures("x64", "standard_promotion")
 needs_two = pytest.mark.skipif(jax.device_count() < 2, reason="XLA_FLAGS of the environment give one device")
@@ -82,9 +83,9 @@ def test_checkpoints_move_between_one_and_four_devices(tmp_path):
 def test_dealing_is_longest_first_to_the_least_loaded():
     cost = jnp.array([3.0, 7.0, 5.0, 6.0, 4.0, 0.0])
     np.testing.assert_array_equal(
-        dealing.deal(cost, 2)[:5], [0, 0, 1, 1, 0]
+        sharding.assign(cost, 2)[:5], [0, 0, 1, 1, 0]
     )  # 7 | 6, 7 | 6+5, 7+4 | 11, the tie to the first
-    np.testing.assert_array_equal(dealing.deal(cost, 1), np.zeros(6))
+    np.testing.assert_array_equal(sharding.assign(cost, 1), np.zeros(6))
 
 
 @pytest.mark.parametrize("devices", [2, 8, 64])
@@ -92,7 +93,7 @@ def test_dealing_is_longest_first_to_the_least_loaded():
 @pytest.mark.parametrize("sigma", [0.0, 1.0, 2.0])
 def test_large_cohorts_are_dealt_in_pieces_of_even_cost(sigma, clients, devices):
     cost = jnp.exp(sigma * jax.random.normal(jax.random.key(1), (clients,)))
-    device = np.asarray(dealing.deal(cost, devices))
+    device = np.asarray(sharding.assign(cost, devices))
     load = np.bincount(device, weights=cost, minlength=devices)
     assert load.max() <= max(1.05 * load.mean(), 1.001 * cost.max())
     assert np.bincount(device, minlength=devices).min() > 0
@@ -100,14 +101,14 @@ def test_large_cohorts_are_dealt_in_pieces_of_even_cost(sigma, clients, devices)
 
 def test_cost_of_a_step_rises_with_the_width():
     trainable = small.make_task().server.trainable
-    assert dealing.step_cost(trainable, {"layer": 4}) - dealing.step_cost(trainable, {"layer": 2}) == 6 * 2 * (5 + 3)
+    assert sharding.step_cost(trainable, {"layer": 4}) - sharding.step_cost(trainable, {"layer": 2}) == 6 * 2 * (5 + 3)
 
 
 def test_other_meshes_are_refused():
     mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
     for make in (
         lambda: make_round(None, aggregators.rbla(), mesh=mesh),
-        lambda: dealing.owned_data(mesh, np.zeros(2), np.zeros(2), [[0], [1]]),
+        lambda: sharding.owned_data(mesh, np.zeros(2), np.zeros(2), [[0], [1]]),
     ):
         with pytest.raises(ValueError, match="expected a mesh of the one axis 'clients', got"):
             make()
@@ -118,10 +119,10 @@ def test_other_meshes_are_refused():
 
 @needs_two
 def test_every_device_holds_its_own_clients_only():
-    mesh = dealing.client_mesh()
+    mesh = sharding.client_mesh()
     inputs, targets, parts = small.make_parts()
     inputs = inputs.astype(np.float32)
-    data = dealing.owned_data(mesh, inputs, targets, parts, owner=np.arange(len(parts)) % 2)
+    data = sharding.owned_data(mesh, inputs, targets, parts, owner=np.arange(len(parts)) % 2)
     shards = [np.asarray(shard.data) for shard in data.inputs.addressable_shards]
     for row, part in enumerate(parts):
         first = int(data.start[row])
@@ -132,23 +133,23 @@ def test_every_device_holds_its_own_clients_only():
 
 
 def test_owned_data_refuses_what_it_cannot_place():
-    mesh, (inputs, targets, parts) = dealing.client_mesh(), small.make_parts()
+    mesh, (inputs, targets, parts) = sharding.client_mesh(), small.make_parts()
     with pytest.raises(ValueError, match="expected owner as 11 places in 0"):
-        dealing.owned_data(mesh, inputs, targets, parts, owner=np.full(11, 99))
+        sharding.owned_data(mesh, inputs, targets, parts, owner=np.full(11, 99))
     with pytest.raises(ValueError, match="expected finite numbers"):
-        dealing.owned_data(mesh, np.full_like(inputs, np.nan), targets, parts)
+        sharding.owned_data(mesh, np.full_like(inputs, np.nan), targets, parts)
     with pytest.raises(ValueError, match="as integers"):
-        dealing.owned_data(mesh, inputs, targets[:, 0], parts, classes=2)
+        sharding.owned_data(mesh, inputs, targets[:, 0], parts, classes=2)
 
 
 @in_64_bit
 @needs_two
 def test_owned_data_give_the_round_of_replicated_data_and_compile_once():
-    mesh, rules = dealing.client_mesh(jax.devices()[:2]), {"fedsa_lora": aggregators.fedsa_lora()}
+    mesh, rules = sharding.client_mesh(jax.devices()[:2]), {"fedsa_lora": aggregators.fedsa_lora()}
     train = small.compile_round(rules, mesh=mesh, rank_levels=1)
     results = []
-    for data in (dealing.replicate(small.make_data(), mesh), small.owned(mesh)):
-        key, state = dealing.replicate((jax.random.key(5), small.start_state(rules)), mesh)
+    for data in (sharding.replicate(small.make_data(), mesh), small.owned(mesh)):
+        key, state = sharding.replicate((jax.random.key(5), small.start_state(rules)), mesh)
         for _ in range(2):
             state, info = train(key, state._replace(aggregator=()), data)
         results.append((state, info))

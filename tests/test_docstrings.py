@@ -15,7 +15,7 @@ MODULES = sorted(
     for module in pkgutil.walk_packages(autorank_jax.__path__, "autorank_jax.")
     if not module.name.endswith("__main__")  # importing it runs the command line
 )
-EQUATIONS = ("autorank_jax.mcda", "autorank_jax.complexity")
+EQUATIONS = ("autorank_jax.ranks.mcda", "autorank_jax.ranks.criteria")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -29,11 +29,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import training
 
-from autorank_jax import aggregators, local
-from autorank_jax.engine import make_plan, make_round
-from autorank_jax.lora import level_widths
-from autorank_jax.participation import Cohort, sample_uniformly
-from autorank_jax.simulation import init_state
+from autorank_jax import aggregators
+from autorank_jax.adapters.lora import level_widths
+from autorank_jax.engine import local
+from autorank_jax.engine.round import make_plan, make_round
+from autorank_jax.engine.simulation import init_state
+from autorank_jax.federated.participation import Cohort, sample_uniformly
 from autorank_jax.types import Adapter, FederatedData, Trainable
 
 SAMPLED = sample_uniformly(5)

@@ -8,13 +8,13 @@ import pytest
 from flax import nnx
 
 from autorank_jax import aggregators, evaluation
+from autorank_jax.adapters.nnx import task_from_nnx
 from autorank_jax.aggregators import with_diagnostics
-from autorank_jax.engine import make_round
-from autorank_jax.federated_data import from_parts
-from autorank_jax.local import make_local_training
-from autorank_jax.models import MLP
-from autorank_jax.simulation import init_state
-from autorank_jax.tasks import task_from_nnx
+from autorank_jax.engine.local import make_local_training
+from autorank_jax.engine.round import make_round
+from autorank_jax.engine.simulation import init_state
+from autorank_jax.federated.data import from_parts
+from autorank_jax.models.vision import MLP
 
 RANKS = {"layers/0": np.array([1, 2, 4, 3]), "layers/1": np.array([1, 1, 2, 2])}
 SIZES = (5, 9, 3, 7)

@@ -7,11 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from autorank_jax import complexity, datasets, engine, evaluation, local, simulation
-from autorank_jax import experiment as experiment_module
-from autorank_jax.configuration import ConfigurationError, Experiment, make_aggregator, outside
-from autorank_jax.experiment import Compiled, Finished, RoundDone, Scored, Started, run_experiment
-from autorank_jax.federations import make_federations
+from autorank_jax import datasets, engine, evaluation
+from autorank_jax.engine import local, simulation
+from autorank_jax.experiment import run as experiment_module
+from autorank_jax.experiment.config import ConfigurationError, Experiment, make_aggregator, outside
+from autorank_jax.experiment.run import Compiled, Finished, RoundDone, Scored, Started, run_experiment
+from autorank_jax.experiment.setup import make_federations
+from autorank_jax.ranks.criteria import CRITERIA
 
 TINY = Experiment(
     dataset="synthetic",
@@ -144,7 +146,7 @@ def test_the_probe_is_charged_to_those_whose_ranks_come_from_it(tiny):
 def test_scores_are_autoranks(tiny):
     results, _ = tiny
     scores = results.scores[0]
-    assert scores.criteria == tuple(complexity.CRITERIA)
+    assert scores.criteria == tuple(CRITERIA)
     assert scores.weights.sum() == pytest.approx(1, abs=1e-6)
     np.testing.assert_array_equal(scores.matrix[:, 0], scores.size)
     np.testing.assert_array_equal(scores.label_counts.sum(axis=1), scores.size)
@@ -163,7 +165,7 @@ def test_a_seed_a_probe_and_other_policies_change_no_run(tiny):
     results, _ = tiny
     alone = run_experiment(dataclasses.replace(TINY, rank_policies=("full",), ratios=(), seeds=1, first_seed=1))
     assert alone.scores[0].closeness is None
-    assert alone.scores[0].criteria == tuple(name for name in complexity.CRITERIA if name != "loss_entropy")
+    assert alone.scores[0].criteria == tuple(name for name in CRITERIA if name != "loss_entropy")
     assert [row._replace(seconds=0.0) for row in alone.runs[0].rows] == [
         row._replace(seconds=0.0) for row in runs_of(results, "full")[1].rows
     ]

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from autorank_jax.assembly import merge
-from autorank_jax.export import export_peft
-from autorank_jax.lora import merge_products
-from autorank_jax.tasks import task_from_nnx
-from autorank_jax.text import bert_name
-from autorank_jax.transformer import Encoder, Size, TextClassifier
+from autorank_jax.adapters.lora import merge_products
+from autorank_jax.adapters.nnx import task_from_nnx
+from autorank_jax.adapters.peft import export_peft
+from autorank_jax.adapters.task import merge
+from autorank_jax.models.bert import bert_name
+from autorank_jax.models.transformer import Encoder, Size, TextClassifier
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="the package safetensors is not installed")
 

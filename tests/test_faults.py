@@ -9,10 +9,11 @@ import pytest
 from federations import both_rules, mlp_federation, mlp_local, start_state
 from rule_federation import BATCH, FAST, SHAPES, Union, fake_training, make_server, to_jax, to_numpy
 
-from autorank_jax import aggregators, faults
-from autorank_jax.engine import make_round
-from autorank_jax.participation import Cohort, equally, everyone, sample_by_size, sample_independently
-from autorank_jax.simulation import init_state
+from autorank_jax import aggregators
+from autorank_jax.engine.round import make_round
+from autorank_jax.engine.simulation import init_state
+from autorank_jax.federated import faults
+from autorank_jax.federated.participation import Cohort, equally, everyone, sample_by_size, sample_independently
 from autorank_jax.types import FederatedData
 
 in_64_bit = pytest.mark.usefixtures("x64", "standard_promotion")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autorank_jax.federated_data import client_stats, from_client_ids, from_parts
-from autorank_jax.partition import holdout, partition
+from autorank_jax.federated.data import client_stats, from_client_ids, from_parts
+from autorank_jax.federated.partition import holdout, partition
 
 INPUTS = np.arange(12, dtype=np.uint8).reshape(6, 2)
 TARGETS = np.array([0, 1, 2, 0, 1, 1])

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from autorank_jax import cli, datasets
+from autorank_jax import datasets
+from autorank_jax.cli import main as cli
 from autorank_jax.datasets import DatasetError, Known, Progress, fetch_dataset, load_dataset, tfds, tfds_worker
 from autorank_jax.datasets.folders import FOLDERS
 from autorank_jax.datasets.progress import Bar

@@ -15,9 +15,10 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import PartitionSpec
 
-from autorank_jax import dealing, launch
 from autorank_jax.checkpoint import saved_steps, step_folder
-from autorank_jax.configuration import ConfigurationError
+from autorank_jax.engine import sharding
+from autorank_jax.experiment import launch
+from autorank_jax.experiment.config import ConfigurationError
 
 OPTIONS = {
     "dataset": "synthetic", "clients": "5", "split": "dirichlet_lognormal", "hidden": "6", "rounds": "40",
@@ -60,7 +61,7 @@ def test_the_collectives_of_a_cpu_are_patient(monkeypatch):
 
 
 def test_a_compiled_round_takes_and_returns_what_lies_here():
-    mesh, seen = dealing.client_mesh(), []
+    mesh, seen = sharding.client_mesh(), []
 
     def round_fn(key, state, data):
         seen.append(1)

@@ -169,14 +169,14 @@ def test_files_are_short(folder):
 @pytest.mark.parametrize(
     ("source", "files"),
     [
-        ("import autorank_jax.lora", {"lora"}),
+        ("import autorank_jax.adapters.lora", {"lora"}),
         ("from autorank_jax import lora, mcda as m", {"lora", "mcda"}),
-        ("from autorank_jax.lora import cut", {"lora"}),
+        ("from autorank_jax.adapters.lora import cut", {"lora"}),
         ("from autorank_jax.aggregators.base import mean_dense", {"aggregators.base"}),
         ("from autorank_jax.aggregators import rbla", {"aggregators.__init__"}),
         ("from autorank_jax import critic_weights", {"__init__"}),
-        ("def f():\n    import autorank_jax.lora", {"lora"}),
-        ("importlib.import_module('autorank_jax.cli')", {"cli"}),
+        ("def f():\n    import autorank_jax.adapters.lora", {"lora"}),
+        ("importlib.import_module('autorank_jax.cli.main')", {"cli"}),
         ("import jax\nfrom autorank import lora", set()),
     ],
 )

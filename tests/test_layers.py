@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from autorank_jax import convolution
-from autorank_jax.layers import ADAPTED, Factor
-from autorank_jax.tasks import task_from_nnx
-from autorank_jax.updates import patches
+from autorank_jax.adapters.low_rank import patches
+from autorank_jax.adapters.nnx import task_from_nnx
+from autorank_jax.adapters.nnx_layers import ADAPTED, Factor
+from autorank_jax.models import convolution
 
 CASES = [  # size of the inputs, kernel, strides, dilation, padding
     ((5, 7), (3, 3), (1, 1), (1, 1), "SAME"),

@@ -7,9 +7,9 @@ import pytest
 from flax import linen as nn
 from test_adapting import IMAGES, moved, predict, with_trainable
 
-from autorank_jax.assembly import merge
-from autorank_jax.functions import task_from_function
-from autorank_jax.linen import task_from_linen
+from autorank_jax.adapters.functions import task_from_function
+from autorank_jax.adapters.linen import task_from_linen
+from autorank_jax.adapters.task import merge
 from autorank_jax.types import Batch
 
 

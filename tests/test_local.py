@@ -11,8 +11,8 @@ from federations import assert_server, fast_compilation, mlp_federation, to_orac
 from jax import lax
 from reference import training
 
-from autorank_jax import local
-from autorank_jax.lora import cut, max_ranks, narrow, rank_masks
+from autorank_jax.adapters.lora import cut, max_ranks, narrow, rank_masks
+from autorank_jax.engine import local
 from autorank_jax.types import Batch, Client, Setting, Trains
 
 RANKS = {"layers/0": 3, "layers/1": 2}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from autorank_jax.lora import (
+from autorank_jax.adapters.lora import (
     check_mergeable,
     cut,
     init_adapter,

@@ -11,8 +11,8 @@ from pymcdm.weights import critic_weights as pymcdm_critic
 from skcriteria.agg.topsis import topsis as skcriteria_topsis
 from skcriteria.preprocessing.weighters import critic_weights as skcriteria_critic
 
-from autorank_jax import mcda
-from autorank_jax.mcda import critic_weights, min_max, topsis
+from autorank_jax.ranks import mcda
+from autorank_jax.ranks.mcda import critic_weights, min_max, topsis
 
 PYMCDM_ADVICE = pytest.mark.filterwarnings("ignore:Alternatives with indices:UserWarning")
 

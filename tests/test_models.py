@@ -7,19 +7,19 @@ import optax
 import pytest
 from flax import nnx
 
+from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.adapters.nnx import task_from_nnx
 from autorank_jax.aggregators import rbla
-from autorank_jax.configuration import Experiment
 from autorank_jax.datasets import synthetic
-from autorank_jax.engine import make_round
-from autorank_jax.evaluation import make_evaluate
-from autorank_jax.federated_data import from_parts
-from autorank_jax.federations import make_model, make_task
-from autorank_jax.local import make_local_training
-from autorank_jax.lora import max_ranks
-from autorank_jax.models import CNN, MLP, DeepCNN
-from autorank_jax.policies import ranks_from_ratios
-from autorank_jax.simulation import init_state
-from autorank_jax.tasks import task_from_nnx
+from autorank_jax.engine.local import make_local_training
+from autorank_jax.engine.round import make_round
+from autorank_jax.engine.simulation import init_state
+from autorank_jax.evaluation.metrics import make_evaluate
+from autorank_jax.experiment.config import Experiment
+from autorank_jax.experiment.setup import make_model, make_task
+from autorank_jax.federated.data import from_parts
+from autorank_jax.models.vision import CNN, MLP, DeepCNN
+from autorank_jax.ranks.policies import ranks_from_ratios
 
 
 def test_mlp_by_hand():

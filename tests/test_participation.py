@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from autorank_jax.participation import by_examples, everyone, sample_uniformly
+from autorank_jax.federated.participation import by_examples, everyone, sample_uniformly
 from autorank_jax.types import FederatedData
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autorank_jax.datasets import ENVIRONMENT_VARIABLE, cache_folder, load_dataset
-from autorank_jax.partition import (
+from autorank_jax.federated.partition import (
     SPLITS,
     dirichlet,
     dirichlet_lognormal,

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from autorank_jax import datasets, federated_data, partition, policies
-from autorank_jax.configuration import Experiment
-from autorank_jax.experiment import run_experiment, with_validation
-from autorank_jax.figures import accuracy_figure, ranks_figure
-from autorank_jax.personal import deal_test_set
-from autorank_jax.ranking import by_size_at_mean
-from autorank_jax.results import summarize
-from autorank_jax.resuming import Checkpoints
-from autorank_jax.tables import comparison_tables, scores_table
+from autorank_jax import datasets, federated
+from autorank_jax.cli.figures import accuracy_figure, ranks_figure
+from autorank_jax.cli.tables import comparison_tables, scores_table
+from autorank_jax.experiment.checkpoints import Checkpoints
+from autorank_jax.experiment.config import Experiment
+from autorank_jax.experiment.personal import split_test_set
+from autorank_jax.experiment.ranking import by_size_at_mean
+from autorank_jax.experiment.results import summarize
+from autorank_jax.experiment.run import run_experiment, with_validation
+from autorank_jax.federated import partition
+from autorank_jax.ranks import policies
 
 ALONE = Experiment(
     dataset="synthetic",
@@ -49,14 +51,14 @@ def test_the_test_set_is_dealt_in_proportion():
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.repeat(np.arange(4), 50))
     counts = np.array([[30, 0, 10, 0], [10, 20, 10, 0], [0, 20, 20, 0]])
-    parts = deal_test_set(counts, labels)
+    parts = split_test_set(counts, labels)
     found = np.array([np.bincount(labels[part], minlength=4) for part in parts])
     dealt = np.concatenate(parts)
     assert len(set(dealt.tolist())) == len(dealt)  # nobody shares an example
     np.testing.assert_array_equal(found.sum(axis=0), [50, 50, 50, 0])  # everything but what nobody trains on
     expected = 50 * counts[:, :3] / counts[:, :3].sum(axis=0)
     assert np.abs(found[:, :3] - expected).max() <= 1
-    assert [len(part) for part in deal_test_set([[0, 0], [1, 0]], [0, 0, 1])] == [0, 2]
+    assert [len(part) for part in split_test_set([[0, 0], [1, 0]], [0, 0, 1])] == [0, 2]
 
 
 def test_a_client_that_has_all_is_as_good_as_the_server():
@@ -151,8 +153,8 @@ def test_the_server_goes_part_of_the_way():
 
 def test_sizes_at_another_policys_mean():
     labels = np.random.default_rng(0).integers(0, 4, 400)
-    data = federated_data.from_parts(np.zeros((400, 1), np.float32), labels, partition.quantity(labels, 8, seed=0))
-    stats = federated_data.client_stats(data, classes=4)
+    data = federated.from_parts(np.zeros((400, 1), np.float32), labels, partition.quantity(labels, 8, seed=0))
+    stats = federated.client_stats(data, classes=4)
     given = policies.manual(np.linspace(0.2, 0.9, 8).tolist())
     ratios, _ = by_size_at_mean(given, 0.1)(jax.random.key(0), stats)
     assert float(ratios.mean()) == pytest.approx(0.55, abs=1e-5)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from autorank_jax import mcda, policies
-from autorank_jax.complexity import complexity_matrix
-from autorank_jax.policies import autorank_ranks, ranks_from_ratios, ratios_from_scores, with_reranking
+from autorank_jax.ranks import mcda, policies
+from autorank_jax.ranks.criteria import complexity_matrix
+from autorank_jax.ranks.policies import autorank_ranks, ranks_from_ratios, ratios_from_scores, with_reranking
 from autorank_jax.types import Adapter, ClientStats, Server, State, Trainable
 
 KEY = jax.random.key(0)

@@ -10,13 +10,25 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from autorank_jax import datasets, report
-from autorank_jax.complexity import CRITERIA as CRITERIA_OF_ALL
-from autorank_jax.configuration import Experiment
-from autorank_jax.figures import SHOWN_CLIENTS, accuracy_figure, ranks_figure
-from autorank_jax.report import FILES, ReportError, check_folder, write_results
-from autorank_jax.results import Costs, Results, Row, Run, Scores, client_rows, run_names, si, spread, summarize
-from autorank_jax.tables import comparison_tables, criteria_table, datasets_table, scores_table
+from autorank_jax import datasets
+from autorank_jax.cli import files as report
+from autorank_jax.cli.figures import SHOWN_CLIENTS, accuracy_figure, ranks_figure
+from autorank_jax.cli.files import FILES, ReportError, check_folder, write_results
+from autorank_jax.cli.tables import comparison_tables, criteria_table, datasets_table, scores_table
+from autorank_jax.experiment.config import Experiment
+from autorank_jax.experiment.results import (
+    Costs,
+    Results,
+    Row,
+    Run,
+    Scores,
+    client_rows,
+    run_names,
+    si,
+    spread,
+    summarize,
+)
+from autorank_jax.ranks.criteria import CRITERIA as CRITERIA_OF_ALL
 
 CRITERIA = ("size", "label_entropy")
 COSTS = Costs(trained_parameters=100.0, bytes_up=400.0, bytes_down=300.0, flops=1e6, slowest_client=6e5)

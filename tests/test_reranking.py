@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from autorank_jax.complexity import loss_entropy
-from autorank_jax.configuration import Experiment
-from autorank_jax.experiment import run_experiment
+from autorank_jax.experiment.config import Experiment
+from autorank_jax.experiment.run import run_experiment
+from autorank_jax.ranks.criteria import loss_entropy
 
 OPTIONS = {
     "dataset": "synthetic", "split": "dirichlet_lognormal", "clients": 6, "hidden": (8,), "max_ranks": (40,),

@@ -14,11 +14,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from autorank_jax import cli
 from autorank_jax.checkpoint import saved_steps
-from autorank_jax.configuration import Experiment
-from autorank_jax.experiment import Resumed, run_experiment
-from autorank_jax.resuming import Checkpoints
+from autorank_jax.cli import main as cli
+from autorank_jax.experiment.checkpoints import Checkpoints
+from autorank_jax.experiment.config import Experiment
+from autorank_jax.experiment.run import Resumed, run_experiment
 
 OPTIONS = {
     "dataset": "synthetic", "clients": "5", "split": "dirichlet_lognormal", "hidden": "8", "rounds": "6",

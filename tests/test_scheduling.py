@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from autorank_jax import federated_data
-from autorank_jax.models import MLP
-from autorank_jax.scheduling import choose_lanes
-from autorank_jax.tasks import task_from_nnx
+from autorank_jax import federated
+from autorank_jax.adapters.nnx import task_from_nnx
+from autorank_jax.engine.lane_count import choose_lanes
+from autorank_jax.models.vision import MLP
 
 
 def federation(sizes, layers=(16, 4)):
     total = sum(sizes)
     order = np.split(np.arange(total), np.cumsum(sizes)[:-1])
     inputs = np.zeros((total, layers[0]), np.float32)
-    data = federated_data.from_parts(inputs, np.zeros(total, np.int32), order)
+    data = federated.from_parts(inputs, np.zeros(total, np.int32), order)
     return data, task_from_nnx(MLP(layers, rngs=nnx.Rngs(0)), max_rank=2)
 
 

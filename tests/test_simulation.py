@@ -12,12 +12,14 @@ from federations import BATCH, CLIENTS, SIZES, fast_compilation, make_federation
 from flax import nnx
 from reference import training
 
-from autorank_jax import aggregators, faults, local
-from autorank_jax.engine import make_round
-from autorank_jax.models import MLP
-from autorank_jax.participation import sample_by_size, sample_uniformly
-from autorank_jax.simulation import History, init_state, simulate
-from autorank_jax.tasks import task_from_nnx
+from autorank_jax import aggregators
+from autorank_jax.adapters.nnx import task_from_nnx
+from autorank_jax.engine import local
+from autorank_jax.engine.round import make_round
+from autorank_jax.engine.simulation import History, init_state, simulate
+from autorank_jax.federated import faults
+from autorank_jax.federated.participation import sample_by_size, sample_uniformly
+from autorank_jax.models.vision import MLP
 from autorank_jax.types import Server, Task, Trainable
 
 RULE = aggregators.rbla()

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from autorank_jax.lora import max_ranks
-from autorank_jax.losses import as_float, classification_loss, regression_loss, token_loss
-from autorank_jax.models import CNN, MLP
-from autorank_jax.tasks import match_layers, task_from_nnx
+from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.adapters.losses import as_float, classification_loss, regression_loss, token_loss
+from autorank_jax.adapters.nnx import match_layers, task_from_nnx
+from autorank_jax.models.vision import CNN, MLP
 from autorank_jax.types import Base, Batch
 
 

@@ -11,15 +11,15 @@ import pytest
 from flax import nnx
 
 from autorank_jax import aggregators
-from autorank_jax.engine import make_round
-from autorank_jax.federated_data import from_parts
-from autorank_jax.local import make_local_training
-from autorank_jax.lora import max_ranks
-from autorank_jax.losses import regression_loss, token_loss
-from autorank_jax.simulation import init_state, simulate
-from autorank_jax.tasks import task_from_nnx
-from autorank_jax.text import LAYERS, bert_name, load_bert, load_tokenizer
-from autorank_jax.transformer import MINILM, Decoder, Encoder, Size, TextClassifier, Transformer, mean_pool
+from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.adapters.losses import regression_loss, token_loss
+from autorank_jax.adapters.nnx import task_from_nnx
+from autorank_jax.engine.local import make_local_training
+from autorank_jax.engine.round import make_round
+from autorank_jax.engine.simulation import init_state, simulate
+from autorank_jax.federated.data import from_parts
+from autorank_jax.models.bert import LAYERS, bert_name, load_bert, load_tokenizer
+from autorank_jax.models.transformer import MINILM, Decoder, Encoder, Size, TextClassifier, Transformer, mean_pool
 
 SIZE = Size(width=8, depth=2, heads=2, hidden=12, length=8)
 

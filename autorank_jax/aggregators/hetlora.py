@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from autorank_jax.adapters.lora import cut, max_ranks
 from autorank_jax.aggregators.base import (
     Values,
     assemble,
@@ -18,8 +19,7 @@ from autorank_jax.aggregators.base import (
     weighted,
     write_trainable,
 )
-from autorank_jax.local import LocalLoss, with_penalty
-from autorank_jax.lora import cut, max_ranks
+from autorank_jax.engine.local import LocalLoss, with_penalty
 from autorank_jax.types import (
     Adapter,
     Aggregator,
@@ -105,7 +105,7 @@ def with_tail_penalty(loss: LocalLoss, shrink: float, strength: float) -> LocalL
     """Add HetLoRA's pull on the last rank positions, `λ Σ_l ‖A[:, ⌊γ r⌋:r]‖_F ‖B[⌊γ r⌋:r]‖_F`, to a local loss.
 
     Args:
-        loss: the local loss to add to (see `autorank_jax.local.LocalLoss`).
+        loss: the local loss to add to (see `autorank_jax.engine.local.LocalLoss`).
         shrink: γ in (0, 1), the same as `hetlora(prune=γ)`.
         strength: λ ≥ 0; 0 is the loss itself.
 

@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from autorank_jax.adapters.lora import check_mergeable, key_of
 from autorank_jax.aggregators.base import (
     ClientSums,
     Values,
@@ -17,14 +18,13 @@ from autorank_jax.aggregators.base import (
     owned,
     reported,
 )
-from autorank_jax.aggregators.segments import (
+from autorank_jax.aggregators.owners import (
     Levels,
     check_levels,
     check_levels_fit,
     make_owner_summand,
     owner_product,
 )
-from autorank_jax.lora import check_mergeable, key_of
 from autorank_jax.types import (
     Adapter,
     Aggregator,

@@ -23,7 +23,7 @@ from autorank_jax.aggregators.base import (
     reported,
     write_trainable,
 )
-from autorank_jax.aggregators.segments import (
+from autorank_jax.aggregators.owners import (
     Levels,
     check_levels,
     check_levels_fit,

@@ -52,7 +52,7 @@ def synthetic(
 
 
 def _fashion_mnist_mini() -> Dataset:
-    resource = importlib.resources.files("autorank_jax") / "data" / "fashion_mnist_mini.npz"
+    resource = importlib.resources.files("autorank_jax.datasets") / "embedded" / "fashion_mnist_mini.npz"
     with resource.open("rb") as file:
         return read_dataset(file, name="fashion_mnist_mini", expected=MINI)
 

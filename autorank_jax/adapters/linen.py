@@ -1,0 +1,193 @@
+"""Tasks from Flax Linen modules: an interceptor adds the update to the outputs of the matched layers."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import traverse_util
+
+from autorank_jax.adapters.losses import as_float, classification_loss
+from autorank_jax.adapters.low_rank import (
+    Form,
+    attend_update,
+    check_convolution,
+    conv_form,
+    conv_update,
+    einsum_form,
+    einsum_update,
+    embed_form,
+    embed_update,
+    general_update,
+    linear_form,
+    linear_update,
+    make_window,
+)
+from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks
+from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task
+from autorank_jax.types import Adapter, Array, Key, PyTree, Task
+
+WEIGHTS: dict[type, str] = {
+    nn.Dense: "kernel",
+    nn.DenseGeneral: "kernel",
+    nn.Einsum: "kernel",
+    nn.Conv: "kernel",
+    nn.Embed: "embedding",
+}
+"""The layers that can be adapted, and the parameter of each that is."""
+
+
+def task_from_linen(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    inputs: PyTree,
+    *,
+    max_rank: MaxRank,
+    where: Where = "*",
+    key: Key | int = 0,
+    train_dense: str | tuple[str, ...] = "*/bias",
+    loss: Callable[[Any, Any], Array] = classification_loss,
+    preprocess: Callable[[PyTree], PyTree] = as_float,
+    compute_dtype: Any = None,
+    frozen_statistics: bool = False,
+    training: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> Task:
+    """Make a task of a Linen module: adapters on matching layers, the rest frozen or trained whole.
+
+    Adapted are `nn.Dense`, `DenseGeneral` (hence attention), `Einsum`, `Conv` and `Embed`. Layers inside `nn.scan` or
+    `nn.vmap`, whose kernels are stacked, are refused.
+
+    Args:
+        module: called as `module.apply(variables, inputs, **flags)` with one pytree of inputs.
+        variables: `{"params": ...}`, as `module.init` returns them.
+        inputs: a batch of examples, for their shapes alone: Linen knows its layers only while it runs.
+        max_rank: maximum rank, or one by path pattern; see `task_from_nnx`, also for what is not told here.
+        where: path patterns, or a predicate `(path, layer) -> bool`.
+        key: random key of the adapters' start values.
+        train_dense: patterns of parameter paths that are trained whole.
+        loss: `(outputs, targets) -> (b,)`.
+        preprocess: applied to the inputs of every batch.
+        compute_dtype: of the arithmetic; see `task_from_nnx`.
+        frozen_statistics: accept collections besides "params", such as "batch_stats", and keep them as they are; the
+            flags for training must then ask for running averages.
+        training: flags of the module's call in training, such as `{"deterministic": False}`.
+        evaluation: likewise in evaluation.
+
+    Returns:
+        The task. Its `server.frozen` is a `Base`; `merge` gives the variables.
+
+    Raises:
+        ValueError: if a pattern matches no supported layer or no parameter, if a layer cannot be adapted, or if the
+            module keeps statistics.
+    """
+    key = jax.random.key(key) if isinstance(key, int) else key
+    _check_collections(variables, frozen_statistics)
+    flags = {True: dict(training or {}), False: dict(evaluation or {})}
+    values = traverse_util.flatten_dict(dict(variables), sep="/")
+    layers = _find_layers(module, variables, preprocess(inputs), flags[False])
+    fit = {path: layer for path, layer in layers.items() if type(layer) in WEIGHTS}
+    ranks = choose_ranks(fit, {p: layer for p, layer in layers.items() if p not in fit}, max_rank, where)
+    weights = {path: join(join("params", path), WEIGHTS[type(fit[path])]) for path in ranks}
+    forms = {path: _form(path, fit[path], values[weights[path]]) for path in ranks}
+    names = {n.removeprefix("params/"): n for n in values if n.startswith("params/") and n not in weights.values()}
+    dense = {names[name] for name in choose_parameters(names, train_dense)}
+    run = _runner(module, forms, flags)
+    model = Model(values, weights, forms, run, lambda flat: traverse_util.unflatten_dict(flat, sep="/"))
+    return make_task(model, ranks, dense, key=key, reading=Reading(loss, preprocess, compute_dtype))
+
+
+def _check_collections(variables: Mapping[str, Any], frozen_statistics: bool) -> None:
+    if "params" not in variables:
+        raise ValueError(f'expected variables {{"params": ...}}, got {list(variables)}, probably the params alone')
+    others = sorted(set(variables) - {"params"})
+    if others and not frozen_statistics:
+        raise ValueError(
+            f"expected a module without mutable statistics, got the collections {others}, probably of nn.BatchNorm: "
+            "clients with different data have no common statistics; use nn.GroupNorm or nn.LayerNorm, or keep those "
+            "of a pretrained module with frozen_statistics=True"
+        )
+
+
+def _find_layers(module: nn.Module, variables: Any, inputs: PyTree, flags: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Run the module abstractly and note which layers it calls."""
+    layers: dict[str, nn.Module] = {}
+
+    def note(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        if context.method_name in ("__call__", "attend"):
+            layers["/".join(context.module.path)] = context.module.clone(parent=None)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(lambda v, x: module.apply(v, x, **flags), variables, inputs)
+    return layers
+
+
+def _runner(
+    module: nn.Module, forms: Mapping[str, Form], flags: Mapping[bool, Mapping[str, Any]]
+) -> Callable[..., PyTree]:
+    """Return the function that runs the module under the interceptor."""
+
+    def run(training: bool, values: Flat, adapters: dict[str, Adapter], inputs: PyTree, key: Key | None) -> PyTree:
+        def adapt(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+            outputs, path = call(*args, **kwargs), "/".join(context.module.path)
+            if path not in adapters or context.method_name not in ("__call__", "attend"):
+                return outputs
+            update = _update(context.module, context.method_name, args[0], adapters[path], forms[path])
+            return outputs + update.astype(outputs.dtype)
+
+        streams = {"dropout": key} if key is not None else {}
+        variables = traverse_util.unflatten_dict(values, sep="/")
+        with nn.intercept_methods(adapt):
+            return module.apply(variables, inputs, rngs=streams, **flags[training])
+
+    return run
+
+
+def _form(path: str, layer: Any, weight: Array) -> Form:
+    """Return how the weight of a layer is read as a matrix."""
+    try:
+        form, axes = _form_of(layer, weight)
+    except ValueError as error:
+        raise ValueError(f"layer {path!r}: {error}") from error
+    if weight.ndim != axes:
+        raise ValueError(
+            f"layer {path!r}: expected a weight of {axes} axes, got shape {weight.shape}, probably a layer inside "
+            "nn.scan or nn.vmap: leave it out of `where`"
+        )
+    return form
+
+
+def _form_of(layer: Any, weight: Array) -> tuple[Form, int]:
+    if isinstance(layer, nn.Embed):
+        return embed_form(weight.shape), 2
+    if isinstance(layer, nn.Dense):
+        return linear_form(weight.shape), 2
+    if isinstance(layer, nn.Einsum):
+        return einsum_form(layer.einsum_str, weight.shape), len(layer.shape)
+    if isinstance(layer, nn.Conv):
+        check_convolution(layer.feature_group_count, layer.input_dilation, layer.mask)
+        window = make_window(layer.kernel_size, layer.strides, layer.kernel_dilation, layer.padding)
+        return conv_form(weight.shape), len(window.size) + 2
+    if layer.batch_dims:
+        raise ValueError(f"expected a DenseGeneral without batch_dims, got {layer.batch_dims}: leave it out of `where`")
+    inputs, outputs = len(_axes(layer.axis)), len(_axes(layer.features))
+    return linear_form(weight.shape, inputs), inputs + outputs
+
+
+def _update(layer: Any, method: str, inputs: Array, adapter: Adapter, form: Form) -> Array:
+    """Return what an adapter adds to the outputs of a layer."""
+    if isinstance(layer, nn.Embed):
+        return (attend_update if method == "attend" else embed_update)(inputs, *adapter)
+    if isinstance(layer, nn.Dense):
+        return linear_update(inputs, *adapter)
+    if isinstance(layer, nn.Einsum):
+        return einsum_update(layer.einsum_str, inputs, *adapter, form)
+    if isinstance(layer, nn.Conv):
+        window = make_window(layer.kernel_size, layer.strides, layer.kernel_dilation, layer.padding)
+        return conv_update(inputs, *adapter, window)
+    return general_update(inputs, *adapter, _axes(layer.axis), form)
+
+
+def _axes(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)

@@ -1,0 +1,202 @@
+"""Tasks from Flax NNX models: which layers get adapters, what is trained whole, what stays frozen."""
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from autorank_jax.adapters.losses import as_float, classification_loss
+from autorank_jax.adapters.low_rank import Form
+from autorank_jax.adapters.nnx_layers import ADAPTED, Factor
+from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks
+from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task
+from autorank_jax.types import Adapter, Array, Key, PyTree, Task
+
+__all__ = ["as_float", "classification_loss", "match_layers", "task_from_nnx"]
+
+
+def task_from_nnx(
+    model: nnx.Module,
+    *,
+    max_rank: MaxRank,
+    where: Where = "*",
+    key: Key | int = 0,
+    train_dense: str | tuple[str, ...] = "*/bias",
+    loss: Callable[[Any, Any], Array] = classification_loss,
+    preprocess: Callable[[PyTree], PyTree] = as_float,
+    compute_dtype: Any = None,
+    checkpoint: str | tuple[str, ...] = (),
+    frozen_statistics: bool = False,
+) -> Task:
+    """Make a task of an unmodified NNX model: adapters on matching layers, the rest frozen or trained whole.
+
+    Adapted are `nnx.Linear`, `LinearGeneral` (hence `MultiHeadAttention`), `Einsum`, `Conv` and `Embed`, tied or not.
+
+    Args:
+        model: any `nnx.Module` that maps one pytree of inputs to outputs; it is not changed.
+        max_rank: maximum rank of every layer that `where` takes, or by path pattern: `{"blocks/*/attn/*": 16}`. The
+            first pattern that matches counts; layers that match none stay frozen. `{}`: no adapters at all.
+        where: path patterns, or a predicate `(path, layer) -> bool`. "*" takes embeddings too.
+        key: random key of the adapters' start values.
+        train_dense: patterns of parameter paths that are trained whole, such as `"*/bias"` or `"head/*"`; `"*"` with
+            `max_rank={}` is federated learning of the whole model.
+        loss: `(outputs, targets) -> (b,)`.
+        preprocess: applied to the inputs of every batch.
+        compute_dtype: of the arithmetic and of what nothing is ever added to, such as `jnp.bfloat16`. What is trained,
+            and kernels that rules may merge into, stay as the model has them (float32, or merging rules lose what is
+            below their resolution) and are cast in every step. Everything as the model has it where None.
+        checkpoint: path patterns of modules whose activations are computed again in the backward pass instead of being
+            kept, such as `"blocks/*"`.
+        frozen_statistics: accept `nnx.BatchNorm`, with its statistics as they are, in training as in evaluation.
+
+    Returns:
+        The task. Its `server.frozen` is a `Base`, so rules may merge into it.
+
+    Raises:
+        ValueError: if a pattern matches no supported layer or no parameter, if a layer cannot be adapted or shares its
+            weight with another, or if the model keeps statistics.
+    """
+    key = jax.random.key(key) if isinstance(key, int) else key
+    adapted = nnx.clone(model)
+    plain = nnx.split(adapted)
+    _check_statistics(plain[1], frozen_statistics)
+    ranks = match_layers(adapted, max_rank, where)
+    values = {_name(path): v.get_value() for path, v in nnx.to_flat_state(plain[1])}
+    weights, forms = _insert_adapters(adapted, ranks, values)
+    names = [_name(p) for p, v in nnx.to_flat_state(plain[1]) if isinstance(v, nnx.Param)]
+    dense = choose_parameters([n for n in names if n not in weights.values()], train_dense)
+    if compute_dtype is not None:
+        _compute_in(adapted, compute_dtype)
+    _checkpoint(adapted, checkpoint)
+    run = _runner(adapted, frozen_statistics)
+    built = Model(values, weights, forms, run, lambda flat: nnx.merge(plain[0], _state(plain[1], flat)))
+    return make_task(built, ranks, dense, key=key, reading=Reading(loss, preprocess, compute_dtype))
+
+
+def match_layers(model: nnx.Module, max_rank: MaxRank, where: Where = "*") -> dict[str, int]:
+    """Return the maximum rank by path of the supported layers that match, first pattern first."""
+    modules = {_name(path): module for path, module in nnx.iter_modules(model)}
+    layers = {path: module for path, module in modules.items() if type(module) in ADAPTED}
+    others = {path: module for path, module in modules.items() if path not in layers}
+    return choose_ranks(layers, others, max_rank, where)
+
+
+def _insert_adapters(
+    model: nnx.Module, ranks: Mapping[str, int], values: Flat
+) -> tuple[dict[str, str], dict[str, Form]]:
+    """Swap the class of the matched layers; return the names of their weights, and their forms."""
+    weights, forms = {}, {}
+    for path, module in list(nnx.iter_modules(model)):
+        name = _name(path)
+        if name not in ranks:
+            continue
+        swapped = ADAPTED[type(module)]
+        try:
+            forms[name] = swapped.form(module)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+        weights[name] = join(name, swapped.weight)
+        if weights[name] not in values:
+            raise ValueError(
+                f"expected layers with weights of their own, got {name!r}, whose {swapped.weight} belongs to another "
+                "layer too: share the layer in place of its weight, or leave it out of `where`"
+            )
+        module.__class__ = swapped
+        empty = jnp.zeros((0,))  # factors come from the adapters whenever the model runs
+        for factor in Adapter._fields:
+            setattr(module, factor, Factor(empty))
+    return weights, forms
+
+
+def _runner(model: nnx.Module, frozen_statistics: bool) -> Callable[..., PyTree]:
+    """Return the function that runs the adapted model on given leaves."""
+    graphs = {training: _graph(model, training, frozen_statistics) for training in (True, False)}
+    paths = {_name(path): path for path, _ in nnx.to_flat_state(nnx.split(model)[1])}
+
+    def run(training: bool, values: Flat, adapters: dict[str, Adapter], inputs: PyTree, key: Key | None) -> PyTree:
+        flat = _fresh_randomness(values, key)
+        for path, adapter in adapters.items():
+            for factor, value in adapter._asdict().items():
+                flat[join(path, factor)] = value
+        return nnx.merge(graphs[training], nnx.from_flat_state([(paths[n], v) for n, v in flat.items()]))(inputs)
+
+    return run
+
+
+def _graph(model: nnx.Module, training: bool, frozen_statistics: bool) -> Any:
+    copy = nnx.clone(model)
+    copy.train() if training else copy.eval()
+    for _, module in nnx.iter_modules(copy):
+        if frozen_statistics and hasattr(module, "use_running_average"):
+            module.use_running_average = True
+    return nnx.split(copy)[0]
+
+
+def _state(state: Any, flat: Flat) -> Any:
+    return nnx.from_flat_state([(path, v.replace(flat[_name(path)])) for path, v in nnx.to_flat_state(state)])
+
+
+def _compute_in(model: nnx.Module, dtype: Any) -> None:
+    """Set the dtype that Flax's layers compute in."""
+    for _, module in nnx.iter_modules(model):
+        if hasattr(module, "dtype") and hasattr(module, "param_dtype"):
+            module.dtype = dtype
+
+
+def _checkpoint(model: nnx.Module, patterns: str | tuple[str, ...]) -> None:
+    """Give the matching modules a class whose call is checkpointed."""
+    modules = {_name(path): module for path, module in nnx.iter_modules(model)}
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        matching = [module for path, module in modules.items() if fnmatchcase(path, pattern)]
+        if not matching:
+            raise ValueError(
+                f"expected checkpoint patterns that match a module, got {pattern!r}, the modules are {sorted(modules)}"
+            )
+        for module in matching:
+            if callable(module):  # a list of modules is not
+                module.__class__ = _checkpointed(type(module))
+
+
+def _checkpointed(kind: type) -> type:
+    """Return a subclass whose call keeps no activations; what is no array (flags, None) stays static."""
+
+    def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        graph, state = nnx.split(self)
+        leaves, structure = jax.tree.flatten((args, kwargs))
+
+        def pure(state: Any, arrays: dict[int, Array]) -> Any:
+            module = nnx.merge(graph, state)
+            given, named = jax.tree.unflatten(structure, [arrays.get(n, leaf) for n, leaf in enumerate(leaves)])
+            return kind.__call__(module, *given, **named), nnx.state(module)
+
+        arrays = {number: leaf for number, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+        outputs, state = jax.checkpoint(pure)(state, arrays)
+        nnx.update(self, state)
+        return outputs
+
+    return type(f"Checkpointed{kind.__name__}", (kind,), {"__call__": call})
+
+
+def _check_statistics(state: Any, frozen: bool) -> None:
+    for path, variable in nnx.to_flat_state(state):
+        if isinstance(variable, nnx.BatchStat) and not frozen:
+            raise ValueError(
+                f"expected a model without mutable statistics, got {_name(path)!r}, probably from nnx.BatchNorm: "
+                "clients with different data have no common statistics; use nnx.GroupNorm or nnx.LayerNorm, or keep "
+                "those of a pretrained model with frozen_statistics=True"
+            )
+
+
+def _fresh_randomness(flat: Flat, key: Key | None) -> Flat:
+    """Give every random-number stream inside the model its own fresh key, as `nnx.merge` under jit needs."""
+    streams = sorted(name for name, value in flat.items() if jnp.issubdtype(value.dtype, jax.dtypes.prng_key))
+    if key is None or not streams:
+        return dict(flat)
+    return flat | {name: jax.random.fold_in(key, number) for number, name in enumerate(streams)}
+
+
+def _name(path: tuple) -> str:
+    return "/".join(map(str, path))

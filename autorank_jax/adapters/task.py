@@ -1,0 +1,122 @@
+"""From a model's leaves to a `Task`: what is frozen, adapted and trained whole. Every front end ends here."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from autorank_jax.adapters.lora import init_adapter, key_of, product
+from autorank_jax.adapters.low_rank import Form
+from autorank_jax.types import Adapter, Array, Base, Batch, Key, Origin, PyTree, Server, Task, Trainable
+
+Flat = dict[str, Array]
+"""Leaves of a model by path."""
+
+
+class Model(NamedTuple):
+    """A model as its front end describes it."""
+
+    values: Flat  # every leaf
+    weights: dict[str, str]  # by path of the adapted layer, the name of the leaf that is adapted
+    forms: dict[str, Form]  # likewise, how that leaf is read as a matrix
+    run: Callable[[bool, Flat, dict[str, Adapter], PyTree, Key | None], PyTree]  # training?, leaves, adapters, inputs
+    rebuild: Callable[[Flat], Any]  # the user's model, of its leaves
+
+
+class Reading(NamedTuple):
+    """How a task feeds the model and reads its outputs."""
+
+    loss: Callable[[Any, Any], Array]  # (outputs, targets) -> (b,)
+    preprocess: Callable[[PyTree], PyTree]
+    compute_dtype: Any = None  # of arithmetic; kernels, adapters and dense parameters are kept as they are
+
+
+def make_task(model: Model, ranks: Mapping[str, int], dense: set[str], *, key: Key, reading: Reading) -> Task:
+    """Make a task: adapters for `ranks`, the parameters named `dense` trained whole, the rest frozen.
+
+    Args:
+        model: its weights and forms cover all of `ranks`.
+        ranks: maximum rank by path of the layer.
+        dense: names of leaves.
+        key: of the adapters' start values.
+        reading: loss, preprocessing and precision.
+    """
+    dtype = reading.compute_dtype
+    adapters = {path: _start(key_of(key, path), model.forms[path], ranks[path]) for path in sorted(ranks)}
+    adapted = set(model.weights.values())
+    kernels = {p: model.forms[p].matrix(model.values[model.weights[p]]) for p in adapters}  # rules merge into them
+    rest = {n: cast(v, dtype) for n, v in model.values.items() if n not in adapted and n not in dense}
+    server = Server(Trainable(adapters, {n: model.values[n] for n in sorted(dense)}), Base(kernels, rest))
+
+    def apply(training: bool, frozen: Base, trainable: Trainable, inputs: PyTree, key: Key | None) -> PyTree:
+        kernels = cast(frozen.kernels, dtype)
+        matrices = {model.weights[p]: model.forms[p].weight(kernel) for p, kernel in kernels.items()}
+        values = {**frozen.rest, **cast(trainable.dense, dtype), **matrices}
+        outputs = model.run(
+            training, values, cast(trainable.adapters, dtype), cast(reading.preprocess(inputs), dtype), key
+        )
+        return outputs if dtype is None else cast(outputs, jnp.float32)
+
+    def loss(frozen: Base, trainable: Trainable, batch: Batch, key: Key) -> Array:
+        return reading.loss(apply(True, frozen, trainable, batch.inputs, key), batch.targets)
+
+    def predict(frozen: Base, trainable: Trainable, inputs: PyTree) -> PyTree:
+        return apply(False, frozen, trainable, inputs, None)
+
+    def merge(server: Server) -> Any:
+        return model.rebuild(merged_values(model, server))
+
+    return Task(server, loss, predict, Origin(merge, {p: model.forms[p].kind for p in adapters}, _shapes(model)))
+
+
+def merged_values(model: Model, server: Server) -> Flat:
+    """Return the leaves of the model with `W + A B` in place of `W`, in the dtypes the model had."""
+    values = {**server.frozen.rest, **server.trainable.dense}
+    for path, adapter in server.trainable.adapters.items():
+        matrix = server.frozen.kernels[path].astype(adapter.lora_a.dtype) + product(adapter)
+        values[model.weights[path]] = model.forms[path].weight(matrix)
+    return {
+        name: values[name] if values[name].dtype == old.dtype else values[name].astype(old.dtype)
+        for name, old in model.values.items()
+    }
+
+
+def merge(task: Task, server: Server) -> Any:
+    """Return the user's own model with the adapters merged into its weights; it needs this package no more.
+
+    Args:
+        task: made of a model by one of the `task_from_` functions.
+        server: the global model, such as `state.server`.
+
+    Returns:
+        What the task was made of: an `nnx.Module` of plain Flax layers, the variables of a Linen module, or the
+        parameter tree of a function.
+
+    Raises:
+        ValueError: if the task was built by hand.
+    """
+    if task.origin is None:
+        raise ValueError("expected a task made by a task_from_ function, got one built by hand, which has no model")
+    return task.origin.merge(server)
+
+
+def cast(tree: PyTree, dtype: Any) -> PyTree:
+    """Cast floating-point leaves to a dtype; leave everything where it is None."""
+    if dtype is None:
+        return tree
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def join(path: str, name: str) -> str:
+    """Return the name of a leaf of the layer at a path, which is empty for the model itself."""
+    return f"{path}/{name}" if path else name
+
+
+def _start(key: Key, form: Form, rank: int) -> Adapter:
+    """Draw an adapter; rows of an embedding's `lora_a` are looked up one at a time, so their fan-in is 1."""
+    return init_adapter(key, form.d_in, form.d_out, rank, fan_in=1 if form.kind == "embed" else None)
+
+
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    return {path: form.shape for path, form in model.forms.items()}

@@ -1,0 +1,1 @@
+"""The command line: parsing, commands, live display, tables, figures and files."""

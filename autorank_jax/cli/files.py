@@ -1,0 +1,136 @@
+"""Results to files, each whole or not at all."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from autorank_jax.cli.figures import accuracy_figure, ranks_figure
+from autorank_jax.experiment.results import Results, client_rows, summarize
+
+FILES = (
+    "config.json", "criteria.csv", "history.json", "history.csv", "accuracy.png", "ranks.png", "summary.json",
+)  # fmt: skip
+
+CHECKPOINTS = "checkpoints"
+"""The folder within a run's folder that holds its checkpoints."""
+
+
+class ReportError(ValueError):
+    """A folder that results cannot be written to. The message is one line."""
+
+
+def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Make sure, before any work and without making anything, that results can be written to a folder.
+
+    Raises:
+        ReportError: if it holds a run and may not be overwritten, or cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    held = held_of_a_run(folder)
+    if held and not overwrite:
+        resume = f", --resume {folder}" if CHECKPOINTS in held else ""
+        raise ReportError(
+            f"out: expected a folder without a run, got {folder} with {held[0]}; "
+            f"give --overwrite{resume} or another --out"
+        )
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise ReportError(f"out: expected a folder, got {folder}, but {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ReportError(f"out: expected a folder that can be written, got {folder}; probably not yours")
+    return folder
+
+
+def held_of_a_run(folder: Path) -> list[str]:
+    """Return what a folder holds of a run."""
+    return [name for name in (*FILES, CHECKPOINTS) if (folder / name).exists()]
+
+
+def write_results(folder: str | Path, results: Results, *, overwrite: bool = False) -> list[Path]:
+    """Write all files of a run.
+
+    Every file is made in memory first, then written under a temporary name and renamed, `summary.json` last: it is
+    there only if all others are.
+
+    Args:
+        folder: is made if needed.
+        results: of `run_experiment`.
+        overwrite: replace the files of an older run.
+
+    Returns:
+        The paths.
+
+    Raises:
+        ReportError: if the folder holds a run and may not be overwritten, or cannot be written.
+    """
+    folder = check_folder(folder, overwrite=overwrite)
+    contents = dict(zip(FILES, _contents(results), strict=True))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").unlink(missing_ok=True)
+        for name, content in contents.items():
+            write_file(folder / name, content)
+    except OSError as error:
+        raise ReportError(
+            f"out: expected to write {folder}, got: {error.strerror or error}; probably a full disk"
+        ) from error
+    return [folder / name for name in FILES]
+
+
+def _contents(results: Results) -> list[bytes]:
+    """Return the files in the order of `FILES`."""
+    history = [row._asdict() for run in results.runs for row in run.rows]
+    return [
+        to_json(results.config),
+        to_csv([row for scores in results.scores for row in client_rows(scores)]),
+        to_json(history),
+        to_csv(history),
+        to_png(accuracy_figure(results)),
+        to_png(ranks_figure(results.scores[0], seeds=len(results.scores))),
+        to_json(summarize(results)),
+    ]
+
+
+def to_json(content: Any) -> bytes:
+    """Return content as indented JSON, strictly: NaN is refused."""
+    if isinstance(content, list):  # one row per line, so that histories can be read and compared
+        rows = ",\n".join(json.dumps(row, allow_nan=False) for row in content)
+        return f"[\n{rows}\n]\n".encode()
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return rows of equal keys as CSV, missing values empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def to_png(figure: Figure) -> bytes:
+    """Return a picture as PNG."""
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format="png", facecolor="white")
+    return image.getvalue()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write one file under a temporary name and rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

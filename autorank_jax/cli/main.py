@@ -1,0 +1,104 @@
+"""The entry of the command line: exit codes, and mistakes in plain lines."""
+
+import importlib
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import jax
+
+from autorank_jax.datasets import DatasetError
+from autorank_jax.experiment.config import ConfigurationError
+from autorank_jax.ranks.table_file import CriteriaError
+
+INTERRUPTED = 130
+EXTRA = ("tyro", "rich", "matplotlib")
+
+_LOST = "another process ended or cannot be reached"
+_WATCH = "import sys; sys.stdin.read() or sys.stderr.write(sys.argv[1])"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    One of several processes that fails ends at once, without waiting for the others, so that they notice and end too.
+
+    Args:
+        arguments: without the program's name; those of the process where None.
+
+    Returns:
+        Exit code: 0, 1 without the extra packages, 2 for a mistake of the user, 3 for a run that diverged, 130 after
+        an interrupt (143 after SIGTERM), 4 when another process was lost. XLA aborts a process that loses the first
+        one: it ends by SIGABRT.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    watcher = _watch() if "--distributed" in words else None
+    try:
+        code = _run(words)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        lost = isinstance(error, jax.errors.JaxRuntimeError)
+        reason = f"{_LOST}: " if lost else ""
+        traceback.print_exc()
+        code = _say(4 if lost else 1, [f"{reason}{error}".splitlines()[0]])
+    finally:
+        if watcher is not None:
+            watcher.communicate("over")
+    if code and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def entry() -> NoReturn:
+    """Run the command line and leave with its exit code.
+
+    After an interrupt Python ends without tidying up: XLA may still be compiling, and would crash.
+    """
+    code = main()
+    if code >= INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _watch() -> subprocess.Popen[str]:
+    """Start a process that says why this one was aborted, as XLA does where the first process is lost: no Python runs.
+
+    It speaks when its input ends without a word.
+    """
+    message = f"autorank-jax: aborted, probably because {_LOST}; go on with --resume\n"
+    command = [sys.executable, "-I", "-S", "-c", _WATCH, message]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        commands = importlib.import_module("autorank_jax.cli.commands")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA:
+            raise
+        return _say(1, [f'the command line needs {error.name}: pip install "autorank-jax[cli]"'])
+    try:
+        commands.execute(commands.parse(arguments))
+    except ConfigurationError as error:
+        return _say(2, error.problems)
+    except (CriteriaError, DatasetError, commands.ReportError, commands.CheckpointError) as error:
+        return _say(2, [str(error)])
+    except commands.DivergedError as error:
+        return _say(3, [str(error)])
+    except KeyboardInterrupt as stop:
+        return _say(getattr(stop, "code", INTERRUPTED), [str(stop) or "interrupted; nothing was written"])
+    return 0
+
+
+def _say(code: int, lines: Sequence[str]) -> int:
+    for line in lines:
+        sys.stderr.write(f"autorank-jax: {line}\n")
+    return code

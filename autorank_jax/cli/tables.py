@@ -1,0 +1,160 @@
+"""Tables for the terminal."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from autorank_jax.datasets import DatasetInfo
+from autorank_jax.experiment.results import Results, Scores, si, summarize
+
+SHOWN_CLIENTS = 20
+SHOWN_LAYERS = 3
+POLICIES_PER_TABLE = 4
+
+
+def scores_table(scores: Scores) -> Table:
+    """Show criteria, CRITIC weights, closeness, and the ratio and ranks of AutoRank (else of the first policy)."""
+    policy = "autorank" if "autorank" in scores.ratios else next(iter(scores.ratios))
+    ranks, meaning = _shown_ranks(scores.ranks[policy])
+    table = _table(f"Clients under seed {scores.seed}, ranks by {policy}", padding=0)  # to fit 80 columns
+    table.add_column("client", justify="right")
+    for name in (*scores.criteria, "closeness", "ratio", "ranks"):
+        table.add_column(name.replace("_", "\n"), justify="right")
+    if scores.weights is not None:
+        weights = [f"{weight:.3f}" for weight in scores.weights]
+        table.add_row("weight", *weights, "", "", "", style="bold", end_section=True)
+    for client in range(min(len(scores.size), SHOWN_CLIENTS)):
+        closeness = "–" if scores.closeness is None else f"{scores.closeness[client]:.3f}"
+        table.add_row(
+            str(client),
+            *(f"{value:.4g}" if value < 1e4 else f"{value:.0f}" for value in scores.matrix[client]),
+            closeness,
+            f"{scores.ratios[policy][client]:.3f}",
+            "/".join(str(rank[client]) for rank in ranks),
+        )
+    more = len(scores.size) - SHOWN_CLIENTS
+    table.caption = meaning + (f" {more} more clients in criteria.csv." if more > 0 else "")
+    return table
+
+
+def _shown_ranks(ranks: Mapping[str, np.ndarray]) -> tuple[list[np.ndarray], str]:
+    """Return the ranks of few layers, or those of the widest one, and say which they are."""
+    if not ranks:
+        return [], "Whole weights, no ranks."
+    if len(ranks) <= SHOWN_LAYERS:
+        return list(ranks.values()), f"Ranks of {', '.join(ranks)}."
+    widest = max(ranks, key=lambda path: ranks[path].max())
+    return [ranks[widest]], f"Ranks of {widest}, the widest of {len(ranks)} layers; criteria.csv has all."
+
+
+def criteria_table(
+    clients: Sequence[str], weights: Mapping[str, float], closeness: np.ndarray, ratios: np.ndarray, ranks: np.ndarray
+) -> Iterator[Table]:
+    """Show the weights of criteria, then closeness, ratio and rank of every client."""
+    first = _table("CRITIC weights")
+    first.add_column("criterion")
+    first.add_column("weight", justify="right")
+    for name, weight in weights.items():
+        first.add_row(name, f"{weight:.4f}")
+    yield first
+    second = _table("Ranks")
+    second.add_column("client", overflow="fold")
+    for name in ("closeness", "ratio", "rank"):
+        second.add_column(name, justify="right")
+    for name, *numbers in zip(clients, closeness, ratios, ranks, strict=True):
+        second.add_row(name, f"{numbers[0]:.4f}", f"{numbers[1]:.4f}", str(numbers[2]))
+    yield second
+
+
+def comparison_tables(results: Results) -> Iterator[Table]:
+    """Show what every policy reached and what it cost: a column per policy, a few policies per table."""
+    summary = summarize(results)["policies"]
+    names = list(summary)
+    for begin in range(0, len(names), POLICIES_PER_TABLE):
+        chosen = names[begin : begin + POLICIES_PER_TABLE]
+        seeds = len(results.scores)
+        table = _table("Comparison" + (f", mean ± sd over {seeds} seeds" if seeds > 1 else ""))
+        table.add_column("")
+        for name in chosen:
+            table.add_column(name.replace("+", "\n+ "), justify="right")
+        for label, show, ends in _lines(results, summary):
+            table.add_row(label, *(show(summary[name]) for name in chosen), end_section=ends)
+        yield table
+
+
+_MEASURED = {
+    "label_weighted": "label-weighted accuracy",
+    "before": "clients' own accuracy",
+    "after": "own accuracy, trained once more",
+}
+
+
+def _lines(results: Results, policies: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Any], str], bool]]:
+    """Yield the lines of the comparison: label, contents, whether a section ends."""
+    yield "final accuracy", lambda p: _percent(p["final_accuracy"]), False
+    yield "best accuracy", lambda p: _percent(p["best_accuracy"]), False
+    targets = [f"{target:g}" for target in results.config["targets"]]
+    yield "area under the curve", lambda p: _percent(p["area_under_curve"]), not targets
+    for target in targets:
+        show = lambda p, key=target: "–" if p["rounds_to"][key] is None else f"{p['rounds_to'][key]:.3g}"  # noqa: E731
+        yield f"rounds to {100 * float(target):g} %", show, target == targets[-1]
+    for what, label in _MEASURED.items():
+        if all(what in p.get("clients", {}) for p in policies.values()):
+            show = lambda p, key=what: _percent(p["clients"][key]["mean"])  # noqa: E731
+            yield f"{label}, mean over clients", show, False
+            show = lambda p, key=what: _percent(p["clients"][key]["worst"])  # noqa: E731
+            yield "  of the worst client", show, what == "after" and not _lost(policies)
+    if _lost(policies):
+        yield "  without diverged clients", lambda p: f"{p['clients']['after']['diverged']['mean']:.3g}", True
+    yield "mean ratio over clients", lambda p: f"{p['mean_ratio']['clients']:.3f}", False
+    yield "mean ratio over examples", lambda p: f"{p['mean_ratio']['examples']:.3f}", False
+    yield "examples behind the highest rank", lambda p: f"{100 * p['examples_behind_highest_ratio']:.3g} %", False
+    yield "trained parameters", lambda p: si(p["trained_parameters"]), True
+    yield "bytes up per round", lambda p: si(p["bytes_per_round"]["up"]), False
+    yield "bytes down per round", lambda p: si(p["bytes_per_round"]["down"]), True
+    yield "training FLOPs per round", lambda p: si(p["train_flops"]["per_round"]), False
+    yield "  of the slowest client", lambda p: si(p["train_flops"]["slowest_client"]), False
+    yield "  of the probe", lambda p: si(p["train_flops"]["probe"]), False
+    yield "  in total, with the probe", lambda p: si(p["train_flops"]["total"]), True
+    yield "seconds to compile", lambda p: f"{p['seconds']['compile']:.1f}", False
+    yield "seconds to train", lambda p: f"{p['seconds']['train']:.1f}", False
+
+
+def _lost(policies: Mapping[str, Any]) -> bool:
+    """Tell whether clients are missing in the clients' own accuracy, because their training gave nothing finite."""
+    return any(p.get("clients", {}).get("after", {}).get("diverged", {}).get("mean") for p in policies.values())
+
+
+def _percent(spread: Mapping[str, Any]) -> str:
+    if spread["mean"] is None:
+        return "–"
+    deviation = f" ± {100 * spread['sd']:.1f}" if len(spread["values"]) > 1 else ""
+    return f"{100 * spread['mean']:.1f}{deviation} %"
+
+
+def datasets_table(rows: Sequence[DatasetInfo]) -> Table:
+    """Show the datasets, whether each is there and a whole file, and in which file."""
+    table = _table("Datasets")
+    for name in ("name", "there", "file", "what"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        there = "damaged" if row.damaged else "yes" if row.present else "no"
+        table.add_row(row.name, there, Path(row.where).name, row.description)
+    return table
+
+
+def _table(title: str, padding: int = 1) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, padding),
+        pad_edge=False,
+        collapse_padding=True,
+    )

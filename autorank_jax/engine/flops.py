@@ -1,0 +1,57 @@
+"""Training FLOPs of a model, counted by XLA and linear in the ranks."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from autorank_jax.types import Adapter, Batch, FederatedData, Task
+
+
+class FlopModel(NamedTuple):
+    """FLOPs of training on one example, linear in the ranks: `base + Σ_l per_rank[l] · r_l`."""
+
+    base: float
+    per_rank: dict[str, float]
+
+
+def training_flops(task: Task, data: FederatedData, *, batch_size: int = 8) -> FlopModel:
+    """Count forward and backward FLOPs per example by lowering the gradient at rank 0 and at one rank per layer.
+
+    XLA's own analysis does the counting, so any model will do; but it counts the body of a loop (`lax.scan`,
+    `lax.while_loop`) once, however often it runs: unroll such models for counting, or make a `FlopModel` by hand. Both
+    factors are taken to be trained. Optimiser and aggregation are left out: they do not grow with the examples.
+
+    Args:
+        task: the model.
+        data: for the shapes of inputs and targets.
+        batch_size: examples that are counted together and divided by.
+
+    Returns:
+        The linear model.
+
+    Raises:
+        RuntimeError: where this version of XLA does not count for this device.
+    """
+    examples = jax.tree.map(lambda leaf: leaf[:batch_size], (data.inputs, data.targets))
+    count = jax.tree.leaves(examples)[0].shape[0]
+    batch = Batch(examples[0], examples[1], jnp.ones(count))
+    trainable, key = task.server.trainable, jax.random.key(0)
+
+    def flops(ranks: Mapping[str, int]) -> float:
+        adapters = {
+            path: Adapter(a.lora_a[:, : ranks.get(path, 0)], a.lora_b[: ranks.get(path, 0)])
+            for path, a in trainable.adapters.items()
+        }
+        gradient = jax.grad(lambda t: jnp.sum(task.loss(task.server.frozen, t, batch, key)))
+        cost = jax.jit(gradient).lower(trainable._replace(adapters=adapters)).cost_analysis()
+        if not cost or "flops" not in cost:
+            raise RuntimeError(
+                f"expected XLA to count the FLOPs of a gradient, got no count on {jax.default_backend()}, probably "
+                "a device that has no cost analysis: count on a CPU, or make a FlopModel by hand"
+            )
+        return float(cost["flops"]) / count
+
+    base = flops({})
+    return FlopModel(base, {path: flops({path: 1}) - base for path in sorted(trainable.adapters)})

@@ -1,0 +1,137 @@
+"""The federated round: who takes part, their training in lanes, one server step."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from autorank_jax.adapters.lora import level_widths, max_ranks
+from autorank_jax.engine.lanes import Program, Round, Totals, make_queue, run_queue, steps_of_epochs
+from autorank_jax.engine.sharding import add_up, check_mesh, on_mesh, own_clients
+from autorank_jax.federated.faults import Fault, draw_cohort, round_keys
+from autorank_jax.federated.participation import Cohort, Participation, by_examples, everyone
+from autorank_jax.types import (
+    Aggregator,
+    Array,
+    FederatedData,
+    Key,
+    LocalTraining,
+    Plan,
+    RoundFn,
+    RoundInfo,
+    State,
+)
+
+
+def make_round(
+    local: LocalTraining,
+    aggregator: Aggregator,
+    *,
+    lanes: int = 1,
+    rank_levels: int = 1,
+    participation: Participation = everyone,
+    faults: Sequence[Fault] = (),
+    weigh: Callable[[FederatedData], Array] = by_examples,
+    mesh: Mesh | None = None,
+) -> RoundFn:
+    """Make the function of one federated round, to be jitted by the caller.
+
+    Args:
+        local: local training of one client.
+        aggregator: the rule.
+        lanes: clients trained side by side on each device; few suit a CPU, many a GPU. Results depend on it by
+            rounding only.
+        rank_levels: widths at which adapters are trained, `⌈R·q/levels⌉`. Each adds compile time; cost follows rank.
+        participation: chooses the cohort.
+        faults: what becomes of it, from `faults`.
+        weigh: weight of each client in the aggregate, `(clients,)`; a client whose weight is not positive and finite
+            is absent.
+        mesh: devices to shard the clients over, from `sharding.client_mesh`, on one host or many; where None the round runs
+            where its arrays are. Place state, key and data by `sharding.replicate`, or make data by
+            `sharding.owned_data`. Results depend on the mesh by rounding only.
+
+    Returns:
+        `round(key, state, data) -> (state, info)`. The same `key` serves all rounds: each folds in its number.
+
+    Raises:
+        ValueError: if lanes or levels are below 1, or the mesh has other axes than `clients`.
+    """
+    if mesh is not None:
+        check_mesh(mesh)
+    for name, value in (("lanes", lanes), ("rank_levels", rank_levels)):
+        if value < 1:
+            raise ValueError(f"expected {name} >= 1, got {value}")
+
+    def round_fn(key: Key, state: State, data: FederatedData) -> tuple[State, RoundInfo]:
+        _, training, server_step, _ = round_keys(key, state.round)
+        program = Program(local, aggregator, lanes, level_widths(max_ranks(state.server.trainable), rank_levels))
+        invited, cohort = draw_cohort(key, state.round, data, participation, faults)
+        weights = weigh(data)
+        weights = jnp.where((data.size > 0) & (weights > 0) & jnp.isfinite(weights), weights, 0)
+        weight = jnp.where(cohort.present, weights[cohort.row], 0)
+
+        def train(weight: Array) -> Totals:
+            mine = jnp.array(True) if mesh is None else own_clients(program, state, data, cohort, weight)
+            queue = make_queue(training, state, data, cohort, jnp.where(mine, weight, 0), program=program)
+            plan = make_plan(state, cohort, weight, jnp.sum(weights))
+            totals = run_queue(program, Round(state, data, queue, plan))
+            return totals if mesh is None else add_up(totals, state, cohort.row, mine)
+
+        totals = _train_exactly(train, cohort, weight) if aggregator.exact_plan else train(weight)
+        server, memory = aggregator.update(server_step, totals.sums, state.aggregator, state.server)
+        diagnostics = aggregator.report(totals.sums, state.server, server)
+        state = state._replace(
+            server=server,
+            aggregator=memory,
+            round=state.round + 1,
+            epoch_losses=totals.epoch_losses,
+            epochs=totals.epochs,
+            clients=totals.clients,
+        )
+        meant = jnp.where(invited.present, weights[invited.row], 0) > 0
+        full = steps_of_epochs(state, data, cohort.row, local.batch_size)
+        return state, _describe(totals, cohort, meant, weight > 0, full)._replace(diagnostics=diagnostics)
+
+    return round_fn if mesh is None else on_mesh(round_fn, mesh)
+
+
+def make_plan(state: State, cohort: Cohort, weight: Array, total: Array) -> Plan:
+    """Sum the participants' weights per rank position."""
+    owners = {}
+    for path, width in max_ranks(state.server.trainable).items():
+        by_rank = jnp.zeros(width + 1, weight.dtype).at[state.ranks[path][cohort.row]].add(weight)
+        owners[path] = jnp.cumsum(by_rank[::-1])[::-1][1:]
+    return Plan(owners, jnp.sum(weight), total)
+
+
+def _train_exactly(train: Callable[[Array], Totals], cohort: Cohort, weight: Array) -> Totals:
+    """Train again without the clients that turned out non-finite, until the plan was right (one program)."""
+    blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(train, weight))
+    carry = (weight, blank, jnp.ones(blank.finite.shape, bool), jnp.array(True))
+
+    def again(carry: tuple[Array, Totals, Array, Array]) -> tuple[Array, Totals, Array, Array]:
+        weight, _, finite, _ = carry
+        totals = train(weight)
+        finite = finite & totals.finite
+        kept = jnp.where(finite[cohort.row], weight, 0)
+        return kept, totals._replace(finite=finite), finite, jnp.any(kept != weight)
+
+    return lax.while_loop(lambda carry: carry[3], again, carry)[1]
+
+
+def _describe(totals: Totals, cohort: Cohort, meant: Array, trained: Array, full: Array) -> RoundInfo:
+    """Count; `meant` were to train, `trained` did, and `full` are the steps of their epochs, `(cohort,)` each."""
+    short = jnp.zeros_like(trained) if cohort.max_steps is None else trained & (cohort.max_steps < full)
+    return RoundInfo(
+        loss=totals.loss / jnp.maximum(totals.examples, 1),
+        participants=jnp.sum(meant, dtype=jnp.int32),
+        dropped=jnp.sum(meant & ~trained, dtype=jnp.int32),
+        excluded=jnp.sum(trained & ~totals.finite[cohort.row], dtype=jnp.int32),
+        cut_short=jnp.sum(short, dtype=jnp.int32),
+        steps=totals.steps,
+        examples=totals.examples,
+        lane_steps=totals.lane_steps,
+        diagnostics={},
+    )

@@ -1,0 +1,80 @@
+"""What a round costs each client: parameters, bytes in either direction, FLOPs. Numbers on the host, in NumPy."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+from autorank_jax.engine.flops import FlopModel
+from autorank_jax.types import Adapter, Array, Server, Traffic, Travels
+
+EVERYTHING = Traffic()
+
+
+class ClientCosts(NamedTuple):
+    """What one round costs each client, `(clients,)` float64 each."""
+
+    parameters: np.ndarray  # that it holds and trains: adapters at its rank, dense parameters
+    bytes_up: np.ndarray
+    bytes_down: np.ndarray
+    flops: np.ndarray  # of local training
+
+
+def client_costs(
+    server: Server,
+    ranks: Mapping[str, Array],
+    size: ArrayLike,
+    flops: FlopModel,
+    *,
+    local_epochs: int,
+    traffic: Traffic = EVERYTHING,
+    attendance: ArrayLike = 1.0,
+) -> ClientCosts:
+    """Return what a round costs clients of these ranks, if nothing goes wrong.
+
+    A number takes the bytes of its type. One round's news are counted: who sat rounds out under a rule that merges, or
+    that sends one factor at a time, would have to fetch what it missed besides.
+
+    Args:
+        server: for shapes, item sizes and, under rules that send live positions alone, `lora_b`.
+        ranks: by path, `(clients,)`: those at which clients train, `rule.client_ranks(state.ranks, state.clients)`.
+        size: `(clients,)` examples.
+        flops: from `training_flops`.
+        local_epochs: passes over the data per round.
+        traffic: what the rule sends, `rule.traffic`.
+        attendance: how often each client takes part, in 0..1: a stack of factors has those of the participants.
+    """
+    examples = np.asarray(size, np.float64)
+    own = {path: np.asarray(rank, np.float64) for path, rank in ranks.items()}
+    adapters = server.trainable.adapters
+    dense = sum(float(leaf.size) for leaf in jax.tree.leaves(server.trainable.dense))
+    parameters = dense + sum(
+        (own[p] * (a.lora_a.shape[0] + a.lora_b.shape[1]) for p, a in adapters.items()), np.zeros_like(examples)
+    )
+    present = np.broadcast_to(np.asarray(attendance, np.float64), examples.shape)
+    up, down = (sent_bytes(way, server, own, present) for way in traffic)
+    per_example = flops.base + sum(flops.per_rank[path] * rank for path, rank in own.items())
+    return ClientCosts(parameters, up, down, examples * local_epochs * per_example)
+
+
+def sent_bytes(sent: Travels, server: Server, ranks: Mapping[str, np.ndarray], attendance: np.ndarray) -> np.ndarray:
+    """Return the bytes that travel one way for each client, `(clients,)`."""
+    dense = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(server.trainable.dense))
+    total = np.full(attendance.shape, float(sent.dense * dense))
+    for path, adapter in server.trainable.adapters.items():
+        (d_in, _), (_, d_out) = adapter.lora_a.shape, adapter.lora_b.shape
+        of_a, of_b = d_in * adapter.lora_a.dtype.itemsize, d_out * adapter.lora_b.dtype.itemsize
+        positions = np.minimum(ranks[path], _live(adapter)) if sent.live else ranks[path]
+        total += positions * (sent.lora_a * of_a + sent.lora_b * of_b)
+        if sent.kernels:
+            whole, stacked = d_in * of_b, float(np.sum(attendance * ranks[path])) * (of_a + of_b)
+            total += min(whole, stacked) if sent.stack else whole
+    return total
+
+
+def _live(adapter: Adapter) -> int:
+    """Count the positions at which `lora_b` is not zero; all of them at the start, where it is zero everywhere."""
+    live = int(np.count_nonzero(np.any(np.asarray(adapter.lora_b, np.float32) != 0, axis=1)))
+    return live or adapter.lora_b.shape[0]

@@ -1,0 +1,1 @@
+"""One experiment from its options to its results."""

@@ -1,0 +1,87 @@
+"""Where an experiment stands, to checkpoints and back."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from autorank_jax.checkpoint import read_about, restore_state, save_state, saved_steps
+from autorank_jax.datasets import Dataset
+from autorank_jax.experiment.config import Experiment, make_aggregator
+from autorank_jax.experiment.results import Row
+from autorank_jax.experiment.rounds import Book, Record, Save, start_state
+from autorank_jax.experiment.setup import Federation
+
+
+class Checkpoints(NamedTuple):
+    """Where checkpoints go, and how many."""
+
+    folder: Path
+    every: int = 0  # rounds of a run between them; 0: only when the experiment is interrupted
+    keep: int = 3  # how many of the latest stay
+
+
+def make_save(
+    checkpoints: Checkpoints | None, experiment: Experiment, dataset: Dataset, *, about: Mapping[str, Any]
+) -> Save:
+    """Return what is called after every round: it saves when it is time to, and when there is no later chance."""
+    if checkpoints is None:
+        return lambda book, last_chance: None  # noqa: ARG005
+    config = full_configuration(experiment, dataset)
+
+    def save(book: Book, last_chance: bool) -> None:
+        record = book.records[-1]
+        due = checkpoints.every and (record.over or len(record.rows) % checkpoints.every == 0)
+        if not (due or last_chance):
+            return
+        records = [r._asdict() | {"rows": [row._asdict() for row in r.rows]} for r in book.records]
+        extra = {"records": records, "seconds": dict(book.seconds), "about": dict(about)}
+        arrays = {"state": book.state, "probes": book.probes}
+        save_state(checkpoints.folder, arrays, step=book.rounds, config=config, extra=extra, keep=checkpoints.keep)
+
+    return save
+
+
+def restore_book(
+    checkpoints: Checkpoints,
+    experiment: Experiment,
+    dataset: Dataset,
+    federations: Sequence[Federation],
+    *,
+    about: Mapping[str, Any],
+) -> tuple[Book, tuple[str, ...]]:
+    """Return where an experiment stood at its latest checkpoint, and what differs in device and versions since.
+
+    Raises:
+        CheckpointError: for checkpoints of another experiment, damaged ones, or those of a newer version.
+    """
+    if not saved_steps(checkpoints.folder):
+        return Book(), ()
+    config = full_configuration(experiment, dataset)
+    extra = read_about(checkpoints.folder, config=config).extra
+    records = tuple(Record(**r | {"rows": tuple(Row(**row) for row in r["rows"])}) for r in extra["records"])
+    federation = next(f for f in federations if f.seed == records[-1].seed)
+    rule = make_aggregator(records[-1].aggregator, experiment)
+    state = start_state(experiment, federation, rule)
+    probes = tuple((jnp.zeros_like(state.epoch_losses), jnp.zeros_like(state.epochs)) for _ in federations)
+    like = {"state": state, "probes": probes if experiment.probed else ()}
+    restored = restore_state(checkpoints.folder, like, config=config).state
+    then, now = _flat(extra["about"]), _flat(about)
+    differences = tuple(f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name])
+    return Book(records, restored["state"], restored["probes"], extra["seconds"]), differences
+
+
+def full_configuration(experiment: Experiment, dataset: Dataset) -> dict[str, Any]:
+    """Return all options and the checksum of the examples: what a checkpoint must agree in."""
+    checksum = hashlib.sha256()
+    for name in ("x_train", "y_train", "x_test", "y_test"):
+        checksum.update(np.ascontiguousarray(getattr(dataset, name)).tobytes())
+    return dataclasses.asdict(experiment) | {"checksum of the dataset": checksum.hexdigest()[:16]}
+
+
+def _flat(about: Mapping[str, Any]) -> dict[str, str]:
+    return {"device": about["device"]} | dict(about["versions"])

@@ -1,0 +1,356 @@
+"""What an experiment is: all its options in one frozen dataclass, checked at once."""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optax
+
+from autorank_jax import aggregators, datasets
+from autorank_jax.federated import partition
+from autorank_jax.ranks.criteria import CRITERIA
+from autorank_jax.types import Aggregator
+
+AGGREGATORS: Mapping[str, Callable[..., Aggregator]] = aggregators.RULES
+WHOLE_RULES = ("fedavg",)
+"""Rules that train whole weights: there are no adapters, hence no ranks."""
+PERSONAL_RULES = ("local_only", "fedsa_lora")
+"""Rules that leave adapters, or half of them, with the clients: no server model is worth testing."""
+GLOBAL_RULES = tuple(name for name in AGGREGATORS if name not in (*WHOLE_RULES, *PERSONAL_RULES))
+"""Rules that train the adapters of one global model."""
+
+MODELS: Mapping[str, str] = {
+    "mlp": "multi-layer perceptron, 784-200-200-10 on Fashion-MNIST",
+    "cnn": "two 3×3 convolutions and a linear layer",
+    "deep_cnn": "six 3×3 convolutions with group normalisation and a global mean",
+}
+WIDTHS: Mapping[str, tuple[int, ...]] = {"mlp": (200, 200), "cnn": (16, 32), "deep_cnn": (32, 32, 64, 64, 128, 128)}
+"""Hidden layers, or channels of the convolutions, of every model where none are given."""
+OPTIMIZERS = ("sgd", "adam", "adamw")
+POLICIES: Mapping[str, str] = {
+    "autorank": "ratio grows with the complexity of the client's data: CRITIC and TOPSIS on the criteria",
+    "covered": "AutoRank's ratios, the highest cut until clients with half of all examples have them, for rbla",
+    "by_size": "ratio grows with the client's number of examples",
+    "uniform": "one ratio for all: AutoRank's mean over examples, so equal training FLOPs",
+    "uniform_bytes": "one ratio for all: AutoRank's mean over clients, so equal bytes",
+    "by_size_bytes": "ratio grows with the number of examples, at AutoRank's mean over clients",
+    "full": "ratio 1 for all",
+    "shuffled": "AutoRank's ratios in random order",
+    "reversed": "AutoRank's ratios, largest to the least complex client",
+    "manual": "the ratios given as --ratios",
+}
+SAMPLINGS = ("uniform", "by_size", "independent")
+SCORED = ("autorank", "covered", "uniform", "uniform_bytes", "by_size_bytes", "shuffled", "reversed")
+"""Policies that need AutoRank's scores, if only for their mean."""
+
+
+class ConfigurationError(ValueError):
+    """Options that make no experiment: one line per mistake, all of them."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        """Keep the lines in `problems`."""
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """All options of a run. The defaults are the main job.
+
+    Attributes:
+        dataset: name of a dataset; `autorank-jax data` lists them
+        split: how examples are split over clients: iid, dirichlet, shards, quantity, staircase, dirichlet_lognormal
+        clients: number of clients
+        alpha: Dirichlet concentration of the label mixes, small = few classes per client
+        sigma: size imbalance of the log-normal splits, 0 = equal sizes
+        classes_per_client: for the split 'shards'
+        model: mlp, cnn or deep_cnn (six convolutions, group normalisation, global mean)
+        hidden: widths of the hidden layers or channels of the convolutions; default 200,200 for mlp, 16,32 for cnn,
+            32,32,64,64,128,128 for deep_cnn
+        max_ranks: maximum rank of every layer, one number for all or one each; default 160,160,100 for the default mlp
+        rank_policies: what gives the clients their ranks, each tried in turn; the top of this help explains them
+        ratios: rank ratio of every client, for the policy 'manual'
+        min_ratio: smallest rank ratio, of the least complex client
+        criteria: columns of the decision matrix: size, classes, label_entropy, gini_simpson, loss_entropy
+        probe_epochs: epochs of the probe behind the criterion loss_entropy
+        rerank_every: rounds after which ranks are set anew, 0 = set once
+        aggregators: aggregation rules, each tried in turn, rbla for the paper's own; the top of this help explains them
+        rounds: rounds of federated training
+        local_epochs: passes over its data that a client makes each round
+        batch_size: examples per local step
+        optimizer: of the clients: sgd, adam, adamw
+        learning_rate: of the clients
+        momentum: of sgd
+        participation: share of the clients that take part in a round
+        sampling: how these are chosen: uniform, by_size (larger clients more often), independent (cohorts vary in size)
+        drop_out: share of the participants that drop out of each round and send nothing
+        stragglers: share of the participants that only get straggler-steps done in each round
+        straggler_steps: local steps of a straggler
+        clip_norm: largest norm of what a client sends, longer updates are shrunk; 0 = any
+        server_learning_rate: step of the server towards the clients' mean; 1 = all the way
+        server_momentum: of that step
+        seeds: how many seeds to run
+        first_seed: the first of them
+        eval_every: rounds between evaluations on the test set; the last round always is
+        targets: accuracies whose first round is reported
+        validation: share of the training examples that takes the place of the test set, for choosing options without it
+        personal: measure every client's own accuracy after the last round, before and after local training
+        lanes: clients trained side by side, or auto
+        rank_levels: adapter widths that are compiled; more of them save work and cost compile time
+    """
+
+    dataset: str = "fashion_mnist_mini"
+    split: str = "staircase"
+    clients: int = 10
+    alpha: float = 0.3
+    sigma: float = 1.0
+    classes_per_client: int = 2
+    model: str = "mlp"
+    hidden: tuple[int, ...] = ()
+    max_ranks: tuple[int, ...] = ()
+    rank_policies: tuple[str, ...] = ("autorank", "by_size", "uniform", "full")
+    ratios: tuple[float, ...] = ()
+    min_ratio: float = 0.1
+    criteria: tuple[str, ...] = tuple(CRITERIA)
+    probe_epochs: int = 5
+    rerank_every: int = 0
+    aggregators: tuple[str, ...] = ("raflora",)
+    rounds: int = 15
+    local_epochs: int = 5
+    batch_size: int = 64
+    optimizer: str = "sgd"
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    participation: float = 1.0
+    sampling: str = "uniform"
+    drop_out: float = 0.0
+    stragglers: float = 0.0
+    straggler_steps: int = 1
+    clip_norm: float = 0.0
+    server_learning_rate: float = 1.0
+    server_momentum: float = 0.0
+    seeds: int = 1
+    first_seed: int = 0
+    eval_every: int = 1
+    targets: tuple[float, ...] = (0.6, 0.7, 0.75)
+    validation: float = 0.0
+    personal: bool = False
+    lanes: int | Literal["auto"] = "auto"
+    rank_levels: int = 4
+
+    def validate(self) -> None:
+        """Check every option.
+
+        Raises:
+            ConfigurationError: naming all mistakes, one per line.
+        """
+        problems = [*_name_problems(self), *_number_problems(self), *_joint_problems(self)]
+        if problems:
+            raise ConfigurationError(problems)
+
+    @property
+    def scored(self) -> bool:
+        """Whether a policy needs AutoRank's scores."""
+        return any(policy in SCORED for policy in self.rank_policies)
+
+    @property
+    def probed(self) -> bool:
+        """Whether a probe must be run."""
+        return "loss_entropy" in self.criteria and self.scored
+
+    @property
+    def cohort(self) -> int:
+        """Number of clients that take part in a round."""
+        return min(self.clients, max(1, math.floor(self.participation * self.clients + 0.5)))
+
+    @property
+    def eventful(self) -> bool:
+        """Whether some rounds do without some of the clients, or of their steps."""
+        return self.cohort < self.clients or self.sampling == "independent" or self.drop_out > 0 or self.stragglers > 0
+
+    @property
+    def all_seeds(self) -> range:
+        """The seeds to run."""
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+
+def make_aggregator(name: str, experiment: Experiment | None = None) -> Aggregator:
+    """Make an aggregation rule by name, with an experiment's server step and clipping of what clients send."""
+    rule, e = AGGREGATORS[name](), experiment or Experiment()
+    if e.server_learning_rate != 1 or e.server_momentum:
+        step = optax.sgd(e.server_learning_rate, momentum=e.server_momentum or None)
+        rule = aggregators.with_server_optimizer(rule, step)
+    return aggregators.with_norm_clipping(rule, e.clip_norm) if e.clip_norm else rule
+
+
+def experiment_from(config: Any) -> Experiment:
+    """Make an experiment of what `config.json` holds; options that are not there have their defaults.
+
+    Raises:
+        ConfigurationError: for unknown options and for values of another kind, all of them at once.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigurationError([f"config: expected options by name, got {type(config).__name__}"])
+    problems = list(unknown("config", config, Experiment.__dataclass_fields__))
+    values: dict[str, Any] = {}
+    for name, field in Experiment.__dataclass_fields__.items():
+        if name not in config:
+            continue
+        value, default = config[name], field.default
+        if isinstance(default, tuple):
+            kind = str if "str" in str(field.type) else (int, float)
+            if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+                problems.append(f"{name.replace('_', '-')}: expected a list of {_words(kind)}, got {value!r}")
+                continue
+            value = tuple(float(item) if "float" in str(field.type) else item for item in value)
+        elif isinstance(default, str) and name != "lanes" and not isinstance(value, str):
+            problems.append(f"{name.replace('_', '-')}: expected a name, got {value!r}")
+            continue
+        elif isinstance(default, bool) and not isinstance(value, bool):
+            problems.append(f"{name.replace('_', '-')}: expected true or false, got {value!r}")
+            continue
+        elif isinstance(default, float) and type(value) is int:
+            value = float(value)
+        values[name] = value
+    if problems:
+        raise ConfigurationError(problems)
+    return Experiment(**values)
+
+
+def _words(kind: Any) -> str:
+    return "names" if kind is str else "numbers"
+
+
+def _name_problems(e: Experiment) -> Iterable[str]:
+    """Check the options that are names, or lists of names."""
+    known = {info.name: info for info in datasets.available_datasets()}
+    for line in unknown("dataset", [e.dataset], known):
+        yield f"{line} (others of TensorFlow Datasets: first autorank-jax data fetch NAME)"
+    if e.dataset in known and not known[e.dataset].present:
+        yield (
+            f"dataset: expected a file at {known[e.dataset].where}, got none; {datasets.how_to_get(e.dataset)}, or set "
+            f"{datasets.ENVIRONMENT_VARIABLE} to the folder that holds {e.dataset}.npz"
+        )
+    yield from unknown("split", [e.split], partition.SPLITS)
+    yield from unknown("model", [e.model], MODELS)
+    yield from unknown("optimizer", [e.optimizer], OPTIMIZERS)
+    yield from unknown("sampling", [e.sampling], SAMPLINGS)
+    for option, words, allowed in (
+        ("rank-policies", e.rank_policies, POLICIES),
+        ("criteria", e.criteria, CRITERIA),
+        ("aggregators", e.aggregators, AGGREGATORS),
+    ):
+        yield from unknown(option, words, allowed)
+        if not words:
+            yield f"{option}: expected at least one out of {', '.join(allowed)}, got none"
+        if len(set(words)) < len(words):
+            yield f"{option}: expected every name once, got {','.join(words)}"
+
+
+def unknown(option: str, words: Iterable[str], allowed: Iterable[str]) -> Iterable[str]:
+    """Yield a line for every word that is not allowed, with what comes close."""
+    names = list(allowed)
+    for word in words:
+        if word not in names:
+            close = difflib.get_close_matches(word, names, n=1)
+            hint = f", probably {close[0]!r}" if close else ""
+            yield f"{option}: expected one of {', '.join(names)}, got {word!r}{hint}"
+
+
+def _number_problems(e: Experiment) -> Iterable[str]:
+    """Check the options that are numbers."""
+    for option in ("clients", "classes_per_client", "rounds", "local_epochs", "probe_epochs", "batch_size", "seeds"):
+        yield from outside(option, getattr(e, option), 1, whole=True)
+    for option in ("eval_every", "rank_levels", "straggler_steps"):
+        yield from outside(option, getattr(e, option), 1, whole=True)
+    for option in ("rerank_every", "first_seed"):
+        yield from outside(option, getattr(e, option), 0, whole=True)
+    for option in ("alpha", "learning_rate", "server_learning_rate"):
+        yield from outside(option, getattr(e, option), 0, open_start=True)
+    for option in ("sigma", "clip_norm"):
+        yield from outside(option, getattr(e, option), 0)
+    for option in ("drop_out", "stragglers"):
+        yield from outside(option, getattr(e, option), 0, 1, cause="a percentage")
+    yield from outside("momentum", e.momentum, 0, 1, cause="a percentage")
+    yield from outside("server_momentum", e.server_momentum, 0, 1, cause="a percentage")
+    yield from outside("validation", e.validation, 0, 0.5, cause="a percentage")
+    for option in ("min_ratio", "participation"):
+        yield from outside(option, getattr(e, option), 0, 1, open_start=True, cause="a percentage")
+    for option, low in (("hidden", 1), ("max_ranks", 1)):
+        for value in getattr(e, option):
+            yield from outside(option, value, low, whole=True)
+    for option, cause in (("ratios", "a rank or a percentage"), ("targets", "a percentage")):
+        for value in getattr(e, option):
+            yield from outside(option, value, 0, 1, open_start=True, cause=cause)
+    if e.lanes != "auto":
+        yield from outside("lanes", e.lanes, 1, whole=True)
+
+
+def outside(
+    option: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    whole: bool = False,
+    open_start: bool = False,
+    cause: str = "",
+) -> Iterable[str]:
+    """Yield a line if a number is not in its range or not whole."""
+    kind = "a whole number" if whole else "a number"
+    right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    above = right_type and (value > low if open_start else value >= low)
+    if right_type and above and value <= high and value < math.inf:
+        return
+    bounds = f"above {low}" if open_start else f"of at least {low}"
+    bounds += "" if high == math.inf else f" and at most {high}"
+    probably = f", probably {cause}" if cause and right_type and value > high else ""
+    if probably and cause == "a percentage" and value <= 100 * high:
+        probably += f": {value / 100:g}"
+    yield f"{option.replace('_', '-')}: expected {kind} {bounds}, got {value!r}{probably}"
+
+
+def _joint_problems(e: Experiment) -> Iterable[str]:
+    """Check options against each other."""
+    if "manual" in e.rank_policies and len(e.ratios) != e.clients:
+        yield f"ratios: expected one for each of {e.clients} clients, for the policy manual, got {len(e.ratios)}"
+    if e.ratios and "manual" not in e.rank_policies:
+        yield "ratios: expected only with the policy manual, got them without it, probably forgotten in rank-policies"
+    layers = len(e.hidden or WIDTHS.get(e.model, ())) + 1
+    if len(e.max_ranks) not in (0, 1, layers):
+        yield f"max-ranks: expected one number or one for each of {layers} layers, got {len(e.max_ranks)}"
+    for rule in e.aggregators:
+        if rule in WHOLE_RULES and (e.aggregators != (rule,) or e.rank_policies != ("full",)):
+            yield (
+                f"aggregators: expected {rule} alone and with the rank policy full alone, got "
+                f"{','.join(e.aggregators)} with {','.join(e.rank_policies)}: it trains whole weights, without ranks"
+            )
+        if rule in PERSONAL_RULES and not e.personal:
+            yield (
+                f"personal: expected it with {rule}, got it without, probably forgotten: adapters stay with the "
+                "clients, so that their own accuracy is the only measure"
+            )
+    yield from _idle_problems(e)
+
+
+def _idle_problems(e: Experiment) -> Iterable[str]:
+    """Check that no option is given which the others leave without effect."""
+    changed = {name for name, field in e.__dataclass_fields__.items() if getattr(e, name) != field.default}
+    if "momentum" in changed and e.optimizer in OPTIMIZERS and e.optimizer != "sgd":
+        yield f"momentum: expected only with the optimizer sgd, got {e.momentum} with {e.optimizer}"
+    for option in ("alpha", "sigma", "classes_per_client"):
+        users = [name for name, split in partition.SPLITS.items() if option in split.options]
+        if option in changed and e.split in partition.SPLITS and e.split not in users:
+            yield (
+                f"{option.replace('_', '-')}: expected only with the split {' or '.join(users)}, got "
+                f"{getattr(e, option)} with {e.split}, probably a forgotten --split"
+            )
+    if "straggler_steps" in changed and e.stragglers == 0:
+        yield f"straggler-steps: expected only with --stragglers, got {e.straggler_steps} without, probably forgotten"
+    if "sampling" in changed and e.sampling in SAMPLINGS and e.participation == 1:
+        yield (
+            f"sampling: expected only with --participation below 1, got {e.sampling} where all clients take part, "
+            "probably forgotten"
+        )

@@ -1,0 +1,52 @@
+"""What a run tells while it goes on."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from autorank_jax.experiment.results import Row, Run, Scores
+
+
+class Compiled(NamedTuple):
+    """Event: the program of an aggregator is ready."""
+
+    aggregator: str
+    seconds: float
+
+
+class Scored(NamedTuple):
+    """Event: the clients of a seed have their scores and ranks."""
+
+    scores: Scores
+
+
+class Resumed(NamedTuple):
+    """Event: the rounds of an earlier process are taken over."""
+
+    rounds: int  # of all runs together
+    differences: tuple[str, ...]  # of device and versions; where there are any, results are equal up to rounding only
+
+
+class Started(NamedTuple):
+    """Event: a run begins, or goes on after `done` rounds."""
+
+    policy: str
+    aggregator: str
+    seed: int
+    done: int = 0
+
+
+class RoundDone(NamedTuple):
+    """Event: a round is over."""
+
+    row: Row
+    examples: float  # seen in this round, counted once per epoch
+
+
+class Finished(NamedTuple):
+    """Event: a run is over."""
+
+    run: Run
+
+
+Event = Compiled | Scored | Resumed | Started | RoundDone | Finished
+OnEvent = Callable[[Event], None]

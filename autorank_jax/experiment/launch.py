@@ -1,0 +1,150 @@
+"""Where a command runs: virtual devices on a CPU, the GPUs of one host, or many hosts as one."""
+
+import contextlib
+import dataclasses
+import os
+
+import jax
+from jax.sharding import Mesh
+
+from autorank_jax.engine.sharding import client_mesh, replicate
+from autorank_jax.experiment.config import ConfigurationError, outside
+from autorank_jax.types import Array, FederatedData, Key, RoundFn, RoundInfo, State
+
+HEARTBEAT_SECONDS = 20
+"""A process that is silent for so long is taken for dead, and the others end."""
+
+_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
+_FORCED = "--xla_force_host_platform_device_count"
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Devices and processes of a run.
+
+    Attributes:
+        devices: devices of every process, 0 = all; on a CPU one virtual device per core
+        distributed: be one of many processes, all started with the same options
+        coordinator: HOST:PORT of process 0; Slurm, Kubernetes and Cloud TPU need none of these three
+        num_processes: how many processes there are
+        process_id: number of this one, from 0; process 0 shows progress and writes the files
+    """
+
+    devices: int = 0
+    distributed: bool = False
+    coordinator: str = ""
+    num_processes: int | None = None
+    process_id: int | None = None
+
+    def validate(self) -> None:
+        """Check every option.
+
+        Raises:
+            ConfigurationError: naming all mistakes, one per line.
+        """
+        problems = [*outside("devices", self.devices, 0, whole=True)]
+        given = [self.coordinator != "", self.num_processes is not None, self.process_id is not None]
+        if any(given) and not self.distributed:
+            problems.append("coordinator, num-processes, process-id: expected only with --distributed")
+        if any(given) and not all(given):
+            problems.append("coordinator, num-processes, process-id: expected all three or none, got some of them")
+        if self.num_processes is not None:
+            problems += outside("num_processes", self.num_processes, 1, whole=True)
+            if self.process_id is not None:
+                problems += outside("process_id", self.process_id, 0, self.num_processes - 1, whole=True)
+        if problems:
+            raise ConfigurationError(problems)
+
+
+def start(launch: Launch, *, cohort: int) -> Mesh | None:
+    """Bring devices and processes up, before anything else touches JAX's devices.
+
+    Args:
+        launch: the options.
+        cohort: clients that take part in a round; a CPU is not split into more devices.
+
+    Returns:
+        The devices to train on; None for the one device of one process.
+
+    Raises:
+        ConfigurationError: for options that contradict each other, more devices than there are, or processes that do
+            not find each other.
+    """
+    launch.validate()
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _PATIENCE not in flags:  # a virtual device that waits for others over a minute would abort the process
+        os.environ["XLA_FLAGS"] = f"{flags} {_PATIENCE}=86400".strip()
+    wanted = launch.devices or max(1, min(_cores(), cohort))
+    if _FORCED not in flags:
+        with contextlib.suppress(RuntimeError):  # JAX is up already: its devices are what there is
+            jax.config.update("jax_num_cpu_devices", wanted)
+    if launch.distributed:
+        _join(launch)
+    mesh = client_mesh(_first_of_each(launch.devices))
+    return None if mesh.devices.size == 1 else mesh
+
+
+def _cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _join(launch: Launch) -> None:
+    """Wait for all processes."""
+    try:
+        jax.distributed.initialize(
+            launch.coordinator or None,
+            launch.num_processes,
+            launch.process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError([f"distributed: expected processes that find each other, got: {reason}"]) from error
+
+
+def _first_of_each(count: int) -> list[jax.Device]:
+    """Return the first devices of every process, all where `count` is 0."""
+    chosen: dict[int, list[jax.Device]] = {}
+    for device in jax.devices():
+        chosen.setdefault(device.process_index, []).append(device)
+    fewest = min(map(len, chosen.values()))
+    if count > fewest:
+        raise ConfigurationError([f"devices: expected at most the {fewest} that there are, got {count}"])
+    return [device for devices in chosen.values() for device in devices[: count or None]]
+
+
+def is_first() -> bool:
+    """Return whether this process shows progress and writes files."""
+    return jax.process_index() == 0
+
+
+def compile_round(round_fn: RoundFn, mesh: Mesh | None, key: Key, state: State, data: FederatedData) -> RoundFn:
+    """Compile a round for arguments like these.
+
+    What it takes and returns lies on this process's first device: nobody else need know of a mesh. Data, and
+    what the latest round left, are on all devices already and are not copied again.
+    """
+    if mesh is None:
+        return jax.jit(round_fn).lower(key, state, data).compile()
+    placed: dict[int, tuple[Array, Array]] = {}  # by identity of the array: the array, and its copy on all devices
+    left: dict[int, tuple[Array, Array]] = {}  # likewise
+
+    def place(leaf: Array) -> Array:
+        one, everywhere = (placed | left).get(id(leaf), (None, leaf))
+        return everywhere if one is leaf else replicate(leaf, mesh)
+
+    def hold(data: FederatedData) -> FederatedData:
+        placed.update({id(leaf): (leaf, place(leaf)) for leaf in jax.tree.leaves(data)})
+        return jax.tree.map(place, data)
+
+    compiled = jax.jit(round_fn).lower(*jax.tree.map(place, (key, state)), hold(data)).compile()
+
+    def run(key: Key, state: State, data: FederatedData) -> tuple[State, RoundInfo]:
+        result = compiled(*jax.tree.map(place, (key, state)), hold(data))
+        here = jax.tree.map(lambda leaf: leaf.addressable_data(0), result)
+        left.clear()
+        left.update({id(one): (one, many) for one, many in zip(*map(jax.tree.leaves, (here, result)), strict=True)})
+        return here
+
+    return run

@@ -1,0 +1,97 @@
+"""Every client's own accuracy at the end of a run: as its label mix predicts it, and on examples of its own."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from autorank_jax import evaluation
+from autorank_jax.datasets import Dataset
+from autorank_jax.engine.round import make_round
+from autorank_jax.evaluation.metrics import PersonalScores
+from autorank_jax.experiment.config import PERSONAL_RULES, Experiment, make_aggregator
+from autorank_jax.experiment.setup import Federation
+from autorank_jax.federated.data import from_parts
+from autorank_jax.types import Array, FederatedData, Key, LocalTraining, State
+
+Measure = Callable[[Federation, State], dict[str, dict[str, float]]]
+"""Accuracies over clients by what was measured: each `mean`, `weighted_mean` (by examples) and `worst`.
+
+Of what took a local training, `diverged` counts the clients whose training gave no finite result. They are in none of
+the accuracies, which then speak for the others alone.
+"""
+
+
+def split_test_set(label_counts: ArrayLike, labels: ArrayLike) -> list[np.ndarray]:
+    """Share test examples out over the clients, each class in proportion to their training examples of it.
+
+    So every client is tested on its own label mix, by examples that nobody trained on and no other client is given.
+    Clients of few examples may get none.
+
+    Args:
+        label_counts: `(clients, classes)` training examples.
+        labels: `(n,)` of the test examples.
+
+    Returns:
+        Of each client, the numbers of its test examples. Classes that nobody trains on go to nobody.
+    """
+    counts, labels = np.asarray(label_counts, np.float64), np.asarray(labels)
+    parts: list[list[np.ndarray]] = [[] for _ in counts]
+    for label in np.flatnonzero(counts.sum(axis=0)):
+        members = np.flatnonzero(labels == label)
+        shares = np.cumsum(counts[:, label])
+        ends = np.rint(members.size * shares / shares[-1]).astype(np.int64)
+        for part, mine in zip(parts, np.split(members, ends[:-1]), strict=True):
+            part.append(mine)
+    return [np.sort(np.concatenate(part)) if part else np.zeros(0, np.int64) for part in parts]
+
+
+def make_measure(
+    experiment: Experiment, name: str, training: LocalTraining, federation: Federation, dataset: Dataset, *, lanes: int
+) -> Measure:
+    """Make the measurement for an aggregation rule; one program serves every policy and seed.
+
+    `label_weighted` tests the server, cut to each client's rank level, on each class; `before` tests what the rule
+    hands the client, cut to its rank, on the client's share of the test set; `after` does so after one more local
+    training.
+
+    Args:
+        experiment: the options.
+        name: of the rule; under rules that leave adapters with the clients, nothing is `label_weighted`.
+        training: of one client.
+        federation: of any seed, for the model.
+        dataset: whose test examples are shared out.
+        lanes: clients trained side by side.
+    """
+    rule, task, levels = make_aggregator(name, experiment), federation.task, experiment.rank_levels
+    inputs, labels = jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test)
+
+    def train_once(key: Key, state: State, data: FederatedData, own: FederatedData) -> PersonalScores:
+        scoring = evaluation.with_personal_scores(rule, task, own)
+        blank = scoring.client_init(state.server)[1]
+        scores = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, data.size.shape), blank)
+        round_fn = make_round(training, scoring, lanes=lanes, rank_levels=levels)
+        return round_fn(key, state._replace(clients=(state.clients, scores)), data)[0].clients[1]
+
+    @jax.jit
+    def measured(key: Key, state: State, data: FederatedData, own: FederatedData, counts: Array) -> dict:
+        scores = train_once(key, state, data, own)
+        diverged = {"diverged": jnp.sum((own.size > 0) & (data.size > 0) & (scores.examples == 0))}
+        found = {
+            "before": evaluation.summarise_clients(scores.before, scores.examples) | diverged,
+            "after": evaluation.summarise_clients(scores.after, scores.examples) | diverged,
+        }
+        if name in PERSONAL_RULES:
+            return found
+        predicted = evaluation.label_weighted_accuracy(task, state, counts, inputs, labels, rank_levels=levels)
+        return {"label_weighted": evaluation.summarise_clients(predicted, jnp.sum(counts, axis=1))} | found
+
+    def measure(federation: Federation, state: State) -> dict[str, dict[str, float]]:
+        counts = federation.stats.label_counts
+        own = from_parts(inputs, labels, split_test_set(counts, dataset.y_test), allow_empty=True)
+        found = measured(federation.keys["training"], state, federation.data, own, counts)
+        return {what: {kind: float(f"{float(v):.6g}") for kind, v in row.items()} for what, row in found.items()}
+
+    return measure

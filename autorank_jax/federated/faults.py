@@ -1,0 +1,155 @@
+"""What goes wrong in a round: clients that drop out, clients that are slow, clients that send nonsense.
+
+A fault changes the cohort that was invited: `fault(key, round, data, cohort) -> cohort`. Draws follow identities, so
+that reordering clients or leaving some out changes nobody else's luck.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from autorank_jax.federated.participation import Cohort, Participation
+from autorank_jax.types import Array, Client, FederatedData, Key, LocalState, LocalTraining, Trainable
+
+Fault = Callable[[Key, Array, FederatedData, Cohort], Cohort]
+"""`(key, round, data, cohort) -> cohort`: what becomes of the clients that were invited; `round` counts from 0."""
+
+
+def drop_out(probability: float | Array) -> Fault:
+    """Let every client of every round drop out with a probability: it sends nothing, as if it had been away.
+
+    Args:
+        probability: in 0..1; under jit it may be an argument, so that another one compiles nothing.
+
+    Raises:
+        ValueError: for a probability outside 0..1.
+    """
+    _check_share("probability", probability)
+
+    def fault(key: Key, number: Array, data: FederatedData, cohort: Cohort) -> Cohort:  # noqa: ARG001
+        return cohort._replace(present=cohort.present & ~_struck(key, data, cohort, probability))
+
+    return fault
+
+
+def drop_out_schedule(away: ArrayLike) -> Fault:
+    """Let clients drop out by a table.
+
+    Args:
+        away: `(rounds, clients)` bool, true where the client of that row of the data drops out; nobody does in later
+            rounds.
+
+    Raises:
+        ValueError: for another shape, or for numbers in place of bools.
+    """
+    table = np.asarray(away)
+    if table.ndim != 2 or table.dtype != bool:
+        raise ValueError(
+            f"expected a schedule of bools of shape (rounds, clients), got {table.dtype} of shape {table.shape}, "
+            "probably a list of names or numbers of clients"
+        )
+
+    def fault(key: Key, number: Array, data: FederatedData, cohort: Cohort) -> Cohort:  # noqa: ARG001
+        clients = data.size.shape[0]
+        if table.shape[1] != clients:
+            raise ValueError(f"expected a schedule of {clients} clients, got one of {table.shape[1]}")
+        gone = jnp.asarray(table).at[number].get(mode="fill", fill_value=False)
+        return cohort._replace(present=cohort.present & ~gone[cohort.row])
+
+    return fault
+
+
+def limit_steps(max_steps: ArrayLike, *, probability: float = 1.0) -> Fault:
+    """Give clients a budget of local steps: a straggler sends what it has when its budget is spent.
+
+    Args:
+        max_steps: ≥ 1, one number for all or one for each client, `(clients,)`.
+        probability: of a client to be a straggler in a round, in 0..1.
+
+    Raises:
+        ValueError: for a budget below one step, or a probability outside 0..1.
+    """
+    budget = np.asarray(max_steps)
+    if budget.dtype.kind not in "iu" or budget.ndim > 1 or budget.size == 0 or budget.min() < 1:
+        raise ValueError(
+            f"expected max_steps as whole numbers of at least 1, one for all or one per client, got {max_steps!r}, "
+            "probably meant to drop clients out: use drop_out"
+        )
+    _check_share("probability", probability)
+
+    def fault(key: Key, number: Array, data: FederatedData, cohort: Cohort) -> Cohort:  # noqa: ARG001
+        clients = data.size.shape[0]
+        if budget.ndim and budget.shape != (clients,):
+            raise ValueError(f"expected a budget for each of {clients} clients, got {budget.size}")
+        most = jnp.iinfo(jnp.int32).max
+        own = jnp.broadcast_to(jnp.asarray(np.minimum(budget, most), jnp.int32), (clients,))[cohort.row]
+        limit = jnp.where(_struck(key, data, cohort, probability), own, most)
+        return cohort._replace(max_steps=limit if cohort.max_steps is None else jnp.minimum(limit, cohort.max_steps))
+
+    return fault
+
+
+def with_nan_clients(local: LocalTraining, broken: ArrayLike) -> LocalTraining:
+    """Let the local training of some clients end in NaN, to see what becomes of the others.
+
+    Args:
+        local: local training of one client.
+        broken: `(clients,)` bool, by row of the data.
+
+    Raises:
+        ValueError: for anything but a vector of bools.
+    """
+    flags = np.asarray(broken)
+    if flags.ndim != 1 or flags.dtype != bool:
+        raise ValueError(f"expected broken as a vector of bools, got {flags.dtype} of shape {flags.shape}")
+
+    def end(state: LocalState, client: Client) -> Trainable:
+        spoiled = jnp.asarray(flags)[client.row]
+        trained = local.end(state, client)
+        return jax.tree.map(lambda leaf: jnp.where(spoiled, jnp.asarray(jnp.nan, leaf.dtype), leaf), trained)
+
+    return local._replace(end=end)
+
+
+def round_keys(key: Key, number: Array) -> tuple[Key, Key, Key, Key]:
+    """Derive a round's keys: of who is invited, of local training, of the server step, of faults."""
+    who, training, server_step, luck = jax.random.split(jax.random.fold_in(key, number), 4)
+    return who, training, server_step, luck
+
+
+def draw_cohort(
+    key: Key, number: Array, data: FederatedData, participation: Participation, faults: Sequence[Fault]
+) -> tuple[Cohort, Cohort]:
+    """Return who is invited to a round, and what becomes of them.
+
+    Args:
+        key: the run's.
+        number: of the round, from 0.
+        data: all clients' examples.
+        participation: chooses who is invited.
+        faults: what becomes of them.
+    """
+    who, _, _, luck = round_keys(key, number)
+    invited = participation(who, data)
+    return invited, apply_faults(faults, luck, number, data, invited)
+
+
+def apply_faults(faults: Sequence[Fault], key: Key, number: Array, data: FederatedData, cohort: Cohort) -> Cohort:
+    """Apply faults one after another, each with its own key."""
+    for fault, own in zip(faults, jax.random.split(key, max(1, len(faults))), strict=False):
+        cohort = fault(own, number, data, cohort)
+    return cohort
+
+
+def _struck(key: Key, data: FederatedData, cohort: Cohort, probability: float | Array) -> Array:
+    """Draw who is struck, `(cohort,)` bool."""
+    draw = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))
+    return draw(data.id[cohort.row]) < probability
+
+
+def _check_share(name: str, value: float | Array) -> None:
+    if not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:
+        raise ValueError(f"expected a {name} in 0 .. 1, got {value}, probably a percentage")

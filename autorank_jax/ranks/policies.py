@@ -1,0 +1,343 @@
+"""Rank policies: who trains at which rank.
+
+A policy is a function `(key, ClientStats) -> (ratios, RankInfo)`. Ratios are in (0, 1], `(clients,)` or
+`(clients, layers)`, and `ranks_from_ratios` makes integer ranks of them. Everything is jittable, so that ranks can be
+set again in the middle of a simulation. Absent clients get some valid ratio: `min_ratio` where the policy scores, what
+the policy says otherwise.
+
+`budgets` adapts policies to budgets and devices, `controls` makes controls of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from autorank_jax.adapters import lora
+from autorank_jax.ranks import mcda
+from autorank_jax.ranks.criteria import CRITERIA, Criterion, complexity_matrix
+from autorank_jax.types import Array, ClientStats, FederatedData, Key, RankInfo, RankPolicy, RoundFn, RoundInfo, State
+
+_RERANK = 0x72616E6B  # fold_in tag: keys of re-ranking never meet those of a round, whose identities are round numbers
+
+
+def autorank(
+    *,
+    criteria: Sequence[str | Criterion] = tuple(CRITERIA),
+    min_ratio: float = 0.1,
+    normalization: str = "vector",
+    benefit: Sequence[bool] | None = None,
+) -> RankPolicy:
+    """Rank clients by the complexity of their data: CRITIC weights, TOPSIS closeness, min-max, floor.
+
+    `ρ_i = ρ_min + (1 - ρ_min) (C_i - min C) / (max C - min C)`, and 1 for everyone where all scores are equal.
+
+    Args:
+        criteria: names in `complexity.CRITERIA` or functions `ClientStats -> (clients,)`; the columns of `stats.extra`
+            are appended.
+        min_ratio: `ρ_min` in (0, 1], the ratio of the least complex client.
+        normalization: of TOPSIS, "vector" or "minmax".
+        benefit: False where a criterion is a cost, one per column; all benefits where None.
+
+    Returns:
+        A policy of ratios `(clients,)` in [min_ratio, 1]. It does not use its key.
+
+    Raises:
+        ValueError: for a bad `min_ratio` or `normalization`; when called, for criteria that the stats cannot give.
+
+    Source: arXiv 2412.15553.
+    """
+    _check_ratio("min_ratio", min_ratio)
+    if normalization not in mcda.NORMALIZATIONS:
+        raise ValueError(f"normalization: expected one of {mcda.NORMALIZATIONS}, got {normalization!r}")
+
+    def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
+        matrix = complexity_matrix(stats, criteria=criteria)
+        weights = mcda.critic_weights(matrix, benefit=benefit, where=stats.where)
+        closeness = mcda.topsis(matrix, weights, benefit=benefit, normalization=normalization, where=stats.where)
+        ratios = ratios_from_scores(closeness, min_ratio=min_ratio, where=stats.where)
+        return ratios, RankInfo(matrix, weights, closeness)
+
+    return policy
+
+
+def by_size(*, min_ratio: float = 0.1) -> RankPolicy:
+    """Rank clients by their number of examples alone: AutoRank with the size as the score.
+
+    Args:
+        min_ratio: in (0, 1], the ratio of the smallest client.
+
+    Returns:
+        A policy of ratios `(clients,)` in [min_ratio, 1]. Its info has one criterion of weight 1.
+
+    Raises:
+        ValueError: for a bad `min_ratio`.
+    """
+    _check_ratio("min_ratio", min_ratio)
+
+    def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
+        size = jnp.asarray(stats.size).astype(jnp.result_type(float))
+        ratios = ratios_from_scores(size, min_ratio=min_ratio, where=stats.where)
+        score = mcda.min_max(size[:, None], where=stats.where)[0][:, 0]
+        closeness = jnp.where(stats.where, score, 0)
+        return ratios, RankInfo(size[:, None], jnp.ones(1, size.dtype), closeness)
+
+    return policy
+
+
+def uniform(ratio: float = 1.0) -> RankPolicy:
+    """Give every client the same ratio.
+
+    Args:
+        ratio: in (0, 1]; 1 trains everyone at full rank.
+
+    Returns:
+        A policy of ratios `(clients,)`.
+
+    Raises:
+        ValueError: for a bad `ratio`.
+    """
+    _check_ratio("ratio", ratio)
+
+    def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
+        return jnp.full(_clients(stats), ratio, jnp.result_type(float)), _no_scores(stats)
+
+    return policy
+
+
+def manual(ratios: ArrayLike | Sequence[float] | Sequence[Sequence[float]]) -> RankPolicy:
+    """Give every client the ratio that is written down for it.
+
+    Args:
+        ratios: `(clients,)` or `(clients, layers)` in (0, 1], layers in sorted order of their paths.
+
+    Returns:
+        A policy of these ratios.
+
+    Raises:
+        ValueError: for ratios outside (0, 1] or of wrong shape; when called, for another number of clients.
+    """
+    if not isinstance(ratios, jax.core.Tracer):
+        ratios = _numbers("ratios", ratios)
+        _check_ratios(ratios)
+    given = jnp.asarray(ratios).astype(jnp.result_type(float))
+    if given.ndim not in (1, 2):
+        raise ValueError(f"ratios: expected shape (clients,) or (clients, layers), got {given.shape}")
+
+    def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
+        if given.shape[0] != _clients(stats):
+            raise ValueError(
+                f"manual: expected one ratio for each of {_clients(stats)} clients, got {given.shape[0]}, probably "
+                "written for another split"
+            )
+        return given, _no_scores(stats)
+
+    return policy
+
+
+def ratios_from_scores(scores: ArrayLike, *, min_ratio: float = 0.1, where: ArrayLike | None = None) -> Array:
+    """Turn scores into rank ratios, `ρ_i = ρ_min + (1 - ρ_min) (s_i - min s) / (max s - min s)`.
+
+    Args:
+        scores: `(clients,)` finite, more means a higher rank.
+        min_ratio: `ρ_min` in (0, 1].
+        where: `(clients,)` bool, False where a client is absent; all present where None.
+
+    Returns:
+        `(clients,)` in [min_ratio, 1]; 1 for everyone where all scores are equal, `min_ratio` for absent clients.
+
+    Raises:
+        ValueError: for a bad `min_ratio`, or a `scores` or `where` of wrong shape.
+
+    Source: arXiv 2412.15553 for min-max; the floor and the rule for equal scores are ours.
+
+    Example:
+        >>> print(ratios_from_scores(jnp.array([0.2, 0.5, 0.8])))
+        [0.1  0.55 1.  ]
+    """
+    _check_ratio("min_ratio", min_ratio)
+    if jnp.ndim(scores) != 1:
+        raise ValueError(
+            f"scores: expected shape (clients,), got {jnp.shape(scores)}, probably scores of several policies"
+        )
+    s, varying = mcda.min_max(jnp.asarray(scores)[:, None], where=where)
+    s = jnp.where(varying[None, :], s, 1)[:, 0]
+    ratios = min_ratio + (1 - min_ratio) * s
+    return ratios if where is None else jnp.where(where, ratios, min_ratio)
+
+
+def ranks_from_ratios(ratios: ArrayLike, max_ranks: Mapping[str, int]) -> dict[str, Array]:
+    """Return integer ranks, `r_il = max(1, ⌊ρ_i R_l⌋)`, rounded so that a ratio of 0.7 of 10 is 7.
+
+    Float32 holds 0.7 as a little less; a factor of `1 + 1e-6` before the floor is right for every ratio of hundredths
+    and `R ≤ 4096`.
+
+    Args:
+        ratios: `(clients,)`, or `(clients, layers)` with the layers in sorted order of their paths (as jax walks a dict
+            and `lora.max_ranks` lists them), in (0, 1]; within `jit` they are clipped to it.
+        max_ranks: by path, `R_l ≥ 1`.
+
+    Returns:
+        By path, `(clients,)` int32 in 1..R_l.
+
+    Raises:
+        ValueError: for ratios of wrong shape or outside (0, 1], or a maximum rank that is not a whole number ≥ 1.
+
+    Example:
+        >>> ranks = ranks_from_ratios(jnp.array([0.01, 0.7, 1.0]), {"hidden": 160, "out": 10})
+        >>> print(ranks["hidden"], ranks["out"])
+        [  1 112 160] [ 1  7 10]
+    """
+    ratios = jnp.asarray(ratios).astype(jnp.float32)
+    if not isinstance(ratios, jax.core.Tracer):
+        _check_ratios(np.asarray(ratios))
+    if ratios.ndim == 1:
+        ratios = jnp.broadcast_to(ratios[:, None], (ratios.shape[0], len(max_ranks)))
+    if ratios.ndim != 2 or ratios.shape[1] != len(max_ranks):
+        raise ValueError(
+            f"ratios: expected shape (clients,) or (clients, {len(max_ranks)}), got {ratios.shape}, probably ratios "
+            "for other layers"
+        )
+    ranks = {}
+    for layer, path in enumerate(sorted(max_ranks)):
+        R = max_ranks[path]
+        _check_max_rank(f"max_ranks[{path!r}]", R)
+        floor = jnp.floor(ratios[:, layer] * jnp.float32(R) * jnp.float32(1 + 1e-6))
+        ranks[path] = jnp.clip(floor, 1, R).astype(jnp.int32)
+    return ranks
+
+
+def with_reranking(round_fn: RoundFn, policy: RankPolicy, stats: ClientStats, *, every: int) -> RoundFn:
+    """Set the ranks anew after every `every`-th round, from the loss curves that training records anyway.
+
+    Args:
+        round_fn: the round to wrap.
+        policy: of the new ranks.
+        stats: of the clients; its losses are replaced with those of each client's latest round.
+        every: rounds, ≥ 1, from one ranking to the next, counted from the first round of all.
+
+    Returns:
+        A round function whose state has the same structure and types as before.
+
+    Raises:
+        ValueError: for a bad `every`; when called, for stats of another number of clients.
+    """
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every: expected a whole number of rounds ≥ 1, got {every!r}, probably 0 for never")
+
+    def round_then_rank(key: Key, state: State, data: FederatedData) -> tuple[State, RoundInfo]:
+        if state.epochs.shape[0] != _clients(stats):
+            raise ValueError(
+                f"with_reranking: expected stats of {state.epochs.shape[0]} clients, got {_clients(stats)}, probably "
+                "of another split"
+            )
+        state, info = round_fn(key, state, data)
+
+        def rank_anew() -> dict[str, Array]:
+            curves = stats._replace(epoch_losses=state.epoch_losses, epochs=state.epochs)
+            ratios, _ = policy(jax.random.fold_in(jax.random.fold_in(key, _RERANK), state.round), curves)
+            return ranks_from_ratios(ratios, lora.max_ranks(state.server.trainable))
+
+        ranks = lax.cond(state.round % every == 0, rank_anew, lambda: state.ranks)
+        return state._replace(ranks=ranks), info
+
+    return round_then_rank
+
+
+def autorank_ranks(
+    label_counts: ArrayLike | Sequence[Sequence[int]],
+    epoch_losses: ArrayLike | Sequence[Sequence[float]] | None = None,
+    *,
+    max_rank: int,
+    min_ratio: float = 0.1,
+) -> tuple[Array, RankInfo]:
+    """Return AutoRank's rank for every client, for use with one's own training stack.
+
+    Args:
+        label_counts: `(clients, classes)` examples of each class, ≥ 0.
+        epoch_losses: `(clients, epochs)` mean training loss per epoch of a probe, ≥ 0. Without it the criterion
+            `loss_entropy` is left out.
+        max_rank: the rank of the most complex client, ≥ 1.
+        min_ratio: in (0, 1], the share of it that the least complex client gets.
+
+    Returns:
+        `(clients,)` int32 ranks in 1..max_rank, and the matrix, weights and closeness behind them.
+
+    Raises:
+        ValueError: for wrong shapes, rows of different lengths, negative or non-finite numbers, or a bad `max_rank` or
+            `min_ratio`.
+
+    Source: arXiv 2412.15553.
+
+    Example:
+        Sizes 10, 10, 40; classes 1, 2, 2; entropies 0, ln 2, ln 2; Gini-Simpson 0, ½, ½. The last three columns agree
+        perfectly and have `ρ = ½` with the sizes, all have the same `σ`: `C ∝ 3/2, ½, ½, ½`, `w = ½, ⅙, ⅙, ⅙`. Client 0
+        is the worst in everything, client 2 the best; client 1 is `½ · 0.7071` from the best (30 of the norm 42.43) and
+        `⅙ √(1/9 + ½ + ½)` from the worst: `0.1757 / 0.5292 = 0.332`, a ratio of 0.399.
+
+        >>> ranks, info = autorank_ranks([[10, 0], [5, 5], [20, 20]], max_rank=10)
+        >>> print(ranks, info.weights, info.closeness)
+        [ 1  3 10] [0.5    0.1667 0.1667 0.1667] [0.    0.332 1.   ]
+    """
+    _check_max_rank("max_rank", max_rank)
+    counts = _client_table("label_counts", label_counts)
+    losses = None if epoch_losses is None else _client_table("epoch_losses", epoch_losses)
+    if losses is not None and losses.shape[0] != counts.shape[0]:
+        raise ValueError(
+            f"epoch_losses: expected {counts.shape[0]} clients, got {losses.shape[0]}, probably of another split"
+        )
+    criteria = tuple(name for name in CRITERIA if losses is not None or name != "loss_entropy")
+    present = jnp.ones(counts.shape[0], bool)
+    stats = ClientStats(jnp.sum(counts, axis=1), counts, losses, None, None, present.astype(counts.dtype), present)
+    ratios, info = autorank(criteria=criteria, min_ratio=min_ratio)(jax.random.key(0), stats)
+    return ranks_from_ratios(ratios, {"rank": max_rank})["rank"], info
+
+
+def _client_table(name: str, table: ArrayLike | Sequence[Sequence[float]]) -> Array:
+    """Check a table with a row per client, as far as it is known yet, and return it in the default float type."""
+    if not isinstance(table, jax.core.Tracer):
+        table = _numbers(name, table)
+        if table.ndim == 2 and not (np.isfinite(table) & (table >= 0)).all():
+            raise ValueError(f"{name}: expected finite numbers ≥ 0, got others, probably missing or diverged clients")
+    array = jnp.asarray(table).astype(jnp.result_type(float))
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"{name}: expected shape (clients, columns), got {array.shape}, probably one client or none")
+    return array
+
+
+def _numbers(name: str, table: ArrayLike | Sequence[Any]) -> np.ndarray:
+    try:
+        return np.asarray(table, float)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name}: expected numbers in rows of one length, got others, probably a column left out where it is 0"
+        ) from None
+
+
+def _clients(stats: ClientStats) -> int:
+    return jnp.shape(stats.size)[0]
+
+
+def _no_scores(stats: ClientStats) -> RankInfo:
+    clients, dtype = _clients(stats), jnp.result_type(float)
+    return RankInfo(jnp.zeros((clients, 0), dtype), jnp.zeros(0, dtype), jnp.zeros(clients, dtype))
+
+
+def _check_ratio(name: str, ratio: float) -> None:
+    if isinstance(ratio, int | float) and not 0 < ratio <= 1:
+        raise ValueError(f"{name}: expected a number in (0, 1], got {ratio}, probably a percentage or a rank")
+
+
+def _check_ratios(ratios: np.ndarray) -> None:
+    bad = ratios[~((ratios > 0) & (ratios <= 1))]  # NaN is refused as well
+    if bad.size:
+        raise ValueError(f"ratios: expected numbers in (0, 1], got {bad[0]:g}, probably ranks or percentages")
+
+
+def _check_max_rank(name: str, rank: int) -> None:
+    if not isinstance(rank, int | np.integer) or rank < 1:
+        raise ValueError(f"{name}: expected a whole number ≥ 1, got {rank!r}, probably a ratio")
