@@ -48,8 +48,8 @@ def make_round(
         faults: what becomes of it, from `faults`.
         weigh: weight of each client in the aggregate, `(clients,)`; a client whose weight is not positive and finite
             is absent.
-        mesh: devices to shard the clients over, from `sharding.client_mesh`, on one host or many; where None the round runs
-            where its arrays are. Place state, key and data by `sharding.replicate`, or make data by
+        mesh: devices to shard the clients over, from `sharding.client_mesh`, on one host or many; where None the round
+            runs where its arrays are. Place state, key and data by `sharding.replicate`, or make data by
             `sharding.owned_data`. Results depend on the mesh by rounding only.
 
     Returns:

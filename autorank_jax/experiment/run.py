@@ -79,8 +79,8 @@ def run_experiment(
 
     Args:
         experiment: the options.
-        mesh: devices to shard the clients over, from `sharding.client_mesh`; where there are several processes, all of them
-            call this function and get the results, and the first saves.
+        mesh: devices to shard the clients over, from `sharding.client_mesh`; where there are several processes, all of
+            them call this function and get the results, and the first saves.
         on_event: called with what happens, as it happens.
         on_round: called after every round with its row, its information and the state; True ends that run early.
             Whatever it raises leaves through here, after a checkpoint.
