@@ -35,8 +35,8 @@ from autorank_jax.cli.tables import comparison_tables, criteria_table, datasets_
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
 from autorank_jax.experiment.config import AGGREGATORS, POLICIES, ConfigurationError, Experiment, outside, unknown
 from autorank_jax.experiment.launch import Launch, is_first, start
+from autorank_jax.experiment.position import DivergedError
 from autorank_jax.experiment.results import Results
-from autorank_jax.experiment.rounds import DivergedError
 from autorank_jax.experiment.run import run_experiment
 from autorank_jax.ranks import mcda, policies
 from autorank_jax.ranks.table_file import read_criteria

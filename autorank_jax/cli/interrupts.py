@@ -17,7 +17,7 @@ from autorank_jax.cli.files import CHECKPOINTS, to_json, write_file
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
 from autorank_jax.experiment.events import Event, OnEvent, Started
-from autorank_jax.experiment.rounds import RoundEnd
+from autorank_jax.experiment.position import RoundEnd
 
 _CONFIG = "run.json"
 

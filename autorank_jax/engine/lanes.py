@@ -322,9 +322,9 @@ def _add(
     whole = jnp.arange(max_epochs, dtype=jnp.int32)[None, :] < assignments.epochs[:, None]
     mean_losses = jnp.where(whole, losses[:, :max_epochs] / size[:, None], 0)
     sums = jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
-    totals, lost = (jax.tree.map(part, totals.sums, totals.lost, sums) for part in (_with_lost, _lost))
+    summed, lost = (jax.tree.map(part, totals.sums, totals.lost, sums) for part in (_with_lost, _lost))
     return totals._replace(
-        sums=totals,
+        sums=summed,
         lost=lost,
         epoch_losses=totals.epoch_losses.at[whole_row].set(mean_losses, mode="drop"),
         epochs=totals.epochs.at[whole_row].set(jnp.minimum(assignments.epochs, max_epochs), mode="drop"),

@@ -2,19 +2,22 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax.checkpoint import read_about, restore_state, save_state, saved_steps
+from autorank_jax.checkpoint import read_about, restore_state, save_state, saved_steps, step_folder
 from autorank_jax.datasets import Dataset
 from autorank_jax.experiment.config import Experiment, make_aggregator
+from autorank_jax.experiment.position import Position, Record
 from autorank_jax.experiment.results import Row
-from autorank_jax.experiment.rounds import Book, Record, Save, start_state
-from autorank_jax.experiment.setup import Federation
+from autorank_jax.experiment.setup import Federation, start_state
+
+Save = Callable[[Position, bool], None]
+"""Called after every round with where the experiment stands, and whether this is the last chance to save it."""
 
 
 class Checkpoints(NamedTuple):
@@ -26,41 +29,40 @@ class Checkpoints(NamedTuple):
 
 
 def make_save(
-    checkpoints: Checkpoints | None, experiment: Experiment, dataset: Dataset, *, about: Mapping[str, Any]
+    checkpoints: Checkpoints | None, experiment: Experiment, dataset: Dataset, machine: Mapping[str, Any]
 ) -> Save:
     """Return what is called after every round: it saves when it is time to, and when there is no later chance."""
     if checkpoints is None:
-        return lambda book, last_chance: None  # noqa: ARG005
+        return lambda position, last_chance: None  # noqa: ARG005
     config = full_configuration(experiment, dataset)
 
-    def save(book: Book, last_chance: bool) -> None:
-        record = book.records[-1]
-        due = checkpoints.every and (record.over or len(record.rows) % checkpoints.every == 0)
+    def save(position: Position, last_chance: bool) -> None:
+        record = position.records[-1]
+        due = checkpoints.every and (record.over or record.round % checkpoints.every == 0)
         if not (due or last_chance):
             return
-        records = [r._asdict() | {"rows": [row._asdict() for row in r.rows]} for r in book.records]
-        extra = {"records": records, "seconds": dict(book.seconds), "about": dict(about)}
-        arrays = {"state": book.state, "probes": book.probes}
-        save_state(checkpoints.folder, arrays, step=book.rounds, config=config, extra=extra, keep=checkpoints.keep)
+        records = [r._asdict() | {"rows": [row._asdict() for row in r.rows]} for r in position.records]
+        extra = {"records": records, "seconds": dict(position.seconds), "about": dict(machine)}
+        arrays = {"state": position.state, "probes": position.probes}
+        save_state(checkpoints.folder, arrays, step=position.rounds, config=config, extra=extra, keep=checkpoints.keep)
 
     return save
 
 
-def restore_book(
-    checkpoints: Checkpoints,
+def restore_position(
+    checkpoints: Checkpoints | None,
     experiment: Experiment,
     dataset: Dataset,
     federations: Sequence[Federation],
-    *,
-    about: Mapping[str, Any],
-) -> tuple[Book, tuple[str, ...]]:
+    machine: Mapping[str, Any],
+) -> tuple[Position, tuple[str, ...]]:
     """Return where an experiment stood at its latest checkpoint, and what differs in device and versions since.
 
     Raises:
         CheckpointError: for checkpoints of another experiment, damaged ones, or those of a newer version.
     """
-    if not saved_steps(checkpoints.folder):
-        return Book(), ()
+    if checkpoints is None or not saved_steps(checkpoints.folder):
+        return Position(), ()
     config = full_configuration(experiment, dataset)
     extra = read_about(checkpoints.folder, config=config).extra
     records = tuple(Record(**r | {"rows": tuple(Row(**row) for row in r["rows"])}) for r in extra["records"])
@@ -70,9 +72,17 @@ def restore_book(
     probes = tuple((jnp.zeros_like(state.epoch_losses), jnp.zeros_like(state.epochs)) for _ in federations)
     like = {"state": state, "probes": probes if experiment.probed else ()}
     restored = restore_state(checkpoints.folder, like, config=config).state
-    then, now = _flat(extra["about"]), _flat(about)
+    then, now = _flat(extra["about"]), _flat(machine)
     differences = tuple(f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name])
-    return Book(records, restored["state"], restored["probes"], extra["seconds"]), differences
+    return Position(records, restored["state"], restored["probes"], extra["seconds"]), differences
+
+
+def last_good(checkpoints: Checkpoints | None) -> str:
+    """Say which checkpoint is there to go on from."""
+    steps = saved_steps(checkpoints.folder) if checkpoints else []
+    if not checkpoints or not steps:
+        return "no checkpoint was saved"
+    return f"the last good checkpoint is {step_folder(checkpoints.folder, steps[-1])}"
 
 
 def full_configuration(experiment: Experiment, dataset: Dataset) -> dict[str, Any]:
@@ -83,5 +93,5 @@ def full_configuration(experiment: Experiment, dataset: Dataset) -> dict[str, An
     return dataclasses.asdict(experiment) | {"checksum of the dataset": checksum.hexdigest()[:16]}
 
 
-def _flat(about: Mapping[str, Any]) -> dict[str, str]:
-    return {"device": about["device"]} | dict(about["versions"])
+def _flat(machine: Mapping[str, Any]) -> dict[str, str]:
+    return {"device": machine["device"]} | dict(machine["versions"])

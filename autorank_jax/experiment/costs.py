@@ -1,4 +1,4 @@
-"""What the rounds of an experiment cost: expected beforehand, and charged for what each of them did."""
+"""What the rounds of an experiment cost: expected beforehand, and counted by what each of them did."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,18 +10,12 @@ from autorank_jax.engine.flops import FlopModel
 from autorank_jax.evaluation.costs import ClientCosts, client_costs
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.results import Costs
+from autorank_jax.experiment.setup import Federation, full_ranks, make_faults, make_participation
 from autorank_jax.federated import faults
-from autorank_jax.federated.participation import (
-    Participation,
-    everyone,
-    sample_by_size,
-    sample_independently,
-    sample_uniformly,
-)
 from autorank_jax.types import Aggregator, FederatedData, Key, State
 
 
-class Charge(NamedTuple):
+class RoundCost(NamedTuple):
     """What one round cost all clients together."""
 
     flops: float
@@ -29,27 +23,17 @@ class Charge(NamedTuple):
     bytes_down: float
 
 
-Meter = Callable[[Key, State, FederatedData], Charge]
-"""`(key, state before the round, data) -> charge`."""
+CostFn = Callable[[Key, State, FederatedData], RoundCost]
+"""`(key, state before the round, data) -> what the round costs`."""
 
 
-def make_participation(experiment: Experiment) -> Participation:
-    """Return who is invited to a round."""
-    if experiment.cohort == experiment.clients and experiment.sampling != "independent":
-        return everyone
-    if experiment.sampling == "independent":
-        return sample_independently(experiment.participation)
-    return {"uniform": sample_uniformly, "by_size": sample_by_size}[experiment.sampling](experiment.cohort)
-
-
-def make_faults(experiment: Experiment) -> list[faults.Fault]:
-    """Return what goes wrong in every round."""
-    struck = []
-    if experiment.drop_out:
-        struck.append(faults.drop_out(experiment.drop_out))
-    if experiment.stragglers:
-        struck.append(faults.limit_steps(experiment.straggler_steps, probability=experiment.stragglers))
-    return struck
+def probe_flops(experiment: Experiment, federation: Federation, flops: FlopModel) -> float:
+    """Return what the probe costs: all clients at full rank."""
+    if not experiment.probed:
+        return 0.0
+    size, full = federation.stats.size, full_ranks(federation.task, federation.stats.size.shape[0])
+    each = client_costs(federation.task.server, full, size, flops, local_epochs=experiment.probe_epochs)
+    return float(each.flops.sum())
 
 
 def attendance(experiment: Experiment, data: FederatedData) -> np.ndarray:
@@ -64,7 +48,9 @@ def attendance(experiment: Experiment, data: FederatedData) -> np.ndarray:
     return np.bincount(np.asarray(rows).ravel(), minlength=clients) / 1000
 
 
-def round_costs(experiment: Experiment, rule: Aggregator, state: State, data: FederatedData, flops: FlopModel) -> Costs:
+def expected_costs(
+    experiment: Experiment, rule: Aggregator, state: State, data: FederatedData, flops: FlopModel
+) -> Costs:
     """Return what one round costs if nobody fails; where clients are sampled, the expectation over who takes part."""
     share = attendance(experiment, data)
     each = _each(experiment, rule, state, data, flops=flops, share=share)
@@ -77,8 +63,8 @@ def round_costs(experiment: Experiment, rule: Aggregator, state: State, data: Fe
     )
 
 
-def make_meter(experiment: Experiment, rule: Aggregator, flops: FlopModel) -> Meter:
-    """Make the function that charges a round for what its clients did.
+def make_round_cost(experiment: Experiment, rule: Aggregator, flops: FlopModel) -> CostFn:
+    """Make the function that counts what a round's clients did.
 
     Whoever is invited is sent the model. Clients that drop out neither train nor send; stragglers train as long as
     their budget lasts; clients whose update is not finite have trained and sent it. A client that prunes its rank in a
@@ -87,7 +73,7 @@ def make_meter(experiment: Experiment, rule: Aggregator, flops: FlopModel) -> Me
     participation, struck = make_participation(experiment), make_faults(experiment)
     draw = jax.jit(lambda key, number, data: faults.draw_cohort(key, number, data, participation, struck))
 
-    def charge(key: Key, state: State, data: FederatedData) -> Charge:
+    def round_cost(key: Key, state: State, data: FederatedData) -> RoundCost:
         invited, cohort = jax.tree.map(np.asarray, draw(key, state.round, data))
         size = np.asarray(data.size, np.int64)
         sent, trained = np.zeros(size.shape, bool), np.zeros(size.shape, bool)
@@ -97,13 +83,13 @@ def make_meter(experiment: Experiment, rule: Aggregator, flops: FlopModel) -> Me
         done = np.ones(size.shape)
         if cohort.max_steps is not None:
             done[cohort.row] = _done(experiment, size[cohort.row], cohort.max_steps)
-        return Charge(
+        return RoundCost(
             flops=float(np.sum(each.flops * done, where=trained)),
             bytes_up=float(np.sum(each.bytes_up, where=trained)),
             bytes_down=float(np.sum(each.bytes_down, where=sent)),
         )
 
-    return charge
+    return round_cost
 
 
 def _each(

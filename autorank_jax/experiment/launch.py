@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import os
+import platform
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -117,6 +120,15 @@ def _first_of_each(count: int) -> list[jax.Device]:
 def is_first() -> bool:
     """Return whether this process shows progress and writes files."""
     return jax.process_index() == 0
+
+
+def describe_machine(mesh: Mesh | None) -> dict[str, Any]:
+    """Return `device`, in words, and `versions`, of Python and the packages that results depend on."""
+    first = jax.devices()[0]
+    device = f"{first.device_kind}, {os.cpu_count()} cores" if first.platform == "cpu" else first.device_kind
+    packages = ("autorank-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    return {"device": device if mesh is None else f"{device}, {mesh.devices.size} devices", "versions": versions}
 
 
 def compile_round(round_fn: RoundFn, mesh: Mesh | None, key: Key, state: State, data: FederatedData) -> RoundFn:

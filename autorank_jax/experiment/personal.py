@@ -9,12 +9,12 @@ from numpy.typing import ArrayLike
 
 from autorank_jax import evaluation
 from autorank_jax.datasets import Dataset
-from autorank_jax.engine.round import make_round
+from autorank_jax.engine import make_local_training, make_round
 from autorank_jax.evaluation.metrics import PersonalScores
 from autorank_jax.experiment.config import PERSONAL_RULES, Experiment, make_aggregator
-from autorank_jax.experiment.setup import Federation
-from autorank_jax.federated.data import from_parts
-from autorank_jax.types import Array, FederatedData, Key, LocalTraining, State
+from autorank_jax.experiment.setup import Federation, lane_count, make_optimizer
+from autorank_jax.federated import from_parts
+from autorank_jax.types import Array, FederatedData, Key, State
 
 Measure = Callable[[Federation, State], dict[str, dict[str, float]]]
 """Accuracies over clients by what was measured: each `mean`, `weighted_mean` (by examples) and `worst`.
@@ -48,9 +48,7 @@ def split_test_set(label_counts: ArrayLike, labels: ArrayLike) -> list[np.ndarra
     return [np.sort(np.concatenate(part)) if part else np.zeros(0, np.int64) for part in parts]
 
 
-def make_measure(
-    experiment: Experiment, name: str, training: LocalTraining, federation: Federation, dataset: Dataset, *, lanes: int
-) -> Measure:
+def make_measure(experiment: Experiment, name: str, federation: Federation, dataset: Dataset) -> Measure:
     """Make the measurement for an aggregation rule; one program serves every policy and seed.
 
     `label_weighted` tests the server, cut to each client's rank level, on each class; `before` tests what the rule
@@ -60,19 +58,19 @@ def make_measure(
     Args:
         experiment: the options.
         name: of the rule; under rules that leave adapters with the clients, nothing is `label_weighted`.
-        training: of one client.
         federation: of any seed, for the model.
         dataset: whose test examples are shared out.
-        lanes: clients trained side by side.
     """
     rule, task, levels = make_aggregator(name, experiment), federation.task, experiment.rank_levels
+    local = make_local_training(task, make_optimizer(experiment), batch_size=experiment.batch_size)
+    lanes = lane_count(experiment, federation, cohort=experiment.clients)
     inputs, labels = jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test)
 
     def train_once(key: Key, state: State, data: FederatedData, own: FederatedData) -> PersonalScores:
         scoring = evaluation.with_personal_scores(rule, task, own)
         blank = scoring.client_init(state.server)[1]
         scores = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, data.size.shape), blank)
-        round_fn = make_round(training, scoring, lanes=lanes, rank_levels=levels)
+        round_fn = make_round(local, scoring, lanes=lanes, rank_levels=levels)
         return round_fn(key, state._replace(clients=(state.clients, scores)), data)[0].clients[1]
 
     @jax.jit

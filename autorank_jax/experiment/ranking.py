@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax.adapters import lora
+from autorank_jax.adapters import max_ranks
 from autorank_jax.engine.flops import FlopModel
-from autorank_jax.evaluation.costs import client_costs
 from autorank_jax.experiment.config import Experiment
+from autorank_jax.experiment.costs import probe_flops
 from autorank_jax.experiment.results import Scores
 from autorank_jax.experiment.setup import Federation
-from autorank_jax.ranks import budgets, controls, policies
-from autorank_jax.ranks.criteria import complexity_matrix
-from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy, Task
+from autorank_jax.ranks import budgets, complexity_matrix, controls, policies
+from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy, State, Task
 
 PROBE_POLICIES = ("autorank", "covered", "shuffled", "reversed")
 """Policies that are charged for the probe, because each client's ratio comes from its score."""
@@ -28,7 +27,8 @@ class Ranked(NamedTuple):
     ranks: dict[str, Array]  # by layer, (clients,)
 
 
-Ranker = Callable[[Key, ClientStats], tuple[dict[str, Ranked], RankInfo | None]]  # by policy; AutoRank's scores
+Ranking = Callable[[Key, ClientStats], tuple[dict[str, Ranked], RankInfo | None]]
+"""`(key, stats) -> (what every policy gives, by name; AutoRank's scores where a policy needs them)`."""
 
 
 def rank_policy(name: str, experiment: Experiment) -> RankPolicy:
@@ -61,11 +61,11 @@ def by_size_at_mean(policy: RankPolicy, min_ratio: float) -> RankPolicy:
     return sized
 
 
-def make_ranker(experiment: Experiment, task: Task) -> Ranker:
+def make_ranking(experiment: Experiment, task: Task) -> Ranking:
     """Compile all policies of an experiment together, with the rounding to integer ranks."""
     made = {name: rank_policy(name, experiment) for name in experiment.rank_policies}
     scored = rank_policy("autorank", experiment) if experiment.scored else None
-    widest = lora.max_ranks(task.server.trainable)
+    widest = max_ranks(task.server.trainable)
 
     def rank(key: Key, stats: ClientStats) -> tuple[dict[str, Ranked], RankInfo | None]:
         ranked = {}
@@ -77,10 +77,26 @@ def make_ranker(experiment: Experiment, task: Task) -> Ranker:
     return jax.jit(rank)
 
 
-def score_clients(experiment: Experiment, federation: Federation, ranker: Ranker, flops: FlopModel) -> Scores:
-    """Score the clients of one seed and give them their first ranks under every policy."""
+def score_clients(
+    experiment: Experiment,
+    federation: Federation,
+    curves: tuple[Array, Array] | None,
+    ranking: Ranking,
+    flops: FlopModel,
+) -> Scores:
+    """Score the clients of one seed and give them their first ranks under every policy.
+
+    Args:
+        experiment: the options.
+        federation: the clients.
+        curves: their losses by epoch and how many epochs these are, from the probe; None where there was none.
+        ranking: the policies.
+        flops: to count the probe's cost.
+    """
     stats = federation.stats
-    ranked, info = ranker(federation.keys["policy"], stats)
+    if curves is not None:
+        stats = stats._replace(epoch_losses=curves[0], epochs=curves[1])
+    ranked, info = ranking(federation.keys["policy"], stats)
     criteria = tuple(c for c in experiment.criteria if c != "loss_entropy" or experiment.probed)
     weights = closeness = None
     if info is not None:
@@ -103,10 +119,18 @@ def score_clients(experiment: Experiment, federation: Federation, ranker: Ranker
     )
 
 
-def probe_flops(experiment: Experiment, federation: Federation, flops: FlopModel) -> float:
-    """Return what the probe costs: all clients at full rank."""
-    if not experiment.probed:
-        return 0.0
-    server, size = federation.task.server, federation.stats.size
-    full = {path: jnp.full(size.shape, width, jnp.int32) for path, width in lora.max_ranks(server.trainable).items()}
-    return float(client_costs(server, full, size, flops, local_epochs=experiment.probe_epochs).flops.sum())
+def first_ranks(scores: Scores, policy: str) -> dict[str, Array]:
+    """Return the ranks a policy begins with."""
+    return {path: jnp.asarray(rank, jnp.int32) for path, rank in scores.ranks[policy].items()}
+
+
+def rank_again(ranking: Ranking, federation: Federation, policy: str, state: State) -> State:
+    """Set new ranks from the loss curves of each client's latest round, or of the probe where there was none yet."""
+    stats = federation.stats._replace(epoch_losses=state.epoch_losses, epochs=state.epochs)
+    ranked, _ = ranking(jax.random.fold_in(federation.keys["policy"], state.round), stats)
+    return state._replace(ranks=ranked[policy].ranks)
+
+
+def charged_flops(scores: Scores, policy: str) -> float:
+    """Return what a policy is charged for the probe: nothing where no client's ratio comes from its score."""
+    return scores.probe_flops if policy in PROBE_POLICIES else 0.0

@@ -1,68 +1,71 @@
-"""From an `Experiment` to `Results`: data, probe, ranks, and the host loop over compiled rounds.
+"""One experiment: load → partition → probe → rank → rounds for every rule, policy and seed → results.
 
-One program is compiled per aggregator. It serves every policy, every seed and the probe: ranks, hyper-parameters and
-frozen weights are data in the state. Nothing is printed here: what happens goes to `on_event`.
+One program is compiled per aggregation rule. It serves every policy, every seed and the probe: ranks, hyper-parameters
+and frozen weights are data in the state. Nothing is printed here: what happens goes to `on_event`.
 """
 
 import dataclasses
-import importlib.metadata
-import os
-import platform
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from jax.sharding import Mesh
 
-from autorank_jax import datasets, engine, evaluation
-from autorank_jax.checkpoint import saved_steps, step_folder
 from autorank_jax.datasets import Dataset
-from autorank_jax.engine import local
-from autorank_jax.engine.flops import FlopModel, training_flops
-from autorank_jax.engine.lane_count import choose_lanes
-from autorank_jax.experiment.checkpoints import Checkpoints, make_save, restore_book
-from autorank_jax.experiment.config import ConfigurationError, Experiment, make_aggregator
-from autorank_jax.experiment.costs import make_faults, make_meter, make_participation, round_costs
-from autorank_jax.experiment.events import Compiled, Event, Finished, OnEvent, Resumed, RoundDone, Scored, Started
-from autorank_jax.experiment.launch import compile_round, is_first
-from autorank_jax.experiment.personal import make_measure
-from autorank_jax.experiment.ranking import Ranker, make_ranker, score_clients
-from autorank_jax.experiment.results import Results, Run, Scores
-from autorank_jax.experiment.rounds import (
-    Book,
+from autorank_jax.engine import make_local_training, make_round, training_flops
+from autorank_jax.evaluation import make_evaluate
+from autorank_jax.experiment.checkpoints import Checkpoints, Save, last_good, make_save, restore_position
+from autorank_jax.experiment.config import Experiment, make_aggregator
+from autorank_jax.experiment.costs import CostFn, expected_costs, make_round_cost
+from autorank_jax.experiment.events import Compiled, Finished, OnEvent, Resumed, RoundDone, Scored, Started
+from autorank_jax.experiment.launch import compile_round, describe_machine, is_first
+from autorank_jax.experiment.personal import Measure, make_measure
+from autorank_jax.experiment.position import (
     DivergedError,
-    Job,
+    Measured,
     OnRound,
-    Program,
+    Position,
     Record,
-    Save,
-    finished_run,
-    first_ranks,
-    run_policy,
+    RoundEnd,
+    check_progress,
+    finish_run,
+    is_evaluated,
+    next_row,
+)
+from autorank_jax.experiment.ranking import Ranking, charged_flops, first_ranks, make_ranking, rank_again, score_clients
+from autorank_jax.experiment.results import Results, Run, Scores
+from autorank_jax.experiment.setup import (
+    Federation,
+    lane_count,
+    load_data,
+    make_faults,
+    make_federations,
+    make_optimizer,
+    make_participation,
     start_state,
 )
-from autorank_jax.experiment.setup import Federation, make_federations
-from autorank_jax.federated.participation import by_examples, equally
-from autorank_jax.types import Array
-
-__all__ = ["Compiled", "Event", "Finished", "Resumed", "RoundDone", "Scored", "Started", "run_experiment"]
+from autorank_jax.federated import by_examples, equally
+from autorank_jax.types import Aggregator, Array, EvaluateFn, RoundFn, State
 
 
-class Setup(NamedTuple):
-    """What all aggregators share."""
+class Hooks(NamedTuple):
+    """What is called while an experiment goes on."""
 
-    experiment: Experiment
-    dataset: Dataset
-    mesh: Mesh | None
-    ranker: Ranker
-    flops: FlopModel
     on_event: OnEvent
     on_round: OnRound
     save: Save
+
+
+class Program(NamedTuple):
+    """What is compiled for one aggregation rule, and what its rounds cost."""
+
+    round: RoundFn
+    evaluate: EvaluateFn
+    measure: Measure | None  # of the clients' own accuracy, after the last round
+    cost: CostFn
 
 
 def run_experiment(
@@ -73,7 +76,7 @@ def run_experiment(
     on_round: OnRound = lambda _: None,
     checkpoints: Checkpoints | None = None,
 ) -> Results:
-    """Run every policy under every aggregator and seed.
+    """Run every policy under every aggregation rule and seed.
 
     A seed varies the initial weights, the adapters' start, the batch order and the split.
 
@@ -97,190 +100,169 @@ def run_experiment(
         DivergedError: if the loss of a run is no number any more; its `results` are those so far.
     """
     experiment.validate()
-    dataset = with_validation(datasets.load_dataset(experiment.dataset), experiment.validation)
-    try:
-        federations = make_federations(experiment, dataset)
-    except ValueError as error:
-        raise ConfigurationError([str(error)]) from error
-    about = {"device": _device(mesh), "versions": _versions()}
-    book = Book()
-    if checkpoints is not None:
-        book, differences = restore_book(checkpoints, experiment, dataset, federations, about=about)
-        if book.records:
-            on_event(Resumed(book.rounds, differences))
+    dataset = load_data(experiment)
+    federations = make_federations(experiment, dataset)
     flops = training_flops(federations[0].task, federations[0].data)
-    ranker = make_ranker(experiment, federations[0].task)
-    save = make_save(checkpoints if is_first() else None, experiment, dataset, about=about)
-    setup = Setup(experiment, dataset, mesh, ranker, flops, on_event, on_round, save)
+    ranking = make_ranking(experiment, federations[0].task)
+    machine = describe_machine(mesh)
+    position, differences = restore_position(checkpoints, experiment, dataset, federations, machine)
+    if position.records:
+        on_event(Resumed(position.rounds, differences))
+    save = make_save(checkpoints if is_first() else None, experiment, dataset, machine)
+    hooks = Hooks(on_event, on_round, save)
     scores: list[Scores] = []
     runs: list[Run] = []
-    try:
-        for name in experiment.aggregators:
-            program, book = prepare(setup, federations[0], name, book, scored=bool(scores))
-            seconds = book.seconds
-            book = run_aggregator(setup, federations, program, book, (scores, runs))
-    except DivergedError as error:
-        found = _results(setup, scores, runs, seconds)
-        raise DivergedError(f"{error}; {_last_good(checkpoints)}", error.record, found) from None
-    return _results(setup, scores, runs, book.seconds)
 
+    def results() -> Results:
+        options = dataclasses.asdict(experiment)
+        return Results(options, tuple(scores), tuple(runs), dict(position.seconds), **machine)
 
-def run_aggregator(
-    setup: Setup, federations: Sequence[Federation], program: Program, book: Book, found: tuple[list[Scores], list[Run]]
-) -> Book:
-    """Run every policy under every seed with one rule, and append what was found; runs that are over are taken over."""
-    experiment, name, (scores, runs) = setup.experiment, program.name, found
-    if not scores:
-        book = probe_all(setup, federations, program, book)
-        for federation, losses in zip(federations, book.probes or [None] * len(federations), strict=True):
-            scores.append(score_clients(experiment, with_losses(federation, losses), setup.ranker, setup.flops))
-            setup.on_event(Scored(scores[-1]))
-    meter = make_meter(experiment, program.rule, setup.flops)
-    job = Job(experiment, program, setup.ranker, meter, setup.on_event, setup.on_round, setup.save)
-    for policy in experiment.rank_policies:
-        for federation, seen in zip(federations, scores, strict=True):
-            if len(runs) == len(book.records):
-                book = book._replace(records=(*book.records, Record(policy, name, federation.seed)), state=None)
-            record = book.records[len(runs)]
-            setup.on_event(Started(policy, name, federation.seed, len(record.rows)))
-            start = start_state(experiment, federation, program.rule, first_ranks(seen, policy))
-            costs = round_costs(experiment, program.rule, start, federation.data, setup.flops)
+    for name in experiment.aggregators:
+        rule = make_aggregator(name, experiment)
+        cost = make_round_cost(experiment, rule, flops)
+        program = None
+        if needs_program(position, experiment, name):
+            begin = time.perf_counter()
+            program = compile_program(experiment, name, federations[0], dataset, mesh=mesh, cost=cost)
+            seconds = time.perf_counter() - begin
+            position = position._replace(seconds={**position.seconds, name: seconds})
+            on_event(Compiled(name, seconds))
+        if not scores:
+            if program and experiment.probed and not position.probes:
+                curves = probe(experiment, rule, program.round, federations, mesh)
+                position = position._replace(probes=curves)
+            for federation, curve in itertools.zip_longest(federations, position.probes):
+                scores.append(score_clients(experiment, federation, curve, ranking, flops))
+                on_event(Scored(scores[-1]))
+        for policy, number in itertools.product(experiment.rank_policies, range(experiment.seeds)):
+            federation, seen = federations[number], scores[number]
+            start = start_state(experiment, federation, rule, first_ranks(seen, policy))
+            costs = expected_costs(experiment, rule, start, federation.data, flops)
+            if len(runs) == len(position.records):
+                if position.probes:  # until a client's first round, its curve is that of the probe
+                    losses, epochs = position.probes[number]
+                    start = start._replace(epoch_losses=losses, epochs=epochs)
+                position = position.begin(Record(policy, name, federation.seed), start)
+            record = position.records[len(runs)]
+            on_event(Started(policy, name, federation.seed, record.round))
             try:
-                if not record.over:
-                    book = run_policy(job, federation, seen, book)
+                if program and not record.over:
+                    position = run_rounds(
+                        experiment, federation, seen, position, program=program, ranking=ranking, hooks=hooks
+                    )
             except DivergedError as error:
-                runs.append(finished_run(error.record, seen, costs))
-                raise
-            runs.append(finished_run(book.records[len(runs)], seen, costs))
-            setup.on_event(Finished(runs[-1]))
-    return book
+                runs.append(finish_run(error.record, seen, costs, charged_flops(seen, policy)))
+                raise DivergedError(f"{error}; {last_good(checkpoints)}", error.record, results()) from None
+            runs.append(finish_run(position.records[len(runs)], seen, costs, charged_flops(seen, policy)))
+            on_event(Finished(runs[-1]))
+    return results()
 
 
-def prepare(setup: Setup, federation: Federation, name: str, book: Book, *, scored: bool) -> tuple[Program, Book]:
-    """Compile the program of a rule, unless all its runs are over."""
-    experiment = setup.experiment
-    rule = make_aggregator(name, experiment)
-    over = sum(record.over for record in book.records if record.aggregator == name)
-    known = scored or bool(book.probes) or not experiment.probed
-    if known and over == len(experiment.rank_policies) * experiment.seeds:
-        return Program(name, rule, _never, _never), book
-    begin = time.perf_counter()
-    program = compile_program(experiment, setup, federation, name)
-    seconds = time.perf_counter() - begin
-    setup.on_event(Compiled(name, seconds))
-    return program, book._replace(seconds={**book.seconds, name: seconds})
+def needs_program(position: Position, experiment: Experiment, name: str) -> bool:
+    """Return whether a rule has rounds left to run, or the probe has."""
+    over = sum(record.over for record in position.records if record.aggregator == name)
+    probed = bool(position.probes) or not experiment.probed
+    return not probed or over < len(experiment.rank_policies) * experiment.seeds
 
 
-def _never(*arguments: Any) -> Any:
-    raise AssertionError(f"a run that is over called its program with {len(arguments)} arguments")
-
-
-def compile_program(experiment: Experiment, setup: Setup, federation: Federation, name: str) -> Program:
+def compile_program(
+    experiment: Experiment, name: str, federation: Federation, dataset: Dataset, *, mesh: Mesh | None, cost: CostFn
+) -> Program:
     """Compile one round and one evaluation for an aggregation rule."""
     rule = make_aggregator(name, experiment)
-    training = local.make_local_training(federation.task, make_optimizer(experiment), batch_size=experiment.batch_size)
-    round_fn = engine.make_round(
-        training,
+    compiled = compile_training(experiment, rule, federation, mesh)
+    evaluate = make_evaluate(federation.task, dataset.x_test, dataset.y_test)
+    tested = jax.jit(evaluate).lower(start_state(experiment, federation, rule)).compile()
+    measure = make_measure(experiment, name, federation, dataset) if experiment.personal else None
+    return Program(compiled, tested, measure, cost)
+
+
+def compile_training(experiment: Experiment, rule: Aggregator, federation: Federation, mesh: Mesh | None) -> RoundFn:
+    """Compile one round."""
+    local = make_local_training(federation.task, make_optimizer(experiment), batch_size=experiment.batch_size)
+    devices = 1 if mesh is None else mesh.devices.size
+    by_size = experiment.sampling == "by_size" and experiment.cohort < experiment.clients
+    round_fn = make_round(
+        local,
         rule,
-        lanes=lanes_of(experiment, federation, setup.mesh),
+        lanes=lane_count(experiment, federation, cohort=experiment.cohort, devices=devices),
         rank_levels=experiment.rank_levels,
         participation=make_participation(experiment),
-        weigh=equally if experiment.sampling == "by_size" and experiment.cohort < experiment.clients else by_examples,
+        weigh=equally if by_size else by_examples,
         faults=make_faults(experiment),
-        mesh=setup.mesh,
+        mesh=mesh,
     )
-    evaluate = evaluation.make_evaluate(federation.task, setup.dataset.x_test, setup.dataset.y_test)
     state = start_state(experiment, federation, rule)
-    key = federation.keys["training"]
-    measure = None
-    if experiment.personal:
-        lanes = lanes_of(dataclasses.replace(experiment, participation=1.0), federation, None)
-        measure = make_measure(experiment, name, training, federation, setup.dataset, lanes=lanes)
-    return Program(
-        name,
-        rule,
-        compile_round(round_fn, setup.mesh, key, state, federation.data),
-        jax.jit(evaluate).lower(state).compile(),
-        measure,
-    )
+    return compile_round(round_fn, mesh, federation.keys["training"], state, federation.data)
 
 
-def with_validation(dataset: Dataset, share: float) -> Dataset:
-    """Put a share of the training examples, evenly spaced, in the place of the test set; do nothing where it is 0."""
-    if not share:
-        return dataset
-    place = np.floor(share * np.arange(len(dataset.y_train) + 1) * (1 + 1e-12))
-    held = np.diff(place) > 0
-    x, y = dataset.x_train, dataset.y_train
-    return dataset._replace(x_train=x[~held], y_train=y[~held], x_test=x[held], y_test=y[held])
-
-
-def make_optimizer(experiment: Experiment) -> Callable[[Mapping[str, Array]], optax.GradientTransformation]:
-    """Return the clients' optimiser as a function of the hyper-parameters in the state."""
-    if experiment.optimizer == "sgd":
-        return lambda h: optax.sgd(h["learning_rate"], momentum=experiment.momentum or None)
-    make = {"adam": optax.adam, "adamw": optax.adamw}[experiment.optimizer]
-    return lambda h: make(h["learning_rate"])
-
-
-def lanes_of(experiment: Experiment, federation: Federation, mesh: Mesh | None) -> int:
-    """Return how many clients each device trains side by side: what was asked for, or what suits data and device."""
-    if experiment.lanes != "auto":
-        return min(int(experiment.lanes), experiment.cohort)
-    share = max(1, experiment.cohort // (1 if mesh is None else mesh.devices.size))
-    return choose_lanes(federation.data, federation.task, batch_size=experiment.batch_size, cohort=share)
-
-
-def probe_all(setup: Setup, federations: Sequence[Federation], program: Program, book: Book) -> Book:
-    """Run every seed's probe, unless a checkpoint holds it.
+def probe(
+    experiment: Experiment, rule: Aggregator, round_fn: RoundFn, federations: Sequence[Federation], mesh: Mesh | None
+) -> tuple[tuple[Array, Array], ...]:
+    """Return every seed's loss curves and their lengths: one round of all clients at full rank, thrown away.
 
     It has a program of its own where some clients stay away, or where the rule lets clients train only a part.
     """
-    experiment = setup.experiment
-    if not experiment.probed or book.probes:
-        return book
-    trains = program.rule.trains(program.rule.init(federations[0].task.server))
-    partial = any(flag is not True for flag in trains)
+    partial = any(flag is not True for flag in rule.trains(rule.init(federations[0].task.server)))
     if experiment.eventful or partial:
         calm = dataclasses.replace(experiment, participation=1.0, sampling="uniform", drop_out=0.0, stragglers=0.0)
-        program = compile_program(calm, setup, federations[0], "zero_pad" if partial else program.name)
-    return book._replace(probes=tuple(probe(experiment, program, federation) for federation in federations))
+        rule = make_aggregator("zero_pad", calm) if partial else rule
+        round_fn = compile_training(calm, rule, federations[0], mesh)
+    curves = []
+    for federation in federations:
+        state = start_state(experiment, federation, rule)
+        epochs = jnp.asarray(experiment.probe_epochs, jnp.int32)
+        state = state._replace(hparams=state.hparams | {"local_epochs": epochs})
+        state, _ = round_fn(federation.keys["probe"], state, federation.data)
+        curves.append((state.epoch_losses, state.epochs))
+    return tuple(curves)
 
 
-def probe(experiment: Experiment, program: Program, federation: Federation) -> tuple[Array, Array]:
-    """Return every client's loss curve and its length: one round at full rank whose server is thrown away."""
-    state = start_state(experiment, federation, program.rule)
-    epochs = jnp.asarray(experiment.probe_epochs, jnp.int32)
-    state = state._replace(hparams=state.hparams | {"local_epochs": epochs})
-    state, _ = program.round(federation.keys["probe"], state, federation.data)
-    return state.epoch_losses, state.epochs
+def run_rounds(
+    experiment: Experiment,
+    federation: Federation,
+    scores: Scores,
+    position: Position,
+    *,
+    program: Program,
+    ranking: Ranking,
+    hooks: Hooks,
+) -> Position:
+    """Run what is left of the last record's run: all its rounds, or those that a checkpoint did not hold.
+
+    Raises:
+        DivergedError: naming run and round, if the loss is no number any more.
+    """
+    record, state, key = position.records[-1], position.state, federation.keys["training"]
+    spent = charged_flops(scores, record.policy)
+    while not record.over:
+        assert state is not None
+        cost = program.cost(key, state, federation.data)
+        tested = is_evaluated(experiment, record.aggregator, record.round + 1)
+        state, measured = run_round(program, federation, state, tested=tested)
+        row = next_row(record, measured, cost, probe_flops=spent)
+        record = record._replace(rows=(*record.rows, row))
+        hooks.on_event(RoundDone(row, float(measured.info.examples)))
+        check_progress(record, experiment)
+        if experiment.rerank_every and record.round % experiment.rerank_every == 0:
+            state = rank_again(ranking, federation, record.policy, state)
+        try:
+            stop = hooks.on_round(RoundEnd(row, measured.info, state))
+        except BaseException:
+            hooks.save(position.update(record, state), True)
+            raise
+        record = record._replace(over=bool(stop) or record.round >= experiment.rounds)
+        if record.over and program.measure:
+            record = record._replace(clients=program.measure(federation, state))
+        position = position.update(record, state)
+        hooks.save(position, False)
+    return position
 
 
-def with_losses(federation: Federation, losses: tuple[Array, Array] | None) -> Federation:
-    """Add every client's loss curve to its statistics."""
-    if losses is None:
-        return federation
-    return federation._replace(stats=federation.stats._replace(epoch_losses=losses[0], epochs=losses[1]))
-
-
-def _results(setup: Setup, scores: Sequence[Scores], runs: Sequence[Run], seconds: Mapping[str, float]) -> Results:
-    options, device = dataclasses.asdict(setup.experiment), _device(setup.mesh)
-    return Results(options, tuple(scores), tuple(runs), dict(seconds), device, _versions())
-
-
-def _last_good(checkpoints: Checkpoints | None) -> str:
-    steps = saved_steps(checkpoints.folder) if checkpoints else []
-    if not checkpoints or not steps:
-        return "no checkpoint was saved"
-    return f"the last good checkpoint is {step_folder(checkpoints.folder, steps[-1])}"
-
-
-def _device(mesh: Mesh | None) -> str:
-    device = jax.devices()[0]
-    name = f"{device.device_kind}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
-    return name if mesh is None else f"{name}, {mesh.devices.size} devices"
-
-
-def _versions() -> dict[str, str]:
-    packages = ("autorank-jax", "jax", "jaxlib", "flax", "optax", "numpy")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+def run_round(program: Program, federation: Federation, state: State, *, tested: bool) -> tuple[State, Measured]:
+    """Run one round, and evaluate it if it is time to."""
+    begin = time.perf_counter()
+    state, info = program.round(federation.keys["training"], state, federation.data)
+    jax.block_until_ready((state, info))
+    seconds = time.perf_counter() - begin
+    return state, Measured(info, program.evaluate(state) if tested else {}, seconds)

@@ -1,44 +1,74 @@
-"""The clients, the model and the common start of an experiment, under each of its seeds."""
+"""What an experiment begins with: examples, the clients and the model of every seed, and what happens in a round."""
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
-from autorank_jax import federated, models
-from autorank_jax.adapters.nnx import task_from_nnx
+from autorank_jax import datasets, federated, models
+from autorank_jax.adapters import max_ranks, task_from_nnx
 from autorank_jax.datasets import Dataset
-from autorank_jax.experiment.config import WHOLE_RULES, WIDTHS, Experiment
-from autorank_jax.federated import partition
-from autorank_jax.types import ClientStats, FederatedData, Key, Task
+from autorank_jax.engine import choose_lanes, init_state
+from autorank_jax.experiment.config import WHOLE_RULES, WIDTHS, ConfigurationError, Experiment
+from autorank_jax.federated import everyone, faults, partition, sample_by_size, sample_independently, sample_uniformly
+from autorank_jax.federated.participation import Participation
+from autorank_jax.types import Aggregator, Array, ClientStats, FederatedData, Key, State, Task
 
 
 class Federation(NamedTuple):
-    """The clients and the common start under one seed."""
+    """The clients and the start that all policies and rules share under one seed."""
 
     seed: int
     data: FederatedData
     task: Task
     stats: ClientStats
-    keys: dict[str, Key]  # of training, probe and policies
+    keys: dict[str, Key]  # of training, probe and policy
+
+
+def load_data(experiment: Experiment) -> Dataset:
+    """Load the examples; where a share is held out for validation, it takes the place of the test set.
+
+    Raises:
+        DatasetError: for a missing or damaged dataset.
+    """
+    return with_validation(datasets.load_dataset(experiment.dataset), experiment.validation)
+
+
+def with_validation(dataset: Dataset, share: float) -> Dataset:
+    """Put a share of the training examples, evenly spaced, in the place of the test set; do nothing where it is 0."""
+    if not share:
+        return dataset
+    place = np.floor(share * np.arange(len(dataset.y_train) + 1) * (1 + 1e-12))
+    held = np.diff(place) > 0
+    x, y = dataset.x_train, dataset.y_train
+    return dataset._replace(x_train=x[~held], y_train=y[~held], x_test=x[held], y_test=y[held])
 
 
 def make_federations(experiment: Experiment, dataset: Dataset) -> list[Federation]:
-    """Build the clients and the start of every seed; examples lie on the device once."""
+    """Split the examples over the clients and make the model, under every seed; examples lie on the device once.
+
+    Raises:
+        ConfigurationError: if examples, clients and model do not fit together.
+    """
     inputs, targets = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train)
+    options = {name: getattr(experiment, name) for name in ("alpha", "sigma", "classes_per_client")}
     federations = []
-    for seed in experiment.all_seeds:
-        options = {name: getattr(experiment, name) for name in ("alpha", "sigma", "classes_per_client")}
-        parts = partition.partition(experiment.split, dataset.y_train, experiment.clients, seed=seed, **options)
-        data = federated.from_parts(inputs, targets, parts, classes=dataset.classes)
-        key = jax.random.key(seed)
-        names = ("model", "adapters", "training", "probe", "policy")
-        keys = {name: jax.random.fold_in(key, number) for number, name in enumerate(names)}
-        task = make_task(experiment, dataset, model_key=keys["model"], adapter_key=keys["adapters"])
-        stats = federated.client_stats(data, classes=dataset.classes)
-        federations.append(Federation(seed, data, task, stats, keys))
+    try:
+        for seed in experiment.all_seeds:
+            parts = partition.partition(experiment.split, dataset.y_train, experiment.clients, seed=seed, **options)
+            data = federated.from_parts(inputs, targets, parts, classes=dataset.classes)
+            key = jax.random.key(seed)
+            names = ("model", "adapters", "training", "probe", "policy")
+            keys = {name: jax.random.fold_in(key, number) for number, name in enumerate(names)}
+            task = make_task(experiment, dataset, model_key=keys["model"], adapter_key=keys["adapters"])
+            stats = federated.client_stats(data, classes=dataset.classes)
+            federations.append(Federation(seed, data, task, stats, keys))
+    except ValueError as error:
+        raise ConfigurationError([str(error)]) from error
     return federations
 
 
@@ -85,3 +115,59 @@ def make_model(
     if experiment.model == "cnn":
         return models.CNN(channels, classes, image=(shape[0], shape[1]), rngs=rngs), ranks
     return models.DeepCNN(channels, classes, rngs=rngs), {p: max(1, rank // 2) for p, rank in ranks.items()}
+
+
+def full_ranks(task: Task, clients: int) -> dict[str, Array]:
+    """Return the maximum rank of every layer for every client, `(clients,)` by layer."""
+    return {path: jnp.full(clients, rank, jnp.int32) for path, rank in max_ranks(task.server.trainable).items()}
+
+
+def start_state(
+    experiment: Experiment, federation: Federation, rule: Aggregator, ranks: Mapping[str, Array] | None = None
+) -> State:
+    """Make the state before the first round, at full rank unless ranks are given."""
+    clients = federation.data.size.shape[0]
+    return init_state(
+        federation.task.server,
+        rule,
+        full_ranks(federation.task, clients) if ranks is None else ranks,
+        learning_rate=experiment.learning_rate,
+        local_epochs=experiment.local_epochs,
+        max_epochs=max(experiment.local_epochs, experiment.probe_epochs),
+        clients=clients,
+    )
+
+
+def make_optimizer(experiment: Experiment) -> Callable[[Mapping[str, Array]], optax.GradientTransformation]:
+    """Return the clients' optimiser as a function of the hyper-parameters in the state."""
+    if experiment.optimizer == "sgd":
+        return lambda h: optax.sgd(h["learning_rate"], momentum=experiment.momentum or None)
+    make = {"adam": optax.adam, "adamw": optax.adamw}[experiment.optimizer]
+    return lambda h: make(h["learning_rate"])
+
+
+def make_participation(experiment: Experiment) -> Participation:
+    """Return who is invited to a round."""
+    if experiment.cohort == experiment.clients and experiment.sampling != "independent":
+        return everyone
+    if experiment.sampling == "independent":
+        return sample_independently(experiment.participation)
+    return {"uniform": sample_uniformly, "by_size": sample_by_size}[experiment.sampling](experiment.cohort)
+
+
+def make_faults(experiment: Experiment) -> list[faults.Fault]:
+    """Return what goes wrong in every round."""
+    struck = []
+    if experiment.drop_out:
+        struck.append(faults.drop_out(experiment.drop_out))
+    if experiment.stragglers:
+        struck.append(faults.limit_steps(experiment.straggler_steps, probability=experiment.stragglers))
+    return struck
+
+
+def lane_count(experiment: Experiment, federation: Federation, *, cohort: int, devices: int = 1) -> int:
+    """Return how many clients each device trains side by side: what was asked for, or what suits data and device."""
+    if experiment.lanes != "auto":
+        return min(int(experiment.lanes), cohort)
+    share = max(1, cohort // devices)
+    return choose_lanes(federation.data, federation.task, batch_size=experiment.batch_size, cohort=share)
