@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from test_layering import NUMBER as LAYER_OF
+
+from tests.test_layering import NUMBER as LAYER_OF
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from federations import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autorank_jax import aggregators
+from autorank_jax.adapters.lora import level_widths
+from autorank_jax.engine import local
+from autorank_jax.engine.round import make_plan, make_round
+from autorank_jax.engine.simulation import init_state
+from autorank_jax.federated.participation import Cohort, sample_uniformly
+from autorank_jax.types import Adapter, FederatedData, Trainable
+from tests.engine.cases import (
     BATCH,
     BOTH_RULES,
     CLIENTS,
@@ -25,17 +35,7 @@ from federations import (
     start_state,
     to_oracle,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from reference import training
-
-from autorank_jax import aggregators
-from autorank_jax.adapters.lora import level_widths
-from autorank_jax.engine import local
-from autorank_jax.engine.round import make_plan, make_round
-from autorank_jax.engine.simulation import init_state
-from autorank_jax.federated.participation import Cohort, sample_uniformly
-from autorank_jax.types import Adapter, FederatedData, Trainable
+from tests.reference import training
 
 SAMPLED = sample_uniformly(5)
 OPTIMIZERS = {

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-import reference
-from reference import aggregation, products, server_optimizers, training
-from reference.aggregation import rbla, zero_pad
+
+from tests import reference
+from tests.reference import aggregation, products, server_optimizers, training
+from tests.reference.aggregation import rbla, zero_pad
 
 PATH = "l"
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from rule_federation import FAST, SHAPES, Cohorts, aggregate, make_server, to_jax
 
 from autorank_jax import aggregators
 from autorank_jax.adapters.lora import cut, rank_masks
 from autorank_jax.types import Adapter, Trainable
+from tests.aggregators.cases import FAST, SHAPES, Cohorts, aggregate, make_server, to_jax
 
 pytestmark = pytest.mark.usefixtures("x64", "standard_promotion")
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import device_federation as small
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from jax.sharding import Mesh
 from autorank_jax import aggregators
 from autorank_jax.engine import sharding
 from autorank_jax.engine.round import make_round
+from tests.engine import device_cases as small
 
 in_64_bit = pytest.mark.usefixtures("x64", "standard_promotion")
 needs_two = pytest.mark.skipif(jax.device_count() < 2, reason="XLA_FLAGS of the environment give one device")
@@ -25,12 +25,12 @@ needs_two = pytest.mark.skipif(jax.device_count() < 2, reason="XLA_FLAGS of the 
 
 
 def start(call, *, devices=None):
-    """Start a process that calls a function of `device_federation`."""
+    """Start a process that calls a function of `device_cases`."""
     flags = "--xla_backend_optimization_level=0"
     flags += f" --xla_force_host_platform_device_count={devices}" if devices else ""
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", f"import device_federation as f; f.{call}"],
-        cwd=Path(__file__).parent,
+        [sys.executable, "-W", "error", "-c", f"from tests.engine import device_cases as f; f.{call}"],
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from test_adapting import IMAGES, moved, predict, with_trainable
 
 from autorank_jax.adapters.functions import task_from_function
 from autorank_jax.adapters.linen import task_from_linen
 from autorank_jax.adapters.task import merge
 from autorank_jax.types import Batch
+from tests.adapters.test_adapted_models import IMAGES, moved, predict, with_trainable
 
 
 class LinenModel(nn.Module):

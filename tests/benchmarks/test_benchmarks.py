@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from autorank_jax.types import Batch
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_export import SMALL, Mixed, bert_names, bert_task, export, trained
 
 from autorank_jax.adapters.nnx import task_from_nnx
 from autorank_jax.adapters.task import merge
 from autorank_jax.models.bert import bert_name, load_bert
 from autorank_jax.models.transformer import mean_pool
+from tests.adapters.test_peft import SMALL, Mixed, bert_names, bert_task, export, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 reason = "peft, transformers and torch are not installed: pip install 'autorank-jax[peft]'"

@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from reference import products, server_optimizers
-from reference.aggregation import clip_client
-from rule_federation import (
+
+from autorank_jax import aggregators
+from autorank_jax.adapters.lora import cut
+from autorank_jax.aggregators.diagnostics import effective_rank, relative_gap
+from autorank_jax.engine.simulation import init_state
+from autorank_jax.types import Adapter, Base, Client, ClientUpdate, Trainable
+from tests import reference
+from tests.aggregators.cases import (
     PRESENT,
     RANKS,
     SHAPES,
@@ -24,12 +28,8 @@ from rule_federation import (
     to_numpy,
     train_client,
 )
-
-from autorank_jax import aggregators
-from autorank_jax.adapters.lora import cut
-from autorank_jax.aggregators.diagnostics import effective_rank, relative_gap
-from autorank_jax.engine.simulation import init_state
-from autorank_jax.types import Adapter, Base, Client, ClientUpdate, Trainable
+from tests.reference import products, server_optimizers
+from tests.reference.aggregation import clip_client
 
 in_64_bit = pytest.mark.usefixtures("x64", "standard_promotion")
 ROWS = [

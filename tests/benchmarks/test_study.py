@@ -13,8 +13,9 @@ import paper
 import plan
 import pytest
 import study
-from fake_cells import TINY, fake_cell, pretend
 from scipy import stats
+
+from tests.benchmarks.fake_cells import TINY, fake_cell, pretend
 
 
 @pytest.fixture

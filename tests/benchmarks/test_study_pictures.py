@@ -10,7 +10,8 @@ import pytest
 import study
 from answers import Point
 from curves import runs_of
-from fake_cells import TINY, fake_cell
+
+from tests.benchmarks.fake_cells import TINY, fake_cell
 
 RUN = runs_of(fake_cell(TINY))["full"][0]
 

@@ -15,8 +15,9 @@ import plan
 import pytest
 import readme
 import study
-from fake_cells import TINY, fake_cell
 from scipy import stats
+
+from tests.benchmarks.fake_cells import TINY, fake_cell
 
 TARGET = plan.DATASETS["mnist"].targets[-1]
 BASE = curves.runs_of(fake_cell(TINY))["full"][0]
@@ -212,7 +213,7 @@ def test_differences_in_the_prose_stand_in_a_table(name, begin, end):
         tuple(map(float, one)) for text in tables for one in re.findall(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]", text)
     }
     ps = {p for text in tables for p in re.findall(r", p ([\d.e-]+)", text)}
-    text = (Path(__file__).parents[1] / name).read_text(encoding="utf-8").partition(begin)[2].partition(end)[0]
+    text = (Path(__file__).parents[2] / name).read_text(encoding="utf-8").partition(begin)[2].partition(end)[0]
     prose = " ".join(re.sub(r"<!-- (?!end).*?<!-- end.*?-->", "", text, flags=re.DOTALL).split())
     said = re.findall(rf"({NUMBER})(?: [A-Za-z]+){{0,2}} \[({NUMBER}), ({NUMBER})\]", prose)
     assert len(said) > 30

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from federations import assert_server, fast_compilation, mlp_federation, to_oracle
 from jax import lax
-from reference import training
 
 from autorank_jax.adapters.lora import cut, max_ranks, narrow, rank_masks
 from autorank_jax.engine import local
 from autorank_jax.types import Batch, Client, Setting, Trains
+from tests.engine.cases import assert_server, fast_compilation, mlp_federation, to_oracle
+from tests.reference import training
 
 RANKS = {"layers/0": 3, "layers/1": 2}
 STEPS, BATCH = 5, 4

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from reference import aggregation
-from reference.pruning import self_prune
-from rule_federation import (
+
+from autorank_jax import aggregators
+from autorank_jax.types import Client, ClientUpdate, Plan, Trains
+from tests import reference
+from tests.aggregators.cases import (
     PRESENT,
     RANKS,
     SHAPES,
@@ -23,9 +24,8 @@ from rule_federation import (
     to_numpy,
     train_client,
 )
-
-from autorank_jax import aggregators
-from autorank_jax.types import Client, ClientUpdate, Plan, Trains
+from tests.reference import aggregation
+from tests.reference.pruning import self_prune
 
 LEVELS = {"conv": (2,), "tall": (1, 3, 4), "wide": (2, 5)}
 GAMMA = 0.7

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from federations import both_rules, mlp_federation, mlp_local, start_state
-from rule_federation import BATCH, FAST, SHAPES, Union, fake_training, make_server, to_jax, to_numpy
 
 from autorank_jax import aggregators
 from autorank_jax.engine.round import make_round
@@ -15,6 +13,8 @@ from autorank_jax.engine.simulation import init_state
 from autorank_jax.federated import faults
 from autorank_jax.federated.participation import Cohort, equally, everyone, sample_by_size, sample_independently
 from autorank_jax.types import FederatedData
+from tests.aggregators.cases import BATCH, FAST, SHAPES, Union, fake_training, make_server, to_jax, to_numpy
+from tests.engine.cases import both_rules, mlp_federation, mlp_local, start_state
 
 in_64_bit = pytest.mark.usefixtures("x64", "standard_promotion")
 CLIENTS = 40
@@ -117,8 +117,8 @@ def test_every_rule_counts_lost_clients_as_absent(monkeypatch):
         return cohort
 
     def run(participation, struck, nan):
-        monkeypatch.setattr("rule_federation.RANKS", ranks)
-        monkeypatch.setattr("rule_federation.WEIGHTS", np.asarray(sizes, float))
+        monkeypatch.setattr("tests.aggregators.cases.RANKS", ranks)
+        monkeypatch.setattr("tests.aggregators.cases.WEIGHTS", np.asarray(sizes, float))
         state, local = rules.start(), fake_training()
         local = faults.with_nan_clients(local, broken) if nan else local
         train = make_round(local, rules.rule, lanes=1, rank_levels=1, participation=participation, faults=struck)

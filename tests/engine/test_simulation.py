@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from federations import BATCH, CLIENTS, SIZES, fast_compilation, make_federation
 from flax import nnx
-from reference import training
 
 from autorank_jax import aggregators
 from autorank_jax.adapters.nnx import task_from_nnx
@@ -21,6 +19,8 @@ from autorank_jax.federated import faults
 from autorank_jax.federated.participation import sample_by_size, sample_uniformly
 from autorank_jax.models.vision import MLP
 from autorank_jax.types import Server, Task, Trainable
+from tests.engine.cases import BATCH, CLIENTS, SIZES, fast_compilation, make_federation
+from tests.reference import training
 
 RULE = aggregators.rbla()
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from reference import RULES, training
 
 from autorank_jax import aggregators
 from autorank_jax.adapters.lora import max_ranks
@@ -24,6 +23,7 @@ from autorank_jax.federated.data import from_parts
 from autorank_jax.federated.participation import Cohort, everyone
 from autorank_jax.models.vision import MLP
 from autorank_jax.types import Adapter, Aggregator, LocalState, LocalTraining, Server, Trainable
+from tests.reference import RULES, training
 
 SIZES = (9, 3, 17, 4, 8, 12, 5)
 CLIENTS = len(SIZES)

@@ -11,12 +11,12 @@ import paired
 import plan
 import pytest
 import tuning
-from fake_cells import TINY, fake_cell, pretend
 from scipy import stats
-from test_report import make_results
 
 from autorank_jax.experiment.rounds import DivergedError, Record
 from autorank_jax.experiment.run import run_experiment
+from tests.benchmarks.fake_cells import TINY, fake_cell, pretend
+from tests.cli.test_files import make_results
 
 
 @pytest.fixture
