@@ -13,7 +13,7 @@ import pytest
 import tuning
 from scipy import stats
 
-from autorank_jax.experiment.rounds import DivergedError, Record
+from autorank_jax.experiment.position import DivergedError, Record
 from autorank_jax.experiment.run import run_experiment
 from tests.benchmarks.fake_cells import TINY, fake_cell, pretend
 from tests.cli.test_files import make_results

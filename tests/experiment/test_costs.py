@@ -1,4 +1,4 @@
-"""Rounds are charged for what their clients did: against the counts that the engine reports, and by hand."""
+"""The cost of rounds follows what their clients did: against the counts that the engine reports, and by hand."""
 
 import dataclasses
 
@@ -13,11 +13,10 @@ from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.engine.flops import FlopModel, training_flops
 from autorank_jax.engine.local import make_local_training
 from autorank_jax.engine.round import make_round
-from autorank_jax.experiment import costs as charges
+from autorank_jax.experiment import costs
 from autorank_jax.experiment.config import Experiment
-from autorank_jax.experiment.rounds import start_state
 from autorank_jax.experiment.run import run_experiment
-from autorank_jax.experiment.setup import make_federations
+from autorank_jax.experiment.setup import make_federations, start_state
 from autorank_jax.federated.faults import with_nan_clients
 
 UNLUCKY = Experiment(
@@ -53,18 +52,18 @@ def test_a_calm_round_costs_what_was_expected(federation):
     calm = dataclasses.replace(UNLUCKY, participation=1.0, drop_out=0.0, stragglers=0.0)
     rule, flops = aggregators.flora(), FlopModel(3.0, {"layers/0": 2.0, "layers/1": 1.0})
     state = start_state(calm, federation, rule)
-    want = charges.round_costs(calm, rule, state, federation.data, flops)
-    got = charges.make_meter(calm, rule, flops)(jax.random.key(0), state, federation.data)
+    want = costs.expected_costs(calm, rule, state, federation.data, flops)
+    got = costs.make_round_cost(calm, rule, flops)(jax.random.key(0), state, federation.data)
     np.testing.assert_allclose(got, (want.flops, want.bytes_up, want.bytes_down), rtol=1e-12)
 
 
 def test_pruned_ranks_are_charged(federation):
     calm = dataclasses.replace(UNLUCKY, participation=1.0, drop_out=0.0, stragglers=0.0)
     rule, flops = aggregators.hetlora(prune=0.5), FlopModel(0.0, {"layers/0": 1.0, "layers/1": 0.0})
-    state, meter = start_state(calm, federation, rule), charges.make_meter(calm, rule, flops)
-    before = meter(jax.random.key(0), state, federation.data)
+    state, cost = start_state(calm, federation, rule), costs.make_round_cost(calm, rule, flops)
+    before = cost(jax.random.key(0), state, federation.data)
     pruned = state._replace(clients=state.clients | {"layers/0": jnp.full(8, 3, jnp.int32)})
-    after = meter(jax.random.key(0), pruned, federation.data)
+    after = cost(jax.random.key(0), pruned, federation.data)
     assert after.flops == pytest.approx(before.flops / 2)
     width = sum(federation.task.server.trainable.adapters["layers/0"].lora_a.shape[:1]) + 8
     assert before.bytes_up - after.bytes_up == 8 * 3 * width * 4
