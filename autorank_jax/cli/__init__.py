@@ -1,1 +1,13 @@
-"""The command line: parsing, commands, live display, tables, figures and files."""
+"""The command line `autorank-jax`: `run` compares rank policies, `ranks` scores a table, `data` fetches datasets.
+
+`main` turns mistakes into lines and exit codes, `parsing` words into a command, `commands` does what it says; `live`
+shows a run while it goes on, `tables` and `figures` show what it found, `files` keeps its folder, `interrupts` lets it
+be stopped. All work is done by `autorank_jax.experiment` and below, which print nothing.
+
+```python
+from autorank_jax.cli.main import main
+
+print(main(["data"]))  # the exit code: 0, 2 for a mistake of the user, 3 for a run that diverged
+```
+
+"""

@@ -1,47 +1,38 @@
-"""The commands of the command line: options in, work elsewhere, tables out."""
+"""The commands of the command line: their options, and what each of them does."""
 
-import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated
 
 import jax
 import numpy as np
 import tyro
 from rich.console import Console
 
-from autorank_jax.checkpoint import CheckpointError
-from autorank_jax.cli.files import ReportError, check_folder, held_of_a_run, write_results
-from autorank_jax.cli.interrupts import (
-    Interrupted,
-    Interruption,
+from autorank_jax.cli.files import (
     begin_folder,
+    check_folder,
     checkpoints_of,
+    held_of_a_run,
     how_to_resume,
-    read_config,
-    read_run,
-    word_after,
+    write_results,
     write_run,
 )
+from autorank_jax.cli.interrupts import Interrupted, Interruption
 from autorank_jax.cli.live import Display
-from autorank_jax.cli.parsing import one_line
 from autorank_jax.cli.tables import comparison_tables, criteria_table, datasets_table
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
-from autorank_jax.experiment.config import AGGREGATORS, POLICIES, ConfigurationError, Experiment, outside, unknown
+from autorank_jax.experiment.config import ConfigurationError, Experiment, outside, unknown
 from autorank_jax.experiment.launch import Launch, is_first, start
 from autorank_jax.experiment.position import DivergedError
 from autorank_jax.experiment.results import Results
 from autorank_jax.experiment.run import run_experiment
 from autorank_jax.ranks import mcda, policies
 from autorank_jax.ranks.table_file import read_criteria
-
-__all__ = ["CheckpointError", "DivergedError", "ReportError", "execute", "parse"]
 
 PROGRAM = "autorank-jax"
 
@@ -127,78 +118,6 @@ class Data:
 
     action: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[Action]] = dataclasses.field(
         default_factory=Listing
-    )
-
-
-def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
-    """Parse the command line.
-
-    Raises:
-        ConfigurationError: in one line, for options that do not exist or do not parse; for a file of options that
-            cannot be used.
-        SystemExit: of code 0, after help.
-    """
-    registry = tyro.constructors.ConstructorRegistry()
-    registry.primitive_rule(comma_separated)
-    explained = about_run() if "run" in arguments[:1] else None  # too long for the list of commands
-    commands = (
-        Annotated[Run, tyro.conf.subcommand("run", default=starting_point(arguments), description=explained)]
-        | Annotated[Ranks, tyro.conf.subcommand("ranks")]
-        | Annotated[Data, tyro.conf.subcommand("data")]
-    )
-    complaint = io.StringIO()
-    try:
-        with registry, contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                commands,
-                args=list(arguments),
-                prog=PROGRAM,
-                description="Federated LoRA with a rank for every client, chosen by AutoRank.",
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        command = " ".join([PROGRAM, *(word for word in arguments[:1] if word in ("run", "ranks", "data")), "--help"])
-        raise ConfigurationError([one_line(complaint.getvalue(), command)]) from stop
-
-
-def about_run() -> str:
-    """Return what the command `run` does, with a line for every rank policy and every aggregation rule."""
-    rules = {name: (rule.__doc__ or "").partition("\n")[0] for name, rule in AGGREGATORS.items()}
-    lines = [(Run.__doc__ or "").partition("\n")[0]]
-    for option, words in (("--rank-policies", POLICIES), ("--aggregators", rules)):
-        lines += ["", f"{option}:"]
-        for name, what in words.items():
-            lines.append(textwrap.fill(what, 80, initial_indent=f"  {name:<14} ", subsequent_indent=" " * 17))
-    return "\n".join(lines)
-
-
-def starting_point(arguments: Sequence[str]) -> Run:
-    """Return a run's defaults: those of the package, of a file of options, or of a run to be taken up again."""
-    if list(arguments[:1]) != ["run"] or "--help" in arguments:
-        return Run()
-    config, resume = word_after(arguments, "--config"), word_after(arguments, "--resume")
-    if config and resume:
-        raise ConfigurationError(["resume: expected no --config beside it: a run goes on with its own options"])
-    if resume:
-        experiment, every, keep = read_run(Path(resume))
-        return Run(experiment, checkpoint_every=every, keep_checkpoints=keep)
-    return Run(read_config(Path(config))) if config else Run()
-
-
-def comma_separated(info: Any) -> Any:
-    """Read a tuple of any length from one word with commas: the rule that tyro is given."""
-    arguments = get_args(info.type)
-    if get_origin(info.type) is not tuple or len(arguments) != 2 or arguments[1] is not Ellipsis:
-        return None
-    item = arguments[0]
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=f"{item.__name__.upper()},…",
-        instance_from_str=lambda words: tuple(item(word.strip()) for word in words[0].split(",") if word.strip()),
-        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(v, item) for v in value),
-        str_from_instance=lambda value: [",".join(map(str, value))],
     )
 
 

@@ -1,10 +1,13 @@
-"""Results to files, each whole or not at all."""
+"""The folder of a run: its results, each file whole or not at all, and what it takes to go on with it."""
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import os
+import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from autorank_jax.cli.figures import accuracy_figure, ranks_figure
+from autorank_jax.experiment.checkpoints import Checkpoints
+from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
 from autorank_jax.experiment.results import Results, client_rows, summarize
 
 FILES = (
@@ -20,6 +25,8 @@ FILES = (
 
 CHECKPOINTS = "checkpoints"
 """The folder within a run's folder that holds its checkpoints."""
+RUN_FILE = "run.json"
+"""The file in there that says what is run."""
 
 
 class ReportError(ValueError):
@@ -134,3 +141,65 @@ def write_file(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def checkpoints_of(folder: Path, *, every: int, keep: int) -> Checkpoints:
+    """Return where the checkpoints of a run go."""
+    return Checkpoints(folder / CHECKPOINTS, every, keep)
+
+
+def begin_folder(folder: Path, experiment: Experiment, checkpoints: Checkpoints) -> None:
+    """Forget what an older run left in a folder, and note there what is run, so that it can be taken up again."""
+    shutil.rmtree(checkpoints.folder, ignore_errors=True)
+    if checkpoints.every:
+        write_run(folder, experiment, checkpoints)
+
+
+def write_run(folder: Path, experiment: Experiment, checkpoints: Checkpoints) -> None:
+    """Note what is run."""
+    checkpoints.folder.mkdir(parents=True, exist_ok=True)
+    content = {"experiment": dataclasses.asdict(experiment), "every": checkpoints.every, "keep": checkpoints.keep}
+    write_file(folder / CHECKPOINTS / RUN_FILE, to_json(content))
+
+
+def how_to_resume(folder: Path) -> str:
+    """Return the command that takes a run up again."""
+    return f"autorank-jax run --resume {shlex.quote(os.fspath(folder))}"
+
+
+def read_run(folder: Path) -> tuple[Experiment, int, int]:
+    """Read what was run in a folder: the experiment, the rounds between checkpoints, and how many stay.
+
+    Raises:
+        ConfigurationError: if it holds no run with checkpoints.
+    """
+    path = folder.expanduser() / CHECKPOINTS / RUN_FILE
+    if not path.exists():
+        raise ConfigurationError(
+            [f"resume: expected the folder of a run with checkpoints, got {folder} without {CHECKPOINTS}/{RUN_FILE}; "
+             "probably another folder, or a run without --checkpoint-every"]
+        )  # fmt: skip
+    content = _read_json("resume", path)
+    try:
+        return experiment_from(content["experiment"]), int(content["every"]), int(content["keep"])
+    except (TypeError, KeyError) as error:
+        raise ConfigurationError([f"resume: expected {path} as a run leaves it, got another content"]) from error
+
+
+def read_config(path: Path) -> Experiment:
+    """Read the `config.json` of a run.
+
+    Raises:
+        ConfigurationError: for a file that cannot be read, or holds anything else; all mistakes at once.
+    """
+    return experiment_from(_read_json("config", path.expanduser()))
+
+
+def _read_json(option: str, path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        problem = f"{path}, got: {error.strerror or error}"
+    except ValueError as error:
+        problem = f"JSON in {path}, got: {error}"
+    raise ConfigurationError([f"{option}: expected {problem}"])

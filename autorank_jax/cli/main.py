@@ -10,8 +10,9 @@ from typing import NoReturn
 
 import jax
 
+from autorank_jax.checkpoint import CheckpointError
 from autorank_jax.datasets import DatasetError
-from autorank_jax.experiment.config import ConfigurationError
+from autorank_jax.experiment import ConfigurationError, DivergedError
 from autorank_jax.ranks.table_file import CriteriaError
 
 INTERRUPTED = 130
@@ -81,17 +82,18 @@ def _watch() -> subprocess.Popen[str]:
 def _run(arguments: Sequence[str]) -> int:
     try:
         commands = importlib.import_module("autorank_jax.cli.commands")
+        parsing = importlib.import_module("autorank_jax.cli.parsing")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise
         return _say(1, [f'the command line needs {error.name}: pip install "autorank-jax[cli]"'])
     try:
-        commands.execute(commands.parse(arguments))
+        commands.execute(parsing.parse(arguments))
     except ConfigurationError as error:
         return _say(2, error.problems)
-    except (CriteriaError, DatasetError, commands.ReportError, commands.CheckpointError) as error:
+    except (CheckpointError, CriteriaError, DatasetError, commands.ReportError) as error:
         return _say(2, [str(error)])
-    except commands.DivergedError as error:
+    except DivergedError as error:
         return _say(3, [str(error)])
     except KeyboardInterrupt as stop:
         return _say(getattr(stop, "code", INTERRUPTED), [str(stop) or "interrupted; nothing was written"])

@@ -1,17 +1,116 @@
-"""Complaints of the parser of the command line, condensed to one line each."""
+"""From words to a command; what does not parse ends in one line."""
 
+import contextlib
+import io
 import itertools
+import textwrap
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import tyro
+
+from autorank_jax.cli.commands import PROGRAM, Data, Ranks, Run
+from autorank_jax.cli.files import read_config, read_run
+from autorank_jax.experiment.config import AGGREGATORS, POLICIES, ConfigurationError
 
 
-def one_line(complaint: str, helpful: str) -> str:
-    """Condense a boxed complaint: what was expected, what came, and what was probably meant.
+def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
+    """Parse the command line.
+
+    Raises:
+        ConfigurationError: in one line, for options that do not exist or do not parse; for a file of options that
+            cannot be used.
+        SystemExit: of code 0, after help.
+    """
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(comma_separated)
+    explained = about_run() if "run" in arguments[:1] else None  # too long for the list of commands
+    commands = (
+        Annotated[Run, tyro.conf.subcommand("run", default=starting_point(arguments), description=explained)]
+        | Annotated[Ranks, tyro.conf.subcommand("ranks")]
+        | Annotated[Data, tyro.conf.subcommand("data")]
+    )
+    message = io.StringIO()
+    try:
+        with registry, contextlib.redirect_stderr(message):
+            return tyro.cli(
+                commands,
+                args=list(arguments),
+                prog=PROGRAM,
+                description="Federated LoRA with a rank for every client, chosen by AutoRank.",
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        command = " ".join([PROGRAM, *(word for word in arguments[:1] if word in ("run", "ranks", "data")), "--help"])
+        raise ConfigurationError([one_line(message.getvalue(), command)]) from stop
+
+
+def about_run() -> str:
+    """Return what the command `run` does, with a line for every rank policy and every aggregation rule."""
+    rules = {name: (rule.__doc__ or "").partition("\n")[0] for name, rule in AGGREGATORS.items()}
+    lines = [(Run.__doc__ or "").partition("\n")[0]]
+    for option, words in (("--rank-policies", POLICIES), ("--aggregators", rules)):
+        lines += ["", f"{option}:"]
+        for name, what in words.items():
+            lines.append(textwrap.fill(what, 80, initial_indent=f"  {name:<14} ", subsequent_indent=" " * 17))
+    return "\n".join(lines)
+
+
+def starting_point(arguments: Sequence[str]) -> Run:
+    """Return a run's defaults: those of the package, of a file of options, or of a run to be taken up again."""
+    if list(arguments[:1]) != ["run"] or "--help" in arguments:
+        return Run()
+    config, resume = word_after(arguments, "--config"), word_after(arguments, "--resume")
+    if config and resume:
+        raise ConfigurationError(["resume: expected no --config beside it: a run goes on with its own options"])
+    if resume:
+        experiment, every, keep = read_run(Path(resume))
+        return Run(experiment, checkpoint_every=every, keep_checkpoints=keep)
+    return Run(read_config(Path(config))) if config else Run()
+
+
+def comma_separated(info: Any) -> Any:
+    """Read a tuple of any length from one word with commas: the rule that tyro is given."""
+    arguments = get_args(info.type)
+    if get_origin(info.type) is not tuple or len(arguments) != 2 or arguments[1] is not Ellipsis:
+        return None
+    item = arguments[0]
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{item.__name__.upper()},…",
+        instance_from_str=lambda words: tuple(item(word.strip()) for word in words[0].split(",") if word.strip()),
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(v, item) for v in value),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+
+
+def word_after(arguments: Sequence[str], option: str) -> str | None:
+    """Return the value of an option before the command line is parsed, as it changes the others' defaults.
+
+    Raises:
+        ConfigurationError: if it is there more than once.
+    """
+    found = []
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        name, sign, value = word.partition("=")
+        if name == option:
+            found.append(value if sign else following)
+    if len(found) > 1:
+        raise ConfigurationError([f"{option[2:]}: expected it once, got it {len(found)} times"])
+    return found[0] if found else None
+
+
+def one_line(message: str, helpful: str) -> str:
+    """Condense tyro's boxed message: what was expected, what came, and what was probably meant.
 
     Args:
-        complaint: what tyro writes.
+        message: what tyro writes.
         helpful: the command that prints help.
     """
-    lines = [line.strip("╭╮╰╯│─| \t") for line in complaint.splitlines()[1:]]
+    lines = [line.strip("╭╮╰╯│─| \t") for line in message.splitlines()[1:]]
     lines = [line for line in lines if line.strip("-+| ") and not line.startswith("For full help")]
     if lines and lines[0].startswith("Unrecognized"):
         what = _unknown(lines)
@@ -19,7 +118,7 @@ def one_line(complaint: str, helpful: str) -> str:
         what = _missing(lines)
     else:
         what = " ".join(itertools.takewhile(lambda line: not line.startswith("Argument helptext"), lines))
-    return f"{what or complaint.strip() or 'unknown mistake'} (see {helpful})"
+    return f"{what or message.strip() or 'unknown mistake'} (see {helpful})"
 
 
 def _unknown(lines: Sequence[str]) -> str:

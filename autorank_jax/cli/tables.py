@@ -112,7 +112,7 @@ def _lines(results: Results, policies: Mapping[str, Any]) -> Iterator[tuple[str,
         yield "  without diverged clients", lambda p: f"{p['clients']['after']['diverged']['mean']:.3g}", True
     yield "mean ratio over clients", lambda p: f"{p['mean_ratio']['clients']:.3f}", False
     yield "mean ratio over examples", lambda p: f"{p['mean_ratio']['examples']:.3f}", False
-    yield "examples behind the highest rank", lambda p: f"{100 * p['examples_behind_highest_ratio']:.3g} %", False
+    yield "examples at the highest ratio*", lambda p: f"{100 * p['examples_behind_highest_ratio']:.3g} %", False
     yield "trained parameters", lambda p: si(p["trained_parameters"]), True
     yield "bytes up per round", lambda p: si(p["bytes_per_round"]["up"]), False
     yield "bytes down per round", lambda p: si(p["bytes_per_round"]["down"]), True
