@@ -1,10 +1,13 @@
-"""Modules import from lower layers only; a new module needs a line in `LAYERS`.
+"""A package imports from lower floors only; a new one needs a line in `FLOORS`.
 
-Also: no import cycle, no import hidden in a function, no private JAX, effects at the edge only, short files.
+Also: few modules at the top, no import cycle, short chains, no import hidden in a function, no private JAX, effects at
+the edge only, short files and documents, few result files.
 """
 
 import ast
+import functools
 import graphlib
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,42 +17,40 @@ import autorank_jax
 ROOT = Path(autorank_jax.__file__).parent
 REPOSITORY = Path(__file__).parent.parent
 
-LAYERS = {  # a module imports from lower numbers only; a folder is one module here
-    0: "types matching results",
-    1: "batches budgets checks complexity controls datasets local lora losses mcda models participation transformer "
-    "convolution updates",
-    2: "aggregators assembly costs dealing evaluation faults federated_data lanes layers partition policies",
-    3: "devices functions linen scheduling tasks",
-    4: "engine",
-    5: "simulation checkpoint criteria_file export text",  # here the host begins: jit, files, logging
-    6: "complaints configuration events figures tables",
-    7: "charges federations launch report",
-    8: "personal ranking",
-    9: "rounds",
-    10: "resuming",
-    11: "experiment runner",
-    12: "display",
-    13: "commands",
-    14: "cli",
-    15: "__main__ __init__",
+FLOORS = {  # a package imports from lower floors, and from itself
+    1: "types datasets",
+    2: "checkpoint models federated",
+    3: "adapters",
+    4: "ranks engine",
+    5: "aggregators evaluation",
+    6: "experiment",
+    7: "cli",
+    8: "__init__ __main__",
 }
-NUMBER = {name: number for number, names in LAYERS.items() for name in names.split()}
-HOST = 5
-EFFECTS_BELOW = {
-    "datasets": "reads and keeps files",
-    "costs": "asks the compiler for FLOPs",
+FLOOR = {name: number for number, names in FLOORS.items() for name in names.split()}
+TOP = {"__init__", "__main__", "checkpoint", "types"}
+"""The modules that lie in no package."""
+LONGEST_CHAIN = 8
+HOST = {"checkpoint", "cli", "datasets", "experiment"}
+"""Packages of the host: jit, logging and files. All others are pure functions of arrays, but for:"""
+EFFECTS_ELSEWHERE = {
+    "adapters.peft": "writes files for Hugging Face",
+    "engine.flops": "asks the compiler for FLOPs",
+    "models.bert": "reads pretrained weights",
+    "ranks.table_file": "reads a table",
 }
-ENGINE_KNOWS_NOTHING_OF = {"aggregators", "local", "models", "tasks", "policies"}
+ENGINE_KNOWS_NOTHING_OF = {"aggregators", "evaluation", "models", "ranks"}
 OPTIONAL = {"matplotlib", "PIL", "rich", "safetensors", "tokenizers", "tyro"}
 OPTIONAL |= {"requests", "tensorflow", "tensorflow_datasets", "tqdm"}  # of the extra tfds
-MOST_LINES = 400
+MOST_LINES = {".py": 400, "README.md": 150}
+MOST_RESULTS = 30
 
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(ROOT.rglob("*.py"))}
 SOURCES = {name: path.read_text() for name, path in FILES.items()}
 
 
-def module_of(name):
-    """Return the top-level module of a file: `aggregators.base` belongs to `aggregators`."""
+def package_of(name):
+    """Return the package of a file: `aggregators.base` belongs to `aggregators`."""
     return name.partition(".")[0]
 
 
@@ -113,27 +114,62 @@ def effects(source):
     return found
 
 
-@pytest.mark.parametrize("name", sorted({module_of(name) for name in FILES} | set(NUMBER)))
-def test_every_module_has_a_layer(name):
-    assert name in NUMBER, f"{name} is new: add it to LAYERS in {Path(__file__).name}, above all that it imports"
-    assert name in {module_of(file) for file in FILES}, f"{name} is gone: remove it from LAYERS"
+def graph_of(sources):
+    """Return for each file the files that it imports; that of its own package's `__init__` is not meant."""
+    return {name: imports_of(source) - {name} for name, source in sources.items()}
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_imports_come_from_lower_layers(name):
-    here = NUMBER.get(module_of(name), len(NUMBER))  # a module without a layer fails above
-    for target in imports_of(SOURCES[name]):
-        there = module_of(target)
-        if there != module_of(name):
-            assert NUMBER.get(there, 0) < here, (
-                f"{name} (layer {here}) imports {there} (layer {NUMBER.get(there)}): move what is shared down, or pass "
-                "it as an argument"
-            )
+def longest_chain(graph):
+    """Return the packages of a longest chain of imports between packages, from the top down."""
+    packages = {}
+    for name, targets in graph.items():
+        packages.setdefault(package_of(name), set()).update(map(package_of, targets - {"__init__"}))
+
+    @functools.cache
+    def below(package):
+        return max(((package, *below(target)) for target in packages[package] - {package}), key=len, default=(package,))
+
+    return max(map(below, packages), key=len)
+
+
+def too_low(sources, floors):
+    """Return the imports that do not go down."""
+    return [
+        f"{name} imports {target}"
+        for name, targets in graph_of(sources).items()
+        for target in targets
+        if package_of(target) != package_of(name) and floors[package_of(target)] >= floors[package_of(name)]
+    ]
+
+
+def test_every_package_has_a_floor():
+    assert {package_of(name) for name in FILES} == set(FLOOR), f"FLOORS in {Path(__file__).name} has other packages"
+
+
+def test_few_modules_lie_at_the_top():
+    assert {name for name in FILES if "." not in name} == TOP, "a new module belongs into the package of its stage"
+
+
+def test_imports_go_down():
+    assert too_low(SOURCES, FLOOR) == [], "move what is shared down, or pass it as an argument"
 
 
 def test_no_cycles():
-    graph = {name: imports_of(source) - {name} for name, source in SOURCES.items()}
-    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the cycle
+    list(graphlib.TopologicalSorter(graph_of(SOURCES)).static_order())  # raises CycleError with the cycle
+
+
+def test_chains_of_imports_are_short():
+    chain = longest_chain(graph_of(SOURCES))
+    assert len(chain) <= LONGEST_CHAIN, " -> ".join(chain)
+
+
+def test_wrong_imports_are_found():
+    upwards = SOURCES | {"engine.round": "from autorank_jax.aggregators import rbla"}
+    assert too_low(upwards, FLOOR) == ["engine.round imports aggregators.__init__"]
+    beside = SOURCES | {"engine.round": "from autorank_jax.ranks import mcda"}
+    assert too_low(beside, FLOOR) == ["engine.round imports ranks.mcda"]
+    in_turn = {"a.one": {"b.two"}, "b.two": {"c.three", "b.__init__"}, "b.__init__": set(), "c.three": set()}
+    assert longest_chain(in_turn) == ("a", "b", "c")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -147,36 +183,53 @@ def test_only_public_jax(name):
     assert "jax._src" not in SOURCES[name], f"{name} uses jax._src, which changes without notice"
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if NUMBER.get(module_of(n), HOST) < HOST])
+@pytest.mark.parametrize("name", [n for n in FILES if package_of(n) not in HOST and n not in EFFECTS_ELSEWHERE])
 def test_below_the_host_there_are_only_functions_of_arrays(name):
-    if module_of(name) not in EFFECTS_BELOW:
-        found = effects(SOURCES[name])
-        assert not found, f"{name} is below layer {HOST}, where the host begins, but has {sorted(found)}"
+    found = effects(SOURCES[name])
+    assert not found, f"{name} is no part of the host, but has {sorted(found)}"
+
+
+@pytest.mark.parametrize("name", EFFECTS_ELSEWHERE)
+def test_exceptions_are_needed(name):
+    assert effects(SOURCES[name]), f"{name} needs no exception any more"
 
 
 def test_the_engine_is_given_its_parts():
-    known = {module_of(file) for name in ("engine", "lanes", "devices") for file in imports_of(SOURCES[name])}
+    known = {package_of(file) for name in SOURCES if package_of(name) == "engine" for file in imports_of(SOURCES[name])}
     assert known & ENGINE_KNOWS_NOTHING_OF == set(), "the engine takes rule and local training as arguments"
 
 
-@pytest.mark.parametrize("folder", ["autorank_jax", "tests", "benchmarks"])
-def test_files_are_short(folder):
-    lengths = {path: len(path.read_text().splitlines()) for path in (REPOSITORY / folder).rglob("*.py")}
-    long = {str(path.relative_to(REPOSITORY)): n for path, n in lengths.items() if n > MOST_LINES}
-    assert long == {}, f"at most {MOST_LINES} lines a file: split by noun"
+def tracked():
+    """Return the files that git tracks; all files where this is no checkout."""
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        return [path.relative_to(REPOSITORY) for path in REPOSITORY.rglob("*") if path.is_file()]
+    return [Path(line) for line in listed.stdout.splitlines() if (REPOSITORY / line).exists()]
+
+
+@pytest.mark.parametrize("ending", MOST_LINES)
+def test_files_are_short(ending):
+    lengths = {str(p): (REPOSITORY / p).read_text().count("\n") for p in tracked() if p.name.endswith(ending)}
+    long = {path: lines for path, lines in lengths.items() if lines > MOST_LINES[ending]}
+    assert long == {}, f"at most {MOST_LINES[ending]} lines a file: split by noun"
+
+
+def test_result_files_are_few():
+    results = [path for path in tracked() if "results" in path.parts]
+    assert len(results) <= MOST_RESULTS, "one compact file a study"
 
 
 @pytest.mark.parametrize(
     ("source", "files"),
     [
-        ("import autorank_jax.adapters.lora", {"lora"}),
-        ("from autorank_jax import lora, mcda as m", {"lora", "mcda"}),
-        ("from autorank_jax.adapters.lora import cut", {"lora"}),
+        ("import autorank_jax.adapters.lora", {"adapters.lora"}),
+        ("from autorank_jax.ranks import budgets, mcda as m", {"ranks.budgets", "ranks.mcda"}),
+        ("from autorank_jax.adapters.lora import cut", {"adapters.lora"}),
         ("from autorank_jax.aggregators.base import mean_dense", {"aggregators.base"}),
         ("from autorank_jax.aggregators import rbla", {"aggregators.__init__"}),
         ("from autorank_jax import critic_weights", {"__init__"}),
-        ("def f():\n    import autorank_jax.adapters.lora", {"lora"}),
-        ("importlib.import_module('autorank_jax.cli.main')", {"cli"}),
+        ("def f():\n    import autorank_jax.adapters.lora", {"adapters.lora"}),
+        ("importlib.import_module('autorank_jax.cli.main')", {"cli.main"}),
         ("import jax\nfrom autorank import lora", set()),
     ],
 )
