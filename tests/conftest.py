@@ -1,9 +1,19 @@
-"""Strict JAX in every test: no implicit dtype or rank promotion, two CPU devices, compilation that is quick."""
+"""Strict JAX in every test: no implicit dtype or rank promotion, two CPU devices, compilation that is quick.
 
+All processes of a test run share one compilation cache, in a folder that is gone afterwards.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="autorank-jax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

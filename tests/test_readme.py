@@ -1,11 +1,9 @@
-"""The README's code runs, links lead somewhere, and every module is named in its layer."""
+"""The README's code runs, and links lead somewhere."""
 
 import re
 from pathlib import Path
 
 import pytest
-
-from tests.test_layering import NUMBER as LAYER_OF
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,12 +40,3 @@ def anchors(text):
     """Return the anchors of a Markdown file's headings."""
     titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-def test_the_layer_table_names_every_module_in_order():
-    table = README.split("## Architecture")[1].split("## ")[0]
-    rows = [re.findall(r"`(\w+)`", line) for line in table.splitlines() if line.startswith("| ") and "`" in line]
-    named = [name for row in rows for name in row]
-    assert sorted(named) == sorted(set(LAYER_OF) - {"__init__", "__main__"})
-    for row in rows:
-        assert [LAYER_OF[name] for name in row] == sorted(LAYER_OF[name] for name in row), row

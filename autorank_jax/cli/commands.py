@@ -24,7 +24,7 @@ from autorank_jax.cli.files import (
 )
 from autorank_jax.cli.interrupts import Interrupted, Interruption
 from autorank_jax.cli.live import Display
-from autorank_jax.cli.tables import comparison_tables, criteria_table, datasets_table
+from autorank_jax.cli.tables import comparison_tables, criteria_table, datasets_table, footnotes
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
 from autorank_jax.experiment.config import ConfigurationError, Experiment, outside, unknown
 from autorank_jax.experiment.launch import Launch, is_first, start
@@ -204,6 +204,8 @@ def show(console: Console, experiment: Experiment, results: Results, paths: Sequ
     """Print what was found and where it was written."""
     for table in comparison_tables(results):
         console.print(table)
+    for line in footnotes(results):
+        console.print(line)
     if experiment.split == "staircase":
         console.print(
             "On the staircase any rule that grows with a client's size gives nearly the same ranks, so it cannot tell "

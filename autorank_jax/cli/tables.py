@@ -9,11 +9,14 @@ from rich import box
 from rich.table import Table
 
 from autorank_jax.datasets import DatasetInfo
+from autorank_jax.experiment.config import POLICIES
 from autorank_jax.experiment.results import Results, Scores, si, summarize
 
 SHOWN_CLIENTS = 20
 SHOWN_LAYERS = 3
 POLICIES_PER_TABLE = 4
+EXPLAINED = ("covered", "uniform", "uniform_bytes", "by_size_bytes")
+"""Policies whose names do not say what they hold equal."""
 
 
 def scores_table(scores: Scores) -> Table:
@@ -84,6 +87,17 @@ def comparison_tables(results: Results) -> Iterator[Table]:
         for label, show, ends in _lines(results, summary):
             table.add_row(label, *(show(summary[name]) for name in chosen), end_section=ends)
         yield table
+
+
+def footnotes(results: Results) -> Iterator[str]:
+    """Explain what the comparison's names leave open."""
+    for name in results.config["rank_policies"]:
+        if name in EXPLAINED:
+            yield f"{name}: {POLICIES[name]}."
+    yield (
+        "* Share of all examples that the clients of the highest ratio hold. Rules that average each rank position over "
+        "its owners, such as rbla, leave the last positions to these clients alone."
+    )
 
 
 _MEASURED = {
