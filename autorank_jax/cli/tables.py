@@ -95,7 +95,7 @@ def footnotes(results: Results) -> Iterator[str]:
         if name in EXPLAINED:
             yield f"{name}: {POLICIES[name]}."
     yield (
-        "* Share of all examples that the clients of the highest ratio hold. Rules that average each rank position over "
+        "* Share of all examples that the clients of the highest ratio hold. Rules that average a rank position over "
         "its owners, such as rbla, leave the last positions to these clients alone."
     )
 
