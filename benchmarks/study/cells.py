@@ -1,23 +1,17 @@
-"""Grids of experiments: run cell by cell, resumable, each cell a JSON of what its runs reached and what they cost."""
+"""Grids of experiments: run cell by cell, resumable. A cell holds what its runs reached, and what they cost."""
 
-import argparse
 import dataclasses
-import difflib
-import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
+import numpy as np
 from rich.progress import Progress
 
-from autorank_jax.experiment.config import Experiment, experiment_from
-from autorank_jax.experiment.results import Results, Scores, summarize
-from autorank_jax.experiment.run import DivergedError, RoundDone, run_experiment
-
-Cell = dict[str, Any]
+from autorank_jax.experiment import DivergedError, Experiment, Results, RoundDone, Run, experiment_from, run_experiment
+from benchmarks import harness
+from benchmarks.study.cell_file import Cell, CellFile, options_of
 
 
 class Bounds(NamedTuple):
@@ -38,134 +32,52 @@ NOTHING = Bounds(until=float("-inf"))
 """Bounds within which nothing is run: what is there is read."""
 
 
-def add_grid_options(parser: argparse.ArgumentParser, *, splits: Sequence[str], out: Path, note: str = "") -> None:
-    """Give a script the options that every grid of cells has.
-
-    Args:
-        parser: of the script.
-        splits: what the grid runs where nothing else is asked for.
-        out: the folder of results.
-        note: added to the help of the splits.
-    """
-    parser.add_argument("--splits", default="", help=f"comma-separated; default {','.join(splits)}{note}")
-    parser.add_argument("--quick", action="store_true", help="the embedded subset, a few rounds")
-    parser.add_argument("--seeds", type=int, default=None, help="default 5")
-    parser.add_argument("--cells", default="*", help="run only cells whose name matches, such as '*staircase*'")
-    parser.add_argument("--limit-minutes", type=float, default=None, help="begin no cell after so many minutes")
-    parser.add_argument("--report", action="store_true", help="run nothing: show what there is")
-    parser.add_argument("--out", type=Path, default=out)
-
-
-def keep_published(options: argparse.Namespace, published: Path, changing: Iterable[str]) -> None:
-    """Let no other setting write over the results that are published with the project.
-
-    Args:
-        options: the command line, with `quick` and `out`.
-        published: the folder where those results lie.
-        changing: names of options that make another setting where they are given.
-
-    Raises:
-        SystemExit: one of them is, and the results would go there.
-    """
-    given = [name for name in changing if getattr(options, name) not in (None, "")]
-    if given and not options.quick and options.out.resolve() == published.resolve():
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise SystemExit(
-            f"out: expected a folder of its own beside {names}, got {published}, which keeps the usual setting"
-        )
-
-
-def check_pattern(pattern: str, folder: Path) -> None:
-    """Say so where a pattern has matched no cell, finished before or now."""
-    names = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.json"))]
-    if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
-        like = f" such as {names[0]}" if names else ""
-        raise SystemExit(f"cells: expected a pattern that matches names of cells{like}, got {pattern}: none does")
-
-
-def count(what: str, given: int | None, default: int) -> int:
-    """Return how many of something are asked for."""
-    if given is None:
-        return default
-    if given < 1:
-        raise SystemExit(f"{what}: expected 1 or more, got {given}")
-    return given
-
-
-def words(what: str, given: str, usual: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Read comma-separated words, the usual ones where none are given.
-
-    Raises:
-        SystemExit: some are not known; with the nearest that is.
-    """
-    chosen, known = [word for part in given.split(",") if (word := part.strip())] or list(usual), list(known)
-    wrong = [word for word in chosen if word not in known]
-    if wrong:
-        close = difflib.get_close_matches(wrong[0], known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise SystemExit(f"{what}: expected some of {', '.join(known)}, got {', '.join(wrong)}{hint}")
-    return chosen
-
-
-def run_cells(cells: Mapping[str, Experiment], folder: Path, bounds: Bounds = Bounds()) -> dict[str, Cell]:  # noqa: B008
+def run_cells(cells: Mapping[str, Experiment], file: CellFile, bounds: Bounds = Bounds()) -> dict[str, Cell]:  # noqa: B008
     """Run the cells that are not there yet, and return all that are there then.
 
     Args:
-        cells: experiments by a name that is good for a file; with slashes, for a file in a folder.
-        folder: where each finished cell lies as `NAME.json` (an option that a cell does not name has its default);
-            what does not read is run again.
+        cells: experiments by name.
+        file: where each finished cell is a line (an option that a cell does not name has its default); what does not
+            read is run again.
         bounds: leave out what is beyond them.
 
     Raises:
-        SystemExit: a cell of other options lies where one is to be run.
+        SystemExit: a cell of other options has the name of one that is to be run.
 
     Returns:
-        Cells by name: `config`, `summary`, `accuracy[policy][seed]` by round, likewise `flops` and `bytes` spent so
-        far, `clients[policy][seed]` with their own accuracy, `scores[seed]`. Cells of older versions have the first
-        three.
+        Cells by name.
     """
     found = {}
     with Progress(transient=True, disable=bounds == NOTHING) as progress:
         bar = progress.add_task("cells", total=len(cells))
         for name, experiment in cells.items():
-            path = folder / f"{name}.json"
-            cell = read_cell(path, experiment)
+            cell = read_cell(file, name, experiment)
             if cell is None and fnmatchcase(name, bounds.pattern) and time.monotonic() < bounds.until:
-                _refuse_to_lose(path, experiment)
+                _refuse_to_lose(file, name, experiment)
                 begin = time.monotonic()
-                cell = _run(experiment, progress, name)
-                harness.write_json(path, cell)
+                file.append(name, _run(experiment, progress, name))
                 progress.console.print(f"{name}: {time.monotonic() - begin:.0f} s", highlight=False)
+                cell = file.cell(name)
             if cell is not None:
                 found[name] = cell
             progress.advance(bar)
     return found
 
 
-def read_cell(path: Path, experiment: Experiment) -> Cell | None:
+def read_cell(file: CellFile, name: str, experiment: Experiment) -> Cell | None:
     """Return a finished cell, None if it is not there, does not read, or has other options."""
-    cell, options = _read(path)
-    return cell if options == experiment else None
+    cell = file.cell(name)
+    return cell if cell is not None and experiment_from(cell["options"]) == experiment else None
 
 
-def _read(path: Path) -> tuple[Cell, Experiment | None]:
-    """Return a cell and its options, None for options if it is not there or does not read."""
-    try:
-        cell = json.loads(path.read_text())
-        return cell, experiment_from(cell["config"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return {}, None
-
-
-def _refuse_to_lose(path: Path, experiment: Experiment) -> None:
+def _refuse_to_lose(file: CellFile, name: str, experiment: Experiment) -> None:
     """Leave a finished cell of other options where it is: it may have taken hours."""
-    _, theirs = _read(path)
-    if theirs is not None:
-        ours, others = dataclasses.asdict(experiment), dataclasses.asdict(theirs)
-        name = next(name for name in ours if ours[name] != others[name])
+    if (cell := file.cell(name)) is not None:
+        ours, others = (dataclasses.asdict(one) for one in (experiment, experiment_from(cell["options"])))
+        option = next(option for option in ours if ours[option] != others[option])
         raise SystemExit(
-            f"{path}: expected a cell of {name} {ours[name]}, got one of {others[name]}; probably another run put "
-            "results there: choose another --out, or remove the cell"
+            f"{file.path}: expected {name} to be a cell of {option} {ours[option]}, got one of {others[option]}; "
+            "probably another run put results there: choose another --out, or remove the cell's line"
         )
 
 
@@ -181,24 +93,21 @@ def _run(experiment: Experiment, progress: Progress, name: str) -> Cell:
             progress.update(bar, advance=1, description=text)
 
     cell: Cell = {}
-    diverged: dict[str, str] = {}
     left = [experiment]
     while left:
         part = left.pop()
         try:
-            results = run_experiment(part, on_event=show)
+            _merge(cell, contents(run_experiment(part, on_event=show)))
         except DivergedError as error:
-            results = error.results
-            diverged.setdefault(error.record.policy, str(error))
-            left += _after(part, error.record.policy, error.record.seed)
-        _merge(cell, _contents(results))
+            lost = error.record
+            _merge(cell, contents(error.results))
+            _merge(cell, {"runs": {lost.policy: {str(lost.seed): {"diverged": str(error), "rounds": lost.round}}}})
+            left += _after(part, lost.policy, lost.seed)
     progress.remove_task(bar)
-    return cell | {
-        "config": json.loads(json.dumps(dataclasses.asdict(experiment))),
-        "diverged": diverged,
-        "versions": harness.versions(),
-        "device": harness.device(),
-    }
+    versions, device = harness.versions(), harness.device()
+    with_versions = ", ".join(f"{name} {versions[name]}" for name in ("autorank-jax", "jax"))
+    ran = f"{device['date']}, {device['cores']} × {device['kind']}, {with_versions}"
+    return {"options": options_of(experiment), "ran": ran, **cell}
 
 
 def _after(experiment: Experiment, policy: str, seed: int) -> list[Experiment]:
@@ -213,31 +122,53 @@ def _after(experiment: Experiment, policy: str, seed: int) -> list[Experiment]:
     ]
 
 
-def _contents(results: Results) -> Cell:
-    """Return what a cell keeps of some results."""
-    table: Cell = {"summary": summarize(results)["policies"], "accuracy": {}, "flops": {}, "bytes": {}, "clients": {}}
+def contents(results: Results) -> Cell:
+    """Return what a cell keeps of some results.
+
+    Returns:
+        `size[seed]`, the examples of every client, and `runs[policy][seed]`: the clients' first `ratios`; `accuracy`
+        in the rounds that are `due`, nothing where there is no server model; training `flops` and `bytes` from one of
+        these to the next (one number where all are equal), FLOPs of the `probe` and of the `slowest` client in a
+        round; `clients`, their own accuracy. A run that diverged has `rounds`, those that it trained, and `diverged`,
+        why.
+    """
+    sizes, runs = {str(scores.seed): scores.size.tolist() for scores in results.scores}, {}
+    ratios = {scores.seed: scores.ratios for scores in results.scores}
     for run in results.runs:
-        seed = str(run.seed)
-        table["accuracy"].setdefault(run.policy, {})[seed] = [row.accuracy for row in run.rows]
-        table["flops"].setdefault(run.policy, {})[seed] = [_tidy(row.train_flops) for row in run.rows]
-        table["bytes"].setdefault(run.policy, {})[seed] = [_tidy(row.bytes) for row in run.rows]
-        if run.clients:
-            table["clients"].setdefault(run.policy, {})[seed] = dict(run.clients)
-    table["scores"] = {str(scores.seed): _scores(scores) for scores in results.scores}
-    return table
+        own = {"ratios": [tidy(ratio) for ratio in ratios[run.seed][run.policy].tolist()]}
+        runs.setdefault(run.policy, {})[str(run.seed)] = own | _contents(run, results.config)
+    return {"size": sizes, "runs": runs}
 
 
-def _scores(scores: Scores) -> Cell:
-    """Return the criteria of every client, their weights, and the first ratios under every policy."""
-    known = scores.closeness is not None
+def due(config: Mapping[str, Any]) -> list[int]:
+    """Return the rounds in which a server model is tested."""
+    every, last = config["eval_every"], config["rounds"]
+    return [number for number in range(1, last + 1) if number % every == 0 or number == last]
+
+
+def _contents(run: Run, config: Mapping[str, Any]) -> Cell:
+    rows = [run.rows[number - 1] for number in due(config) if number <= len(run.rows)]
+    accuracy = [None if row.accuracy is None else tidy(row.accuracy) for row in rows]
     return {
-        "criteria": list(scores.criteria),
-        "size": scores.size.tolist(),
-        "matrix": [[_tidy(value) for value in row] for row in scores.matrix.tolist()],
-        "weights": [_tidy(value) for value in scores.weights.tolist()] if known else None,
-        "closeness": [_tidy(value) for value in scores.closeness.tolist()] if known else None,
-        "ratios": {policy: [_tidy(value) for value in ratios.tolist()] for policy, ratios in scores.ratios.items()},
+        "accuracy": accuracy if any(value is not None for value in accuracy) else [],
+        "flops": added([row.train_flops for row in rows], run.probe_flops),
+        "bytes": added([row.bytes for row in rows]),
+        "probe": tidy(run.probe_flops),
+        "slowest": tidy(run.costs.slowest_client),
+        "clients": {what: {kind: tidy(value) for kind, value in row.items()} for what, row in run.clients.items()},
     }
+
+
+def added(sums: Sequence[float], start: float = 0.0) -> float | list[float]:
+    """Return what was added to a sum from one number to the next: one value where it was always as much."""
+    steps = [tidy(step) for step in np.diff(sums, prepend=start).tolist()]
+    same = len(steps) > 0 and np.allclose(steps, steps[0], rtol=1e-5, atol=0)
+    return tidy((sums[-1] - start) / len(sums)) if same else steps
+
+
+def tidy(value: float) -> float:
+    """Round to six digits."""
+    return float(f"{value:.6g}")
 
 
 def _merge(cell: Cell, more: Cell) -> None:
@@ -247,8 +178,3 @@ def _merge(cell: Cell, more: Cell) -> None:
             _merge(cell[key], value)
         else:
             cell[key] = value
-
-
-def _tidy(value: float) -> float:
-    """Round to six digits."""
-    return float(f"{value:.6g}")

@@ -1,4 +1,4 @@
-"""What `paper.py` runs: datasets, splits, and the columns of its tables, the most important first."""
+"""What `paper.py` runs: datasets, splits, and the columns that it compares, the most important first."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from autorank_jax.experiment.config import Experiment
+from autorank_jax.experiment import Experiment
 
-AUTHOR = ("AutoRank + RBLA", "ranks by hand + RBLA", "one rank, AutoRank's bytes + RBLA",
-          "one rank, AutoRank's bytes + FlexLoRA")  # fmt: skip
+AUTHOR = ("AutoRank + RBLA", "ranks by hand + RBLA", "uniform rank, AutoRank's bytes + RBLA",
+          "uniform rank, AutoRank's bytes + FlexLoRA")  # fmt: skip
 """The columns that the first author's result files have, too."""
 
 
@@ -57,42 +57,42 @@ GROUPS: Mapping[str, Group] = {
         {
             "autorank": AUTHOR[0],
             "uniform_bytes": AUTHOR[2],
-            "uniform": "one rank, AutoRank's FLOPs without the probe + RBLA",
+            "uniform": "uniform rank, AutoRank's FLOPs (probe not counted) + RBLA",
             "full": "full rank + RBLA",
         },
     ),
     "by_hand": Group(1, "rbla", {"manual": AUTHOR[1]}, ("staircase",)),
     "flexlora": Group(1, "flexlora", {"uniform_bytes": AUTHOR[3], "autorank": "AutoRank + FlexLoRA"}),
     "raflora": Group(
-        1, "raflora", {"uniform_bytes": "one rank, AutoRank's bytes + raFLoRA", "autorank": "AutoRank + raFLoRA"}
+        1, "raflora", {"uniform_bytes": "uniform rank, AutoRank's bytes + raFLoRA", "autorank": "AutoRank + raFLoRA"}
     ),
     "same_rate": Group(
-        1, "rbla", {"autorank": "AutoRank at one rank's learning rate + RBLA"}, rates=("main", "uniform_bytes")
+        1, "rbla", {"autorank": "AutoRank at the uniform rank's learning rate + RBLA"}, rates=("main", "uniform_bytes")
     ),
     "same_rate_flexlora": Group(
         1,
         "flexlora",
-        {"autorank": "AutoRank at one rank's learning rate + FlexLoRA"},
+        {"autorank": "AutoRank at the uniform rank's learning rate + FlexLoRA"},
         rates=("flexlora", "uniform_bytes"),
     ),
     "same_rate_raflora": Group(
         1,
         "raflora",
-        {"autorank": "AutoRank at one rank's learning rate + raFLoRA"},
+        {"autorank": "AutoRank at the uniform rank's learning rate + raFLoRA"},
         rates=("raflora", "uniform_bytes"),
     ),
-    "covered": Group(1, "rbla", {"covered": "AutoRank covered + RBLA"}),
-    "by_size": Group(2, "rbla", {"by_size_bytes": "by size, AutoRank's bytes + RBLA"}),
-    "dealt": Group(
+    "capped": Group(1, "rbla", {"covered": "AutoRank, top ranks capped + RBLA"}),
+    "by_size": Group(2, "rbla", {"by_size_bytes": "ranks by size, AutoRank's bytes + RBLA"}),
+    "permuted": Group(
         2,
         "rbla",
-        {"shuffled": "AutoRank shuffled + RBLA", "reversed": "AutoRank reversed + RBLA"},
+        {"shuffled": "AutoRank's ranks, shuffled + RBLA", "reversed": "AutoRank's ranks, reversed + RBLA"},
         rates=("main", "autorank"),
     ),
     "fedavg": Group(3, "fedavg", {"full": "whole weights + FedAvg"}),
-    "local": Group(3, "local_only", {"full": "nothing shared, full rank"}),
-    "central": Group(3, "rbla", {"full": "one client has all, full rank"}, ("central",)),
-    "central_whole": Group(3, "fedavg", {"full": "one client has all, whole weights"}, ("central",)),
+    "local": Group(3, "local_only", {"full": "clients alone, full rank"}),
+    "central": Group(3, "rbla", {"full": "one client with all data, full rank"}, ("central",)),
+    "central_whole": Group(3, "fedavg", {"full": "one client with all data, whole weights"}, ("central",)),
 }
 
 
@@ -109,41 +109,11 @@ CONTRASTS = (
     (_title("same_rate_raflora", "autorank"), AUTHOR[2]),
     (_title("same_rate", "autorank"), AUTHOR[2]),
     (_title("same_rate", "autorank"), AUTHOR[1]),
-    (_title("covered", "covered"), AUTHOR[2]),
-    (_title("covered", "covered"), _title("same_rate", "autorank")),
-    (_title("covered", "covered"), _title("raflora", "autorank")),
+    (_title("capped", "covered"), AUTHOR[2]),
+    (_title("capped", "covered"), _title("same_rate", "autorank")),
+    (_title("capped", "covered"), _title("raflora", "autorank")),
 )
 """Columns that are compared with each other, beside the first with all."""
-
-
-PICTURES: Mapping[str, tuple[str, ...]] = {
-    "": (
-        *(AUTHOR[n] for n in (0, 2, 1, 3)),
-        _title("raflora", "autorank"),
-        _title("covered", "covered"),
-        _title("main", "full"),
-        _title("fedavg", "full"),
-    ),
-    "controls": (
-        AUTHOR[0],
-        AUTHOR[2],
-        _title("main", "uniform"),
-        _title("same_rate", "autorank"),
-        _title("by_size", "by_size_bytes"),
-        _title("dealt", "shuffled"),
-        _title("dealt", "reversed"),
-    ),
-    "products": (
-        _title("raflora", "autorank"),
-        AUTHOR[2],
-        _title("raflora", "uniform_bytes"),
-        _title("same_rate_raflora", "autorank"),
-        _title("flexlora", "autorank"),
-        AUTHOR[3],
-        _title("same_rate_flexlora", "autorank"),
-    ),
-}
-"""What every picture of a split shows, by the end of its name; a column has the colour of its place."""
 
 
 class Job(NamedTuple):

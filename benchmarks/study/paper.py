@@ -1,44 +1,48 @@
-"""AutoRank beside fixed ranks, FlexLoRA and controls: accuracy, and what it takes, with seeds, spread and tests.
+"""AutoRank beside uniform ranks, FlexLoRA and controls: accuracy, and what it takes, with seeds, spread and tests.
 
-Four columns are those of the author's result files (scored ranks with RBLA, ranks by hand, one rank, FlexLoRA with one
-rank); the others are controls at stated budgets, covered ranks, whole weights, clients alone, and one client with all.
-MLP 784-200-200-10 with maximum ranks 160, 160, 100 on grey images, a CNN on coloured ones; batch 64, SGD with momentum
-0.9, one local epoch, all clients every round, evaluated every second round. A seed varies initial weights, adapters,
-split and batch order; differences are paired over seeds. The learning rate of every policy and rule is the best of
-0.01, 0.03 and 0.1 after as many rounds, on a tenth of the training examples, for seeds (1000, 1001) used nowhere else;
-rates beyond are tried where the best is at an end, and the second seed decides between close ones. Shuffled and
-reversed ranks run at AutoRank's rate, and AutoRank once more at that of one rank, where they differ. The probe trains
-at the column's own rate, so that AutoRank's ranks depend on it a little.
+Four columns are those of the author's result files (AutoRank with RBLA, ranks by hand, a uniform rank, FlexLoRA with a
+uniform rank); the others are controls at stated budgets, capped ranks, whole weights, clients alone, and one client with
+all data. MLP 784-200-200-10 with maximum ranks 160, 160, 100 on grey images, a CNN on coloured ones; batch 64, SGD with
+momentum 0.9, one local epoch, all clients every round, evaluated every second round. A seed varies initial weights,
+adapters, split and batch order; differences are paired over seeds. The learning rate of every policy and rule is the best
+of 0.01, 0.03 and 0.1 after as many rounds, on a tenth of the training examples, for seeds (1000, 1001) used nowhere else;
+rates beyond are tried where the best is at an end, and the second seed decides between close ones. Shuffled and reversed
+ranks run at AutoRank's rate, and AutoRank once more at that of the uniform rank, where they differ. The probe trains at
+the column's own rate, so that AutoRank's ranks depend on it a little.
 
-Command:  AUTORANK_JAX_DATA=DIR python benchmarks/paper.py    (full data: many hours on two cores; it may be stopped and
-          started again, and begins with what matters most; datasets,
-          splits, groups and cells narrow what is run, all that is there
-          is reported; another setting needs an --out of its own)
-          python benchmarks/paper.py --quick                  (embedded subset, two minutes on two cores)
-Writes:   a JSON per cell in benchmarks/results/paper, then paper.json, paper.md and pictures beside it
-Expect:   see benchmarks/README.md
+Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.paper    (full data: many hours on two cores; it may be
+          stopped and started again, and begins with what matters most; datasets, splits, groups and cells narrow what is
+          run, all that is there is reported; another setting needs an --out of its own)
+          python -m benchmarks.study.paper --quick                  (embedded subset, two minutes on two cores)
+Writes:   a line per cell in benchmarks/study/results/paper.jsonl, and the tables in paper.md
+Expect:   see benchmarks/study/README.md
 """
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
-import matplotlib as mpl
-import mixed_ranks
 import numpy as np
-import paper_tables
-import pictures
-from curves import Reached, table_of
-from grid import NOTHING, Bounds, Cell, add_grid_options, check_pattern, count, keep_published, words
-from paper_tables import Column
-from plan import DATASETS, GROUPS, PICTURES, SPLITS, Job, experiment_of, jobs
-from tuning import Choice, Grid, choose_rates, run_tuned
 
 from autorank_jax.experiment.config import MODELS
+from benchmarks import harness
+from benchmarks.study import mixed_ranks, paper_tables
+from benchmarks.study.cell_file import CellFile
+from benchmarks.study.cells import NOTHING, Bounds
+from benchmarks.study.columns import DATASETS, GROUPS, SPLITS, Job, experiment_of, jobs
+from benchmarks.study.options import (
+    RESULTS,
+    add_cell_options,
+    check_pattern,
+    count,
+    keep_published,
+    make_parser,
+    words,
+)
+from benchmarks.study.paper_tables import Column
+from benchmarks.study.runs import Reached
+from benchmarks.study.tuning import Choice, Grid, choose_rates, run_tuned
 
-RESULTS = Path(__file__).parent / "results"
 Key = tuple[str, str]
 """Dataset and split."""
 
@@ -50,7 +54,7 @@ class Plan(NamedTuple):
     seeds: range
     options: Mapping[str, Any]  # of every experiment
     grids: Mapping[str, Grid]  # by group
-    folder: Path
+    file: CellFile
     quick: bool  # the small dataset, all seeds in one cell
 
 
@@ -65,23 +69,15 @@ def everything(plan: Plan) -> Plan:
     return plan._replace(jobs=list(jobs(datasets, list(SPLITS))))
 
 
-def run_plan(plan: Plan, bounds: Bounds) -> tuple[dict[Key, list[Column]], dict[str, Cell]]:
-    """Run what is missing within bounds.
-
-    Returns:
-        Columns by dataset and split, and AutoRank's first cell by split for its scores.
-    """
+def run_plan(plan: Plan, bounds: Bounds) -> dict[Key, list[Column]]:
+    """Run what is missing within bounds, and return columns by dataset and split."""
     found: dict[Key, list[Column]] = {}
-    scored: dict[str, Cell] = {}
     for job in plan.jobs:
-        columns, first = run_job(plan, job, bounds)
-        found.setdefault((job.dataset, job.split), []).extend(columns)
-        if job.group == "main" and first:
-            scored.setdefault(f"{job.dataset}, {job.split}", first)
-    return found, scored
+        found.setdefault((job.dataset, job.split), []).extend(run_job(plan, job, bounds))
+    return found
 
 
-def run_job(plan: Plan, job: Job, bounds: Bounds) -> tuple[list[Column], Cell | None]:
+def run_job(plan: Plan, job: Job, bounds: Bounds) -> list[Column]:
     """Tune a group and run its seeds; no columns where it would be another group's once more."""
     group = GROUPS[job.group]
     experiment = experiment_of(job, **plan.options)
@@ -91,21 +87,19 @@ def run_job(plan: Plan, job: Job, bounds: Bounds) -> tuple[list[Column], Cell | 
         theirs = rates_of(plan, job._replace(group=source), bounds)
         choices = dict.fromkeys(titles, theirs[policy]) if policy in theirs else {}
         if any(own in theirs and theirs[own].rate == choice.rate for own, choice in choices.items()):
-            return [], None  # the same column as there
+            return []  # the same column as there
     else:
         choices = rates_of(plan, job, bounds)
     how = {"seeds": plan.seeds, "together": plan.quick, "bounds": bounds}
-    tuned, cells = run_tuned(experiment, choices, plan.folder, name, **how)
+    tuned = run_tuned(experiment, choices, plan.file, name, **how)
     central = job.split == "central"
-    columns = [Column(titles[p], t.choice, _alone(t.runs) if central else t.runs) for p, t in tuned.items()]
-    scored = [cell for cell in cells if "autorank" in cell["config"]["rank_policies"]]
-    return columns, scored[0] if scored else None
+    return [Column(titles[p], t.choice, _alone(t.runs) if central else t.runs) for p, t in tuned.items()]
 
 
 def rates_of(plan: Plan, job: Job, bounds: Bounds) -> Mapping[str, Choice]:
     """Choose the learning rates of a group."""
     name = f"{job.dataset}/{job.split}/{job.group}"
-    return choose_rates(experiment_of(job, **plan.options), plan.grids[job.group], plan.folder, name, bounds)
+    return choose_rates(experiment_of(job, **plan.options), plan.grids[job.group], plan.file, name, bounds)
 
 
 def _alone(runs: Mapping[int, Reached]) -> dict[int, Reached]:
@@ -131,8 +125,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     seeds = count("seeds", options.seeds, 2 if options.quick else 5)
     given = {name: getattr(options, name) for name in ("rounds", "local_epochs", "model")}
     chosen = {name: value for name, value in given.items() if value is not None} | {"eval_every": 2}
-    folder = options.out / ("paper_mini" if options.quick else "paper")
-    return Plan(list(jobs(datasets, splits, groups)), range(seeds), chosen, grids, folder, options.quick)
+    file = CellFile(options.out / ("paper_mini.jsonl" if options.quick else "paper.jsonl"))
+    return Plan(list(jobs(datasets, splits, groups)), range(seeds), chosen, grids, file, options.quick)
 
 
 def complete(found: Mapping[Key, list[Column]]) -> dict[Key, list[Column]]:
@@ -145,57 +139,23 @@ def complete(found: Mapping[Key, list[Column]]) -> dict[Key, list[Column]]:
 
 
 def tables(plan: Plan, found: Mapping[Key, list[Column]]) -> str:
-    """Return the tables of what is there, in Markdown."""
+    """Return the tables of what is there, in Markdown; nothing where no column is there."""
     whole = complete(found)
     parts = [paper_tables.write(*key, own, seeds=len(plan.seeds)) for key, own in whole.items()]
-    return "\n".join([*parts, *mixed_ranks.write(mixed_ranks.mixed_runs(whole))])
+    return "\n".join([paper_tables.NOTES, *parts, *mixed_ranks.write(mixed_ranks.mixed_runs(whole))]) if parts else ""
 
 
-def numbers(found: Mapping[Key, list[Column]]) -> dict[str, Any]:
-    """Return what the columns of every table reached, and how their rates were chosen, as JSON."""
-    return {
-        ", ".join(key): {
-            column.title: table_of(column.runs) | {"choice": column.choice._asdict() if column.choice else None}
-            for column in columns
-        }
-        for key, columns in complete(found).items()
-    }
-
-
-def report(plan: Plan, found: Mapping[Key, list[Column]], scored: Mapping[str, Cell]) -> None:
-    """Print the tables of what is there; write JSON, Markdown and pictures, nothing where no column is there."""
+def report(plan: Plan, found: Mapping[Key, list[Column]]) -> None:
+    """Print and write the tables of what is there."""
     text = tables(plan, found)
-    if not text:
-        print("No column is complete yet.")
-        return
-    print(text)
-    about = {"seeds": len(plan.seeds), "reported_with": harness.versions()}  # cells name what they were run with
-    harness.write_json(
-        plan.folder.with_suffix(".json"), {"tables": numbers(found), "options": dict(plan.options)} | about
-    )
-    harness.write_text(plan.folder.with_suffix(".md"), text)
-    for key in complete(found):
-        draw({column.title: column.runs for column in found[key]}, plan.folder, ", ".join(key))
-    if scored:
-        pictures.ranks_against_complexity(scored, plan.folder.with_name(f"{plan.folder.name}-ranks.png"))
-    if mixed := mixed_ranks.mixed_runs(complete(found)):
-        pictures.accuracy_over_coverage(mixed, plan.folder.with_name(f"{plan.folder.name}-coverage.png"))
-
-
-def draw(series: Mapping[str, Mapping[int, Reached]], folder: Path, title: str) -> None:
-    """Draw the pictures of a split; none of those that show nothing beyond the first."""
-    seen = {name: runs for name, runs in series.items() if any(len(run.accuracy) for run in runs.values())}
-    path = folder.with_name(f"{folder.name}-{title.replace(', ', '-')}.png")
-    for which, names in PICTURES.items():
-        own = set(names) - set(PICTURES[""]) if which else set(names)
-        if own & set(seen):
-            file, heading = (path.with_stem(f"{path.stem}-{which}"), f"{title}, {which}") if which else (path, title)
-            pictures.accuracy_curves({name: seen.get(name, {}) for name in names}, file, heading)
+    print(text or "No column is complete yet.")
+    if text:
+        harness.write_text(plan.file.path.with_suffix(".md"), text)
 
 
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     full, usual = ", ".join(name for name in DATASETS if name != QUICK), ",".join(USUAL)
     parser.add_argument("--dataset", default="", help=f"comma-separated; default {usual}, of {full}")
     parser.add_argument("--groups", default="", help="comma-separated; default all: " + ", ".join(GROUPS))
@@ -203,7 +163,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--local-epochs", type=int, default=None, help="default 1")
     parser.add_argument("--model", choices=tuple(MODELS), help="default mlp, on coloured images deep_cnn")
     parser.add_argument("--learning-rate", type=float, default=None, help="of all columns, default tuned for each")
-    add_grid_options(parser, splits=tuple(SPLITS), out=RESULTS)
+    add_cell_options(parser, splits=tuple(SPLITS))
     return parser.parse_args(arguments)
 
 
@@ -211,12 +171,11 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, then print and write what there is."""
     options = options_of(arguments)
-    mpl.use("Agg")
     plan = make_plan(options)
     with harness.shared_programs():
         run_plan(plan, NOTHING if options.report else Bounds.within(options.limit_minutes, options.cells))
-    check_pattern(options.cells, plan.folder)
-    report(plan, *run_plan(everything(plan), NOTHING))
+    check_pattern(options.cells, plan.file)
+    report(plan, run_plan(everything(plan), NOTHING))
 
 
 if __name__ == "__main__":

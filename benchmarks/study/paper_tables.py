@@ -1,21 +1,33 @@
-"""The tables of `paper.py`, in Markdown."""
+"""The tables of `paper.py`, in Markdown: a section for every split of every dataset."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from curves import MEASURES, Reached, client_values, costs, measured, percent, until, values
-from harness import Row, markdown_table
-from paired import cells, difference, in_points, in_units
-from plan import AUTHOR, CONTRASTS, DATASETS
-from tuning import Choice
+from benchmarks.harness import Row, markdown_table
+from benchmarks.study.columns import AUTHOR, CONTRASTS, DATASETS
+from benchmarks.study.paired import cells, difference, in_points, in_units
+from benchmarks.study.runs import MEASURES, Reached, client_values, costs, measured, percent, until, values
+from benchmarks.study.tuning import Choice
 
 FIRST = AUTHOR[0]
 COSTS = {"rounds": "rounds", "flops": "FLOPs", "bytes": "bytes"}
-OWN = {"before": "own", "after": "own, trained once more"}
+OWN = {"before": "clients' own", "after": "trained once more"}
 """Clients' own accuracy under the server's model cut to their ranks, and after one more local training."""
-TARGETS, OTHERWISE = "To reach an accuracy", "The same differences in clients' own accuracy, and in what they take"
-"""Titles of the widest tables."""
+NOTES = """# The paper's columns, and controls
+
+- **Uniform rank:** one rank for all clients, at AutoRank's mean ratio over clients (equal bytes) or over examples (equal
+  training FLOPs; AutoRank's probe is not counted there).
+- **Top ranks capped** (policy `covered`): AutoRank's highest ratios cut to the largest one that clients with half of all
+  examples reach. **Shuffled, reversed:** AutoRank's ranks, given to other clients. **By hand:** client i of 10 has i/10.
+- **Clients alone** share nothing; **one client with all data** is training without federation.
+- **Learning rate:** the best on validation examples; "edge": a better one may lie beyond those that were tried.
+- **Mean ratio:** a client's rank over the maximum rank, mean over clients / over examples. **Label-weighted:** accuracy
+  by class of the server's model cut to a client's rank, mixed with the client's label shares. **Clients' own:** accuracy of
+  that model on the client's share of the test set, before and after one more local training.
+- **At equal FLOPs:** what either had reached when it had spent as much on training, the probe counted: as much as the
+  dearer of the two spends in the first fifth of its rounds, or the cheaper one in all.
+"""
 Pair = tuple[str, "Column", "Column"]
 """A title, and one column minus another."""
 
@@ -37,7 +49,7 @@ def write(dataset: str, split: str, columns: Sequence[Column], *, seeds: int) ->
         columns: in this order.
         seeds: how many there are to be.
     """
-    parts = [f"## {dataset}, {split}", _accuracies(columns, seeds), f"### {TARGETS}", _targets(dataset, columns)]
+    parts = [f"## {dataset}, {split}", _accuracies(columns, seeds), "### To reach an accuracy", _targets(dataset, columns)]
     shared = [column for column in columns if values(column.runs, "final")]
     against, further = _against_first(shared), _further(shared)
     if against:
@@ -54,7 +66,7 @@ def write(dataset: str, split: str, columns: Sequence[Column], *, seeds: int) ->
     if everything or further:
         title = f"{100 * DATASETS[dataset].targets[-1]:g} %"
         parts += [
-            f"### {OTHERWISE}",
+            "### The same differences in clients' own accuracy, and in what they take",
             f"Own accuracy in points; rounds, training FLOPs and bytes to {title} where all seeds reach it. Not "
             "corrected.",
             _other_differences([(f"{FIRST} minus {name}", *pair) for name, *pair in everything] + further, dataset),

@@ -1,13 +1,14 @@
-"""What the runs of a cell reached, and what it took them: the numbers behind tables and pictures."""
+"""What the runs of a cell reached, and what it took them: the numbers behind tables and figures."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from grid import Cell
 
 from autorank_jax.experiment.config import PERSONAL_RULES
 from autorank_jax.experiment.results import behind_highest, si
+from benchmarks.study.cell_file import Cell
+from benchmarks.study.cells import due
 
 GUESSING = 0.1
 """Accuracy of guessing among ten classes: what a run that diverged is given from there on."""
@@ -19,8 +20,8 @@ MEASURES: Mapping[str, str] = {
     "final": "final accuracy",
     "early": "first fifth of the rounds",
     "area": "mean over rounds",
-    "early_flops": "the dearer one's first fifth, for the same FLOPs",
-    "final_flops": "the cheaper one's end, for the same FLOPs",
+    "early_flops": "dearer one's first fifth, at equal FLOPs",
+    "final_flops": "cheaper one's end, at equal FLOPs",
 }
 """In what runs are compared, with titles: after as many rounds, and after as much training, probes counted."""
 
@@ -84,32 +85,33 @@ class Reached(NamedTuple):
 
 def runs_of(cell: Cell) -> dict[str, dict[int, Reached]]:
     """Return the runs of a cell by policy and seed; a run that diverged guesses from there on."""
-    config = cell["config"]
-    every, last = config["eval_every"], config["rounds"]
-    due = np.array([number for number in range(1, last + 1) if number % every == 0 or number == last])
-    seeds = range(config["first_seed"], config["first_seed"] + config["seeds"])
-    return {p: {seed: _run(cell, p, str(seed), due) for seed in seeds} for p in config["rank_policies"]}
+    options = cell["options"]
+    seeds = range(options["first_seed"], options["first_seed"] + options["seeds"])
+    return {policy: {seed: _run(cell, policy, str(seed)) for seed in seeds} for policy in options["rank_policies"]}
 
 
-def _run(cell: Cell, policy: str, seed: str, due: np.ndarray) -> Reached:
-    accuracy, flops, sent = (cell[what].get(policy, {}).get(seed, []) for what in ("accuracy", "flops", "bytes"))
-    diverged = len(accuracy) < cell["config"]["rounds"]
-    served = cell["config"]["aggregators"][0] not in PERSONAL_RULES
-    values = [accuracy[n - 1] if n <= len(accuracy) else None for n in due] if served else []
-    scores, trained = cell["scores"][seed], cell["summary"].get(policy, {}).get("train_flops", {})
-    ratios, size = np.array(scores["ratios"][policy]), np.array(scores["size"])
-    spent = [np.array([row[n - 1] if n <= len(row) else np.nan for n in due]) for row in (flops, sent)]
+def _run(cell: Cell, policy: str, seed: str) -> Reached:
+    options, run, size = cell["options"], cell["runs"][policy][seed], np.array(cell["size"][seed])
+    rounds, ratios = np.array(due(options)), np.array(run["ratios"])
+    trained = run.get("rounds", options["rounds"])
+    done = int(np.searchsorted(rounds, trained, side="right"))
+    served = options["aggregators"][0] not in PERSONAL_RULES
+    accuracy = [*run["accuracy"], *[None] * (len(rounds) - len(run["accuracy"]))] if served else []
+    spent = []
+    for what, start in (("flops", run["probe"]), ("bytes", 0.0)):
+        sums = start + np.cumsum(np.broadcast_to(run[what], done))
+        spent.append(np.concatenate([sums, np.full(len(rounds) - done, np.nan)]))
     return Reached(
-        due,
-        np.array([GUESSING if value is None else value for value in values]),
+        rounds,
+        np.array([GUESSING if value is None else value for value in accuracy]),
         *spent,
-        {what: row for what, row in cell["clients"].get(policy, {}).get(seed, {}).items() if not row.get("diverged")},
+        {what: row for what, row in run.get("clients", {}).items() if not row.get("diverged")},
         float(ratios.mean()),
         float((ratios * size).sum() / size.sum()),
         behind_highest(ratios, size),
-        trained.get("probe", 0.0),
-        trained.get("slowest_client", np.nan),
-        diverged,
+        run["probe"],
+        run["slowest"],
+        trained < options["rounds"],
     )
 
 
@@ -172,17 +174,3 @@ def until(runs: Mapping[int, Reached], target: float, what: str) -> str:
     if len(known) < len(reached):
         return f"{len(known)} of {len(reached)} seeds"
     return si(known.mean()) + (f" ± {si(known.std(ddof=1), 2)}" if len(known) > 1 else "")
-
-
-def table_of(runs: Mapping[int, Reached]) -> dict[str, Any]:
-    """Return the end points of the runs as JSON: a list over seeds each."""
-    return {
-        "seeds": list(runs),
-        **{what: [getattr(run, what) for run in runs.values()] for what in ("final", "best", "area", "early")},
-        "clients": [dict(run.clients) for run in runs.values()],
-        "ratio_by_clients": [round(run.ratio_by_clients, 4) for run in runs.values()],
-        "ratio_by_examples": [round(run.ratio_by_examples, 4) for run in runs.values()],
-        "examples_behind_highest_ratio": [round(run.behind, 4) for run in runs.values()],
-        "slowest_client_flops": [None if np.isnan(run.slowest) else run.slowest for run in runs.values()],
-        "diverged": [run.diverged for run in runs.values()],
-    }

@@ -7,14 +7,15 @@ too: a rate that is best for one seed may end in guessing for another.
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from curves import GUESSING, Reached, runs_of
-from grid import Bounds, Cell, run_cells
 
-from autorank_jax.experiment.config import PERSONAL_RULES, Experiment
+from autorank_jax.experiment import Experiment
+from autorank_jax.experiment.config import PERSONAL_RULES
+from benchmarks.study.cell_file import Cell, CellFile
+from benchmarks.study.cells import Bounds, run_cells
+from benchmarks.study.runs import GUESSING, Reached, runs_of
 
 FIRST_SEED = 1000
 VALIDATION = 0.1
@@ -45,7 +46,7 @@ class Choice(NamedTuple):
     edge: bool  # whether a better one may lie beyond the ladder
 
 
-def choose_rates(experiment: Experiment, grid: Grid, folder: Path, name: str, bounds: Bounds) -> Mapping[str, Choice]:
+def choose_rates(experiment: Experiment, grid: Grid, file: CellFile, name: str, bounds: Bounds) -> Mapping[str, Choice]:
     """Choose a learning rate for every policy of an experiment of one rule: the best after as many rounds as are run.
 
     Fewer rounds would not do: a rate that is best early may end in guessing later.
@@ -53,7 +54,7 @@ def choose_rates(experiment: Experiment, grid: Grid, folder: Path, name: str, bo
     Args:
         experiment: what will be run; one aggregator.
         grid: rates to try. Nothing is run where there is one.
-        folder: of the cells.
+        file: of the cells.
         name: begins the names of the cells.
         bounds: of the cells to run.
 
@@ -73,7 +74,7 @@ def choose_rates(experiment: Experiment, grid: Grid, folder: Path, name: str, bo
     tried: dict[str, Scores] = {policy: {} for policy in trial.rank_policies}
     cells = {f"{name}-tune-lr{rate:g}": dataclasses.replace(trial, learning_rate=rate) for rate in grid.rates}
     while cells:
-        ran = run_cells(cells, folder, bounds)
+        ran = run_cells(cells, file, bounds)
         for n, one in cells.items():
             for policy in one.rank_policies:
                 if n not in ran:
@@ -143,20 +144,20 @@ class Tuned(NamedTuple):
 def run_tuned(
     experiment: Experiment,
     choices: Mapping[str, Choice],
-    folder: Path,
+    file: CellFile,
     name: str,
     *,
     seeds: range,
     together: bool,
     bounds: Bounds,
     apart: bool = True,
-) -> tuple[dict[str, Tuned], list[Cell]]:
+) -> dict[str, Tuned]:
     """Run every policy of an experiment at its own learning rate.
 
     Args:
         experiment: of one rule.
         choices: by policy; what has none is not run.
-        folder: of the cells.
+        file: of the cells.
         name: begins the names of the cells.
         seeds: to run.
         together: all seeds in one cell, else a cell for each.
@@ -164,7 +165,7 @@ def run_tuned(
         apart: a cell for each policy, else policies of one rate share cells, and with them the probe.
 
     Returns:
-        What there is by policy, and its cells.
+        What there is by policy.
     """
     tuned = {p: Tuned(choices.get(p), {}) for p in experiment.rank_policies}
     chosen = {policy: one.choice for policy, one in tuned.items() if one.choice}
@@ -178,11 +179,10 @@ def run_tuned(
                 first_seed=first,
                 seeds=len(seeds) if together else 1,
             )
-    ran = list(run_cells(cells, folder, bounds).values())
-    for cell in ran:
+    for cell in run_cells(cells, file, bounds).values():
         for policy, runs in runs_of(cell).items():
             tuned[policy].runs.update(runs)
-    return tuned, ran
+    return tuned
 
 
 def _parts(choices: Mapping[str, Choice], *, apart: bool) -> dict[str, tuple[str, ...]]:
