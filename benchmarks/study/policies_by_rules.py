@@ -7,44 +7,48 @@ server with momentum. They are tried under the first two rules on the first two 
 criteria, which are chosen as in `paper.py` for every policy, rule and split. Answers are mean differences paired over
 seeds, with 95 % t intervals and Holm's correction of final accuracies within each question.
 
-Command:  AUTORANK_JAX_DATA=DIR python benchmarks/study.py            (many hours on two cores; may be stopped and
-          started again, and begins with what matters most; rules and
-          settings narrow what is run, all of theirs are reported; other
-          splits, rounds and seeds need an --out of their own)
-          AUTORANK_JAX_DATA=DIR python benchmarks/study.py --confirm  (the best pairs on fresh seeds, and on MNIST)
-          python benchmarks/study.py --quick                          (embedded subset, two minutes on two cores)
-Writes:   a JSON per cell in benchmarks/results/study, then study.json, study.md and pictures beside it
-Expect:   see benchmarks/README.md
+Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.policies_by_rules    (many hours on two cores; may be stopped
+          and started again, and begins with what matters most; rules and settings narrow what is run, all of theirs are
+          reported; other splits, rounds and seeds need an --out of their own)
+          AUTORANK_JAX_DATA=DIR python -m benchmarks.study.policies_by_rules --confirm
+          (the best pairs on fresh seeds, and on MNIST)
+          python -m benchmarks.study.policies_by_rules --quick    (embedded subset, two minutes on two cores)
+Writes:   a line per cell in benchmarks/study/results/policies_by_rules.jsonl, and the answers in policies_by_rules.md
+Expect:   see benchmarks/study/README.md
 """
 
 import argparse
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import answers
-import harness
-import matplotlib as mpl
-import numpy as np
-import pictures
-from answers import ALL, Point, Question, Table
-from curves import table_of
-from grid import NOTHING, Bounds, add_grid_options, check_pattern, count, keep_published, words
-from plan import SPLITS
-from tuning import Choice, Grid, choose_rates, run_tuned
-
-from autorank_jax.experiment.config import GLOBAL_RULES, Experiment
+from autorank_jax.experiment import Experiment
+from autorank_jax.experiment.config import GLOBAL_RULES
 from autorank_jax.ranks.criteria import CRITERIA
+from benchmarks import harness
+from benchmarks.study import questions
+from benchmarks.study.cell_file import CellFile
+from benchmarks.study.cells import NOTHING, Bounds
+from benchmarks.study.columns import SPLITS
+from benchmarks.study.options import (
+    RESULTS,
+    add_cell_options,
+    check_pattern,
+    count,
+    keep_published,
+    make_parser,
+    words,
+)
+from benchmarks.study.questions import ALL, Point, Question, Table
+from benchmarks.study.tuning import Choice, Grid, choose_rates, run_tuned
 
-RESULTS = Path(__file__).parent / "results"
 RULES = ("rbla", "raflora", "owner_merge", "flexlora")
 POLICIES: Mapping[str, str] = {
     "autorank": "AutoRank",
-    "uniform_bytes": "one rank, AutoRank's bytes",
-    "uniform": "one rank, AutoRank's FLOPs without the probe",
-    "by_size_bytes": "by size, AutoRank's bytes",
-    "shuffled": "AutoRank shuffled",
+    "uniform_bytes": "uniform rank, AutoRank's bytes",
+    "uniform": "uniform rank, AutoRank's FLOPs (probe not counted)",
+    "by_size_bytes": "ranks by size, AutoRank's bytes",
+    "shuffled": "AutoRank's ranks, shuffled",
 }
 PAIR = ("autorank", "uniform_bytes")
 CRITERIA_ALONE: Mapping[str, Mapping[str, Any]] = {
@@ -74,7 +78,8 @@ class Plan(NamedTuple):
     settings: tuple[str, ...]
     seeds: range
     options: Mapping[str, Any]  # of every experiment
-    folder: Path
+    file: CellFile
+    prefix: str  # of the names of cells
     together: bool  # all seeds in one cell
     grid: Grid  # of learning rates
 
@@ -99,7 +104,7 @@ def order(plan: Plan) -> list[Place]:
 def experiment_of(plan: Plan, rule: str, setting: str, split: str) -> Experiment:
     """Return the experiment of a cell, for the first seed."""
     policies = plan.policies
-    if setting != ALL:  # what changes criteria alone is compared with all criteria, the rest with one rank as well
+    if setting != ALL:  # what changes criteria alone is compared with all criteria, the rest with a uniform rank as well
         wanted = PAIR[:1] if setting in CRITERIA_ALONE else PAIR
         policies = tuple(p for p in policies if p in wanted)
     options = {"eval_every": 2, "local_epochs": 1, **SPLITS[split], **SETTINGS[setting], **plan.options}
@@ -113,7 +118,8 @@ Rates = Mapping[tuple[str, str], Mapping[str, Choice]]
 def rates_of(plan: Plan, rule: str, split: str, bounds: Bounds) -> Mapping[str, Choice]:
     """Choose the learning rates under a rule on a split; shuffled ranks have AutoRank's."""
     tuned = plan._replace(policies=tuple(p for p in plan.policies if p != "shuffled"))
-    found = choose_rates(experiment_of(tuned, rule, ALL, split), plan.grid, plan.folder, f"{split}/{rule}", bounds)
+    name = f"{plan.prefix}{split}/{rule}"
+    found = choose_rates(experiment_of(tuned, rule, ALL, split), plan.grid, plan.file, name, bounds)
     return {**found, **({"shuffled": found["autorank"]} if "autorank" in found else {})}
 
 
@@ -136,8 +142,8 @@ def run_plan(plan: Plan, places: Iterable[Place], rates: Rates, bounds: Bounds) 
         if (rule, split) not in rates:
             rates[rule, split] = rates_of(plan, rule, split, bounds)
         experiment = experiment_of(plan, rule, setting, split)
-        name = f"{split}/{rule}-{setting.replace(' ', '_')}"
-        tuned, _ = run_tuned(experiment, rates[rule, split], plan.folder, name, **how)
+        name = f"{plan.prefix}{split}/{rule}-{setting.replace(' ', '_')}"
+        tuned = run_tuned(experiment, rates[rule, split], plan.file, name, **how)
         table |= {Point(policy, rule, setting, split): one.runs for policy, one in tuned.items() if one.runs}
     return table, rates
 
@@ -170,88 +176,33 @@ def make_plan(options: argparse.Namespace) -> Plan:
         **chosen,
         seeds=range(count("seeds", options.seeds, 2 if quick else 5)),
         options=given,
-        folder=options.out / ("study_mini" if quick else "study"),
+        file=CellFile(options.out / ("policies_by_rules_mini.jsonl" if quick else "policies_by_rules.jsonl")),
+        prefix="",
         together=quick,
         grid=Grid((0.03,)) if quick else Grid(more_seeds=1),
     )
 
 
-def tables(plan: Plan, table: Table, pairs: Sequence[tuple[Point, float]]) -> str:
-    """Return the answers that the cells give, and the best pairs, in Markdown."""
+def tables(plan: Plan, table: Table, pairs: Sequence[tuple[Point, float]], rates: Rates) -> str:
+    """Return the answers that the cells give, the best pairs, and these on fresh seeds, in Markdown."""
     axes = {"rules": plan.rules, "settings": plan.settings, "splits": plan.splits}
-    asked = [answers.answer(table, q, plan.splits, len(plan.seeds)) for q in answers.questions(**axes)]
-    return "\n".join([heading(plan), *filter(None, asked), answers.best_text(table, pairs, plan.splits)])
+    asked = [questions.answer(table, q, plan.splits, len(plan.seeds)) for q in questions.questions(**axes)]
+    fresh = confirm(plan, winners(pairs), rates, NOTHING)
+    return "\n".join([heading(plan), *filter(None, asked), questions.best_text(table, pairs, plan.splits), *fresh])
 
 
-def report(plan: Plan, table: Table, rates: Rates, pairs: Sequence[tuple[Point, float]]) -> None:
-    """Print and write the tables of what is there, and pictures; nothing where no cell is there."""
-    if not table:
-        print("No cell is complete yet.")
-        return
-    text = tables(plan, table, pairs)
-    print(text)
-    harness.write_text(plan.folder.with_suffix(".md"), text)
-    about = {"options": dict(plan.options), "reported_with": harness.versions()}  # cells name what they were run with
-    harness.write_json(plan.folder.with_suffix(".json"), numbers(table, rates) | about)
-    draw(plan, table)
-
-
-def numbers(table: Table, rates: Rates) -> dict[str, Any]:
-    """Return what the cells reached, and at which learning rates, as JSON."""
-    return {
-        "points": {" | ".join(point): table_of(runs) for point, runs in table.items()},
-        "learning_rates": {
-            " | ".join(at): {p: c._asdict() for p, c in own.items()} for at, own in rates.items() if own
-        },
-    }
-
-
-def heading(plan: Plan, title: str = "Rank policies under aggregation rules") -> str:
+def heading(plan: Plan) -> str:
     """Return what a reader of the tables has to know."""
     policies = "; ".join(f"`{name}`: {words}" for name, words in POLICIES.items())
     return (
-        f"# {title}: {plan.dataset}, {plan.options['rounds']} rounds\n\n"
+        f"# Rank policies under aggregation rules: {plan.dataset}, {plan.options['rounds']} rounds\n\n"
         "Differences are in points of test accuracy, paired over seeds: mean [95 % t interval]; p of a paired t test "
-        "of final accuracy, Holm-corrected over the rows of a table. Budgets are those of either side, one / other; "
-        f"training counts the probe.\n{policies}.\n"
+        "of final accuracy, Holm-corrected over the rows of a table. Budgets are those of either side, one / other: "
+        "ratios of a client's rank to the maximum rank, mean over clients (bytes) and over examples (training); the "
+        "share of all examples that the clients of the highest rank hold; training with the probe. At equal FLOPs: "
+        "what either had reached when it had spent as much on training, the probe counted, as the dearer of the two "
+        f"spends in the first fifth of its rounds, or the cheaper one in all.\n\n{policies}.\n"
     )
-
-
-def draw(plan: Plan, table: Table) -> None:
-    """Draw AutoRank minus one rank of equal bytes by rule, settings minus all criteria, and curves."""
-    one = Point("autorank", plan.rules[0], ALL, "")
-    rules = {rule: one._replace(rule=rule) for rule in plan.rules}
-    settings = {name: one._replace(setting=name) for name in plan.settings if name != ALL}
-    maps = {
-        "rules": (
-            "AutoRank minus one rank of equal bytes",
-            {n: (p, p._replace(policy=PAIR[1])) for n, p in rules.items()},
-        ),
-        "settings": (f"AutoRank, {one.rule}: setting minus all criteria", {n: (p, one) for n, p in settings.items()}),
-    }
-    about = f"{plan.dataset}, {plan.options['rounds']} rounds, mean of {len(plan.seeds)} seeds"
-    star = f"* corrected p < {answers.BEYOND:g}"
-    asked = answers.questions(rules=plan.rules, settings=plan.settings, splits=plan.splits)
-    beyond = set().union(*(answers.shown(table, question, plan.splits) for question in asked))
-    for what, (title, rows) in maps.items():
-        values = answers.grid_of(table, list(rows.values()), plan.splits)
-        pairs = [[tuple(p._replace(split=split) for p in row) for split in plan.splits] for row in rows.values()]
-        if np.isfinite(values).any():
-            pictures.heat_map(
-                values,
-                list(rows),
-                [split.replace("-", "\n", 1) for split in plan.splits],
-                plan.folder.with_name(f"{plan.folder.name}-{what}.png"),
-                title=f"{title}\n{about}\n{star}",
-                label="points of final accuracy",
-                differences=True,
-                shown=np.array([[pair in beyond for pair in row] for row in pairs]),
-            )
-    for split, rule in itertools.product(plan.splits, plan.rules[:NARROW]):
-        series = {POLICIES[p]: table.get(Point(p, rule, ALL, split), {}) for p in plan.policies}
-        if seen := {title: runs for title, runs in series.items() if runs}:
-            path = plan.folder.with_name(f"{plan.folder.name}-{split}-{rule}.png")
-            pictures.accuracy_curves(seen, path, f"{plan.dataset}, {split}, {rule}")
 
 
 def winners(pairs: Sequence[tuple[Point, float]]) -> tuple[Point, ...]:
@@ -260,48 +211,61 @@ def winners(pairs: Sequence[tuple[Point, float]]) -> tuple[Point, ...]:
     return tuple(dict.fromkeys([*points[:1], *[point for point in points if point.policy == "autorank"][:1]]))
 
 
-def confirm(plan: Plan, best: Sequence[Point], rates: Rates, bounds: Bounds) -> str:
-    """Run the best pairs on fresh seeds and on MNIST, beside AutoRank and one rank with their rules and the first."""
-    rules = tuple(dict.fromkeys((*(point.rule for point in best), plan.rules[0])))
-    policies = tuple(p for p in POLICIES if p in (*(point.policy for point in best), *PAIR))
+def confirm(plan: Plan, best: Sequence[Point], rates: Rates, bounds: Bounds) -> list[str]:
+    """Run the best pairs on fresh seeds and on MNIST, beside AutoRank and a uniform rank with their rules and the first.
+
+    Returns:
+        Tables in Markdown, of what is there within bounds.
+    """
     parts = []
-    for dataset in (plan.dataset, *(("mnist",) if plan.dataset == "fashion_mnist" else ())):
-        fresh = plan._replace(
+    for fresh in fresh_plans(plan, best) if best else ():
+        table, _ = run_plan(fresh, order(fresh), rates, bounds)
+        asked = [questions.answer(table, q, plan.splits, len(fresh.seeds)) for q in fresh_questions(fresh, best)]
+        parts += filter(None, asked)
+    return parts
+
+
+def fresh_plans(plan: Plan, best: Sequence[Point]) -> list[Plan]:
+    """Return what the confirmation runs: a plan for each dataset."""
+    return [
+        plan._replace(
             dataset=dataset,
-            policies=policies,
-            rules=rules,
+            policies=tuple(p for p in POLICIES if p in (*(point.policy for point in best), *PAIR)),
+            rules=tuple(dict.fromkeys((*(point.rule for point in best), plan.rules[0]))),
             settings=(ALL,),
             seeds=range(FRESH, FRESH + len(plan.seeds)),
-            folder=plan.folder.with_name(f"{plan.folder.name}-confirm-{dataset}"),
+            prefix=f"fresh-{dataset}/",
         )
-        table, _ = run_plan(fresh, order(fresh), rates, bounds)
-        others = [Point(p, rule, ALL, "all") for rule in rules for p in PAIR]
-        for one in best:
-            rows = tuple(
+        for dataset in (plan.dataset, *(("mnist",) if plan.dataset == "fashion_mnist" else ()))
+    ]
+
+
+def fresh_questions(fresh: Plan, best: Sequence[Point]) -> list[Question]:
+    """Return one question for each of the best pairs: it minus the others of the confirmation."""
+    others = [Point(policy, rule, ALL, "all") for rule in fresh.rules for policy in PAIR]
+    return [
+        Question(
+            f"{fresh.dataset}, fresh seeds: {one.policy} + {one.rule} minus",
+            tuple(
                 (f"{other.policy} + {other.rule}, {split}", one._replace(split=split), other._replace(split=split))
                 for other in others
                 if other != one
-                for split in (*plan.splits, "all")
-            )
-            title = f"{dataset}, fresh seeds: {one.policy} + {one.rule} minus"
-            parts.append(answers.answer(table, Question(title, rows), plan.splits, len(fresh.seeds)))
-    return "\n".join(filter(None, parts)) or "Nothing is confirmed yet.\n"
-
-
-def confirmed(plan: Plan, pairs: Sequence[tuple[Point, float]], rates: Rates, bounds: Bounds) -> str:
-    """Run what is missing of the best pairs on fresh seeds; return their tables in Markdown."""
-    return f"{heading(plan, 'The best pairs on fresh seeds')}\n{confirm(plan, winners(pairs), rates, bounds)}"
+                for split in (*fresh.splits, "all")
+            ),
+        )
+        for one in best
+    ]
 
 
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--confirm", action="store_true", help="run the best pairs on fresh seeds and on MNIST")
     parser.add_argument("--rules", default="", help="comma-separated; default " + ",".join(RULES))
     parser.add_argument("--settings", default="", help="comma-separated; default all: " + ", ".join(SETTINGS))
     parser.add_argument("--rounds", type=int, default=None, help="default 20")
     note = "; the best pair is chosen among what is complete on these, and no others are reported"
-    add_grid_options(parser, splits=STUDIED, out=RESULTS, note=note)
+    add_cell_options(parser, splits=STUDIED, note=note)
     return parser.parse_args(arguments)
 
 
@@ -309,23 +273,25 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, then answer from what there is."""
     options = options_of(arguments)
-    mpl.use("Agg")
     plan = make_plan(options)
     bounds = NOTHING if options.report else Bounds.within(options.limit_minutes, options.cells)
     with harness.shared_programs():
         run_plan(plan, order(plan), {}, bounds)
-        check_pattern(options.cells, plan.folder)
+        check_pattern(options.cells, plan.file)
         whole, table, rates = read_all(plan)
-        pairs = answers.best_pairs(table, whole.rules, whole.splits, len(whole.seeds))
-        report(whole, table, rates, pairs)
+        pairs = questions.best_pairs(table, whole.rules, whole.splits, len(whole.seeds))
         if options.confirm:
             if not pairs:
                 raise SystemExit(
                     "confirm: expected complete cells to choose the best pair from, got none; run the study first"
                 )
-            text = confirmed(whole, pairs, rates, bounds)
-            print(text)
-            harness.write_text(plan.folder.with_name(f"{plan.folder.name}-confirm.md"), text)
+            confirm(whole, winners(pairs), rates, bounds)
+    if not table:
+        print("No cell is complete yet.")
+        return
+    text = tables(whole, table, pairs, rates)
+    print(text)
+    harness.write_text(plan.file.path.with_suffix(".md"), text)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""The questions of `study.py`, answered from its cells: differences paired over seeds, with intervals."""
+"""The questions of `policies_by_rules.py`, answered from its cells: differences paired over seeds, with intervals."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from curves import MEASURES, Reached, measured, values
-from harness import Row, markdown_table
-from paired import Difference, cells, corrected, difference
+
+from benchmarks.harness import Row, markdown_table
+from benchmarks.study.paired import Difference, cells, corrected, difference
+from benchmarks.study.runs import MEASURES, Reached, measured
 
 ALL = "all criteria"
 BEYOND = 0.05
@@ -57,12 +58,12 @@ def questions(rules: Sequence[str], settings: Sequence[str], splits: Sequence[st
         return tuple(rows)
 
     return [
-        Question("AutoRank minus one rank at equal bytes", against("uniform_bytes")),
-        Question("AutoRank minus one rank at equal FLOPs (the probe not counted)", against("uniform")),
+        Question("AutoRank minus a uniform rank at equal bytes", against("uniform_bytes")),
+        Question("AutoRank minus a uniform rank at equal FLOPs (the probe not counted)", against("uniform")),
         Question("AutoRank minus its own ranks shuffled", against("shuffled")),
         Question("AutoRank minus ranks by size at equal bytes", against("by_size_bytes")),
         Question("AutoRank with another setting minus AutoRank with all criteria", changed({"setting": ALL})),
-        Question("AutoRank minus one rank at equal bytes, by setting", changed({"policy": "uniform_bytes"})),
+        Question("AutoRank minus a uniform rank at equal bytes, by setting", changed({"policy": "uniform_bytes"})),
     ]
 
 
@@ -87,43 +88,49 @@ def shared_splits(table: Table, one: Point, other: Point, splits: Sequence[str])
     return [s for s in splits if table.get(one._replace(split=s)) and table.get(other._replace(split=s))]
 
 
+class Answer(NamedTuple):
+    """A row of a question."""
+
+    name: str
+    one: Point
+    other: Point
+    splits: Sequence[str]  # on which both sides have runs
+    differences: Mapping[str, Difference | None]  # one minus other, by measure
+    p: float | None  # of final accuracy, Holm-corrected over the rows
+
+    @property
+    def shown(self) -> bool:
+        """Whether final accuracies differ beyond chance."""
+        return self.p is not None and self.p < BEYOND
+
+
+def answers(table: Table, question: Question, splits: Sequence[str]) -> list[Answer]:
+    """Return the rows of a question that have an answer."""
+    found = []
+    for name, one, other in question.rows:
+        there = shared_splits(table, one, other, splits)
+        if one.split in there or (one.split == "all" and len(there) > 1):
+            differences = {what: difference(*sides(table, one, other, what, there)) for what in MEASURES}
+            if differences["final"]:
+                label = f"{name.removesuffix('all')}mean of {len(there)} splits" if one.split == "all" else name
+                found.append(Answer(label, one, other, there, differences, None))
+    ps = corrected([row.differences for row in found], "final")
+    return [row._replace(p=p) for row, p in zip(found, ps, strict=True)]
+
+
 def answer(table: Table, question: Question, splits: Sequence[str], seeds: int) -> str:
     """Return the table of one question, and what it says in a sentence; empty where nothing is there."""
-    asked = list(_differences(table, question, splits))
-    if not asked:
+    found = answers(table, question, splits)
+    if not found:
         return ""
-    rows: list[Row] = []
-    for (name, one, other), there, differences in asked:
-        label = name if one.split != "all" else f"{name.removesuffix('all')}mean of {len(there)} splits"
-        number = f"{differences['final'].seeds} of {seeds}"
-        rows.append({"": label, "seeds": number, **_budgets(table, (one, other), there)})
-    found = [differences for *_, differences in asked]
-    rows = [{**row, **written} for row, written in zip(rows, cells(found, MEASURES), strict=True)]
-    verdict = _sentence([str(row[""]) for row in rows], [row["final"] for row in found], corrected(found, "final"))
-    return f"### {question.title}\n\n{verdict}\n\n{markdown_table(rows, list(rows[0]))}\n"
-
-
-Asked = tuple[Contrast, list[str], dict[str, Difference | None]]
-"""A row of a question, the splits on which both sides have runs, and one minus the other in each measure."""
-
-
-def _differences(table: Table, question: Question, splits: Sequence[str]) -> Iterator[Asked]:
-    """Yield the rows that have an answer."""
-    for contrast in question.rows:
-        _, one, other = contrast
-        there = shared_splits(table, one, other, splits)
-        if one.split not in ("all", *there) or (one.split == "all" and len(there) < 2):
-            continue
-        differences = {what: difference(*sides(table, one, other, what, there)) for what in MEASURES}
-        if differences["final"]:
-            yield contrast, there, differences
-
-
-def shown(table: Table, question: Question, splits: Sequence[str]) -> set[tuple[Point, Point]]:
-    """Return the rows of a question, as one and other, whose final accuracies differ beyond chance after correction."""
-    asked = list(_differences(table, question, splits))
-    ps = corrected([differences for *_, differences in asked], "final")
-    return {(one, other) for ((_, one, other), *_), p in zip(asked, ps, strict=True) if p is not None and p < BEYOND}
+    written = cells([row.differences for row in found], MEASURES)
+    rows: list[Row] = [
+        {"": row.name, "seeds": f"{row.differences['final'].seeds} of {seeds}"}
+        | _budgets(table, (row.one, row.other), row.splits)
+        | differences
+        for row, differences in zip(found, written, strict=True)
+    ]
+    return f"### {question.title}\n\n{_sentence(found)}\n\n{markdown_table(rows, list(rows[0]))}\n"
 
 
 def _budgets(table: Table, points: Sequence[Point], splits: Sequence[str]) -> Row:
@@ -133,7 +140,7 @@ def _budgets(table: Table, points: Sequence[Point], splits: Sequence[str]) -> Ro
     return {
         "ratios over clients": _beside(runs, lambda run: run.ratio_by_clients),
         "over examples": _beside(runs, lambda run: run.ratio_by_examples),
-        "examples behind the highest rank": _beside(runs, lambda run: run.behind),
+        "examples of the highest rank's clients": _beside(runs, lambda run: run.behind),
         "training, TFLOP": _beside(runs, lambda run: run.spent / 1e12),
         "slowest client, GFLOP a round": _beside(runs, lambda run: run.slowest / 1e9),
         "diverged": " / ".join(map(str, diverged)) if any(diverged) else "–",
@@ -152,19 +159,17 @@ def _runs_at(table: Table, point: Point, splits: Sequence[str]) -> list[Reached]
     return [run for s in places for run in table.get(point._replace(split=s), {}).values()]
 
 
-def _sentence(names: Sequence[str], found: Sequence[Difference | None], ps: Sequence[float | None]) -> str:
+def _sentence(found: Sequence[Answer]) -> str:
     """Say where final accuracy differs beyond chance, after correction."""
-    higher: list[str] = []
-    lower: list[str] = []
-    for name, one, p in zip(names, found, ps, strict=True):
-        if one is not None and p is not None and p < BEYOND:
-            (higher if one.mean > 0 else lower).append(name)
-    parts = [f"{what} {'; '.join(rows)}" for what, rows in (("Higher on", higher), ("lower on", lower)) if rows]
-    if len(higher) + len(lower) < len(names):
+    shown = [row for row in found if row.shown]
+    sides = {"higher on": [], "lower on": []}
+    for row in shown:
+        sides["higher on" if row.differences["final"].mean > 0 else "lower on"].append(row.name)
+    parts = [f"{what} {'; '.join(names)}" for what, names in sides.items() if names]
+    if len(shown) < len(found):
         where = "the others" if parts else "any"
-        parts.append(f"no difference shown (corrected p ≥ 0.05, or too few seeds) on {where}")
-    text = "; ".join(parts)
-    return f"Final accuracy: {text[0].lower()}{text[1:]}."
+        parts.append(f"no difference shown (corrected p ≥ {BEYOND:g}, or too few seeds) on {where}")
+    return f"Final accuracy: {'; '.join(parts)}."
 
 
 def best_pairs(table: Table, rules: Sequence[str], splits: Sequence[str], seeds: int) -> list[tuple[Point, float]]:
@@ -206,17 +211,7 @@ def best_text(table: Table, pairs: Sequence[tuple[Point, float]], splits: Sequen
     ]
     note = (
         f"Mean over {', '.join(splits)}; all criteria; at most 1.05 times the bytes that AutoRank sends under the "
-        "first rule. The best of many is flattered by chance: `--confirm` runs it on fresh seeds, and with it the "
+        "first rule. The best of many is flattered by chance: `--confirm` runs it on fresh seeds (below), and with it the "
         "best pair with AutoRank's ranks."
     )
     return f"### Best pair\n\n{note}\n\n{markdown_table(rows, list(rows[0]))}\n"
-
-
-def grid_of(table: Table, rows: Sequence[tuple[Point, Point]], splits: Sequence[str]) -> np.ndarray:
-    """Return one minus other of every row, in points of final accuracy, `(rows, splits)`; NaN where it is not there."""
-    result = np.full((len(rows), len(splits)), np.nan)
-    for y, row in enumerate(rows):
-        for x, split in enumerate(splits):
-            found = difference(*(values(table.get(point._replace(split=split), {}), "final") for point in row))
-            result[y, x] = np.nan if found is None else 100 * found.mean
-    return result
