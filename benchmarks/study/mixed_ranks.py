@@ -48,18 +48,32 @@ def mixed_runs(found: Mapping[tuple[str, str], Sequence[Column]]) -> list[MixedR
     return runs
 
 
-def bands(runs: Sequence[MixedRun]) -> dict[str, list[MixedRun]]:
-    """Sort runs into bands of the share, by their names; without empty bands."""
-    names = [f"under {100 * BANDS[0]:g} %", *(f"{100 * a:g} to {100 * b:g} %" for a, b in itertools.pairwise(BANDS))]
-    found: dict[str, list[MixedRun]] = {name: [] for name in (*names, f"{100 * BANDS[-1]:g} % and more")}
-    for run in runs:
-        list(found.values())[bisect.bisect(BANDS, run.share)].append(run)
-    return {name: band for name, band in found.items() if band}
+class Band(NamedTuple):
+    """Runs whose share lies in an interval."""
+
+    low: float
+    high: float
+    runs: Sequence[MixedRun]
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        low, high = (f"{100 * end:g}" for end in self[:2])
+        return f"under {high} %" if self.low == 0 else f"{low} % and more" if self.high == 1 else f"{low} to {high} %"
+
+    @property
+    def fallen(self) -> int:
+        """Runs that end more than `BEHIND` behind."""
+        return sum(run.difference < -BEHIND for run in self.runs)
 
 
-def fallen(runs: Sequence[MixedRun]) -> int:
-    """Count the runs that end more than `BEHIND` behind."""
-    return sum(run.difference < -BEHIND for run in runs)
+def bands(runs: Sequence[MixedRun]) -> list[Band]:
+    """Sort runs into bands of the share."""
+    edges = [0.0, *BANDS, 1.0]
+    return [
+        Band(low, high, [run for run in runs if bisect.bisect(BANDS, run.share) == number])
+        for number, (low, high) in enumerate(itertools.pairwise(edges))
+    ]
 
 
 def write(runs: Sequence[MixedRun]) -> list[str]:
@@ -71,12 +85,12 @@ def write(runs: Sequence[MixedRun]) -> list[str]:
     if not runs:
         return []
     rows: list[Row] = []
-    for name, band in bands(runs).items():
-        differences = [100 * run.difference for run in band]
-        row: Row = {"share of all examples": name, "runs": len(band)}
+    for band in (band for band in bands(runs) if band.runs):
+        differences = [100 * run.difference for run in band.runs]
+        row: Row = {"share of all examples": band.name, "runs": len(band.runs)}
         for title, of in (("worst", min), ("median", statistics.median), ("best", max)):
             row[title] = f"{of(differences):+.1f}"
-        rows.append(row | {f"more than {100 * BEHIND:g} points behind": fallen(band)})
+        rows.append(row | {f"more than {100 * BEHIND:g} points behind": band.fallen})
     text = (
         "A run is a column of mixed ranks and a seed: its final accuracy minus that of a uniform rank of AutoRank's "
         "bytes of the same seed, in points."

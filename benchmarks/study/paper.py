@@ -1,19 +1,20 @@
 """AutoRank beside uniform ranks, FlexLoRA and controls: accuracy, and what it takes, with seeds, spread and tests.
 
-Four columns are those of the author's result files (AutoRank with RBLA, ranks by hand, a uniform rank, FlexLoRA with a
-uniform rank); the others are controls at stated budgets, capped ranks, whole weights, clients alone, and one client with
-all data. MLP 784-200-200-10 with maximum ranks 160, 160, 100 on grey images, a CNN on coloured ones; batch 64, SGD with
-momentum 0.9, one local epoch, all clients every round, evaluated every second round. A seed varies initial weights,
-adapters, split and batch order; differences are paired over seeds. The learning rate of every policy and rule is the best
-of 0.01, 0.03 and 0.1 after as many rounds, on a tenth of the training examples, for seeds (1000, 1001) used nowhere else;
-rates beyond are tried where the best is at an end, and the second seed decides between close ones. Shuffled and reversed
-ranks run at AutoRank's rate, and AutoRank once more at that of the uniform rank, where they differ. The probe trains at
-the column's own rate, so that AutoRank's ranks depend on it a little.
+Four columns are those of the author's result files (AutoRank with RBLA, ranks by hand, a uniform rank, FlexLoRA with
+a uniform rank); the others are controls at stated budgets, capped ranks, whole weights, clients alone, and one client
+with all data. MLP 784-200-200-10 with maximum ranks 160, 160, 100 on grey images, a CNN on coloured ones; batch 64,
+SGD with momentum 0.9, one local epoch, all clients every round, evaluated every second round. A seed varies initial
+weights, adapters, split and batch order; differences are paired over seeds. The learning rate of every policy and
+rule is the best of 0.01, 0.03 and 0.1 after as many rounds, on a tenth of the training examples, for seeds (1000,
+1001) used nowhere else; rates beyond are tried where the best is at an end, and the second seed decides between close
+ones. Shuffled and reversed ranks run at AutoRank's rate, and AutoRank once more at that of the uniform rank, where
+they differ. The probe trains at the column's own rate, so that AutoRank's ranks depend on it a little.
 
-Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.paper    (full data: many hours on two cores; it may be
-          stopped and started again, and begins with what matters most; datasets, splits, groups and cells narrow what is
-          run, all that is there is reported; another setting needs an --out of its own)
-          python -m benchmarks.study.paper --quick                  (embedded subset, two minutes on two cores)
+Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.paper
+          (full data: many hours on two cores; it may be stopped and started again, and begins with what matters most;
+          datasets, splits, groups and cells narrow what is run, all that is there is reported; another setting needs
+          an --out of its own)
+          python -m benchmarks.study.paper --quick    (embedded subset, two minutes on two cores)
 Writes:   a line per cell in benchmarks/study/results/paper.jsonl, and the tables in paper.md
 Expect:   see benchmarks/study/README.md
 """

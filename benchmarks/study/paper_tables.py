@@ -16,15 +16,16 @@ OWN = {"before": "clients' own", "after": "trained once more"}
 """Clients' own accuracy under the server's model cut to their ranks, and after one more local training."""
 NOTES = """# The paper's columns, and controls
 
-- **Uniform rank:** one rank for all clients, at AutoRank's mean ratio over clients (equal bytes) or over examples (equal
-  training FLOPs; AutoRank's probe is not counted there).
-- **Top ranks capped** (policy `covered`): AutoRank's highest ratios cut to the largest one that clients with half of all
-  examples reach. **Shuffled, reversed:** AutoRank's ranks, given to other clients. **By hand:** client i of 10 has i/10.
+- **Uniform rank:** one rank for all clients, at AutoRank's mean ratio over clients (equal bytes) or over examples
+  (equal training FLOPs; AutoRank's probe is not counted there).
+- **Top ranks capped** (policy `covered`): AutoRank's highest ratios cut to the largest one that clients with half of
+  all examples reach. **Shuffled, reversed:** AutoRank's ranks, given to other clients. **By hand:** client i of 10
+  has i/10.
 - **Clients alone** share nothing; **one client with all data** is training without federation.
 - **Learning rate:** the best on validation examples; "edge": a better one may lie beyond those that were tried.
-- **Mean ratio:** a client's rank over the maximum rank, mean over clients / over examples. **Label-weighted:** accuracy
-  by class of the server's model cut to a client's rank, mixed with the client's label shares. **Clients' own:** accuracy of
-  that model on the client's share of the test set, before and after one more local training.
+- **Mean ratio:** a client's rank over the maximum rank, mean over clients / over examples. **Label-weighted:**
+  accuracy by class of the server's model cut to a client's rank, mixed with the client's label shares. **Clients'
+  own:** accuracy of that model on the client's share of the test set, before and after one more local training.
 - **At equal FLOPs:** what either had reached when it had spent as much on training, the probe counted: as much as the
   dearer of the two spends in the first fifth of its rounds, or the cheaper one in all.
 """
@@ -49,7 +50,12 @@ def write(dataset: str, split: str, columns: Sequence[Column], *, seeds: int) ->
         columns: in this order.
         seeds: how many there are to be.
     """
-    parts = [f"## {dataset}, {split}", _accuracies(columns, seeds), "### To reach an accuracy", _targets(dataset, columns)]
+    parts = [
+        f"## {dataset}, {split}",
+        _accuracies(columns, seeds),
+        "### To reach an accuracy",
+        _targets(dataset, columns),
+    ]
     shared = [column for column in columns if values(column.runs, "final")]
     against, further = _against_first(shared), _further(shared)
     if against:

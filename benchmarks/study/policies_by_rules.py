@@ -104,7 +104,9 @@ def order(plan: Plan) -> list[Place]:
 def experiment_of(plan: Plan, rule: str, setting: str, split: str) -> Experiment:
     """Return the experiment of a cell, for the first seed."""
     policies = plan.policies
-    if setting != ALL:  # what changes criteria alone is compared with all criteria, the rest with a uniform rank as well
+    if (
+        setting != ALL
+    ):  # what changes criteria alone is compared with all criteria, the rest with a uniform rank as well
         wanted = PAIR[:1] if setting in CRITERIA_ALONE else PAIR
         policies = tuple(p for p in policies if p in wanted)
     options = {"eval_every": 2, "local_epochs": 1, **SPLITS[split], **SETTINGS[setting], **plan.options}
@@ -212,7 +214,7 @@ def winners(pairs: Sequence[tuple[Point, float]]) -> tuple[Point, ...]:
 
 
 def confirm(plan: Plan, best: Sequence[Point], rates: Rates, bounds: Bounds) -> list[str]:
-    """Run the best pairs on fresh seeds and on MNIST, beside AutoRank and a uniform rank with their rules and the first.
+    """Run the best pairs on fresh seeds and on MNIST, beside AutoRank and a uniform rank under their rules.
 
     Returns:
         Tables in Markdown, of what is there within bounds.

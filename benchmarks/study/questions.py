@@ -15,6 +15,10 @@ BEYOND = 0.05
 """Corrected p below which a difference is shown."""
 
 
+GAIN = "AutoRank minus a uniform rank at equal bytes"
+CHANGED = "AutoRank with another setting minus AutoRank with all criteria"
+
+
 class Point(NamedTuple):
     """One place in the grid."""
 
@@ -58,11 +62,11 @@ def questions(rules: Sequence[str], settings: Sequence[str], splits: Sequence[st
         return tuple(rows)
 
     return [
-        Question("AutoRank minus a uniform rank at equal bytes", against("uniform_bytes")),
+        Question(GAIN, against("uniform_bytes")),
         Question("AutoRank minus a uniform rank at equal FLOPs (the probe not counted)", against("uniform")),
         Question("AutoRank minus its own ranks shuffled", against("shuffled")),
         Question("AutoRank minus ranks by size at equal bytes", against("by_size_bytes")),
-        Question("AutoRank with another setting minus AutoRank with all criteria", changed({"setting": ALL})),
+        Question(CHANGED, changed({"setting": ALL})),
         Question("AutoRank minus a uniform rank at equal bytes, by setting", changed({"policy": "uniform_bytes"})),
     ]
 
@@ -211,7 +215,7 @@ def best_text(table: Table, pairs: Sequence[tuple[Point, float]], splits: Sequen
     ]
     note = (
         f"Mean over {', '.join(splits)}; all criteria; at most 1.05 times the bytes that AutoRank sends under the "
-        "first rule. The best of many is flattered by chance: `--confirm` runs it on fresh seeds (below), and with it the "
-        "best pair with AutoRank's ranks."
+        "first rule. The best of many is flattered by chance: `--confirm` runs it on fresh seeds, see below, and "
+        "with it the best pair with AutoRank's ranks."
     )
     return f"### Best pair\n\n{note}\n\n{markdown_table(rows, list(rows[0]))}\n"

@@ -8,23 +8,24 @@ stacks) is measured apart too. `carried` is what a round has to hold while clien
 or stacks that grow with it. Both must give the same truncated product to 1e-4 before they are timed. The rows of
 4096 × 4096 are those of 768 × 768 times (4096 / 768)³, by which both ways grow, and say so; `--largest` measures one.
 
-Command:  python benchmarks/svd_border.py --json benchmarks/results/svd_border.json
+Command:  python -m benchmarks.study.svd_border --json benchmarks/study/results/svd_border.json
+          python -m benchmarks.study.svd_border --report    (runs nothing: prints the published rows)
 Hardware: two CPU cores
-Time and numbers to expect: see benchmarks/README.md
+Time and numbers to expect: see benchmarks/study/README.md
 """
 
-import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import harness
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
 from jax import Array, lax
-from matplotlib import pyplot as plt
+
+from benchmarks import harness
+from benchmarks.study.options import RESULTS, make_parser
 
 RANK = 16
 SHARES = (0.125, 0.25, 0.5, 1.0, 2.0)
@@ -126,32 +127,19 @@ def estimate(rows: list[harness.Row]) -> list[harness.Row]:
     ]
 
 
-def draw_picture(rows: list[harness.Row], path: Path) -> None:
-    """Draw how many times longer the dense way takes."""
-    figure, axes = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
-    for layer in dict.fromkeys(row["layer"] for row in rows if not row["estimated"]):
-        line = [row for row in rows if row["layer"] == layer and not row["estimated"]]
-        axes.plot([row["columns_share"] for row in line], [row["ratio"] for row in line], marker="o", label=layer)
-    axes.axhline(1, color="black", linestyle=":", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("cohort · rank / min(d_in, d_out)")
-    axes.set_ylabel("seconds, dense / factored")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=140, metadata={"Software": None})
-    plt.close(figure)
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--largest", action="store_true", help="measure one cohort of 4096 × 4096 too: minutes")
     parser.add_argument("--quick", action="store_true", help="two small layers, two cohorts, one turn")
+    parser.add_argument("--report", action="store_true", help="measure nothing: show what is published")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    mpl.use("Agg")
+    options = parser.parse_args(arguments)
+    if options.report:
+        rows = json.loads((RESULTS / "svd_border.json").read_text(encoding="utf-8"))["rows"]
+        print(harness.markdown_table(rows, COLUMNS))
+        return
     layers, shares, repeats = (LAYERS, SHARES, options.repeats)
     if options.quick:
         layers, shares, repeats = ((64, 48), (96, 64)), (0.5, 1.0), 1
@@ -165,8 +153,6 @@ def main() -> None:
         rows.append(measure(LARGE, SHARES[0], 1))
     print(harness.markdown_table(rows, COLUMNS))
     harness.write_json(options.json, {"rows": rows, "versions": harness.versions(), "device": harness.device()})
-    if options.json is not None:
-        draw_picture(rows, options.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

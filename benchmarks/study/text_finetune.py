@@ -1,22 +1,26 @@
 """Federated LoRA fine-tuning of a pretrained encoder: AutoRank on all-MiniLM-L6-v2 and movie reviews.
 
-IMDB and Rotten Tomatoes reviews are dealt to clients double-imbalanced by source × sentiment: amounts are log-normal,
-mixes of the four groups are Dirichlet, and the complexity criteria count those groups, since two labels alone would say
-little. The encoder is frozen; adapters sit on query, key, value, out and the feed-forward layers; the head is trained
-whole. AutoRank (with the probe its `loss_entropy` needs) against ranks by size and uniform ranks of the same mean over
-clients (equal bytes) and of the same mean over examples (equal FLOPs), and against the head alone.
+IMDB and Rotten Tomatoes reviews go to clients double-imbalanced by source × sentiment: amounts are log-normal, mixes of
+the four groups are Dirichlet, and the complexity criteria count those groups, since two labels alone would say little.
+The encoder is frozen; adapters sit on query, key, value, out and the feed-forward layers; the head is trained whole.
+AutoRank (with the probe its `loss_entropy` needs) against ranks by size and uniform ranks of the same mean over clients
+(equal bytes) and of the same mean over examples (equal FLOPs), and against the head alone.
 
 Needs the extras `text` and `cli`, and a folder with `minilm/` (config, tokenizer, model.safetensors of
 sentence-transformers/all-MiniLM-L6-v2) and `movie_reviews.csv` (columns text, label, source).
 
-    python benchmarks/text_finetune.py --data FOLDER --json benchmarks/results/text_finetune.json \
-        --png benchmarks/results/text_finetune.png
+Command:  python -m benchmarks.study.text_finetune --data FOLDER --json text_finetune.json
+          python -m benchmarks.study.text_finetune --quick --seeds 3 --aggregators rbla raflora --data FOLDER \
+              --json benchmarks/study/results/text_finetune_quick.json
+          python -m benchmarks.study.text_finetune --report    (runs nothing: prints the published rows)
+Expect:   see benchmarks/study/README.md
 
 `--quick`: 480 reviews of 32 tokens, 4 rounds, one seed, `rbla`; minutes on two cores. With 600 held-out reviews an
-accuracy has a standard error of 0.02. The figures of more seeds and rules are in benchmarks/README.md.
+accuracy has a standard error of 0.02.
 """
 
 import csv
+import json
 import os
 import sys
 import time
@@ -27,12 +31,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
 from flax import nnx
-from harness import Row, compiled, device, markdown_table, versions, write_json
 
 from autorank_jax import aggregators
 from autorank_jax.adapters.lora import max_ranks
@@ -50,9 +52,12 @@ from autorank_jax.models.bert import load_bert, load_tokenizer
 from autorank_jax.models.transformer import TextClassifier
 from autorank_jax.ranks import budgets, policies
 from autorank_jax.types import Aggregator, ClientStats, FederatedData, State, Task
+from benchmarks.harness import Row, compiled, device, markdown_table, versions, write_json
+from benchmarks.study.options import RESULTS
+from benchmarks.study.paired import difference, in_points
 
 COLUMNS = ("rule", "policy", "seed", "accuracy", "loss", "mean ratio", "ratio by examples", "MB up", "TFLOP", "seconds")
-MEANS = ("rule", "policy", "accuracy", "minus head alone", "loss")
+MEANS = ("rule", "policy", "accuracy, %", "minus head alone", "loss")
 SOURCES = ("imdb", "rotten_tomatoes")
 
 
@@ -66,7 +71,7 @@ class Options:
     """Other defaults, small enough for two CPU cores."""
     clients: int = 20
     train: int = 12_000
-    """Reviews dealt to clients."""
+    """Reviews that clients have."""
     test: int = 2_000
     length: int = 128
     """Tokens per review."""
@@ -84,8 +89,9 @@ class Options:
     """Of the Dirichlet mixes of groups."""
     sigma: float = 1.0
     """Of the log-normal amounts."""
+    report: bool = False
+    """Run nothing: show what is published."""
     json: str = ""
-    png: str = ""
 
 
 QUICK: Mapping[str, Any] = {
@@ -129,7 +135,10 @@ class Trainer(NamedTuple):
 
 
 def main(options: Options) -> None:
-    """Run every policy under every seed; print a table as it grows."""
+    """Run every policy under every seed, and print the tables."""
+    if options.report:
+        print(tables(json.loads((RESULTS / "text_finetune_quick.json").read_text(encoding="utf-8"))["rows"]))
+        return
     if unknown := sorted(set(options.aggregators) - set(GLOBAL_RULES)):
         sys.exit(f"expected --aggregators out of {', '.join(GLOBAL_RULES)}, got {', '.join(unknown)}")
     folder = check_folder(options.data)
@@ -142,10 +151,7 @@ def main(options: Options) -> None:
         rows += run_seed(options, reviews, federation, seed, begin)
         content = {"rows": rows, "options": shown(options), "device": device()}
         write_json(options.json or None, content | {"versions": versions("safetensors", "tokenizers")})
-    print("\n" + markdown_table(rows, COLUMNS))
-    print("\n" + markdown_table(means(rows), MEANS))
-    if options.png:
-        draw(rows, options.png)
+    print("\n" + tables(rows))
 
 
 def check_folder(data: str) -> Path:
@@ -158,7 +164,7 @@ def check_folder(data: str) -> Path:
 
 def shown(options: Options) -> dict[str, Any]:
     """Return the options that describe the measurement, without paths."""
-    return {name: value for name, value in vars(options).items() if name not in ("data", "json", "png")}
+    return {name: value for name, value in vars(options).items() if name not in ("data", "json", "report")}
 
 
 def say(begin: float, text: str) -> None:
@@ -290,36 +296,28 @@ def flop_model(options: Options, federation: Federation, task: Task) -> FlopMode
     return FlopModel((4.0 if adapters else 2.0) * weights, per_rank)
 
 
-def means(rows: list[Row]) -> list[Row]:
-    """Return mean ± sample sd over seeds by rule and policy; differences are paired over seeds."""
-    alone = {row["seed"]: row["accuracy"] for row in rows if row["policy"] == "head alone"}
+def tables(rows: Sequence[Row]) -> str:
+    """Return all rows, and their means."""
+    return f"{markdown_table(rows, COLUMNS)}\n\n{markdown_table(means(rows), MEANS)}"
 
-    def over_seeds(values: Sequence[float], sign: str = "") -> str:
-        return f"{np.mean(values):{sign}.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
-    found: list[Row] = []
+def means(rows: Sequence[Row]) -> list[Row]:
+    """Return mean ± sample sd over seeds by rule and policy; differences are paired over seeds, with t intervals."""
+
+    def by_seed(rule: str, policy: str) -> dict[int, float]:
+        return {row["seed"]: row["accuracy"] for row in rows if (row["rule"], row["policy"]) == (rule, policy)}
+
+    def over_seeds(values: Sequence[float], digits: int) -> str:
+        return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+    alone, found = by_seed("–", "head alone"), []
     for rule, policy in dict.fromkeys((row["rule"], row["policy"]) for row in rows):
-        own = [row for row in rows if (row["rule"], row["policy"]) == (rule, policy)]
-        gain = [row["accuracy"] - alone[row["seed"]] for row in own]
-        scores = {name: over_seeds([row[name] for row in own]) for name in ("accuracy", "loss")}
-        paired = None if policy == "head alone" else over_seeds(gain, "+")
+        own = by_seed(rule, policy)
+        losses = [row["loss"] for row in rows if (row["rule"], row["policy"]) == (rule, policy)]
+        scores = {"accuracy, %": over_seeds([100 * value for value in own.values()], 1), "loss": over_seeds(losses, 3)}
+        paired = None if policy == "head alone" else in_points(difference(own, alone))
         found.append({"rule": rule, "policy": policy, "minus head alone": paired} | scores)
     return found
-
-
-def draw(rows: list[Row], path: str) -> None:
-    """Draw the accuracy of every seed by rule and policy, and the means."""
-    names = list(dict.fromkeys((row["rule"], row["policy"]) for row in rows))
-    figure, axes = plt.subplots(figsize=(7, 1 + 0.3 * len(names)), layout="constrained")
-    for place, name in enumerate(names):
-        values = [100 * row["accuracy"] for row in rows if (row["rule"], row["policy"]) == name]
-        axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
-        axes.plot(np.mean(values), place, "|", color="black", markersize=18)
-    axes.set_yticks(range(len(names)), [", ".join(n for n in name if n != "–") for name in names])
-    axes.invert_yaxis()
-    axes.set_xlabel("held-out accuracy (%); a dot per seed, a bar for the mean")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
 def parse(arguments: Sequence[str]) -> Options:
