@@ -13,7 +13,6 @@ Expect:   see benchmarks/README.md
 import argparse
 from pathlib import Path
 
-import harness
 import matplotlib as mpl
 import numpy as np
 from curves import GUESSING, percent
@@ -21,6 +20,7 @@ from grid import Cell, run_cells
 from pictures import heat_map
 
 from autorank_jax.experiment.config import GLOBAL_RULES, Experiment
+from benchmarks import harness
 
 SPLITS = ("staircase", "dirichlet_lognormal")
 POLICIES = ("autorank", "uniform_bytes", "shuffled", "reversed")

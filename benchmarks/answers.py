@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 from curves import MEASURES, Reached, measured, values
-from harness import Row, markdown_table
 from paired import Difference, cells, corrected, difference
+
+from benchmarks.harness import Row, markdown_table
 
 ALL = "all criteria"
 BEYOND = 0.05

@@ -10,12 +10,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
 from rich.progress import Progress
 
 from autorank_jax.experiment.config import Experiment, experiment_from
 from autorank_jax.experiment.results import Results, Scores, summarize
 from autorank_jax.experiment.run import DivergedError, RoundDone, run_experiment
+from benchmarks import harness
 
 Cell = dict[str, Any]
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from curves import values
-from harness import Row, markdown_table
 from paper_tables import Column
 from plan import AUTHOR, GROUPS
+
+from benchmarks.harness import Row, markdown_table
 
 TITLE = "Mixed ranks under RBLA, by the examples behind the highest rank"
 RUNS = "Run by run, with the share of the examples"

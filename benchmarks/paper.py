@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
 import matplotlib as mpl
 import mixed_ranks
 import numpy as np
@@ -37,6 +36,7 @@ from plan import DATASETS, GROUPS, PICTURES, SPLITS, Job, experiment_of, jobs
 from tuning import Choice, Grid, choose_rates, run_tuned
 
 from autorank_jax.experiment.config import MODELS
+from benchmarks import harness
 
 RESULTS = Path(__file__).parent / "results"
 Key = tuple[str, str]

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from curves import MEASURES, Reached, client_values, costs, measured, percent, until, values
-from harness import Row, markdown_table
 from paired import cells, difference, in_points, in_units
 from plan import AUTHOR, CONTRASTS, DATASETS
 from tuning import Choice
+
+from benchmarks.harness import Row, markdown_table
 
 FIRST = AUTHOR[0]
 COSTS = {"rounds": "rounds", "flops": "FLOPs", "bytes": "bytes"}

@@ -10,10 +10,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from harness import write_text
 from mixed_ranks import RUNS
 from paper_tables import OTHERWISE, TARGETS
 from plan import PICTURES
+
+from benchmarks.harness import write_text
 
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import answers
-import harness
 import matplotlib as mpl
 import numpy as np
 import pictures
@@ -36,6 +35,7 @@ from tuning import Choice, Grid, choose_rates, run_tuned
 
 from autorank_jax.experiment.config import GLOBAL_RULES, Experiment
 from autorank_jax.ranks.criteria import CRITERIA
+from benchmarks import harness
 
 RESULTS = Path(__file__).parent / "results"
 RULES = ("rbla", "raflora", "owner_merge", "flexlora")

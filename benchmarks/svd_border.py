@@ -18,13 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import harness
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 from jax import Array, lax
 from matplotlib import pyplot as plt
+
+from benchmarks import harness
 
 RANK = 16
 SHARES = (0.125, 0.25, 0.5, 1.0, 2.0)

@@ -32,7 +32,6 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from harness import Row, compiled, device, markdown_table, versions, write_json
 
 from autorank_jax import aggregators
 from autorank_jax.adapters.lora import max_ranks
@@ -50,6 +49,7 @@ from autorank_jax.models.bert import load_bert, load_tokenizer
 from autorank_jax.models.transformer import TextClassifier
 from autorank_jax.ranks import budgets, policies
 from autorank_jax.types import Aggregator, ClientStats, FederatedData, State, Task
+from benchmarks.harness import Row, compiled, device, markdown_table, versions, write_json
 
 COLUMNS = ("rule", "policy", "seed", "accuracy", "loss", "mean ratio", "ratio by examples", "MB up", "TFLOP", "seconds")
 MEANS = ("rule", "policy", "accuracy", "minus head alone", "loss")

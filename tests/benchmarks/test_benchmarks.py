@@ -8,22 +8,17 @@ import warnings
 from pathlib import Path
 
 import common
-import competitors
-import devices
-import faults
-import harness
 import jax
 import jax.numpy as jnp
 import jax_network
 import numpy as np
 import pytest
-import regression
-import speed
-import speed_picture
-import workloads
 from matplotlib.figure import Figure
 
 from autorank_jax.types import Batch
+from benchmarks import harness
+from benchmarks.robustness import devices, faults
+from benchmarks.speed import competitors, pictures, regression, rounds, workloads
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -178,7 +173,7 @@ def test_turns_end_with_the_budget_and_survive_failures():
         for name, run in (("quick", lambda: 0.1), ("dear", lambda: 2.0), ("failing", fails))
     }
     skipped = {}
-    seconds = speed.alternate(entries, argparse.Namespace(repeats=3, turn=0.2, budget=3), skipped)
+    seconds = rounds.alternate(entries, argparse.Namespace(repeats=3, turn=0.2, budget=3), skipped)
     assert seconds == {"quick": [0.1] * 3, "dear": [2.0]}
     assert skipped == {"failing": "gone"}
 
@@ -200,8 +195,8 @@ def test_results_are_merged_by_workload_and_competitor(tmp_path):
             "skipped": {},
         }
 
-    speed.merge(path, "tiny", measured(ours=4.0, loop=1.0), about)
-    content = speed.merge(path, "tiny", measured(ours=6.0, torch=2.0), about)
+    rounds.merge(path, "tiny", measured(ours=4.0, loop=1.0), about)
+    content = rounds.merge(path, "tiny", measured(ours=6.0, torch=2.0), about)
     assert content["ratios"]["tiny"] == {"loop": 4.0, "torch": 3.0}
     assert sorted(row["competitor"] for row in content["rows"]) == ["loop", "ours", "torch"]
 
@@ -227,7 +222,7 @@ def test_nothing_stops_a_published_round_of_efficiency_one():
 
 def test_numbers_of_speeds_stand_clear_of_bars_and_names():
     axes = Figure().subplots()
-    speed_picture.panel(axes, "tiny", {"slow": 30.0, "near": 1.2, "quick": 0.4})
+    pictures.panel(axes, "tiny", {"slow": 30.0, "near": 1.2, "quick": 0.4})
     ends = [max(1, bar.get_x() + bar.get_width(), bar.get_x()) for bar in axes.patches]
     assert [(text.xy[0], text.get_ha()) for text in axes.texts] == [(pytest.approx(end), "left") for end in ends]
     assert axes.get_xlim()[0] < 0.4

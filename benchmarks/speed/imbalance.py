@@ -3,20 +3,18 @@
 100 clients share the 5,000 images of the embedded Fashion-MNIST subset; their amounts are log-normal, σ from 0 to 2,
 so that the total work is the same throughout. Model, local step, ranks and aggregation rule are the same on both sides.
 
-Command:  python benchmarks/imbalance.py            (about one minute on two CPU cores)
-Writes:   benchmarks/results/imbalance.json and imbalance.png, the picture of the README
+Command:  python -m benchmarks.speed.imbalance            (about one minute on two CPU cores)
+Writes:   benchmarks/speed/results/imbalance.json and imbalance.png, the picture of the README
 Expect:   seconds of the queue within a factor of 2 over all σ, the lockstep round about seven times slower at σ = 2
 """
 
 import argparse
 from pathlib import Path
 
-import harness
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import optax
-from baselines import make_lockstep
 from flax import nnx
 from matplotlib import pyplot as plt
 
@@ -28,6 +26,8 @@ from autorank_jax.engine.round import make_round
 from autorank_jax.engine.simulation import init_state
 from autorank_jax.federated import partition
 from autorank_jax.models.vision import MLP
+from benchmarks import harness
+from benchmarks.speed.baselines import make_lockstep
 
 CLIENTS, BATCH_SIZE, MAX_RANK = 100, 16, 32
 RESULTS = Path(__file__).parent / "results"

@@ -3,10 +3,10 @@
 Ten clients with label mixes of α = 0.3 and log-normal amounts share the embedded Fashion-MNIST subset; MLP 784-64-10,
 ranks between 1 and the maximum by size. Accuracies are means over the last three of 30 rounds and over three seeds.
 
-Command:  python benchmarks/faults.py
-          python benchmarks/faults.py --quick      (six rounds, one seed, two rules)
-          python benchmarks/faults.py --report     (measure nothing, draw the picture of the committed numbers)
-          python benchmarks/faults.py --soak       (10,000 rounds of a tiny federation under all faults at once)
+Command:  python -m benchmarks.robustness.faults
+          python -m benchmarks.robustness.faults --quick      (six rounds, one seed, two rules)
+          python -m benchmarks.robustness.faults --report     (draw the picture of the stored numbers)
+          python -m benchmarks.robustness.faults --soak       (10,000 rounds under all faults at once)
 Expect:   no fault ever leaves a number that is not finite; figures are in benchmarks/README.md. Minutes on two cores.
 """
 
@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from harness import Row, device, markdown_table, versions, write_json
 from matplotlib.figure import Figure
 
 from autorank_jax import aggregators, datasets, federated
@@ -37,6 +36,7 @@ from autorank_jax.federated import faults, partition
 from autorank_jax.models.vision import MLP
 from autorank_jax.ranks import policies
 from autorank_jax.types import Aggregator, Array, FederatedData, Key, RoundInfo, State
+from benchmarks.harness import Row, device, markdown_table, versions, write_json
 
 RESULTS = Path(__file__).parent / "results"
 CLIENTS, SHARES = 10, (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)

@@ -12,8 +12,9 @@ Four tables:
    that is client steps; `stops_at` names what takes most of the rest: the longest client, which devices cannot share,
    or the sum.
 
-Command:  AUTORANK_JAX_DATA=DIR python benchmarks/devices.py --json benchmarks/results/devices.json \
-              --png benchmarks/results/devices.png
+Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.robustness.devices \
+              --json benchmarks/robustness/results/devices.json \
+              --png benchmarks/robustness/results/devices.png
           (--quick: few clients of the embedded images)
 Hardware: two CPU cores
 Time and numbers to expect: see benchmarks/README.md
@@ -25,15 +26,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-import workloads
-from competitors import difference, trained_values
 from matplotlib.figure import Figure
-from workloads import Workload
 
 from autorank_jax.adapters.lora import level_widths, max_ranks
 from autorank_jax.cli.figures import PALETTE, STYLE
@@ -41,6 +38,10 @@ from autorank_jax.engine import sharding
 from autorank_jax.engine.lanes import Program, steps_and_levels
 from autorank_jax.engine.round import make_round
 from autorank_jax.federated.participation import everyone
+from benchmarks import harness
+from benchmarks.speed import workloads
+from benchmarks.speed.competitors import difference, trained_values
+from benchmarks.speed.workloads import Workload
 
 COUNTED = (2, 8, 256)
 PAPER = {

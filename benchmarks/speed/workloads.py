@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from baselines import make_level
 from flax import nnx
 
 from autorank_jax import aggregators, datasets, federated
@@ -38,6 +37,7 @@ from autorank_jax.models.transformer import Size, Transformer
 from autorank_jax.models.vision import CNN, MLP
 from autorank_jax.ranks import policies
 from autorank_jax.types import Aggregator, Array, FederatedData, Key, LocalTraining, State, Task
+from benchmarks.speed.baselines import make_level
 
 CRITERIA = ("size", "classes", "label_entropy", "gini_simpson")
 SIZES, MAX_RANKS = (784, 200, 200, 10), (160, 160, 100)

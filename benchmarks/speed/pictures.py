@@ -1,10 +1,11 @@
-"""The picture of `speed.py`: for each workload, how many times as fast as each competitor we are."""
+"""The picture of `rounds.py`: for each workload, how many times as fast as each competitor we are."""
 
 from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
-from workloads import WORKLOADS
+
+from benchmarks.speed.workloads import WORKLOADS
 
 OURS, THEIRS = "#0072B2", "#D55E00"
 

@@ -6,7 +6,7 @@ environment of its own (`benchmarks/peers/setup.sh DIR`). All train the very sam
 of batches, ranks. A competitor whose trained values differ from ours by more than 1e-4 gets no number, unless in
 float64 they agree to 1e-6.
 
-Command:  AUTORANK_JAX_DATA=DIR python benchmarks/speed.py --json benchmarks/results/speed.json
+Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.speed.rounds --json benchmarks/speed/results/rounds.json
           (see `--help`; `--quick` needs no data; an existing file is added to, workload by workload)
 Hardware: two CPU cores, or one GPU with `--device gpu`, which sweeps the lanes from 1 to 4096
 Time and numbers to expect: see benchmarks/README.md
@@ -21,18 +21,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
 import jax
 import matplotlib as mpl
 import numpy as np
-import workloads
-from competitors import ENGINES, Entry, add_engines, add_peers, sweep
-from peer import ENVIRONMENTS, PeerError, peer_versions
-from speed_picture import draw
-from workloads import WORKLOADS, Workload
 
 from autorank_jax.engine.flops import training_flops
 from autorank_jax.evaluation.costs import client_costs
+from benchmarks import harness
+from benchmarks.speed import workloads
+from benchmarks.speed.competitors import ENGINES, Entry, add_engines, add_peers, sweep
+from benchmarks.speed.peer import ENVIRONMENTS, PeerError, peer_versions
+from benchmarks.speed.pictures import draw
+from benchmarks.speed.workloads import WORKLOADS, Workload
 
 SWEEP = (1, 4, 16, 64, 256, 1024, 4096)
 COMPETITORS = (*ENGINES, *ENVIRONMENTS)

@@ -3,7 +3,7 @@
 Synthetic few-shot clients share a fixed total of examples equally; an MLP 64-128-10 with adapters of rank 8 trains one
 epoch in batches of 4. Each number of clients has a process of its own, so that peaks of memory are its own.
 
-Command:  python benchmarks/scale.py --json benchmarks/results/scale.json
+Command:  python -m benchmarks.speed.scale --json benchmarks/speed/results/scale.json
 Hardware: two CPU cores, 4 GB of memory
 Time and numbers to expect: see benchmarks/README.md
 Writes:   after each number of clients the rows as JSON, and beside it a picture
@@ -15,14 +15,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import harness
 import jax
 import matplotlib as mpl
-import workloads
-from competitors import timed
 from matplotlib import pyplot as plt
 
 from autorank_jax.engine.round import make_round
+from benchmarks import harness
+from benchmarks.speed import workloads
+from benchmarks.speed.competitors import timed
 
 COLUMNS = (
     "clients",

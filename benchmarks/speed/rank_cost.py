@@ -4,7 +4,7 @@ The workload is `staircase`; all clients have one ratio of the maximum ranks, or
 and backward at the clients' own ranks. A level trains at one width, so that four levels follow the FLOPs in steps of a
 quarter; one level pays for full rank whatever the ratio. Ranks are data: each number of levels is compiled once.
 
-Command:  AUTORANK_JAX_DATA=DIR python benchmarks/rank_cost.py --json benchmarks/results/rank_cost.json
+Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.speed.rank_cost --json benchmarks/speed/results/rank_cost.json
 Hardware: two CPU cores
 Time and numbers to expect: see benchmarks/README.md
 """
@@ -13,15 +13,11 @@ import argparse
 import os
 from pathlib import Path
 
-import harness
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-import workloads
-from competitors import arguments_of, meshes, timed
 from matplotlib import pyplot as plt
-from workloads import Workload
 
 from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.engine import sharding
@@ -29,6 +25,10 @@ from autorank_jax.engine.flops import training_flops
 from autorank_jax.engine.round import make_round
 from autorank_jax.evaluation.costs import client_costs
 from autorank_jax.types import State
+from benchmarks import harness
+from benchmarks.speed import workloads
+from benchmarks.speed.competitors import arguments_of, meshes, timed
+from benchmarks.speed.workloads import Workload
 
 RATIOS = (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
 LEVELS = 4

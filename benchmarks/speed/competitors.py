@@ -1,4 +1,4 @@
-"""The competitors of `speed.py`, made ready to be timed: compiled, warmed up, and held against our result."""
+"""The competitors of `rounds.py`, made ready to be timed: compiled, warmed up, and held against our result."""
 
 import argparse
 import time
@@ -6,18 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
 import jax
 import numpy as np
-import workloads
-from baselines import make_centralised, make_lockstep, make_loop, mean_widths
 from jax.sharding import Mesh
-from peer import ENVIRONMENTS, Peer, PeerError
-from workloads import Workload
 
 from autorank_jax.engine import sharding
 from autorank_jax.engine.round import make_round
 from autorank_jax.types import State
+from benchmarks import harness
+from benchmarks.speed import workloads
+from benchmarks.speed.baselines import make_centralised, make_lockstep, make_loop, mean_widths
+from benchmarks.speed.peer import ENVIRONMENTS, Peer, PeerError
+from benchmarks.speed.workloads import Workload
 
 ENGINES = ("centralised", "lockstep", "loop")
 BIG_BATCHES = (256, 512, 1024, 2048)
