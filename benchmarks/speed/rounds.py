@@ -2,7 +2,7 @@
 
 Competitors: `centralised` (one shared model, big batches, no clients: the yardstick), `lockstep` (`jit(vmap(scan))`),
 `loop` (a Python loop over a jitted client), and the peers `drjax, fedjax, pfl, flower, torch, torch_vmap`, each in an
-environment of its own (`benchmarks/peers/setup.sh DIR`). All train the very same round: start values, examples, order
+environment of its own (`benchmarks/speed/peers/setup.sh DIR`). All train the very same round: start values, examples, order
 of batches, ranks. A competitor whose trained values differ from ours by more than 1e-4 gets no number, unless in
 float64 they agree to 1e-6.
 

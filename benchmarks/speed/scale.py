@@ -78,7 +78,7 @@ def measure(clients: int, total: int, repeats: int) -> harness.Row:
 
 def in_own_process(clients: int, options: argparse.Namespace) -> harness.Row:
     """Measure in a fresh process."""
-    command = [sys.executable, __file__, "--one", str(clients), "--total", str(options.total)]
+    command = [sys.executable, "-m", "benchmarks.speed.scale", "--one", str(clients), "--total", str(options.total)]
     command += ["--repeats", str(options.repeats)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])

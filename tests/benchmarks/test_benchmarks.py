@@ -151,7 +151,7 @@ def test_a_worker_converses(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        cwd=FOLDER / "peers",
+        cwd=FOLDER / "speed" / "peers",
     )
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert answers[0] == {"ready": True}
@@ -216,7 +216,7 @@ def test_what_stops_a_round(seconds, longest, what):
 
 
 def test_nothing_stops_a_published_round_of_efficiency_one():
-    rows = json.loads((FOLDER / "results" / "devices.json").read_text())["on_paper"]
+    rows = json.loads((FOLDER / "robustness" / "results" / "devices.json").read_text())["on_paper"]
     assert {row["stops_at"] for row in rows if f"{row['efficiency']:.3g}" == "1"} == {""}
 
 
@@ -242,17 +242,17 @@ def test_error_bars_of_rules_stand_beside_one_another():
 @pytest.mark.parametrize(
     "script",
     [
-        ("speed.py", "--workloads", "tiny", "--competitors", "lockstep,loop"),
-        ("scale.py", "--clients", "100"),
-        ("rank_cost.py",),
-        ("svd_border.py",),
+        ("speed.rounds", "--workloads", "tiny", "--competitors", "lockstep,loop"),
+        ("speed.scale", "--clients", "100"),
+        ("speed.rank_cost",),
+        ("study.svd_border",),
     ],
     ids=lambda script: script[0],
 )
 def test_scripts_run_quickly(script, tmp_path):
     results = tmp_path / "results.json"
-    command = [sys.executable, str(FOLDER / script[0]), *script[1:], "--quick", "--json", str(results)]
-    subprocess.run(command, check=True, timeout=900)
+    command = [sys.executable, "-m", f"benchmarks.{script[0]}", *script[1:], "--quick", "--json", str(results)]
+    subprocess.run(command, check=True, timeout=900, cwd=FOLDER.parent)
     content = json.loads(results.read_text())
     assert content["rows"]
     assert {"jax", "python"} <= set(content["versions"])
