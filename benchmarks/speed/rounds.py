@@ -2,8 +2,8 @@
 
 Competitors: `centralised` (one shared model, big batches, no clients: the yardstick), `lockstep` (`jit(vmap(scan))`),
 `loop` (a Python loop over a jitted client), and the peers `drjax, fedjax, pfl, flower, torch, torch_vmap`, each in an
-environment of its own (`benchmarks/speed/peers/setup.sh DIR`). All train the very same round: start values, examples, order
-of batches, ranks. A competitor whose trained values differ from ours by more than 1e-4 gets no number, unless in
+environment of its own (`benchmarks/speed/peers/setup.sh DIR`). All train the very same round: start values, examples,
+order of batches, ranks. A competitor whose trained values differ from ours by more than 1e-4 gets no number, unless in
 float64 they agree to 1e-6.
 
 Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.speed.rounds --json benchmarks/speed/results/rounds.json
