@@ -93,7 +93,7 @@ from autorank_jax.types import (
     Trainable,
 )
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Adapter",

@@ -124,8 +124,8 @@ def draw_over_rounds(found: Found, seeds: int) -> Figure:
         Line2D([], [], label="0 lies within", **look),
     ]
     note = (
-        f"Mean and 95 % t interval of differences paired over {seeds} seeds, round by round, not corrected; 10 clients; "
-        "bands are cut at the frame"
+        f"Mean and 95 % t interval of differences paired over {seeds} seeds, round by round, not corrected; 10 clients"
+        "; bands are cut at the frame"
     )
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, title=note, title_fontsize=8.5)
     figure.suptitle(
@@ -182,7 +182,7 @@ def draw_paper(found: Found, seeds: int) -> Figure:
 def _add_pairs(
     forest: Forest, found: Found, rows: Sequence[tuple[str, str, str]], family: Sequence[tuple[str, str]] = ()
 ) -> None:
-    """Add rows of one column minus another; Holm's correction is over the family, by default the rows, on each split."""
+    """Add rows of one column minus another; Holm's correction is over the family, or the rows, on each split."""
     pairs = family or [(one, other) for _, one, other in rows]
     marks: dict[tuple[str, str], list[Mark]] = {pair: [] for pair in pairs}
     for columns in found.values():
@@ -334,8 +334,8 @@ def _study_figures(
         fresh[one.dataset] = questions.answers(seen, question, plan.splits)
     about = f"{plan.options['rounds']} rounds; 95 % intervals, paired over {len(plan.seeds)} seeds; 10 clients"
     rules = (
-        f"AutoRank minus a uniform rank of the same bytes; Fashion-MNIST, {about}; only final accuracy is tested; FLOPs are "
-        "counted, not timed"
+        f"AutoRank minus a uniform rank of the same bytes; Fashion-MNIST, {about}; only final accuracy is tested; FLOPs "
+        "are counted, not timed"
     )
     settings = f"AutoRank with the setting minus AutoRank with all criteria; final accuracy on Fashion-MNIST, {about}"
     return {
