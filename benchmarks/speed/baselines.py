@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from autorank_jax.adapters.lora import cut, level_widths, max_ranks, narrow, rank_masks
-from autorank_jax.engine.lanes import Level, Program, Round, Seat, finish, make_queue, take_seat
+from autorank_jax.engine.lanes import Assignment, Level, Program, Round, finish, look_up, make_queue
 from autorank_jax.engine.round import make_plan
 from autorank_jax.federated.batches import take_batch
 from autorank_jax.federated.participation import by_examples, everyone
@@ -36,12 +36,12 @@ from autorank_jax.types import (
 )
 
 Spread = Callable[[PyTree], PyTree]
-"""Deals the leading axis of arrays to devices."""
+"""Shards the leading axis of arrays over devices."""
 OneRound = Callable[[Key, State, FederatedData], State]
 
 
 def make_spread(mesh: Mesh | None) -> Spread:
-    """Return what deals a leading axis to the devices of a mesh; nothing where there is none."""
+    """Return what shards a leading axis over the devices of a mesh; nothing where there is none."""
     if mesh is None:
         return lambda tree: tree
     sharding = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
@@ -57,16 +57,16 @@ def make_level(local: LocalTraining, aggregator: Aggregator, key: Key, state: St
     return Level(program, Round(state, data, queue, make_plan(state, cohort, weight, jnp.sum(weight))), widths)
 
 
-def _begin(level: Level, seat: Seat) -> LocalState:
-    return level.program.local.begin(level.round.state.hparams, seat.start, seat.client)
+def _begin(level: Level, assignment: Assignment) -> LocalState:
+    return level.program.local.begin(level.round.state.hparams, assignment.start, assignment.client)
 
 
-def _step(level: Level, seat: Seat, trained: LocalState, step: Array) -> LocalState:
+def _step(level: Level, assignment: Assignment, trained: LocalState, step: Array) -> LocalState:
     local, state = level.program.local, level.round.state
-    batch, _ = take_batch(level.round.data, seat.client.row, seat.words, step, local.batch_size)
+    batch, _ = take_batch(level.round.data, assignment.client.row, assignment.words, step, local.batch_size)
     trains = level.program.aggregator.trains(state.aggregator)
-    setting = Setting(seat.client, seat.start, state.server.frozen, trains)
-    return local.step(state.hparams, setting, trained, batch, jax.random.fold_in(seat.noise, step))[0]
+    setting = Setting(assignment.client, assignment.start, state.server.frozen, trains)
+    return local.step(state.hparams, setting, trained, batch, jax.random.fold_in(assignment.noise, step))[0]
 
 
 def _server_step(level: Level, key: Key, sums: Sums) -> State:
@@ -84,19 +84,20 @@ def make_lockstep(local: LocalTraining, aggregator: Aggregator, *, steps: int, m
 
     def round_fn(key: Key, state: State, data: FederatedData) -> State:
         level = make_level(local, aggregator, key, state, data)
-        seats = jax.vmap(lambda place: take_seat(level, place))(jnp.arange(data.size.shape[0]))
-        seats = spread(seats)
+        places = jnp.arange(data.size.shape[0])
+        assignments = spread(jax.vmap(lambda place: look_up(level, place))(places))
 
-        def one(seat: Seat, trained: LocalState, step: Array) -> LocalState:
-            stepped = _step(level, seat, trained, step)
-            return jax.tree.map(lambda new, old: jnp.where(step < seat.steps, new, old), stepped, trained)
+        def one(assignment: Assignment, trained: LocalState, step: Array) -> LocalState:
+            stepped = _step(level, assignment, trained, step)
+            return jax.tree.map(lambda new, old: jnp.where(step < assignment.steps, new, old), stepped, trained)
 
         def forward(trained: LocalState, step: Array) -> tuple[LocalState, None]:
-            return jax.vmap(one, in_axes=(0, 0, None))(seats, trained, step), None
+            return jax.vmap(one, in_axes=(0, 0, None))(assignments, trained, step), None
 
-        trained, _ = lax.scan(forward, spread(jax.vmap(lambda seat: _begin(level, seat))(seats)), jnp.arange(steps))
+        begun = spread(jax.vmap(lambda one: _begin(level, one))(assignments))
+        trained, _ = lax.scan(forward, begun, jnp.arange(steps))
         done = jnp.ones(data.size.shape[0], bool)
-        sums, _, _ = jax.vmap(lambda *lane: finish(level, *lane))(seats, trained, done)
+        sums, _, _ = jax.vmap(lambda *lane: finish(level, *lane))(assignments, trained, done)
         return _server_step(level, key, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums))
 
     return round_fn
@@ -108,9 +109,11 @@ def make_loop(local: LocalTraining, aggregator: Aggregator) -> OneRound:
     @jax.jit
     def client(key: Key, state: State, data: FederatedData, place: Array) -> Sums:
         level = make_level(local, aggregator, key, state, data)
-        seat = take_seat(level, place)
-        trained = lax.fori_loop(0, seat.steps, lambda i, t: _step(level, seat, t, i), _begin(level, seat))
-        return finish(level, seat, trained, jnp.array(True))[0]
+        assignment = look_up(level, place)
+        trained = lax.fori_loop(
+            0, assignment.steps, lambda i, t: _step(level, assignment, t, i), _begin(level, assignment)
+        )
+        return finish(level, assignment, trained, jnp.array(True))[0]
 
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
     server_step = jax.jit(
