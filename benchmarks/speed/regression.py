@@ -3,16 +3,14 @@
 Ratios of competitors that take turns in one run mean something on any machine of the same kind; single times do not.
 
 Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.speed.regression
-Hardware: as `device` in benchmarks/speed/results/rounds.json says
-Time and numbers to expect: see benchmarks/README.md
+Hardware: as `device` in benchmarks/speed/results/rounds.json says, and quiet
 Exit:     1 if a ratio fell by more than 15 %, 2 if there is nothing to compare with
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from benchmarks import harness
+from benchmarks import harness, script
 from benchmarks.speed import rounds, workloads
 
 COMMITTED = Path(__file__).parent / "results" / "rounds.json"
@@ -52,7 +50,7 @@ def main() -> None:
     if not options.committed.exists():
         print(f"nothing to compare with: run python -m benchmarks.speed.rounds --json {options.committed}")
         raise SystemExit(2)
-    committed = json.loads(options.committed.read_text())["ratios"]
+    committed = script.read(options.committed)["ratios"]
     asked = {"workloads": options.workloads, "competitors": COMPETITORS, "repeats": (str(options.repeats),)}
     settings = rounds.parse([word for name, words in asked.items() for word in (f"--{name}", ",".join(words))])
     rounds.use_devices(settings)

@@ -334,8 +334,8 @@ def _study_figures(
         fresh[one.dataset] = questions.answers(seen, question, plan.splits)
     about = f"{plan.options['rounds']} rounds; 95 % intervals, paired over {len(plan.seeds)} seeds; 10 clients"
     rules = (
-        f"AutoRank minus a uniform rank of the same bytes; Fashion-MNIST, {about}; only final accuracy is tested; FLOPs "
-        "are counted, not timed"
+        f"AutoRank minus a uniform rank of the same bytes; Fashion-MNIST, {about}; only final accuracy is tested; "
+        "FLOPs are counted, not timed"
     )
     settings = f"AutoRank with the setting minus AutoRank with all criteria; final accuracy on Fashion-MNIST, {about}"
     return {
