@@ -1,8 +1,34 @@
 """AutoRank: federated LoRA with a rank for every client, simulated fast in JAX.
 
+```
+dataset ─partition─▶ FederatedData ─criteria─▶ matrix ─CRITIC, TOPSIS─▶ rank ratios ─▶ ranks ─▶ rank masks
+                          │                                                                        │
+                          └────────────▶ round: lanes of clients train at their ranks ◀────────────┘
+                                                   │  sums over clients
+                                                   ▼
+                                  aggregator: server step ──▶ next server ──▶ evaluation, history
+```
+
 A room per stage: `datasets` → `federated` → `adapters` (around your model, or one of `models`) → `ranks` → `engine`
-with a rule of `aggregators` → `evaluation`; `experiment` and `cli` run all of it.
-"""
+with a rule of `aggregators` → `evaluation`; `experiment` and `cli` run all of it. Each explains itself: `help(...)`.
+
+| term | meaning |
+|---|---|
+| client, cohort | a participant; those that take part in a round |
+| rank position | one column of `lora_a` with its row of `lora_b`; a client owns the first `r` |
+| rank ratio | rank over maximum rank, one per client (or client and layer) |
+| lane | one of the stacked parameter sets that train side by side |
+| rank level | one static adapter width; a client trains in the smallest that holds its ranks |
+| probe | one local training from the start at full rank, thrown away, for the loss criterion; its FLOPs are charged to the policies whose single ranks come from it (not to those that take its mean alone), no bytes, because base weights are there and adapters start from a seed |
+| equal bytes, equal FLOPs | the same mean ratio over clients, over examples |
+| double imbalance | clients differ in label mix and in amount of data |
+
+If you know …
+
+- **FedJAX**: `for_each_client` is `make_round`; clients need no padding to the longest, and their state is a pytree.
+- **Flower**: there are no client processes; a strategy is an `Aggregator`, a client is a row of `FederatedData`.
+- **PEFT**: `max_rank` is `r`, patterns are `target_modules`, and every client has its own rank of it; the scale is 1 by default.
+"""  # noqa: E501
 
 from autorank_jax import adapters, aggregators, datasets, engine, evaluation, federated, models, ranks
 from autorank_jax.adapters import (
@@ -67,7 +93,7 @@ from autorank_jax.types import (
     Trainable,
 )
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Adapter",

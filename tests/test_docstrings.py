@@ -1,9 +1,10 @@
-"""Every example in a docstring runs and prints what it says, arrays to four digits."""
+"""Every example in a docstring runs; doctests print what they say, arrays to four digits."""
 
 import doctest
 import importlib
 import inspect
 import pkgutil
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ MODULES = sorted(
     for module in pkgutil.walk_packages(autorank_jax.__path__, "autorank_jax.")
     if not module.name.endswith("__main__")  # importing it runs the command line
 )
+PACKAGES = ["autorank_jax", *(m.name for m in pkgutil.iter_modules(autorank_jax.__path__, "autorank_jax.") if m.ispkg)]
 EQUATIONS = ("autorank_jax.ranks.mcda", "autorank_jax.ranks.criteria")
 
 
@@ -33,3 +35,20 @@ def test_every_equation_has_an_example(name):
     without = [f.__name__ for f in functions if not any(test.examples for test in finder.find(f))]
     assert functions
     assert without == []
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_every_package_teaches_by_an_example_that_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = importlib.import_module(name).__doc__
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert blocks or name == "autorank_jax", "a package's docstring ends in an example"
+    for block in blocks:
+        exec(compile(block, f"docstring of {name}", "exec"), {})
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_what_a_package_exports_is_there(name):
+    package = importlib.import_module(name)
+    missing = [word for word in getattr(package, "__all__", []) if not hasattr(package, word)]
+    assert missing == []

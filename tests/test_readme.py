@@ -24,7 +24,10 @@ def test_snippets_run(number, tmp_path, monkeypatch):
         assert 1 <= names["ranks"].min() <= names["ranks"].max() == 64
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "CHANGELOG.md", *(f"benchmarks/{folder}README.md" for folder in ("", "speed/", "robustness/"))],
+)
 def test_links_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!http)([^)]+)\)", text)

@@ -1,8 +1,47 @@
-"""Aggregation rules for adapters of mixed rank, each a sum over clients and one server step.
+"""Aggregation rules: a sum over clients, then one server step.
 
-A rule is a point in a small space: what is summed (factors, products), how rank positions are weighted (all clients,
-owners, norms), where the result goes (adapters, by SVD back to adapters, into the base, through a server optimiser).
-"""
+Client `k` has weight `w_k`, owns the rank positions `m_k` and sends `ΔW_k = A_k diag(m_k) B_k`. *Exact*: the server's model
+moves by the mean of the products. Everything is tested against an independent NumPy derivation in 64-bit. A rule is an
+`Aggregator`, a few small functions: what ONE client adds to the sums (`summand`), and what the server makes of the sums
+(`update`). As sums, rules need not know of lanes, order or devices. `with_server_optimizer`, `with_norm_clipping` and
+`with_diagnostics` go around any of them.
+
+| rule | what is summed | how positions are weighted | where it goes | exact | up | down | source |
+|---|---|---|---|---|---|---|---|
+| `zero_pad` | factors | all clients | adapters | no | A + B | A + B | FedIT, arXiv 2305.05644 |
+| `rbla` | factors | owners only | adapters | no | A + B | A + B | arXiv 2408.08699 |
+| `hetlora` | factors | norms of `ΔW_k` | adapters | no | A + B | A + B | arXiv 2401.06432 |
+| `ffa_lora` | `lora_b`; `lora_a` stays | all clients (or owners) | adapters | yes, where all clients own a position | B | B | arXiv 2403.12313 |
+| `rolora` | `lora_b` and `lora_a` in turn | all clients (or owners) | adapters | as `ffa_lora` | A, B in turn | A, B in turn | arXiv 2502.01755 |
+| `fedsa_lora` | `lora_a`; `lora_b` stays with the client | owners (or all clients) | adapters | – | A | A | arXiv 2410.01463 |
+| `flexlora` | products | all clients | adapters, by SVD | up to the maximum rank | A + B | A + B | arXiv 2402.11505 |
+| `raflora` | products | owners per level | adapters, by SVD | owner-weighted, up to the maximum rank | A + B | A + B | arXiv 2602.13486 |
+| `florist` | products | all clients | adapters, by SVD to an energy threshold | up to the threshold | A + B | A + B of the kept positions | arXiv 2506.09199 |
+| `lora_fair` | factors and products | all clients (or owners) | adapters, `lora_b` corrected | nearly | A + B | A + B | arXiv 2411.14961 |
+| `flora` | products | all clients | base weights, adapters restart | yes | A + B | M | arXiv 2409.05976 |
+| `owner_merge` | products | owners per level | base weights, adapters restart | owner-weighted | A + B | M | ours |
+| `fedex_lora` | factors and products | all clients (or owners) | adapters, residual into base weights | yes | A + B | A + B + M | arXiv 2410.09432 |
+| `fedavg` | whole weights | all clients | model | yes | – | – | arXiv 1602.05629 |
+| `local_only` | nothing | – | stays with the client | – | – | – | – |
+
+*Up* and *down* are what travels per client and round: `A` is `s r d_in` bytes of each layer (`s` bytes a number, `r` the
+client's rank), `B` is `s r d_out`, `M` the merged update, per layer the cheaper of `s d_in d_out` and all participants' factors.
+Dense parameters travel besides, but under `local_only`; under `fedavg` they are the whole model. Restarted adapters come from a
+seed. `client_costs(..., traffic=rule.traffic)` counts by this table, and a test holds it against the arrays themselves.
+Clients that HetLoRA lets prune themselves cost their own ranks, `rule.client_ranks(state.ranks, state.clients)`.
+
+```python
+import autorank_jax as ar
+import jax.numpy as jnp
+
+rule = ar.aggregators.with_norm_clipping(ar.aggregators.raflora(), 5.0)
+server = ar.Server(ar.Trainable({"head": ar.Adapter(jnp.ones((6, 4)), jnp.zeros((4, 3)))}, ()), ())
+memory = rule.init(server)
+print(rule.traffic.up.lora_a, sorted(ar.aggregators.RULES)[:3])
+```
+
+A rule of your own is an `Aggregator`; `factors.py` has the shortest.
+"""  # noqa: E501
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches

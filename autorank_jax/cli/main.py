@@ -83,6 +83,7 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         commands = importlib.import_module("autorank_jax.cli.commands")
         parsing = importlib.import_module("autorank_jax.cli.parsing")
+        files = importlib.import_module("autorank_jax.cli.files")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise
@@ -91,7 +92,7 @@ def _run(arguments: Sequence[str]) -> int:
         commands.execute(parsing.parse(arguments))
     except ConfigurationError as error:
         return _say(2, error.problems)
-    except (CheckpointError, CriteriaError, DatasetError, commands.ReportError) as error:
+    except (CheckpointError, CriteriaError, DatasetError, files.ReportError) as error:
         return _say(2, [str(error)])
     except DivergedError as error:
         return _say(3, [str(error)])

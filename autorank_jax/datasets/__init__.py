@@ -1,9 +1,35 @@
-"""Datasets as NumPy arrays: an embedded one, a made one, and files in a cache folder.
+"""Raw data sets: one checked file each, and where it comes from.
 
-A cached dataset is one file `NAME.npz` with the arrays `x_train, y_train, x_test, y_test`, inputs as uint8. The folder
-is the argument `cache`, else the environment variable `AUTORANK_JAX_DATA`, else the user's cache folder. What is not
-there is converted once: from TensorFlow Datasets, or from folders of images.
-"""
+A `Dataset` is `x_train, y_train, x_test, y_test` (uint8 images, integer labels) with its number of classes.
+`load_dataset(name)` gives one, `fetch_dataset` gets it, `available_datasets` lists them; `DatasetError` says in one line
+what is wrong with a file, a folder, a name, a disk or a network.
+
+```bash
+autorank-jax data                                      # what is there, and where files are looked for
+autorank-jax data fetch mnist                          # once, from TensorFlow Datasets: pip install "autorank-jax[tfds]"
+autorank-jax data fetch cinic10 --source CINIC-10      # from a folder of images {train,test}/CLASS/*.png
+autorank-jax data fetch mnist --source ARCHIVES        # without a network, out of archives downloaded elsewhere
+autorank-jax run --dataset mnist
+```
+
+A dataset is one checked file `NAME.npz` with `x_train, y_train, x_test, y_test` (uint8 images, integer labels) in
+`$AUTORANK_JAX_DATA`, else `~/.cache/autorank_jax`; put your own there and it is a name like any other. A subset of
+Fashion-MNIST comes with the package. `fetch` takes any image classification set of
+[TensorFlow Datasets](https://www.tensorflow.org/datasets/catalog) whose images have one size, and any folder of images; in
+Python `ar.load_dataset("mnist")` fetches what is not there. TensorFlow runs in a process of its own, a network that does not
+answer is given up after seconds, and what is interrupted leaves no file behind. What TensorFlow Datasets keeps in
+`$TFDS_DATA_DIR`, else `~/tensorflow_datasets`, may be deleted afterwards.
+
+CINIC-10 has three parts of 90,000 images: `train` is split over the clients, `test` is the test set, `valid` is left alone,
+so that hyper-parameters can be chosen on it [D].
+
+```python
+import autorank_jax as ar
+
+images = ar.load_dataset("synthetic")
+print(images.x_train.shape, images.classes)
+```
+"""  # noqa: E501
 
 import difflib
 import re

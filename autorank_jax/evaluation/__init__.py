@@ -1,4 +1,21 @@
-"""Accuracy of the server and of the clients, and what a round costs."""
+"""What was learnt, and what it cost.
+
+`make_evaluate` tests the server's model after a round; `class_accuracy` by class; `label_weighted_accuracy` predicts every
+client's accuracy from its label mix; `with_personal_scores` measures clients on examples of their own, before and after
+local training. `client_costs` counts parameters, bytes in either direction and FLOPs of every client.
+
+```python
+import autorank_jax as ar
+from flax import nnx
+
+images = ar.load_dataset("synthetic")
+features = images.x_train[0].size
+task = ar.task_from_nnx(ar.models.MLP((features, 8, images.classes), rngs=nnx.Rngs(0)), max_rank=4)
+ranks = ar.ranks_from_ratios([0.5, 1.0], ar.max_ranks(task.server.trainable))
+state = ar.init_state(task.server, ar.aggregators.rbla(), ranks)
+print(sorted(ar.make_evaluate(task, images.x_test, images.y_test)(state)))
+```
+"""  # noqa: E501
 
 from autorank_jax.evaluation.costs import client_costs
 from autorank_jax.evaluation.metrics import (

@@ -1,4 +1,24 @@
-"""Clients and their data: splits, batches, who takes part in a round, and what goes wrong there."""
+"""Clients: their data, who takes part in a round, and what goes wrong there.
+
+- `FederatedData`: all clients' examples, flat; `from_parts(inputs, targets, parts)` or `from_client_ids(inputs, targets, ids)`
+  make it of arrays or pytrees of arrays. Nothing is padded to the largest client.
+- `ClientStats`: what rank policies may look at; `client_stats(data, classes=...)`, or `groups=` where there are no labels.
+- `partition`: splits: IID, Dirichlet, shards, quantity, staircase, Dirichlet × log-normal.
+- participation: `everyone`, `sample_uniformly`, `sample_by_size`, `sample_independently`; `by_examples` and `equally` weigh.
+- `faults`: drop-out, stragglers, broken clients.
+
+```python
+import autorank_jax as ar
+import numpy as np
+
+rng = np.random.default_rng(0)
+x, owner = rng.normal(size=(400, 5)).astype(np.float32), rng.integers(0, 6, 400)
+y = (x @ rng.normal(size=5)).astype(np.float32)
+data = ar.from_client_ids(x, y, owner)
+stats = ar.client_stats(data, groups=(y > 0).astype(int))  # no labels: count any grouping
+print(data.size.shape, stats.label_counts.shape)
+```
+"""  # noqa: E501
 
 from autorank_jax.federated.data import client_stats, from_client_ids, from_parts
 from autorank_jax.federated.participation import (

@@ -47,6 +47,7 @@ OPTIONS = {
 PLAIN = {name: {} for name in aggregators.RULES}
 CASES = PLAIN | OPTIONS
 SPLIT_BY_SVD = ("flexlora", "raflora", "florist")
+slow = partial(pytest.param, marks=pytest.mark.slow)
 ROUNDS, ABSENT = 3, int(np.flatnonzero(PRESENT == 0)[0])
 in_64_bit = pytest.mark.usefixtures("x64", "standard_promotion")  # integers of the engine are 32-bit
 
@@ -155,7 +156,7 @@ def follow(rules, lanes, rank_levels):
 
 @in_64_bit
 @pytest.mark.parametrize(
-    ("which", "lanes", "rank_levels"), [("inexact", 1, 1), ("plain", 1, 2), ("plain", 3, 2), ("plain", 6, 1)]
+    ("which", "lanes", "rank_levels"), [("inexact", 1, 1), ("plain", 3, 2), slow("plain", 1, 2), slow("plain", 6, 1)]
 )
 def test_rounds_equal_the_oracle(which, lanes, rank_levels):
     clients, oracles = follow(make_union(which), lanes, rank_levels)
@@ -163,6 +164,7 @@ def test_rounds_equal_the_oracle(which, lanes, rank_levels):
     assert_local(clients["local_only"], oracles["local_only"])
 
 
+@pytest.mark.slow
 @in_64_bit
 def test_options_equal_the_oracle():
     clients, oracles = follow(make_union("options"), 3, 2)
@@ -200,7 +202,9 @@ def assert_pruned(kept, oracle):
 
 
 @in_64_bit
-@pytest.mark.parametrize(("which", "lanes", "rank_levels"), [("inexact", 1, 1), ("plain", 1, 2), ("plain", 3, 2)])
+@pytest.mark.parametrize(
+    ("which", "lanes", "rank_levels"), [slow("inexact", 1, 1), ("plain", 3, 2), slow("plain", 1, 2)]
+)
 def test_non_finite_clients_are_absent(which, lanes, rank_levels):
     rules, broken = make_union(which), np.array([0, 2, 0, 0, 1, 0])
     got, state, info = rules.round(rules.start(broken), make_data(), lanes=lanes, rank_levels=rank_levels)

@@ -104,6 +104,7 @@ def assert_servers(got, want, *, by_product):
     jax.tree.map(close, got["dense"], want["dense"])
 
 
+@pytest.mark.slow
 @in_64_bit
 def test_server_optimizers_equal_the_oracle(program):
     start = make_server()

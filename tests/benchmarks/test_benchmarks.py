@@ -8,22 +8,17 @@ import warnings
 from pathlib import Path
 
 import common
-import competitors
-import devices
-import faults
-import harness
 import jax
 import jax.numpy as jnp
 import jax_network
 import numpy as np
 import pytest
-import regression
-import speed
-import speed_picture
-import workloads
 from matplotlib.figure import Figure
 
 from autorank_jax.types import Batch
+from benchmarks import harness
+from benchmarks.robustness import devices, faults
+from benchmarks.speed import competitors, pictures, regression, rounds, workloads
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -156,7 +151,7 @@ def test_a_worker_converses(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        cwd=FOLDER / "peers",
+        cwd=FOLDER / "speed" / "peers",
     )
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert answers[0] == {"ready": True}
@@ -178,7 +173,7 @@ def test_turns_end_with_the_budget_and_survive_failures():
         for name, run in (("quick", lambda: 0.1), ("dear", lambda: 2.0), ("failing", fails))
     }
     skipped = {}
-    seconds = speed.alternate(entries, argparse.Namespace(repeats=3, turn=0.2, budget=3), skipped)
+    seconds = rounds.alternate(entries, argparse.Namespace(repeats=3, turn=0.2, budget=3), skipped)
     assert seconds == {"quick": [0.1] * 3, "dear": [2.0]}
     assert skipped == {"failing": "gone"}
 
@@ -200,8 +195,8 @@ def test_results_are_merged_by_workload_and_competitor(tmp_path):
             "skipped": {},
         }
 
-    speed.merge(path, "tiny", measured(ours=4.0, loop=1.0), about)
-    content = speed.merge(path, "tiny", measured(ours=6.0, torch=2.0), about)
+    rounds.merge(path, "tiny", measured(ours=4.0, loop=1.0), about)
+    content = rounds.merge(path, "tiny", measured(ours=6.0, torch=2.0), about)
     assert content["ratios"]["tiny"] == {"loop": 4.0, "torch": 3.0}
     assert sorted(row["competitor"] for row in content["rows"]) == ["loop", "ours", "torch"]
 
@@ -221,13 +216,13 @@ def test_what_stops_a_round(seconds, longest, what):
 
 
 def test_nothing_stops_a_published_round_of_efficiency_one():
-    rows = json.loads((FOLDER / "results" / "devices.json").read_text())["on_paper"]
+    rows = json.loads((FOLDER / "robustness" / "results" / "devices.json").read_text())["on_paper"]
     assert {row["stops_at"] for row in rows if f"{row['efficiency']:.3g}" == "1"} == {""}
 
 
 def test_numbers_of_speeds_stand_clear_of_bars_and_names():
     axes = Figure().subplots()
-    speed_picture.panel(axes, "tiny", {"slow": 30.0, "near": 1.2, "quick": 0.4})
+    pictures.panel(axes, "tiny", {"slow": 30.0, "near": 1.2, "quick": 0.4})
     ends = [max(1, bar.get_x() + bar.get_width(), bar.get_x()) for bar in axes.patches]
     assert [(text.xy[0], text.get_ha()) for text in axes.texts] == [(pytest.approx(end), "left") for end in ends]
     assert axes.get_xlim()[0] < 0.4
@@ -247,17 +242,17 @@ def test_error_bars_of_rules_stand_beside_one_another():
 @pytest.mark.parametrize(
     "script",
     [
-        ("speed.py", "--workloads", "tiny", "--competitors", "lockstep,loop"),
-        ("scale.py", "--clients", "100"),
-        ("rank_cost.py",),
-        ("svd_border.py",),
+        ("speed.rounds", "--workloads", "tiny", "--competitors", "lockstep,loop"),
+        ("speed.scale", "--clients", "100"),
+        ("speed.rank_cost",),
+        ("study.svd_border",),
     ],
     ids=lambda script: script[0],
 )
 def test_scripts_run_quickly(script, tmp_path):
     results = tmp_path / "results.json"
-    command = [sys.executable, str(FOLDER / script[0]), *script[1:], "--quick", "--json", str(results)]
-    subprocess.run(command, check=True, timeout=900)
+    command = [sys.executable, "-m", f"benchmarks.{script[0]}", *script[1:], "--quick", "--json", str(results)]
+    subprocess.run(command, check=True, timeout=900, cwd=FOLDER.parent)
     content = json.loads(results.read_text())
     assert content["rows"]
     assert {"jax", "python"} <= set(content["versions"])

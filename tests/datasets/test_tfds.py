@@ -16,6 +16,7 @@ from autorank_jax.datasets import DatasetError, cache_folder, fetch_dataset, loa
 HERE = Path(__file__).parent
 pytestmark = [
     pytest.mark.tfds,
+    pytest.mark.slow,
     pytest.mark.skipif(not importlib.util.find_spec("tensorflow_datasets"), reason="needs the extra tfds"),
 ]
 

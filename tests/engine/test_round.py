@@ -73,7 +73,7 @@ def assert_twin(federation, state, new, batches, *, servers, epochs=2, tolerance
 @in_64_bit
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("rank_levels", [1, 4])
-@pytest.mark.parametrize("lanes", [1, 3, 5])
+@pytest.mark.parametrize("lanes", [pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 5])
 def test_round_equals_the_slow_twin(lanes, rank_levels, optimizer):
     federation = mlp_federation()
     hparams, make_optimizer = OPTIMIZERS[optimizer]
@@ -157,6 +157,7 @@ def queue_data(sizes, ids):
     return FederatedData(examples, examples, examples, start, sizes, np.array(ids, np.int32))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=80, derandomize=True)
 @given(
     shape=st.sampled_from([(1, 1), (2, 3), (5, 4), (9, 2)]),

@@ -52,6 +52,7 @@ def free_port():
         return server.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_many_devices_give_the_round_of_one():
     assert finish(start("compare_devices()", devices=8)) == (0, "equal\n", "")
 
@@ -64,6 +65,7 @@ def test_clients_are_dealt_evenly():
     assert steps.max() <= 1.05 * steps.mean(), steps
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_round_of_one():
     port = free_port()
     processes = [start(f"be_one_process({port}, {number})") for number in range(2)]
@@ -72,6 +74,7 @@ def test_two_processes_give_the_round_of_one():
     assert all(out.endswith("done\n") for _, out, _ in results)
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_one_and_four_devices(tmp_path):
     code, out, err = finish(start(f"resume_elsewhere({str(tmp_path)!r})", devices=4))
     assert (code, out) == (0, "equal\n"), err

@@ -31,7 +31,7 @@ def federation():
     return make_federations(UNLUCKY, datasets.load_dataset("synthetic"))[0]
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "independent"])
+@pytest.mark.parametrize("sampling", [pytest.param("uniform", marks=pytest.mark.slow), "independent"])
 def test_rows_are_charged_for_who_was_there_and_what_they_did(federation, sampling):
     infos, experiment = [], dataclasses.replace(UNLUCKY, sampling=sampling)
     results = run_experiment(experiment, on_round=lambda end: infos.append(end.info))

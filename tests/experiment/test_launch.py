@@ -133,6 +133,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_run_which_can_be_resumed(victim, whole, tmp_path):
     folder = tmp_path / "killed"

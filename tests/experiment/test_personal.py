@@ -62,6 +62,7 @@ def test_the_test_set_is_dealt_in_proportion():
     assert [len(part) for part in split_test_set([[0, 0], [1, 0]], [0, 0, 1])] == [0, 2]
 
 
+@pytest.mark.slow
 def test_a_client_that_has_all_is_as_good_as_the_server():
     results = run_experiment(ALONE)
     clients = results.runs[0].clients
@@ -75,6 +76,7 @@ def test_a_client_that_has_all_is_as_good_as_the_server():
     assert "clients" not in summarize(longer)["policies"]["full"]
 
 
+@pytest.mark.slow
 def test_alone_nothing_shared_is_the_same_as_shared():
     shared, kept = (run_experiment(dataclasses.replace(ALONE, aggregators=(a,))) for a in ("rbla", "local_only"))
     for what in ("before", "after"):
@@ -100,6 +102,7 @@ def test_measuring_changes_no_run_and_survives_an_interruption(tmp_path):
     assert resumed.runs[0].clients == over.runs[0].clients == whole.runs[0].clients
 
 
+@pytest.mark.slow
 def test_whole_weights_and_personal_rules_are_shown():
     whole = run_experiment(dataclasses.replace(MANY, aggregators=("fedavg",)))
     size = sum(np.prod(shape) for shape in ((64, 8), (8,), (8, 10), (10,)))
@@ -118,6 +121,7 @@ def test_whole_weights_and_personal_rules_are_shown():
     assert "of the worst client" in console.export_text()
 
 
+@pytest.mark.slow
 def test_clients_that_diverge_are_counted():
     """Whose training gives nothing finite is in no accuracy, so that it must be said that it is missing."""
     whole = dataclasses.replace(MANY, aggregators=("local_only",), rank_policies=("full",), rounds=1)

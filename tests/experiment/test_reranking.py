@@ -1,6 +1,7 @@
 """Ranks that are set anew between rounds of an experiment: from which curves, by which key."""
 
 import numpy as np
+import pytest
 
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.run import run_experiment
@@ -20,6 +21,7 @@ def follow(**options):
     return results, states
 
 
+@pytest.mark.slow
 def test_clients_that_have_not_trained_are_ranked_by_the_probe():
     results, (state,) = follow(rank_policies=("autorank",), criteria=("loss_entropy",), rounds=1, participation=0.5)
     seen = np.asarray(state.epochs) == 2

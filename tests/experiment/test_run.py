@@ -173,6 +173,7 @@ def test_a_seed_a_probe_and_other_policies_change_no_run(tiny):
     assert [row.loss for row in first.rows] != [row.loss for row in second.rows]
 
 
+@pytest.mark.slow
 def test_the_probe_trains_everything_whichever_rule_comes_first(tiny):
     one = dataclasses.replace(
         TINY, rank_policies=("autorank",), ratios=(), rounds=1, seeds=1, aggregators=("ffa_lora",)
@@ -217,6 +218,7 @@ def test_sampling_reranking_and_rare_evaluation():
     assert len(set(curve.tolist())) == 6  # the probe saw everyone
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_adamw():
     options = dataclasses.replace(
@@ -226,6 +228,7 @@ def test_adamw():
     assert losses[2] < losses[0]
 
 
+@pytest.mark.slow
 def test_cnn():
     options = dataclasses.replace(
         TINY, model="cnn", hidden=(4,), max_ranks=(3,), rank_policies=("full",), ratios=(), rounds=1, seeds=1

@@ -101,6 +101,7 @@ def sizes_and_ranks():
     return rng.integers(1, 7, CLIENTS), ranks
 
 
+@pytest.mark.slow
 @in_64_bit
 def test_every_rule_counts_lost_clients_as_absent(monkeypatch):
     """30 % drop out and 10 % send NaN: the round equals the one to which only the others were invited."""

@@ -163,6 +163,7 @@ def test_texts_are_pytrees_through_a_federation():
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_causal_language_model_learns_in_a_federation():
     ids = np.asarray(texts(12, length=8, vocabulary=5)["ids"])
     task = task_from_nnx(Decoder(5, SIZE._replace(depth=1), rngs=nnx.Rngs(0)), max_rank=3, loss=token_loss)

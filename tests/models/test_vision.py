@@ -93,6 +93,7 @@ def test_adapted_deep_cnn_starts_as_the_original(shape):
     np.testing.assert_allclose(outputs, nnx.jit(model)(images.astype(jnp.float32) / 255), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_round_lowers_the_loss_of_the_deep_cnn():
     data = synthetic(train=48, test=24, classes=3, shape=(32, 32, 3))
     task = make_task(DEEP, data, model_key=MODEL_KEY, adapter_key=ADAPTER_KEY)

@@ -64,6 +64,7 @@ def test_integer_ranks_meet_the_budget_within_one_rank(weight):
         assert abs(np.average(ranks, weights=share) - 0.4 * max_ranks[path]) < 1
 
 
+@pytest.mark.slow
 def test_one_ratio_stays_between_the_others():
     """A sum of shares may be a rounding error above 1, and 0 where nobody is present."""
     full = with_one_ratio(policies.uniform())

@@ -49,7 +49,7 @@ class Peer:
         """
         python = environments / ENVIRONMENTS[name] / "bin" / "python"
         if not python.exists():
-            raise PeerError(f"not installed: run benchmarks/peers/setup.sh {environments} {ENVIRONMENTS[name]}")
+            raise PeerError(f"not installed: run benchmarks/speed/peers/setup.sh {environments} {ENVIRONMENTS[name]}")
         self.name, self.patience, self.saved = name, patience, folder / f"{name}.npz"
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the worker
         threads = {v: str(len(os.sched_getaffinity(0))) for v in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}

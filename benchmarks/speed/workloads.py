@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from baselines import make_level
 from flax import nnx
 
 from autorank_jax import aggregators, datasets, federated
@@ -38,6 +37,7 @@ from autorank_jax.models.transformer import Size, Transformer
 from autorank_jax.models.vision import CNN, MLP
 from autorank_jax.ranks import policies
 from autorank_jax.types import Aggregator, Array, FederatedData, Key, LocalTraining, State, Task
+from benchmarks.speed.baselines import make_level
 
 CRITERIA = ("size", "classes", "label_entropy", "gini_simpson")
 SIZES, MAX_RANKS = (784, 200, 200, 10), (160, 160, 100)
@@ -54,7 +54,7 @@ class Workload(NamedTuple):
     local: LocalTraining
     rule: Aggregator
     state: State
-    lanes: int  # as `scheduling.choose_lanes` has it
+    lanes: int  # as `lane_count.choose_lanes` has it
     rank_levels: int
 
 
@@ -116,10 +116,11 @@ def assemble(
     *,
     batch_size: int,
     rank_levels: int = 1,
+    momentum: float | None = None,
 ) -> Workload:
-    """Put a workload together: plain SGD at a learning rate that is data, RBLA, one local epoch."""
+    """Put a workload together: SGD at a learning rate that is data, RBLA, one local epoch."""
     task, rule = model.task, aggregators.rbla()
-    local = make_local_training(task, lambda h: optax.sgd(h["learning_rate"]), batch_size=batch_size)
+    local = make_local_training(task, lambda h: optax.sgd(h["learning_rate"], momentum), batch_size=batch_size)
     state = init_state(task.server, rule, ranks, learning_rate=LEARNING_RATE)
     lanes = choose_lanes(data, task, batch_size=batch_size)
     return Workload(name, model.network, task, data, local, rule, state, lanes, rank_levels)
@@ -186,6 +187,17 @@ WORKLOADS: dict[str, Callable[[bool], Workload]] = {
     "cnn": lambda quick: make_images("cnn", cnn(), quick),
     "transformer": lambda quick: make_images("transformer", transformer(), quick),
 }
+
+TITLES = {
+    "tiny": "64 clients of 40 examples, small MLP",
+    "tiny256": "256 clients of 40 examples, small MLP",
+    "staircase": "10 clients of 600 to 17,574 examples, MLP",
+    "lognormal": "1,000 clients, log-normal sizes, MLP",
+    "equal": "100 clients of 600 examples, MLP",
+    "cnn": "100 clients of 96 examples, convolutions",
+    "transformer": "100 clients of 96 examples, small transformer",
+}
+"""The workloads in words, as pictures and tables have them (not with `quick`, which is smaller)."""
 
 
 def make_workload(name: str, *, quick: bool = False) -> Workload:

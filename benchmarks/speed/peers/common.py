@@ -1,4 +1,4 @@
-"""What every peer's worker shares: the exported workload, and the conversation with `speed.py`. NumPy alone.
+"""What every peer's worker shares: the exported workload, and the conversation with `rounds.py`. NumPy alone.
 
 A worker is started with the exported workload (`.npz`) and the path for its results. It answers each line of its
 standard input with one line of JSON: `run` trains one round from the start values and says how many seconds that took,

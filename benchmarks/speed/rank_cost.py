@@ -4,35 +4,32 @@ The workload is `staircase`; all clients have one ratio of the maximum ranks, or
 and backward at the clients' own ranks. A level trains at one width, so that four levels follow the FLOPs in steps of a
 quarter; one level pays for full rank whatever the ratio. Ranks are data: each number of levels is compiled once.
 
-Command:  AUTORANK_JAX_DATA=DIR python benchmarks/rank_cost.py --json benchmarks/results/rank_cost.json
+Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.speed.rank_cost --json benchmarks/speed/results/rank_cost.json
 Hardware: two CPU cores
-Time and numbers to expect: see benchmarks/README.md
+Time and numbers to expect: see benchmarks/speed/README.md
 """
 
-import argparse
 import os
-from pathlib import Path
 
-import harness
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
-import workloads
-from competitors import arguments_of, meshes, timed
-from matplotlib import pyplot as plt
-from workloads import Workload
+from matplotlib.figure import Figure
 
 from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.cli.figures import PALETTE
 from autorank_jax.engine import sharding
 from autorank_jax.engine.flops import training_flops
 from autorank_jax.engine.round import make_round
 from autorank_jax.evaluation.costs import client_costs
 from autorank_jax.types import State
+from benchmarks import harness, script
+from benchmarks.speed import workloads
+from benchmarks.speed.competitors import arguments_of, meshes, timed
+from benchmarks.speed.workloads import Workload
 
 RATIOS = (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
 LEVELS = 4
-COLUMNS = ("ranks", "mean_ratio", "rank_levels", "seconds_per_round", "spread_seconds", "seconds_share", "flops_share")
 
 
 def states_of(workload: Workload, ratios: tuple[float, ...]) -> dict[str, State]:
@@ -96,46 +93,67 @@ def measure(
     return rows
 
 
-def draw(rows: list[harness.Row], path: Path) -> None:
+def tables(content: script.Content) -> dict[str, str]:
+    """Lay out the shares of a round at full rank, a row per rank ratio."""
+    most = max(row["rank_levels"] for row in content["rows"])
+    rows: dict[str, harness.Row] = {}
+    for row in content["rows"]:
+        own = {f"{field} {row['rank_levels']}": row[field] for field in ("seconds_share", "seconds_per_round")}
+        rows[row["ranks"]] = rows.get(row["ranks"], {}) | row | own
+    columns = {
+        "ranks": "ranks",
+        "mean ratio": "mean_ratio",
+        "share of FLOPs": "flops_share",
+        "share of seconds, one level": "seconds_share 1",
+        f"share of seconds, {most} levels": f"seconds_share {most}",
+        "seconds, one level": "seconds_per_round 1",
+        f"seconds, {most} levels": f"seconds_per_round {most}",
+    }
+    return {"rank_cost": script.table(list(rows.values()), columns)}
+
+
+def draw(content: script.Content) -> Figure:
     """Draw the shares of a round at full rank."""
-    figure, axes = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
+    rows = content["rows"]
+    figure = Figure(figsize=(6.6, 4.1), layout="constrained")
+    axes = figure.subplots()
     most = max(row["rank_levels"] for row in rows)
     for levels, label, colour in (
-        (1, "seconds, no rank levels", "#D55E00"),
-        (most, f"seconds, {most} rank levels", "#0072B2"),
+        (1, "seconds, no rank levels", PALETTE[1]),
+        (most, f"seconds, {most} rank levels", PALETTE[0]),
     ):
-        line = [row for row in rows if row["rank_levels"] == levels and row["ranks"] != "AutoRank"]
-        ratios = [row["mean_ratio"] for row in line]
-        axes.plot(ratios, [row["seconds_share"] for row in line], marker="o", color=colour, label=label)
-    axes.plot(ratios, [row["flops_share"] for row in line], color="black", linestyle=":", label="FLOPs")
-    axes.set_xlabel("rank ratio of all clients")
-    axes.set_ylabel("share of a round at full rank")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+        line = [row for row in rows if row["rank_levels"] == levels]
+        for marker, uniform in (("o", True), ("*", False)):
+            own = [row for row in line if (row["ranks"] != "AutoRank") == uniform]
+            x, y = ([row[field] for row in own] for field in ("mean_ratio", "seconds_share"))
+            look = {"marker": marker, "markersize": 6 if uniform else 12, "linestyle": "-" if uniform else ""}
+            axes.plot(x, y, color=colour, label=label if uniform else "", **look)
+    line = [row for row in rows if row["rank_levels"] == most and row["ranks"] != "AutoRank"]
+    ratios, flops = ([row[field] for row in line] for field in ("mean_ratio", "flops_share"))
+    axes.plot(ratios, flops, color="black", linestyle=":", label="FLOPs (computed)")
+    axes.plot([], [], "*", color="#555555", markersize=12, label="AutoRank's ranks, at their mean")
+    axes.set(xlabel="clients' rank over the maximum", ylabel="share of a round at full rank", ylim=(0, 1.1))
+    axes.legend(fontsize=9, loc="lower right")
+    script.entitle(
+        figure,
+        "What a lower rank saves",
+        f"{script.hardware(content)}, {content['device']['devices']} virtual devices; median of {content['repeats']} "
+        "turns.\n10 clients of Fashion-MNIST, MLP 784-200-200-10.",
+    )
+    return figure
 
 
 @harness.mistakes_in_words()
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="embedded images, two ratios, two levels, one turn")
+    parser = script.make_parser(__doc__, quick="embedded images, two ratios, two levels, one turn", repeats=5)
     parser.add_argument("--devices", type=int, default=len(os.sched_getaffinity(0)), help="virtual ones, one per core")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", options.devices)
-    mpl.use("Agg")
     ratios, repeats, levels = ((0.5,), 1, 2) if options.quick else (RATIOS, options.repeats, LEVELS)
     workload = workloads.make_workload("staircase", quick=options.quick)
     rows = measure(workload, ratios, repeats, levels, options.devices)
-    print(harness.markdown_table(rows, COLUMNS))
-    content = {"rows": rows, "versions": harness.versions(), "device": harness.device()}
-    harness.write_json(options.json, content)
-    if options.json is not None:
-        draw(rows, options.json.with_suffix(".png"))
+    script.publish({"rows": rows, "repeats": repeats, **script.about()}, options.json, tables, draw)
 
 
 if __name__ == "__main__":

@@ -2,41 +2,37 @@
 
 Competitors: `centralised` (one shared model, big batches, no clients: the yardstick), `lockstep` (`jit(vmap(scan))`),
 `loop` (a Python loop over a jitted client), and the peers `drjax, fedjax, pfl, flower, torch, torch_vmap`, each in an
-environment of its own (`benchmarks/peers/setup.sh DIR`). All train the very same round: start values, examples, order
-of batches, ranks. A competitor whose trained values differ from ours by more than 1e-4 gets no number, unless in
+environment of its own (`benchmarks/speed/peers/setup.sh DIR`). All train the very same round: start values, examples,
+order of batches, ranks. A competitor whose trained values differ from ours by more than 1e-4 gets no number, unless in
 float64 they agree to 1e-6.
 
-Command:  AUTORANK_JAX_DATA=DIR python benchmarks/speed.py --json benchmarks/results/speed.json
+Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.speed.rounds --json benchmarks/speed/results/rounds.json
           (see `--help`; `--quick` needs no data; an existing file is added to, workload by workload)
 Hardware: two CPU cores, or one GPU with `--device gpu`, which sweeps the lanes from 1 to 4096
-Time and numbers to expect: see benchmarks/README.md
+Time and numbers to expect: see benchmarks/speed/README.md
 Writes:   after each workload the rows and ratios as JSON, and beside it a picture
 """
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
 import jax
-import matplotlib as mpl
 import numpy as np
-import workloads
-from competitors import ENGINES, Entry, add_engines, add_peers, sweep
-from peer import ENVIRONMENTS, PeerError, peer_versions
-from speed_picture import draw
-from workloads import WORKLOADS, Workload
 
 from autorank_jax.engine.flops import training_flops
 from autorank_jax.evaluation.costs import client_costs
+from benchmarks import harness, script
+from benchmarks.speed import rounds_report, workloads
+from benchmarks.speed.competitors import ENGINES, Entry, line_up
+from benchmarks.speed.peer import ENVIRONMENTS, PeerError, peer_versions
+from benchmarks.speed.workloads import WORKLOADS, Workload
 
 SWEEP = (1, 4, 16, 64, 256, 1024, 4096)
 COMPETITORS = (*ENGINES, *ENVIRONMENTS)
-COLUMNS = ("competitor", "samples_per_second", "seconds_per_round", "spread_seconds", "compile_seconds", "peak_bytes")
 
 
 def take_turn(entry: Entry, rounds: int) -> float:
@@ -111,17 +107,14 @@ def make_row(name: str, competitor: str, entry: Entry, seconds: list[float], wor
 def measure(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
     """Time all competitors on one workload."""
     lanes = options.lanes or ((workload.lanes,) if options.device == "cpu" else SWEEP)
-    entries, skipped, gaps = sweep(workload, lanes, options.devices), {}, {}
-    add_engines(workload, options, entries, skipped, gaps)
     with tempfile.TemporaryDirectory() as folder:
-        peers, peer_gaps = add_peers(workload, options, Path(folder), entries, skipped)
+        entries, gaps, skipped = line_up(workload, lanes, options, Path(folder))
         try:
             print(f"  taking turns, {options.repeats} times: {', '.join(entries)}", flush=True)
             seconds = alternate(entries, options, skipped)
         finally:
-            for peer in peers:
-                peer.close()
-    gaps |= peer_gaps
+            for entry in entries.values():
+                entry.close()
     work = useful_work(workload)
     rows = [
         make_row(workload.name, c, entries[c], turns, work) | {"difference": gaps.get(c)}
@@ -132,76 +125,46 @@ def measure(workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "ratios": ratios, "skipped": skipped}
 
 
-def merge(path: Path | None, name: str, measured: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
-    """Write one workload's results into the file: what was measured anew replaces what stood there."""
-    content: dict[str, Any] = {"rows": [], "ratios": {}, "skipped": {}}
-    if path is not None and path.exists():
-        content |= json.loads(path.read_text())
-    new = {row["competitor"] for row in measured["rows"]}
+def merge(content: script.Content, name: str, measured: dict[str, Any], about: script.Content) -> script.Content:
+    """Add one workload's results: what was measured anew replaces what stood there."""
+    content = {"rows": [], "ratios": {}, "skipped": {}, "versions": {}} | content
+    new, failed = {row["competitor"] for row in measured["rows"]}, measured["skipped"]
     kept = [row for row in content["rows"] if row["workload"] != name or row["competitor"] not in new]
-    skipped = {c: why for c, why in content["skipped"].get(name, {}).items() if c not in new} | measured["skipped"]
-    content["rows"] = kept + measured["rows"]
-    content["ratios"][name] = {
-        c: r for c, r in content["ratios"].get(name, {}).items() if c not in measured["skipped"]
-    } | measured["ratios"]
-    content["skipped"][name] = skipped
-    content["versions"] = content.get("versions", {}) | about["versions"]
-    content["device"] = about["device"]
-    harness.write_json(path, content)
-    return content
+    ratios = {c: r for c, r in content["ratios"].get(name, {}).items() if c not in failed}
+    skipped = {c: why for c, why in content["skipped"].get(name, {}).items() if c not in new}
+    return content | {
+        "rows": kept + measured["rows"],
+        "ratios": content["ratios"] | {name: ratios | measured["ratios"]},
+        "skipped": content["skipped"] | {name: skipped | failed},
+        "versions": content["versions"] | about["versions"],
+        "device": about["device"],
+    }
 
 
-def is_done(path: Path | None, name: str, competitors: Sequence[str]) -> bool:
-    """Return whether the file has a row, or a reason for none, of every competitor on a workload."""
-    if path is None or not path.exists():
-        return False
-    content = json.loads(path.read_text())
-    rows = {row["competitor"] for row in content["rows"] if row["workload"] == name}
-    return set(competitors) <= rows | set(content["skipped"].get(name, {}))
-
-
-def report(name: str, measured: dict[str, Any]) -> None:
-    """Print the table of one workload."""
-    rows = [row | {"ours/theirs": measured["ratios"].get(row["competitor"])} for row in measured["rows"]]
-    print(f"\n### {name}\n\n{harness.markdown_table(rows, [*COLUMNS, 'ours/theirs'])}\n")
-    for competitor, why in measured["skipped"].items():
-        print(f"no number for {competitor}: {why}")
-    print(flush=True)
-
-
-def overview(content: dict[str, Any]) -> str:
-    """Lay out `ours / theirs` of everything in a file: a row per workload, a column per competitor."""
-    names = [c for c in COMPETITORS if any(c in ratios for ratios in content["ratios"].values())]
-    rows = [{"workload": f"`{name}`"} | content["ratios"][name] for name in WORKLOADS if name in content["ratios"]]
-    return harness.markdown_table(rows, ["workload", *names])
+def is_done(content: script.Content, name: str, competitors: Sequence[str]) -> bool:
+    """Return whether results have a row, or a reason for none, of every competitor on a workload."""
+    rows = {row["competitor"] for row in content.get("rows", ()) if row["workload"] == name}
+    return set(competitors) <= rows | set(content.get("skipped", {}).get(name, {}))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = list(WORKLOADS)
+    small = "small workloads of embedded images, at most two turns"
+    parser, names = script.make_parser(__doc__, quick=small, repeats=5), list(WORKLOADS)
     parser.add_argument("--workloads", type=listed, default=names, help=f"of {','.join(names)}")
     parser.add_argument("--competitors", type=listed, default=list(COMPETITORS), help=f"of {','.join(COMPETITORS)}")
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--budget", type=float, default=120, help="seconds of turns per competitor and workload")
     parser.add_argument("--turn", type=float, default=0.5, help="seconds that a turn lasts at least: several rounds")
     parser.add_argument("--patience", type=float, default=1800, help="seconds that a peer may take to answer")
-    parser.add_argument("--quick", action="store_true", help="small workloads of embedded images, at most two turns")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--devices", type=int, help="to use at most; default: a virtual one per core, one GPU")
     parser.add_argument("--lanes", type=lambda text: tuple(map(int, text.split(","))), help="such as 1,4,16")
     parser.add_argument("--peers", type=Path, default=Path(os.environ.get("PEERS", "build/peers")))
-    parser.add_argument("--json", type=Path, help="file that results are merged into, after each workload")
-    parser.add_argument(
-        "--report", action="store_true", help="measure nothing, print the tables of the file and draw its picture"
-    )
     parser.add_argument("--resume", action="store_true", help="leave out workloads that the file has in full")
     options = parser.parse_args(arguments)
     for given, known in ((options.workloads, names), (options.competitors, COMPETITORS)):
         if unknown := [name for name in given if name not in known]:
             parser.error(f"expected names among {', '.join(known)}, got {', '.join(unknown)}")
-    if options.report and (options.json is None or not options.json.exists()):
-        parser.error(f"expected --json with the file to report, got {options.json}")
     if options.devices is None:
         options.devices = len(os.sched_getaffinity(0)) if options.device == "cpu" else 1
     if options.quick:
@@ -221,38 +184,23 @@ def use_devices(options: argparse.Namespace) -> None:
         jax.config.update("jax_num_cpu_devices", options.devices)
 
 
-def show_file(path: Path) -> None:
-    """Print all tables of a file and draw its picture."""
-    content = json.loads(path.read_text())
-    for name in (name for name in WORKLOADS if name in content["ratios"]):
-        rows = [row for row in content["rows"] if row["workload"] == name]
-        report(name, {"rows": rows, "ratios": content["ratios"][name], "skipped": content["skipped"].get(name, {})})
-    print(overview(content))
-    draw(content, path.with_suffix(".png"))
-
-
 @harness.mistakes_in_words()
 def main() -> None:
     """Measure, print, write, workload by workload."""
     options = parse()
-    mpl.use("Agg")
-    if options.report:
-        show_file(options.json)
-        return
     use_devices(options)
-    about = {"versions": harness.versions() | peer_versions(options.peers, options.competitors)}
-    about["device"] = harness.device()
+    about = script.about()
+    about["versions"] |= peer_versions(options.peers, options.competitors)
+    content = script.read(options.json)
     for name in options.workloads:
-        if options.resume and is_done(options.json, name, options.competitors):
+        if options.resume and is_done(content, name, options.competitors):
             print(f"{name}: in {options.json} already", flush=True)
             continue
         print(f"{name}: making the workload", flush=True)
         measured = measure(workloads.make_workload(name, quick=options.quick), options)
-        report(name, measured)
-        content = merge(options.json, name, measured, about)
-        if options.json is not None:
-            draw(content, options.json.with_suffix(".png"))
-            print(overview(content), flush=True)
+        content = merge(content, name, measured, about)
+        print(f"\n### {name}\n\n{rounds_report.all_rows(content, name)}", flush=True)
+        script.publish(content, options.json, rounds_report.tables, rounds_report.draw)
 
 
 if __name__ == "__main__":

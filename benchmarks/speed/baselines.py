@@ -36,12 +36,12 @@ from autorank_jax.types import (
 )
 
 Spread = Callable[[PyTree], PyTree]
-"""Deals the leading axis of arrays to devices."""
+"""Shards the leading axis of arrays over devices."""
 OneRound = Callable[[Key, State, FederatedData], State]
 
 
 def make_spread(mesh: Mesh | None) -> Spread:
-    """Return what deals a leading axis to the devices of a mesh; nothing where there is none."""
+    """Return what shards a leading axis over the devices of a mesh; nothing where there is none."""
     if mesh is None:
         return lambda tree: tree
     sharding = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
@@ -84,8 +84,8 @@ def make_lockstep(local: LocalTraining, aggregator: Aggregator, *, steps: int, m
 
     def round_fn(key: Key, state: State, data: FederatedData) -> State:
         level = make_level(local, aggregator, key, state, data)
-        assignments = jax.vmap(lambda place: look_up(level, place))(jnp.arange(data.size.shape[0]))
-        assignments = spread(assignments)
+        places = jnp.arange(data.size.shape[0])
+        assignments = spread(jax.vmap(lambda place: look_up(level, place))(places))
 
         def one(assignment: Assignment, trained: LocalState, step: Array) -> LocalState:
             stepped = _step(level, assignment, trained, step)
@@ -94,9 +94,8 @@ def make_lockstep(local: LocalTraining, aggregator: Aggregator, *, steps: int, m
         def forward(trained: LocalState, step: Array) -> tuple[LocalState, None]:
             return jax.vmap(one, in_axes=(0, 0, None))(assignments, trained, step), None
 
-        trained, _ = lax.scan(
-            forward, spread(jax.vmap(lambda assignment: _begin(level, assignment))(assignments)), jnp.arange(steps)
-        )
+        begun = spread(jax.vmap(lambda one: _begin(level, one))(assignments))
+        trained, _ = lax.scan(forward, begun, jnp.arange(steps))
         done = jnp.ones(data.size.shape[0], bool)
         sums, _, _ = jax.vmap(lambda *lane: finish(level, *lane))(assignments, trained, done)
         return _server_step(level, key, jax.tree.map(lambda s: jnp.sum(s, axis=0), sums))

@@ -2,21 +2,18 @@
 
 Ratios of competitors that take turns in one run mean something on any machine of the same kind; single times do not.
 
-Command:  AUTORANK_JAX_DATA=DIR python benchmarks/regression.py
-Hardware: as `device` in benchmarks/results/speed.json says
-Time and numbers to expect: see benchmarks/README.md
+Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.speed.regression
+Hardware: as `device` in benchmarks/speed/results/rounds.json says, and quiet
 Exit:     1 if a ratio fell by more than 15 %, 2 if there is nothing to compare with
 """
 
 import argparse
-import json
 from pathlib import Path
 
-import harness
-import speed
-import workloads
+from benchmarks import harness, script
+from benchmarks.speed import rounds, workloads
 
-COMMITTED = Path(__file__).parent / "results" / "speed.json"
+COMMITTED = Path(__file__).parent / "results" / "rounds.json"
 WORKLOADS = ("tiny", "staircase", "lognormal", "equal")
 COMPETITORS = ("lockstep", "centralised")
 TOLERANCE = 0.15
@@ -45,22 +42,22 @@ def compare(
 def main() -> None:
     """Measure anew, compare, and exit with 1 where something got worse."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", type=speed.listed, default=list(WORKLOADS))
+    parser.add_argument("--workloads", type=rounds.listed, default=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="share that a ratio may fall by")
     parser.add_argument("--committed", type=Path, default=COMMITTED)
     options = parser.parse_args()
     if not options.committed.exists():
-        print(f"nothing to compare with: run benchmarks/speed.py --json {options.committed}")
+        print(f"nothing to compare with: run python -m benchmarks.speed.rounds --json {options.committed}")
         raise SystemExit(2)
-    committed = json.loads(options.committed.read_text())["ratios"]
+    committed = script.read(options.committed)["ratios"]
     asked = {"workloads": options.workloads, "competitors": COMPETITORS, "repeats": (str(options.repeats),)}
-    settings = speed.parse([word for name, words in asked.items() for word in (f"--{name}", ",".join(words))])
-    speed.use_devices(settings)
+    settings = rounds.parse([word for name, words in asked.items() for word in (f"--{name}", ",".join(words))])
+    rounds.use_devices(settings)
     measured = {}
     for name in settings.workloads:
         print(f"{name} …", flush=True)
-        measured[name] = speed.measure(workloads.make_workload(name), settings)["ratios"]
+        measured[name] = rounds.measure(workloads.make_workload(name), settings)["ratios"]
     rows = compare(committed, measured, options.tolerance)
     print(harness.markdown_table(rows, ["workload", "competitor", "committed", "measured", "change", "worse"]))
     if not rows:

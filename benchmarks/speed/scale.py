@@ -3,9 +3,9 @@
 Synthetic few-shot clients share a fixed total of examples equally; an MLP 64-128-10 with adapters of rank 8 trains one
 epoch in batches of 4. Each number of clients has a process of its own, so that peaks of memory are its own.
 
-Command:  python benchmarks/scale.py --json benchmarks/results/scale.json
+Command:  python -m benchmarks.speed.scale --json benchmarks/speed/results/scale.json
 Hardware: two CPU cores, 4 GB of memory
-Time and numbers to expect: see benchmarks/README.md
+Time and numbers to expect: see benchmarks/speed/README.md
 Writes:   after each number of clients the rows as JSON, and beside it a picture
 """
 
@@ -15,27 +15,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-import harness
 import jax
-import matplotlib as mpl
-import workloads
-from competitors import timed
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
+from autorank_jax.cli.figures import PALETTE
 from autorank_jax.engine.round import make_round
+from benchmarks import harness, script
+from benchmarks.speed import workloads
+from benchmarks.speed.competitors import arguments_of, timed
 
-COLUMNS = (
-    "clients",
-    "examples_per_client",
-    "lanes",
-    "seconds_per_round",
-    "seconds_per_million_examples",
-    "microseconds_per_client",
-    "compile_seconds",
-    "data_bytes",
-    "round_bytes",
-    "compiled_bytes",
-)
+COLUMNS = {
+    "clients": "clients",
+    "examples each": "examples_per_client",
+    "seconds per round": "seconds_per_round",
+    "± seconds": "spread_seconds",
+    "seconds per million examples": "seconds_per_million_examples",
+    "µs per client": "microseconds_per_client",
+    "seconds to compile": "compile_seconds",
+    "MB of data": "data_mb",
+    "MB a round holds beyond": "round_mb",
+    "MB of XLA's temporaries": "compiled_mb",
+}
 
 
 def memory(field: str) -> int:
@@ -49,9 +49,8 @@ def measure(clients: int, total: int, repeats: int) -> harness.Row:
     examples = max(1, total // clients)
     model = workloads.mlp((64, 128, 10), (8, 8))
     data = workloads.few_shot_clients(clients, examples)
-    ranks = workloads.alternating_ranks(model, clients)
-    workload = workloads.assemble("scale", model, data, ranks, batch_size=4)
-    arguments = (jax.random.key(0), workload.state, data)
+    workload = workloads.assemble("scale", model, data, workloads.alternating_ranks(model, clients), batch_size=4)
+    arguments = arguments_of(workload)
     round_fn = make_round(workload.local, workload.rule, lanes=workload.lanes)
     program, compile_seconds = harness.compiled(round_fn, *arguments)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
@@ -71,66 +70,73 @@ def measure(clients: int, total: int, repeats: int) -> harness.Row:
         "round_bytes": memory("VmHWM") - before,  # the peak during rounds, beyond what was there before
         "compiled_bytes": program.memory_analysis().temp_size_in_bytes,
         "repeats": repeats,
-        "versions": harness.versions(),
-        "device": harness.device(),
     }
 
 
-def in_own_process(clients: int, options: argparse.Namespace) -> harness.Row:
-    """Measure in a fresh process."""
-    command = [sys.executable, __file__, "--one", str(clients), "--total", str(options.total)]
-    command += ["--repeats", str(options.repeats)]
+def in_own_process(clients: int, options: argparse.Namespace) -> script.Content:
+    """Measure in a fresh process; return the row and what it ran on."""
+    command = [sys.executable, "-m", "benchmarks.speed.scale", "--one", str(clients)]
+    command += ["--total", str(options.total), "--repeats", str(options.repeats)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def draw(rows: list[harness.Row], path: Path) -> None:
+def tables(content: script.Content) -> dict[str, str]:
+    """Lay out seconds and memory."""
+    rows = [
+        row | {f"{kind}_mb": row[f"{kind}_bytes"] / 1e6 for kind in ("data", "round", "compiled")}
+        for row in content["rows"]
+    ]
+    return {"scale": script.table(rows, COLUMNS)}
+
+
+def draw(content: script.Content) -> Figure:
     """Draw seconds per million examples and memory against the number of clients."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.8), layout="constrained")
+    rows = content["rows"]
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     clients = [row["clients"] for row in rows]
-    left.plot(clients, [row["seconds_per_million_examples"] for row in rows], marker="o", color="#0072B2")
-    left.set_ylabel("seconds per million examples")
+    left.plot(clients, [row["seconds_per_million_examples"] for row in rows], marker="o", color=PALETTE[0])
+    left.set(ylabel="seconds per million examples", title="Time")
     for field, label, colour in (
-        ("data_bytes", "data and index arrays", "#009E73"),
-        ("round_bytes", "beyond them, while a round runs", "#0072B2"),
+        ("data_bytes", "data and index arrays", PALETTE[2]),
+        ("round_bytes", "beyond them,\nwhile a round runs", PALETTE[0]),
     ):
-        right.plot(clients, [row[field] / 2**20 for row in rows], marker="o", color=colour, label=label)
-    right.set_ylabel("MiB")
-    right.legend(frameon=False, fontsize=8)
+        right.plot(clients, [row[field] / 1e6 for row in rows], marker="o", color=colour)
+        right.annotate(label, (clients[0], rows[0][field] / 1e6), (0, 8), textcoords="offset points", color=colour)
+    right.set(ylabel="MB", title="Memory")
+    total = rows[0]["clients"] * rows[0]["examples_per_client"]
     for axes in (left, right):
-        axes.set_xscale("log")
-        axes.set_xlabel("clients, the same examples in every round")
-        axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+        axes.set(xscale="log", xlabel=f"clients that share {total:,} examples")
+        axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
+    script.entitle(
+        figure,
+        f"From {clients[0]:,} to {clients[-1]:,} clients",
+        f"{script.hardware(content)}, one device; median of {rows[0]['repeats']} rounds, in a process of its own "
+        "for each point.",
+    )
+    return figure
 
 
+@harness.mistakes_in_words()
 def main() -> None:
     """Measure one process after the other, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.make_parser(__doc__, quick="at most 10,000 examples, one round", repeats=3)
     parser.add_argument("--clients", default="10,100,1000,10000,100000,1000000", help="numbers of clients")
     parser.add_argument("--total", type=int, default=3_000_000, help="examples of all clients together")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="at most 10,000 examples, one repeat")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    mpl.use("Agg")
     if options.one is not None:
-        print(json.dumps(measure(options.one, options.total, options.repeats)))
+        print(json.dumps({"row": measure(options.one, options.total, options.repeats), **script.about()}))
         return
     if options.quick:
         options.total, options.repeats = min(options.total, 10_000), 1
     rows: list[harness.Row] = []
     for clients in map(int, options.clients.split(",")):
         print(f"{clients} clients …", flush=True)
-        rows.append(in_own_process(clients, options))
-        about = {name: rows[-1].pop(name) for name in ("versions", "device")}
-        harness.write_json(options.json, {"rows": rows} | about)
-    print(harness.markdown_table(rows, COLUMNS))
-    if options.json is not None:
-        draw(rows, options.json.with_suffix(".png"))
+        measured = in_own_process(clients, options)
+        rows.append(measured.pop("row"))
+        script.publish({"rows": rows, **measured}, options.json, tables, draw)
 
 
 if __name__ == "__main__":

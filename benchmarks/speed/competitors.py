@@ -1,4 +1,4 @@
-"""The competitors of `speed.py`, made ready to be timed: compiled, warmed up, and held against our result."""
+"""The competitors of `rounds`, made ready to be timed: compiled, warmed up, and held against our result."""
 
 import argparse
 import time
@@ -6,18 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
 import jax
+import jax.numpy as jnp
 import numpy as np
-import workloads
-from baselines import make_centralised, make_lockstep, make_loop, mean_widths
 from jax.sharding import Mesh
-from peer import ENVIRONMENTS, Peer, PeerError
-from workloads import Workload
 
 from autorank_jax.engine import sharding
 from autorank_jax.engine.round import make_round
 from autorank_jax.types import State
+from benchmarks import harness
+from benchmarks.speed import workloads
+from benchmarks.speed.baselines import make_centralised, make_lockstep, make_loop, mean_widths
+from benchmarks.speed.peer import Peer, PeerError
+from benchmarks.speed.workloads import Workload
 
 ENGINES = ("centralised", "lockstep", "loop")
 BIG_BATCHES = (256, 512, 1024, 2048)
@@ -33,6 +34,15 @@ class Entry(NamedTuple):
     compile_seconds: float | None
     peak_bytes: Callable[[], int | None]
     detail: dict[str, Any]
+    close: Callable[[], None] = lambda: None
+
+
+class Field(NamedTuple):
+    """Everybody who takes part in one workload, and why the others do not."""
+
+    entries: dict[str, Entry]
+    gaps: dict[str, float]  # how far their results are from ours
+    skipped: dict[str, str]
 
 
 def timed(program: Callable[..., Any], *arguments: Any) -> float:
@@ -62,10 +72,31 @@ def compiled_entry(function: Callable[..., State], arguments: tuple[Any, ...], *
 
 def make_ours(workload: Workload, lanes: int, devices: int = 1) -> Entry:
     """Compile this package's round, for several devices where asked for."""
-    mesh = sharding.client_mesh(jax.devices()[:devices]) if devices > 1 else None
+    mesh = meshes(devices)[devices]
     lanes = min(lanes, max(1, workload.data.size.shape[0] // devices))
     round_fn = make_round(workload.local, workload.rule, lanes=lanes, rank_levels=workload.rank_levels, mesh=mesh)
     return compiled_entry(lambda *a: round_fn(*a)[0], arguments_of(workload, mesh), lanes=lanes, devices=devices)
+
+
+def sweep(workload: Workload, lanes: tuple[int, ...], devices: int) -> dict[str, Entry]:
+    """Compile our round for several numbers of lanes and devices; the fastest is `ours`, the others say what they are.
+
+    On one device XLA may use all cores within an operation; several virtual devices have a core each.
+    """
+    entries = {}
+    for count in sorted({min(count, workload.data.size.shape[0]) for count in lanes}):
+        for used in meshes(devices):
+            print(f"  ours, {count} lanes, {used} devices …", flush=True)
+            entries[count, used] = make_ours(workload, count, used)
+    best = min(entries, key=lambda which: min(entries[which].run() for _ in range(2)))
+    one = len(entries) == len(meshes(devices))  # one number of lanes: tell devices apart, else lanes
+
+    def name(count: int, used: int) -> str:
+        if (count, used) == best:
+            return "ours"
+        return f"ours, {used} device{'s' * (used > 1)}" if one else f"ours, {count} lanes, {used} devices"
+
+    return {name(*which): entry for which, entry in entries.items()}
 
 
 def fastest(entries: list[Entry]) -> Entry:
@@ -117,12 +148,14 @@ def make_engine(name: str, workload: Workload, devices: int = 1) -> Entry:
     )
 
 
-def make_peer(name: str, workload: Workload, options: argparse.Namespace, folder: Path) -> tuple[Entry, Peer]:
-    """Start a peer's worker on the exported workload and let it warm up."""
-    exported = folder / "workload.npz"
+def make_peer(name: str, workload: Workload, options: argparse.Namespace, folder: Path) -> Entry:
+    """Start a peer's worker on the exported workload, in its precision, and let it warm up."""
+    dtype = workload.state.hparams["learning_rate"].dtype
+    exported = folder / f"{dtype}.npz"
     if not exported.exists():
         workloads.export_workload(workload, jax.random.key(KEY), exported)
-    peer = Peer(name, options.peers, exported, folder, patience=options.patience)
+    double = dtype == jnp.float64
+    peer = Peer(name, options.peers, exported, folder, patience=options.patience, double=double)
     peak: list[int] = [0]
 
     def run() -> float:
@@ -132,7 +165,7 @@ def make_peer(name: str, workload: Workload, options: argparse.Namespace, folder
 
     try:
         first = run()
-        return Entry(run, peer.values, max(0.0, first - run()), lambda: peak[0], {}), peer
+        return Entry(run, peer.values, max(0.0, first - run()), lambda: peak[0], {}, peer.close)
     except PeerError:
         peer.close()
         raise
@@ -173,104 +206,53 @@ def gate(name: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], 
     return gap
 
 
-def loose_gate(name: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float | None:
-    """Return how far a competitor's result is from ours, None where that is too far for float32 to tell."""
-    try:
-        return gate(name, ours, theirs)
-    except PeerError:
-        print(f"  {name}: once more in float64", flush=True)
-        return None
-
-
-def gate_engine(name: str, ours: dict[str, np.ndarray], entry: Entry, workload: Workload) -> float:
-    """Hold an engine of this process against ours, as `gate_peer` does."""
-    if (gap := loose_gate(name, ours, entry.values())) is not None:
-        return gap
-    with jax.enable_x64(True):
-        doubled = workloads.in_float64(workload)
-        precise, theirs = make_ours(doubled, doubled.lanes).values(), make_engine(name, doubled).values()
-    return gate(name, precise, theirs, TOLERANCE / 100)
-
-
-def gate_peer(
-    peer: Peer, ours: dict[str, np.ndarray], workload: Workload, options: argparse.Namespace, folder: Path
-) -> float:
-    """Hold a peer's result against ours; if float32 is too coarse for that, in float64, a hundred times as strictly.
-
-    Raises:
-        PeerError: where it is another result.
-    """
-    if (gap := loose_gate(peer.name, ours, peer.values())) is not None:
-        return gap
-    with jax.enable_x64(True):
-        doubled = workloads.in_float64(workload)
-        exported = folder / "float64.npz"
-        if not exported.exists():
-            workloads.export_workload(doubled, jax.random.key(KEY), exported)
-        precise = make_ours(doubled, doubled.lanes).values()
-    double = Peer(peer.name, options.peers, exported, folder, patience=options.patience, double=True)
-    try:
-        double.ask("run")
-        return gate(peer.name, precise, double.values(), TOLERANCE / 100)
-    finally:
-        double.close()
-
-
-def add_engines(
+def gate_twice(
+    name: str,
+    ours: dict[str, np.ndarray],
+    entry: Entry,
+    *,
     workload: Workload,
     options: argparse.Namespace,
-    entries: dict[str, Entry],
-    skipped: dict[str, str],
-    gaps: dict[str, float],
-) -> None:
-    """Make the engines of this process; `centralised` trains another model and so passes no gate."""
+    folder: Path,
+) -> float:
+    """Hold a competitor against ours; if float32 is too coarse for that, in float64, a hundred times as strictly."""
+    try:
+        return gate(name, ours, entry.values())
+    except PeerError:
+        print(f"  {name}: once more in float64", flush=True)
+    with jax.enable_x64(True):
+        doubled = workloads.in_float64(workload)
+        precise = make_ours(doubled, doubled.lanes).values()
+        if name in ENGINES:
+            return gate(name, precise, make_engine(name, doubled).values(), TOLERANCE / 100)
+        theirs = make_peer(name, doubled, options, folder)
+    try:
+        return gate(name, precise, theirs.values(), TOLERANCE / 100)
+    finally:
+        theirs.close()
+
+
+def line_up(workload: Workload, lanes: tuple[int, ...], options: argparse.Namespace, folder: Path) -> Field:
+    """Make our round and everybody whom the options name ready to take turns; the caller closes their entries.
+
+    `centralised` trains another model and so passes no gate.
+    """
+    entries, gaps, skipped = sweep(workload, lanes, options.devices), {}, {}
     ours = entries["ours"].values()
-    for name in [name for name in options.competitors if name in ENGINES]:
+    for name in options.competitors:
         print(f"  {name} …", flush=True)
-        entry = make_engine(name, workload, options.devices)
+        entry = None
         try:
+            local = name in ENGINES
+            entry = (
+                make_engine(name, workload, options.devices) if local else make_peer(name, workload, options, folder)
+            )
             if name != "centralised":
-                gaps[name] = gate_engine(name, ours, entry, workload)
-            entries[name] = entry
-        except PeerError as error:
-            skipped[name] = str(error)
-
-
-def add_peers(
-    workload: Workload, options: argparse.Namespace, folder: Path, entries: dict[str, Entry], skipped: dict[str, str]
-) -> tuple[list[Peer], dict[str, float]]:
-    """Start the peers and hold their results against ours."""
-    ours = entries["ours"].values()
-    peers, gaps = [], {}
-    for name in [name for name in options.competitors if name in ENVIRONMENTS]:
-        print(f"  {name} …", flush=True)
-        try:
-            entry, peer = make_peer(name, workload, options, folder)
-            peers.append(peer)
-            gaps[name] = gate_peer(peer, ours, workload, options, folder)
+                gaps[name] = gate_twice(name, ours, entry, workload=workload, options=options, folder=folder)
             entries[name] = entry
         except PeerError as error:
             skipped[name] = str(error)
             print(f"  {name}: no number: {error}", flush=True)
-    return peers, gaps
-
-
-def sweep(workload: Workload, lanes: tuple[int, ...], devices: int) -> dict[str, Entry]:
-    """Compile our round for several numbers of lanes and devices; the fastest is `ours`, the others say what they are.
-
-    On one device XLA may use all cores within an operation; several virtual devices have a core each.
-    """
-    entries = {}
-    for count in sorted({min(count, workload.data.size.shape[0]) for count in lanes}):
-        for used in meshes(devices):
-            print(f"  ours, {count} lanes, {used} devices …", flush=True)
-            entries[count, used] = make_ours(workload, count, used)
-    best = min(entries, key=lambda which: min(entries[which].run() for _ in range(2)))
-    one = len(entries) == len(meshes(devices))  # one number of lanes: tell devices apart, else lanes
-
-    def name(count: int, used: int) -> str:
-        if (count, used) == best:
-            return "ours"
-        return f"ours, {used} device{'s' * (used > 1)}" if one else f"ours, {count} lanes, {used} devices"
-
-    return {name(*which): entry for which, entry in entries.items()}
+            if entry is not None:
+                entry.close()
+    return Field(entries, gaps, skipped)

@@ -1,4 +1,4 @@
-"""Rounds on one and on two devices, how evenly clients are dealt, and on paper how a round scales to 8 and 256.
+"""Rounds on one device and on many: measured on two, counted up to 256, modelled for accelerators.
 
 Four tables:
 
@@ -7,49 +7,88 @@ Four tables:
 2. Drift: the same rounds on one device and on many, the largest relative difference of any trained factor. In 64-bit
    one round is equal to 1e-9 (tested); in float32 another order of sums is another rounding, which training amplifies.
 3. Counted: steps of the busiest device over the mean of all, on 2, 8 and 256 devices. Nothing is trained.
-4. On paper: a round of log-normal clients (σ = 1, 60 examples each on average, batch 32) from the counted steps, the
-   bytes of the one sum, and an interconnect that is stated in `PAPER`. `efficiency` is the share of the devices' time
-   that is client steps; `stops_at` names what takes most of the rest: the longest client, which devices cannot share,
-   or the sum.
+4. Modelled, not measured: a round of log-normal clients (σ = 1, 60 examples each on average, batch 32) from the counted
+   steps, the bytes of the one sum, and an interconnect that is stated in `MODEL`. `efficiency` is the share of the
+   devices' time that is client steps; `stops_at` names what takes most of the rest: the longest client, which devices
+   cannot share, or the sum.
 
-Command:  AUTORANK_JAX_DATA=DIR python benchmarks/devices.py --json benchmarks/results/devices.json \
-              --png benchmarks/results/devices.png
-          (--quick: few clients of the embedded images)
+Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.robustness.devices \
+              --json benchmarks/robustness/results/devices.json
 Hardware: two CPU cores
-Time and numbers to expect: see benchmarks/README.md
+Time and numbers to expect: see benchmarks/robustness/README.md
 """
 
-import argparse
 import os
+import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
-import workloads
-from competitors import difference, trained_values
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from workloads import Workload
 
 from autorank_jax.adapters.lora import level_widths, max_ranks
-from autorank_jax.cli.figures import PALETTE, STYLE
+from autorank_jax.cli.figures import PALETTE
 from autorank_jax.engine import sharding
 from autorank_jax.engine.lanes import Program, steps_and_levels
 from autorank_jax.engine.round import make_round
 from autorank_jax.federated.participation import everyone
+from benchmarks import harness, script
+from benchmarks.speed import workloads
+from benchmarks.speed.competitors import arguments_of, difference, meshes, trained_values
+from benchmarks.speed.workloads import Workload
 
 COUNTED = (2, 8, 256)
-PAPER = {
+MODEL = {
     "lanes": 64,  # of one accelerator
     "milliseconds_per_step": 1.0,  # of all its lanes together
     "links": {1: 1.0, 8: 300e9, 256: 40e9},  # bytes/s of each device: NVLink within a host of 8, 400 Gb/s between hosts
     "latency": {1: 0.0, 8: 2e-5, 256: 2e-4},  # seconds of one all-reduce, however small
 }
 """Round numbers for an accelerator, to be replaced by measured ones."""
+TABLES = {
+    "measured": {
+        "workload": "workload",
+        "devices": "devices",
+        "lanes each": "lanes_per_device",
+        "seconds, one device": "one_seconds",
+        "± one": "one_spread",
+        "seconds, all": "many_seconds",
+        "± all": "many_spread",
+        "times as fast": "speedup",
+        "seconds to compile, one": "one_compile_seconds",
+        "seconds to compile, all": "many_compile_seconds",
+    },
+    "drift": {
+        "workload": "workload",
+        "devices": "devices",
+        "rounds": "rounds",
+        "relative difference": "difference",
+        "loss, one device": "loss",
+        "loss, all": "many_loss",
+    },
+    "counted": {
+        "workload": "workload",
+        "clients": "clients",
+        "devices": "devices",
+        "steps, busiest / mean": "busiest_over_mean_steps",
+        "cost, busiest / mean": "busiest_over_mean_cost",
+        "cost, longest client / mean device": "longest_client_over_mean_cost",
+    },
+    "modelled": {
+        "clients": "clients",
+        "accelerators": "devices",
+        "steps, busiest / mean": "busiest_over_mean_steps",
+        "MB of the sum": "sum_megabytes",
+        "ms of the sum": "sum_milliseconds",
+        "ms per round": "round_milliseconds",
+        "efficiency": "efficiency",
+        "stops at": "stops_at",
+    },
+}
+"""The tables, and the fields of their columns."""
 
 
 class Ready(NamedTuple):
@@ -63,16 +102,13 @@ class Ready(NamedTuple):
 
 def make_ready(workload: Workload, devices: int) -> dict[int, Ready]:
     """Compile the round for one device and for many."""
-    mesh, key = sharding.client_mesh(jax.devices()[:devices]), jax.random.key(0)
-    useful = float(np.sum(client_steps(workload)) / np.max(client_steps(workload)))
-    lanes = {1: workload.lanes, devices: max(1, min(workload.lanes, int(useful / devices)))}
-    placed = {1: (key, workload.state, workload.data)}
-    placed[devices] = sharding.replicate(placed[1], mesh)
-    ready = {}
-    for count, arguments in placed.items():
-        options = {"lanes": lanes[count], "rank_levels": workload.rank_levels, "mesh": mesh if count > 1 else None}
+    steps, ready = client_steps(workload), {}
+    busy = max(1, min(workload.lanes, int(np.sum(steps) / np.max(steps) / devices)))
+    for used, mesh in meshes(devices).items():
+        arguments, lanes = arguments_of(workload, mesh), workload.lanes if used == 1 else busy
+        options = {"lanes": lanes, "rank_levels": workload.rank_levels, "mesh": mesh}
         program, seconds = harness.compiled(make_round(workload.local, workload.rule, **options), *arguments)
-        ready[count] = Ready(program, arguments, seconds, lanes[count])
+        ready[used] = Ready(program, arguments, seconds, lanes)
     return ready
 
 
@@ -115,7 +151,7 @@ def client_steps(workload: Workload) -> np.ndarray:
 
 
 def count(workload: Workload, devices: int) -> harness.Row:
-    """Deal the clients as a round would, and count the steps of each device."""
+    """Assign the clients to devices as a round would, and count the steps of each device."""
     widths = level_widths(max_ranks(workload.state.server.trainable), workload.rank_levels)
     program = Program(workload.local, workload.rule, 1, widths)
     cohort = everyone(jax.random.key(0), workload.data)
@@ -141,16 +177,16 @@ def sum_bytes(workload: Workload, cohort: int) -> int:
     return model + 4 * cohort * (workload.state.epoch_losses.shape[1] + 2)
 
 
-def on_paper(workload: Workload, clients: int, devices: int) -> harness.Row:
-    """Predict a round from counted steps, bytes and the numbers in `PAPER`."""
+def modelled(workload: Workload, clients: int, devices: int) -> harness.Row:
+    """Predict a round from counted steps, bytes and the numbers in `MODEL`."""
     size = np.ceil(60 * np.exp(np.random.default_rng(0).normal(-0.5, 1.0, clients)))
     steps = -(-size // 32)
     device = np.asarray(sharding.assign(jnp.asarray(steps, jnp.float32), devices))
     load = np.bincount(device, weights=steps, minlength=devices)
-    lanes, step = PAPER["lanes"], PAPER["milliseconds_per_step"] / 1e3
+    lanes, step = MODEL["lanes"], MODEL["milliseconds_per_step"] / 1e3
     train = max(steps.max(), load.max() / lanes) * step
     size_of_sum = sum_bytes(workload, clients)
-    together = 2 * (devices - 1) / devices * size_of_sum / PAPER["links"][devices] + PAPER["latency"][devices]
+    together = 2 * (devices - 1) / devices * size_of_sum / MODEL["links"][devices] + MODEL["latency"][devices]
     useful = steps.sum() / lanes / devices * step
     return {
         "clients": clients,
@@ -180,60 +216,87 @@ def stops_at(useful: float, train: float, together: float, *, longest: bool) -> 
     return "longest client" if longest else ""
 
 
-def draw(rows: Sequence[harness.Row], path: Path) -> None:
-    """Draw the rounds on paper: milliseconds over the number of devices, a line for each number of clients."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axes = figure.subplots()
-        for number, clients in enumerate(sorted({row["clients"] for row in rows})):
-            own = [row for row in rows if row["clients"] == clients]
-            devices, times = ([row[name] for row in own] for name in ("devices", "round_milliseconds"))
-            look = {"color": PALETTE[number], "marker": "o", "linewidth": 2}
-            axes.plot(devices, times, label=f"{clients:,} clients", **look)
-            axes.plot(devices, [times[0] / d for d in devices], ":", color=PALETTE[number], linewidth=1)
-        axes.set(xscale="log", yscale="log", xlabel="accelerators", ylabel="milliseconds a round, on paper")
-        axes.set_xticks(list(PAPER["links"]), [str(devices) for devices in PAPER["links"]])
-        axes.minorticks_off()
-        figure.suptitle("Rounds over devices; dotted: evenly shared", x=0.01, ha="left", fontsize=11, weight="bold")
-        figure.legend(loc="outside lower center", ncols=4)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, metadata={"Software": None})
+def tables(content: script.Content) -> dict[str, str]:
+    """Lay out the four tables."""
+    return {name: script.table(content[name], columns) for name, columns in TABLES.items()}
 
 
-def report(title: str, rows: list[harness.Row]) -> None:
-    print(f"\n{title}\n\n{harness.markdown_table(rows, list(rows[0]))}")
+def draw(content: script.Content) -> Figure:
+    """Draw measured seconds on one device and on many, and beside them the modelled rounds."""
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+    draw_measured(left, content["measured"])
+    draw_modelled(right, content["modelled"])
+    script.entitle(
+        figure,
+        "More than one device",
+        f"Measured: {script.hardware(content)}; median of {content['repeats']} turns, bars: half-width of the "
+        "middle half. Modelled: counted steps,\n64 lanes and 1 ms a step on each accelerator, one sum over NVLink "
+        "within 8, 400 Gb/s beyond; no accelerator was used.",
+    )
+    return figure
 
 
+def draw_measured(axes: Axes, rows: Sequence[harness.Row]) -> None:
+    """Draw seconds per round on one device and on many."""
+    for place, row in enumerate(rows):
+        for shift, which, colour in ((-0.2, "one", PALETTE[7]), (0.2, "many", PALETTE[0])):
+            label = (
+                f"{row['devices']} devices, a core each" if which == "many" else "1 device, which uses both cores too"
+            )
+            seconds, spread = row[f"{which}_seconds"], row[f"{which}_spread"]
+            axes.bar(place + shift, seconds, 0.38, yerr=spread, color=colour, label=label if place == 0 else "")
+        text = f"{row['speedup']:.2f} times\nas fast"
+        axes.annotate(text, (place + 0.2, row["many_seconds"] / 2), ha="center", fontsize=8, color="white")
+    axes.set_xticks(range(len(rows)), [textwrap.fill(workloads.TITLES[row["workload"]], 24) for row in rows])
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set(ylabel="seconds per round", title="Measured", ylim=(0, 1.3 * max(row["one_seconds"] for row in rows)))
+    axes.grid(visible=False, axis="x")
+    axes.legend(loc="upper right", fontsize=8)
+
+
+def draw_modelled(axes: Axes, rows: Sequence[harness.Row]) -> None:
+    """Draw modelled milliseconds a round over the number of accelerators, a line for each number of clients."""
+    for number, clients in enumerate(sorted({row["clients"] for row in rows})):
+        own = [row for row in rows if row["clients"] == clients]
+        devices, times = ([row[name] for row in own] for name in ("devices", "round_milliseconds"))
+        axes.plot(devices, times, "--o", color=PALETTE[number], label=f"{clients:,} clients")
+        axes.plot(devices, [times[0] / d for d in devices], ":", color=PALETTE[number], linewidth=1)
+    axes.plot([], [], ":", color="#555555", linewidth=1, label="shared evenly at no cost")
+    axes.set(xscale="log", yscale="log", xlabel="accelerators", ylabel="milliseconds per round, modelled")
+    axes.set_title("Modelled, not measured: clients of log-normal sizes")
+    counts = sorted({row["devices"] for row in rows})
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.legend(fontsize=8, loc="lower left")
+
+
+@harness.mistakes_in_words()
 def main() -> None:
     """Measure, count, compute, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.make_parser(__doc__, quick="few clients of the embedded images, two turns", repeats=7)
     parser.add_argument("--workloads", default="lognormal,staircase")
     parser.add_argument("--devices", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="few clients of the embedded images, two repeats")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--png", type=Path)
     options = parser.parse_args()
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=86400"
     )
     jax.config.update("jax_num_cpu_devices", options.devices)
+    repeats, rounds, sizes = options.repeats, (1, 5, 20), (1_000, 10_000, 100_000, 1_000_000)
+    if options.quick:
+        repeats, rounds, sizes = 2, (1, 2), sizes[:1]
     chosen = [workloads.make_workload(name, quick=options.quick) for name in options.workloads.split(",")]
-    content: dict[str, Any] = {"versions": harness.versions(), "device": harness.device(), "paper": PAPER}
     ready = [make_ready(workload, options.devices) for workload in chosen]
     pairs = list(zip(chosen, ready, strict=True))
-    content["measured"] = [measure(w, r, 2 if options.quick else options.repeats) for w, r in pairs]
-    content["drift"] = [row for w, r in pairs for row in drift(w, r, (1, 2) if options.quick else (1, 5, 20))]
-    content["counted"] = [count(w, devices) for w in chosen for devices in COUNTED]
-    sizes = (1_000,) if options.quick else (1_000, 10_000, 100_000, 1_000_000)
-    content["on_paper"] = [on_paper(chosen[0], clients, devices) for clients in sizes for devices in PAPER["links"]]
-    report(f"Measured on 1 and {options.devices} devices", content["measured"])
-    report("Drift in float32", content["drift"])
-    report("Counted", content["counted"])
-    report("On paper", content["on_paper"])
-    harness.write_json(options.json, content)
-    if options.png:
-        draw(content["on_paper"], options.png)
+    content = script.about() | {
+        "model": MODEL,
+        "repeats": repeats,
+        "measured": [measure(workload, one, repeats) for workload, one in pairs],
+        "drift": [row for workload, one in pairs for row in drift(workload, one, rounds)],
+        "counted": [count(workload, devices) for workload in chosen for devices in COUNTED],
+        "modelled": [modelled(chosen[0], clients, devices) for clients in sizes for devices in MODEL["links"]],
+    }
+    script.publish(content, options.json, tables, draw)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the environments of the peers that speed.py compares with, each with pinned versions, in DIR/NAME.
+# Make the environments of the peers that rounds.py compares with, each with pinned versions, in DIR/NAME.
 # Usage: setup.sh DIR [drjax] [fedjax] [pfl] [flower] [torch]      (default: all five; PYTHON picks the interpreter)
 # `torch_vmap` runs in the environment `torch`. Sizes: 0.5 GB (drjax, fedjax) to 1.5 GB (flower) each.
 set -euo pipefail

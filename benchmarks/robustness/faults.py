@@ -3,16 +3,13 @@
 Ten clients with label mixes of α = 0.3 and log-normal amounts share the embedded Fashion-MNIST subset; MLP 784-64-10,
 ranks between 1 and the maximum by size. Accuracies are means over the last three of 30 rounds and over three seeds.
 
-Command:  python benchmarks/faults.py
-          python benchmarks/faults.py --quick      (six rounds, one seed, two rules)
-          python benchmarks/faults.py --report     (measure nothing, draw the picture of the committed numbers)
-          python benchmarks/faults.py --soak       (10,000 rounds of a tiny federation under all faults at once)
-Expect:   no fault ever leaves a number that is not finite; figures are in benchmarks/README.md. Minutes on two cores.
+Command:  python -m benchmarks.robustness.faults --json benchmarks/robustness/results/faults.json
+          with --soak: 10,000 rounds of a tiny federation under all faults at once, in the same file
+Hardware: one CPU core; minutes on two
+Expect:   no fault ever leaves a number that is not finite; figures are in benchmarks/robustness/README.md
 """
 
-import argparse
 import gc
-import json
 import os
 import statistics
 from pathlib import Path
@@ -23,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from harness import Row, device, markdown_table, versions, write_json
 from matplotlib.figure import Figure
 
 from autorank_jax import aggregators, datasets, federated
 from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.adapters.nnx import task_from_nnx
+from autorank_jax.cli.figures import PALETTE
 from autorank_jax.engine.local import make_local_training
 from autorank_jax.engine.round import make_round
 from autorank_jax.engine.simulation import init_state
@@ -37,11 +34,28 @@ from autorank_jax.federated import faults, partition
 from autorank_jax.models.vision import MLP
 from autorank_jax.ranks import policies
 from autorank_jax.types import Aggregator, Array, FederatedData, Key, RoundInfo, State
+from benchmarks import script
+from benchmarks.harness import Row
 
-RESULTS = Path(__file__).parent / "results"
 CLIENTS, SHARES = 10, (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 RULES = ("rbla", "zero_pad", "flexlora", "raflora", "owner_merge")
 BROKEN = np.arange(CLIENTS) == 3
+COUNTS = ("participants", "dropped", "excluded", "cut_short")
+COUNTED = {
+    "clients invited": "participants",
+    "dropped out": "dropped",
+    "excluded": "excluded",
+    "cut short": "cut_short",
+}
+FAULTS = {"fault": "fault"} | COUNTED | {
+    "rounds without change": "rounds without change", "all finite": "finite", "accuracy %": "accuracy %",
+}  # fmt: skip
+SOAK = {"rounds": "rounds"} | COUNTED | {
+    name: name
+    for name in (
+        "compilations", "MiB after a tenth", "MiB at the end", "live arrays after a tenth", "live arrays at the end",
+    )
+} | {"all finite": "finite"}  # fmt: skip
 
 
 class Federation(NamedTuple):
@@ -135,9 +149,7 @@ def try_faults(rounds: int) -> list[Row]:
             )
             state, unchanged = new, unchanged + same
             infos.append(info)
-        total = {
-            f: sum(int(getattr(i, f)) for i in infos) for f in ("participants", "dropped", "excluded", "cut_short")
-        }
+        total = {f: sum(int(getattr(i, f)) for i in infos) for f in COUNTS}
         finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.server))
         rows.append(
             {"fault": name, **total, "rounds without change": unchanged}
@@ -167,14 +179,12 @@ def soak(rounds: int) -> Row:
     memory, arrays, counts = {}, {}, np.zeros(4, int)
     for number in range(1, rounds + 1):
         state, info = program(jax.random.key(0), state, data)
-        counts += [int(info.participants), int(info.dropped), int(info.excluded), int(info.cut_short)]
+        counts += [int(getattr(info, name)) for name in COUNTS]
         if number in (rounds // 10, rounds):
             gc.collect()
             memory[number], arrays[number] = resident_mib(), len(jax.live_arrays())
-    names = ("participants", "dropped", "excluded", "cut short")
-    before, after = memory.values()
-    few, many = arrays.values()
-    return {"rounds": rounds, "compilations": len(traced)} | dict(zip(names, counts.tolist(), strict=True)) | {
+    (before, after), (few, many) = memory.values(), arrays.values()
+    return {"rounds": rounds, "compilations": len(traced)} | dict(zip(COUNTS, counts.tolist(), strict=True)) | {
         "MiB after a tenth": before, "MiB at the end": after, "live arrays after a tenth": few,
         "live arrays at the end": many, "finite": all(np.isfinite(a).all() for a in jax.tree.leaves(state.server)),
     }  # fmt: skip
@@ -186,51 +196,54 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def draw(rows: list[Row], rounds: int, seeds: int) -> Figure:
+def tables(content: script.Content) -> dict[str, str]:
+    """Lay out what is there of faults, drop-out and soak."""
+    found = {}
+    if "faults" in content:
+        found["faults"] = script.table(content["faults"], FAULTS)
+        shares = [f"{share:.0%}" for share in SHARES]
+        rows = [
+            {"rule": row["rule"]} | {s: f"{row[s]:.1f} ± {row[f'sd {s}']:.1f}" for s in shares}
+            for row in content["drop_out"]
+        ]
+        found["drop-out"] = script.table(rows, {name: name for name in ("rule", *shares)})
+    if "soak" in content:
+        found["soak"] = script.table([content["soak"]["row"]], SOAK)
+    return found
+
+
+def draw(content: script.Content) -> Figure:
     """Draw accuracy against drop-out."""
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    figure, rows = Figure(figsize=(7.4, 4.4), layout="constrained"), content.get("drop_out", [])
     axes = figure.subplots()
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-    for place, (row, colour) in enumerate(zip(rows, colours, strict=False)):
+    for place, (row, colour) in enumerate(zip(rows, PALETTE, strict=False)):
         mean, deviation = ([row[f"{prefix}{share:.0%}"] for share in SHARES] for prefix in ("", "sd "))
         at = [100 * share + 0.9 * (place - (len(rows) - 1) / 2) for share in SHARES]  # beside one another
         axes.errorbar(at, mean, deviation, marker="o", capsize=2, elinewidth=1, color=colour, label=row["rule"])
     axes.set(xlabel="clients that drop out of a round, %", ylabel="test accuracy, %")
-    axes.set_title(f"Fashion-MNIST subset, {rounds} rounds, mean ± sd of {seeds} seeds", loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(rows), frameon=False, fontsize=9)
+    axes.legend(title="aggregation rule", loc="center left", bbox_to_anchor=(1, 0.5))
+    script.entitle(
+        figure,
+        "What drop-out costs, by aggregation rule",
+        f"Ten clients of a Fashion-MNIST subset; mean of the last three of {content['rounds']} rounds, bars: ± "
+        f"standard deviation of {content['seeds']} seeds.\n{script.hardware(content)}.",
+    )
     return figure
 
 
-def save(figure: Figure) -> None:
-    figure.savefig(RESULTS / "faults.png", dpi=150, facecolor="white")
-
-
 def main() -> None:
-    """Run what the options ask for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds, one seed, two rules")
-    parser.add_argument("--soak", action="store_true", help="only the soak")
-    parser.add_argument("--report", action="store_true", help="measure nothing, draw the picture of the numbers there")
+    """Run what the options ask for; what a file holds of the others stays."""
+    parser = script.make_parser(__doc__, quick="few rounds, one seed, two rules")
+    parser.add_argument("--soak", action="store_true", help="the soak, and nothing else")
     options = parser.parse_args()
-    rounds, seeds, names = (6, 1, RULES[:2]) if options.quick else (30, 3, RULES)
-    if options.report:
-        rows = json.loads((RESULTS / "faults.json").read_text())["drop_out"]
-        save(draw(rows, rounds, seeds))
-        return
-    about = {"device": device(), "versions": versions()}
+    content = script.read(options.json)
     if options.soak:
-        row = soak(1000 if options.quick else 10_000)
-        print(row)
-        write_json(None if options.quick else RESULTS / "soak.json", {"soak": row, **about})
-        return
-    happened = try_faults(6 if options.quick else 20)
-    rows = sweep_drop_out(rounds, seeds, names)
-    print(markdown_table(happened, list(happened[0])))
-    print(markdown_table(rows, ["rule", *(f"{share:.0%}" for share in SHARES)]))
-    if not options.quick:
-        write_json(RESULTS / "faults.json", {"faults": happened, "drop_out": rows, **about})
-        save(draw(rows, rounds, seeds))
+        content["soak"] = script.about() | {"row": soak(1000 if options.quick else 10_000)}
+    else:
+        rounds, seeds, names, few = (6, 1, RULES[:2], 6) if options.quick else (30, 3, RULES, 20)
+        content |= script.about() | {"rounds": rounds, "seeds": seeds, "fault_rounds": few}
+        content |= {"faults": try_faults(few), "drop_out": sweep_drop_out(rounds, seeds, names)}
+    script.publish(content, options.json, tables, draw)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""Draw the pictures of speed/ and robustness/ anew from the stored results, and put their tables into the two READMEs.
+
+Command:  python -m benchmarks.report            (seconds; measures nothing)
+          python -m benchmarks.report --check    (writes nothing; exit status 1 where a README has other tables)
+Writes:   benchmarks/{speed,robustness}/README.md and the pictures in their results/
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+
+from benchmarks import harness, script
+from benchmarks.robustness import devices, faults
+from benchmarks.speed import imbalance, rank_cost, rounds_report, scale
+
+FOLDER = Path(__file__).parent
+RESULTS: dict[str, dict[str, ModuleType]] = {
+    "speed": {"rounds": rounds_report, "imbalance": imbalance, "scale": scale, "rank_cost": rank_cost},
+    "robustness": {"devices": devices, "faults": faults},
+}
+"""The stored results of each folder, and whose `tables` and `draw` they are for."""
+
+
+def stored(folder: str) -> Iterator[tuple[Path, script.Content, ModuleType]]:
+    """Yield the results of a folder."""
+    for name, module in RESULTS[folder].items():
+        path = FOLDER / folder / "results" / f"{name}.json"
+        yield path, script.read(path), module
+
+
+def filled(text: str, tables: Mapping[str, str]) -> str:
+    """Return a text with every table between `<!-- NAME -->` and `<!-- end of NAME -->` replaced.
+
+    Raises:
+        ValueError: A pair of markers is not there.
+    """
+    for name, table in tables.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if not 0 <= text.find(begin) < text.find(end):
+            raise ValueError(f"expected the markers {begin} and {end} in the README, in this order")
+        before, rest = text.split(begin, 1)
+        text = f"{before}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Draw and write, or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(arguments)
+    for folder in RESULTS:
+        tables: dict[str, str] = {}
+        for path, content, module in stored(folder):
+            tables |= module.tables(content)
+            if not options.check:
+                script.write_picture(module.draw, content, path.with_suffix(".png"))
+        readme = FOLDER / folder / "README.md"
+        before = readme.read_text(encoding="utf-8")
+        after = filled(before, tables)
+        if options.check and before != after:
+            raise SystemExit(f"{readme}: expected the tables of its results, got others; run it without --check")
+        if before != after:
+            harness.write_text(readme, after)
+
+
+if __name__ == "__main__":
+    main()
