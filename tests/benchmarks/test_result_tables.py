@@ -1,26 +1,20 @@
-"""The tables of `benchmarks/paper.py` and `study.py` are those of the cells, and `benchmarks/README.md` holds them."""
+"""The tables of the studies are those of their result files, and what the prose says stands in them."""
 
 import json
 import re
 from pathlib import Path
 
-import answers
-import curves
-import grid
-import mixed_ranks
 import numpy as np
-import paper
-import paper_tables
-import plan
 import pytest
-import readme
-import study
 from scipy import stats
 
+from benchmarks.study import all_rules, cells, columns, mixed_ranks, paper, paper_tables, questions, runs, text_finetune
+from benchmarks.study import policies_by_rules as study
+from benchmarks.study.options import RESULTS
 from tests.benchmarks.fake_cells import TINY, fake_cell
 
-TARGET = plan.DATASETS["mnist"].targets[-1]
-BASE = curves.runs_of(fake_cell(TINY))["full"][0]
+TARGET = columns.DATASETS["mnist"].targets[-1]
+BASE = runs.runs_of(fake_cell(TINY))["full"][0]
 
 
 def column(title, finals, own=(), after=(), costs=(2, 1e9, 1e6)):
@@ -34,45 +28,49 @@ def column(title, finals, own=(), after=(), costs=(2, 1e9, 1e6)):
         costs: rounds, FLOPs and bytes until the second evaluation, of which seed `s` takes `s + 1` times as much.
     """
     rounds, flops, sent = costs
-    runs = {}
+    found = {}
     for seed, final in enumerate(finals):
         clients = {"before": own[seed], "after": after[seed]} if seed < len(own) else {}
-        runs[seed] = BASE._replace(
+        found[seed] = BASE._replace(
             rounds=np.array([1, rounds * (seed + 1)]),
             accuracy=np.array([0.3, final]),
             flops=np.array([1, flops * (seed + 1)]),
             bytes=np.array([1, sent * (seed + 1)]),
             clients={when: dict(zip(("mean", "worst"), pair, strict=True)) for when, pair in clients.items()},
         )
-    return paper_tables.Column(title, None, runs)
+    return paper_tables.Column(title, None, found)
 
 
 def test_further_columns_are_compared_with_each_other():
-    one, other = plan.CONTRASTS[0]
-    columns = [column(other, (0.6, 0.7, 0.8)), column(one, (0.7, 0.8, 0.91)), column("by size", (0.8, 0.8, 0.8))]
-    text = paper_tables.write("mnist", "staircase", columns, seeds=3)
+    one, other = columns.CONTRASTS[0]
+    three = [column(other, (0.6, 0.7, 0.8)), column(one, (0.7, 0.8, 0.91)), column("by size", (0.8, 0.8, 0.8))]
+    text = paper_tables.write("mnist", "staircase", three, seeds=3)
     assert f"| {one} minus {other} | 3 | +10.3 [" in text
     assert "minus by size" not in text
 
 
-def test_what_stands_behind_the_highest_rank():
+def test_what_the_clients_of_the_highest_rank_hold():
     cell = fake_cell(TINY)
-    cell["scores"]["0"] |= {"size": [10, 30, 20], "ratios": {"full": [0.9, 0.2, 0.9]}}
-    assert curves.runs_of(cell)["full"][0].behind == pytest.approx(0.5)
+    cell["size"]["0"] = [10, 30, 20]
+    cell["runs"]["full"]["0"]["ratios"] = [0.9, 0.2, 0.9]
+    assert runs.runs_of(cell)["full"][0].behind == pytest.approx(0.5)
     mixed = BASE._replace(behind=0.25)
-    runs = {seed: mixed._replace(accuracy=np.array([0.1, 0.6 + 0.1 * seed])) for seed in range(3)}
-    one = {seed: BASE._replace(accuracy=np.array([0.1, 0.75])) for seed in range(2)}
-    columns = [paper_tables.Column(title, None, own) for title, own in ((plan.AUTHOR[2], one), (plan.AUTHOR[0], runs),
-                                                                         ("AutoRank + raFLoRA", runs))]  # fmt: skip
-    points = mixed_ranks.mixed_runs({("mnist", "staircase"): columns})
-    assert [point[:5] for point in points] == [("mnist", "staircase", plan.AUTHOR[0], seed, 0.25) for seed in range(2)]
+    own = {seed: mixed._replace(accuracy=np.array([0.1, 0.6 + 0.1 * seed])) for seed in range(3)}
+    uniform = {seed: BASE._replace(accuracy=np.array([0.1, 0.75])) for seed in range(2)}
+    three = [
+        paper_tables.Column(title, None, found)
+        for title, found in ((columns.AUTHOR[2], uniform), (columns.AUTHOR[0], own), ("AutoRank + raFLoRA", own))
+    ]
+    points = mixed_ranks.mixed_runs({("mnist", "staircase"): three})
+    wanted = [("mnist", "staircase", columns.AUTHOR[0], seed, 0.25) for seed in range(2)]
+    assert [point[:5] for point in points] == wanted
     np.testing.assert_allclose([point.difference for point in points], [-0.15, -0.05])
 
 
-def test_losses_are_told_by_the_examples_behind_the_highest_rank():
+def test_losses_are_told_by_what_the_clients_of_the_highest_rank_hold():
     found = [(0, 0.012, -0.5), (1, 0.2, -0.02), (2, 0.39, 0.01), (0, 0.3, -0.06)]
-    runs = [mixed_ranks.MixedRun("mnist", "staircase", "b" if n == 3 else "a", *run) for n, run in enumerate(found)]
-    (text,) = mixed_ranks.write(runs)
+    four = [mixed_ranks.MixedRun("mnist", "staircase", "b" if n == 3 else "a", *run) for n, run in enumerate(found)]
+    (text,) = mixed_ranks.write(four)
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert rows[1:3] == [
         ["under 5 %", "1", "-50.0", "-50.0", "-50.0", "1"],
@@ -134,93 +132,97 @@ def test_who_has_all_examples_has_no_clients():
 
 
 def test_columns_that_nobody_ran_are_named():
-    columns = [column(paper_tables.FIRST, [0.5]), column("one", []), column("two", [])]
-    text = paper_tables.write("mnist", "staircase", columns, seeds=5)
+    three = [column(paper_tables.FIRST, [0.5]), column("one", []), column("two", [])]
+    text = paper_tables.write("mnist", "staircase", three, seeds=5)
     assert "Not run yet: one; two." in text
     assert "| one |" not in text
 
 
-def written(path):
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 TWO_CORES = (
     "--dataset cifar10 --model cnn --splits staircase --groups main,by_hand,flexlora --rounds 10 --seeds 2 "
-    f"--learning-rate 0.03 --out {paper.RESULTS / 'two_cores'}"
+    f"--learning-rate 0.03 --out {RESULTS / 'two_cores'}"
 )
 
 
 @pytest.mark.parametrize("options", ["", TWO_CORES], ids=["usual", "two cores"])
 def test_the_tables_of_the_paper_are_what_its_cells_say(options):
     plan = paper.make_plan(paper.options_of(options.split()))
-    found, _ = paper.run_plan(paper.everything(plan), grid.NOTHING)
-    assert plan.folder.with_suffix(".md").read_text(encoding="utf-8") == paper.tables(plan, found)
-    assert written(plan.folder.with_suffix(".json"))["tables"] == json.loads(json.dumps(paper.numbers(found)))
+    found = paper.run_plan(paper.everything(plan), cells.NOTHING)
+    assert plan.file.path.with_suffix(".md").read_text(encoding="utf-8") == paper.tables(plan, found)
 
 
 def test_the_tables_of_the_study_are_what_its_cells_say():
-    whole, table, rates = study.read_all(study.make_plan(study.options_of([])))
-    pairs = answers.best_pairs(table, whole.rules, whole.splits, len(whole.seeds))
-    found = {
-        "study": study.tables(whole, table, pairs),
-        "study-confirm": study.confirmed(whole, pairs, rates, grid.NOTHING),
-    }
-    for name, text in found.items():
-        assert (study.RESULTS / f"{name}.md").read_text(encoding="utf-8") == text
-    there = written(study.RESULTS / "study.json")
-    assert {key: there[key] for key in ("points", "learning_rates")} == json.loads(
-        json.dumps(study.numbers(table, rates))
-    )
+    plan = study.make_plan(study.options_of([]))
+    whole, table, rates = study.read_all(plan)
+    pairs = questions.best_pairs(table, whole.rules, whole.splits, len(whole.seeds))
+    assert plan.file.path.with_suffix(".md").read_text(encoding="utf-8") == study.tables(whole, table, pairs, rates)
 
 
-def test_benchmarks_readme_holds_the_tables_of_the_results():
-    readme.main(["--check"])
-
-
-def test_the_readme_leaves_the_widest_tables_out(tmp_path):
-    (tmp_path / "paper.md").write_text(
-        f"## a, b\n\none\n\n### {paper_tables.TARGETS}\n\ntwo\n\n### Other\n\nthree\n\n## c, d\n\nfour\n"
-    )
-    assert readme.paper_block(tmp_path) == "#### a, b\n\none\n\n**Other.** three\n\n#### c, d\n\nfour"
-    (tmp_path / "study.md").write_text("# t\n\n" + "".join(f"### {name}\n\nx\n\n" for name in readme.STUDY))
-    with pytest.raises(SystemExit, match=r"study-confirm.md: expected tables, got no file"):
-        readme.study_block(tmp_path)
-    (tmp_path / "study-confirm.md").write_text("### another pair minus\n\ny\n")
-    with pytest.raises(SystemExit, match=f"expected the table '{re.escape(readme.CONFIRMED)}'"):
-        readme.study_block(tmp_path)
-
-
-def test_a_block_is_replaced_between_its_markers():
-    text = "before\n<!-- a -->\nold\n<!-- end of a -->\nafter"
-    assert readme.filled(text, {"a": "new"}) == "before\n<!-- a -->\n\nnew\n\n<!-- end of a -->\nafter"
-    for broken in ("no markers", "<!-- end of a --> <!-- a -->"):
-        with pytest.raises(ValueError, match="expected the markers <!-- a --> and <!-- end of a -->"):
-            readme.filled(broken, {"a": "new"})
+def test_the_tables_of_all_rules_are_what_their_cells_say():
+    text = all_rules.tables(all_rules.read(RESULTS))
+    assert (RESULTS / "all_rules.md").read_text(encoding="utf-8") == text
 
 
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
+ROOT = Path(__file__).parents[2]
 PROSE = [
-    ("README.md", "## What the study says", "## What is there"),
-    ("benchmarks/README.md", "## paper.py", "## aggregators.py"),
+    ("README.md", "## What the study says", "## The method", 5),
+    ("benchmarks/study/README.md", "", "## no end", 80),
 ]
 
 
-@pytest.mark.parametrize(("name", "begin", "end"), PROSE, ids=["README", "benchmarks"])
-def test_differences_in_the_prose_stand_in_a_table(name, begin, end):
-    tables = [path.read_text(encoding="utf-8") for path in paper.RESULTS.rglob("*.md")]
-    triples = {
-        tuple(map(float, one)) for text in tables for one in re.findall(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]", text)
-    }
-    ps = {p for text in tables for p in re.findall(r", p ([\d.e-]+)", text)}
-    text = (Path(__file__).parents[2] / name).read_text(encoding="utf-8").partition(begin)[2].partition(end)[0]
-    prose = " ".join(re.sub(r"<!-- (?!end).*?<!-- end.*?-->", "", text, flags=re.DOTALL).split())
+@pytest.fixture(scope="module")
+def tables():
+    """Return all generated tables as one text."""
+    text = json.loads((RESULTS / "text_finetune_quick.json").read_text(encoding="utf-8"))
+    parts = [path.read_text(encoding="utf-8") for path in sorted(RESULTS.rglob("*.md"))]
+    return "\n".join([*parts, text_finetune.tables(text["rows"])])
+
+
+@pytest.mark.parametrize(("name", "begin", "end", "fewest"), PROSE, ids=["README", "study"])
+def test_numbers_in_the_prose_stand_in_a_table(name, begin, end, fewest, tables):
+    triples = {tuple(map(float, one)) for one in re.findall(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]", tables)}
+    ps = set(re.findall(r", p ([\d.e-]+)", tables))
+    means = set(re.findall(r"(\d+\.\d) ± (\d+\.\d)", tables))
+    text = (ROOT / name).read_text(encoding="utf-8")
+    prose = " ".join(text[text.index(begin) :].partition(end)[0].split())
     said = re.findall(rf"({NUMBER})(?: [A-Za-z]+){{0,2}} \[({NUMBER}), ({NUMBER})\]", prose)
-    assert len(said) > 30
+    assert len(said) >= fewest
+    assert len(said) == len(re.findall(rf"\[{NUMBER}, {NUMBER}\]", prose))
     for one in said:
         assert stands(one, triples), one
     for p in re.findall(r"corrected p (?:of )?(\d[\d.e-]*\d)", prose):
         assert p in ps, p
+    for one in re.findall(r"(\d+\.\d) ± (\d+\.\d)", prose):
+        assert one in means, one
+
+
+def test_counts_of_mixed_ranks_in_the_prose_are_those_of_the_runs():
+    plan = paper.make_plan(paper.options_of([]))
+    bands = mixed_ranks.bands(mixed_ranks.mixed_runs(paper.complete(paper.run_plan(plan, cells.NOTHING))))
+    (under_5, all_5), (under_20, all_20), (under_40, all_40), (above, all_above) = (
+        (band.fallen, len(band.runs)) for band in bands
+    )
+    assert (under_5, under_20) == (all_5, all_20)
+    text = " ".join((ROOT / "benchmarks/study/README.md").read_text(encoding="utf-8").split())
+    words = {1: "one", 5: "five"}
+    for said in (
+        f"all {under_5 + under_20} runs end more than 5 points behind",
+        f"all {all_5} runs (shuffled or reversed)",
+        f"with 5 to 20 % all {all_20} (",
+        f"with 20 to 40 % {words[under_40]} of {all_40} lose more than 5, above {words[above]} of {all_above}.",
+    ):
+        assert said in text
+
+
+def test_files_that_the_readme_shows_are_there_and_no_others():
+    text = (ROOT / "benchmarks/study/README.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\]\((results/[^)]+)\)", text))
+    there = {
+        path.relative_to(RESULTS.parent).as_posix() for path in RESULTS.rglob("*") if path.suffix in (".png", ".md")
+    }
+    assert shown == {path for path in there if "_mini" not in path}
+    assert len(text.splitlines()) <= 150
 
 
 def stands(said, triples):
