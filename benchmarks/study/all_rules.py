@@ -31,6 +31,7 @@ POLICIES: Mapping[str, str] = {
     "shuffled": "AutoRank's, shuffled",
     "reversed": "AutoRank's, reversed",
 }
+ROUNDS, SEEDS = 20, 3
 Found = Mapping[tuple[str, str, str], Mapping[int, Reached]]
 """Runs by seed, by split, rule and policy."""
 
@@ -63,6 +64,12 @@ def run_rules(cells: Mapping[str, Experiment], file: CellFile, bounds: Bounds) -
         for cell in found.values()
         for policy, runs in runs_of(cell).items()
     }
+
+
+def read(folder: Path) -> Found:
+    """Return the runs of the usual setting that a folder holds."""
+    cells = make_cells(GLOBAL_RULES, quick=False, rounds=ROUNDS, seeds=SEEDS)
+    return run_rules(cells, CellFile(folder / "all_rules.jsonl"), NOTHING)
 
 
 def rules_of(found: Found) -> list[str]:
@@ -128,14 +135,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="the embedded subset")
     parser.add_argument("--rules", default="", help="comma-separated; default all")
-    parser.add_argument("--rounds", type=int, default=None, help="default 20")
-    parser.add_argument("--seeds", type=int, default=None, help="default 3")
+    parser.add_argument("--rounds", type=int, default=None, help=f"default {ROUNDS}")
+    parser.add_argument("--seeds", type=int, default=None, help=f"default {SEEDS}")
     parser.add_argument("--report", action="store_true", help="run nothing: show what there is")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     file = CellFile(options.out / ("all_rules_mini.jsonl" if options.quick else "all_rules.jsonl"))
-    how = {"quick": options.quick, "rounds": count("rounds", options.rounds, 20)}
-    how["seeds"] = count("seeds", options.seeds, 3)
+    how = {"quick": options.quick, "rounds": count("rounds", options.rounds, ROUNDS)}
+    how["seeds"] = count("seeds", options.seeds, SEEDS)
     rules = words("rules", options.rules, GLOBAL_RULES, GLOBAL_RULES)
     with harness.shared_programs():
         run_rules(make_cells(rules, **how), file, NOTHING if options.report else Bounds())
