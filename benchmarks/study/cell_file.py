@@ -58,7 +58,7 @@ class CellFile:
         with self.path.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self.cells()
-            broken = file.tell() > self._read  # by who was interrupted: nobody else is writing
+            broken = os.fstat(file.fileno()).st_size > self._read  # by who was interrupted: nobody else is writing
             options = cell["options"]
             lines = [] if self._shared is not None else [{"shared": options}]
             shared = self._shared or options

@@ -1,12 +1,10 @@
 """Cells of the studies that nobody had to train."""
 
-import dataclasses
-import json
-
-import grid
 import numpy as np
 
-from autorank_jax.experiment.config import Experiment
+from autorank_jax.experiment import Experiment
+from benchmarks.study import cells
+from benchmarks.study.cell_file import options_of
 
 TINY = Experiment(
     dataset="synthetic",
@@ -22,23 +20,26 @@ TINY = Experiment(
 
 def fake_cell(experiment, best=lambda _: 0.03):
     """Return a cell as if it had been run: accuracies that a seed and a name determine, falling beside a best rate."""
-    cell = {what: {} for what in ("summary", "accuracy", "flops", "bytes", "clients", "scores", "diverged")}
-    n, clients = experiment.rounds, experiment.clients
+    options, clients = options_of(experiment), experiment.clients
     shared = experiment.aggregators[0] != "local_only"
+    cell = {"options": options, "ran": "never", "size": {}, "runs": {policy: {} for policy in experiment.rank_policies}}
     for seed in experiment.all_seeds:
         rng = np.random.default_rng(seed)
-        matrix, ratios = rng.random((clients, 5)), {p: np.full(clients, 0.5).tolist() for p in experiment.rank_policies}
-        ratios |= {"autorank": np.linspace(0.1, 1, clients).tolist()}
-        cell["scores"][str(seed)] = {"criteria": list("abcde"), "size": [10] * clients, "matrix": matrix.tolist()}
-        cell["scores"][str(seed)] |= {"weights": None, "closeness": None, "ratios": ratios}
+        cell["size"][str(seed)] = [10] * clients
         for number, policy in enumerate(experiment.rank_policies):
             top = 0.8 - 0.02 * number + 0.01 * rng.random() - 0.1 * abs(np.log(experiment.learning_rate / best(policy)))
-            curve = [round(top * (1 - 0.5**r), 4) if shared else None for r in range(1, n + 1)]
+            curve = [round(top * (1 - 0.5**r), 4) for r in cells.due(options)]
             own = {kind: 0.5 + 0.1 * rng.random() for kind in ("mean", "weighted_mean", "worst")}
-            for what, value in (("accuracy", curve), ("flops", [1e9 * r for r in range(n)]), ("bytes", [1e6] * n)):
-                cell[what].setdefault(policy, {})[str(seed)] = value
-            cell["clients"].setdefault(policy, {})[str(seed)] = {"before": own, "after": own}
-    return cell | {"config": json.loads(json.dumps(dataclasses.asdict(experiment)))}
+            cell["runs"][policy][str(seed)] = {
+                "ratios": np.linspace(0.1, 1, clients).tolist() if policy == "autorank" else [0.5] * clients,
+                "accuracy": curve if shared else [],
+                "flops": 1e9,
+                "bytes": 1e6,
+                "probe": 0.0,
+                "slowest": 1e8,
+                "clients": {"before": own, "after": own},
+            }
+    return cell
 
 
 def pretend(monkeypatch):
@@ -49,5 +50,5 @@ def pretend(monkeypatch):
         names.append(name)
         return fake_cell(experiment)
 
-    monkeypatch.setattr(grid, "_run", run)
+    monkeypatch.setattr(cells, "_run", run)
     return names

@@ -1,20 +1,14 @@
-"""Both studies on cells that nobody had to train: what they run, write and answer."""
+"""The studies on cells that nobody had to train: what they run, write and answer."""
 
-import json
 from pathlib import Path
 
-import aggregators
-import answers
-import curves
-import grid
 import numpy as np
-import paired
-import paper
-import plan
 import pytest
-import study
 from scipy import stats
 
+from benchmarks.study import all_rules, cells, columns, paired, paper, questions, runs
+from benchmarks.study import policies_by_rules as study
+from benchmarks.study.cell_file import CellFile
 from tests.benchmarks.fake_cells import TINY, fake_cell, pretend
 
 
@@ -24,26 +18,22 @@ def pretended(monkeypatch):
 
 
 def test_what_matters_most_comes_first():
-    jobs = list(plan.jobs(["fashion_mnist", "mnist"], list(plan.SPLITS)))
+    jobs = list(columns.jobs(["fashion_mnist", "mnist"], list(columns.SPLITS)))
     assert jobs[0] == ("fashion_mnist", "staircase", "main")
     assert len(set(jobs)) == len(jobs)
-    assert [plan.GROUPS[job.group].tier for job in jobs] == sorted(plan.GROUPS[job.group].tier for job in jobs)
-    for job in plan.jobs(["fashion_mnist_mini"], list(plan.SPLITS)):
-        plan.experiment_of(job).validate()
-    by_hand = plan.experiment_of(plan.Job("fashion_mnist_mini", "staircase", "by_hand"))
+    assert [columns.GROUPS[job.group].tier for job in jobs] == sorted(columns.GROUPS[job.group].tier for job in jobs)
+    for job in columns.jobs(["fashion_mnist_mini"], list(columns.SPLITS)):
+        columns.experiment_of(job).validate()
+    by_hand = columns.experiment_of(columns.Job("fashion_mnist_mini", "staircase", "by_hand"))
     assert by_hand.ratios == pytest.approx(np.arange(1, 11) / 10)
-
-
-PICTURES = ["paper_mini-fashion_mnist_mini-staircase.png", "paper_mini-ranks.png", "paper_mini.json"]
-PICTURES += ["paper_mini-fashion_mnist_mini-staircase-controls.png", "paper_mini-coverage.png"]
 
 
 def test_the_paper_is_written_once(pretended, tmp_path, capsys):
     paper.main(["--quick", "--out", str(tmp_path)])
-    assert all((tmp_path / name).stat().st_size > 0 for name in PICTURES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["paper_mini.jsonl", "paper_mini.md"]
     said = capsys.readouterr().out
     groups = [
-        group for name, group in plan.GROUPS.items() if not name.startswith("same_rate")
+        group for name, group in columns.GROUPS.items() if not name.startswith("same_rate")
     ]  # all rates are the same
     assert said.count("| 2 of 2 |") == sum(len(group.titles) for group in groups)
     assert "AutoRank + RBLA minus each" in said
@@ -52,16 +42,16 @@ def test_the_paper_is_written_once(pretended, tmp_path, capsys):
     assert len(pretended) == ran == len(set(pretended))
 
 
-def test_autorank_runs_at_one_ranks_rate_too(tmp_path, monkeypatch, capsys):
+def test_autorank_runs_at_the_uniform_ranks_rate_too(tmp_path, monkeypatch, capsys):
     ran = {}
 
     def run(experiment, _, name):
         ran[name] = experiment
         return fake_cell(experiment, lambda policy: 0.01 if policy == "autorank" else 0.03)
 
-    monkeypatch.setattr(grid, "_run", run)
-    paper.main(["--quick", "--groups", "main,same_rate,dealt", "--splits", "staircase", "--out", str(tmp_path)])
-    assert "| AutoRank at one rank's learning rate + RBLA | 2 of 2 | 0.03 |" in capsys.readouterr().out
+    monkeypatch.setattr(cells, "_run", run)
+    paper.main(["--quick", "--groups", "main,same_rate,permuted", "--splits", "staircase", "--out", str(tmp_path)])
+    assert "| AutoRank at the uniform rank's learning rate + RBLA | 2 of 2 | 0.03 |" in capsys.readouterr().out
     rates = {one.rank_policies: one.learning_rate for name, one in ran.items() if "seed0" in name}
     assert rates[("uniform",)] == 0.03
     assert rates[("shuffled",)] == rates[("reversed",)] == 0.01
@@ -80,27 +70,21 @@ def test_what_is_not_there_is_not_pretended(tmp_path, capsys):
     assert "No column is complete yet." in capsys.readouterr().out
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Draw no pictures: they take most of the time."""
-    for name in ("accuracy_curves", "accuracy_over_coverage", "heat_map", "ranks_against_complexity"):
-        monkeypatch.setattr(paper.pictures, name, lambda *_, **__: None)
-
-
-@pytest.mark.usefixtures("undrawn")
 def test_a_part_of_the_paper_does_not_replace_the_whole(pretended, tmp_path):
     paper.main(["--quick", "--out", str(tmp_path)])
-    files = [tmp_path / "paper_mini.md", tmp_path / "paper_mini.json"]
-    whole, ran = [path.read_text() for path in files], len(pretended)
+    file = tmp_path / "paper_mini.md"
+    whole, ran = file.read_text(), len(pretended)
     for part in (["--groups", "local"], ["--splits", "central"], ["--cells", "*/main*"]):
         paper.main(["--quick", "--out", str(tmp_path), *part])
-        assert [path.read_text() for path in files] == whole
+        assert file.read_text() == whole
     assert len(pretended) == ran
     more = ["--out", str(tmp_path), "--learning-rate", "0.1", "--seeds", "1", "--groups", "main"]
     paper.main([*more, "--dataset", "mnist", "--splits", "staircase"])
     paper.main([*more, "--dataset", "cifar10", "--splits", "dirichlet-0.1-10"])
-    tables = json.loads((tmp_path / "paper.json").read_text())["tables"]
-    assert set(tables) == {"mnist, staircase", "cifar10, dirichlet-0.1-10"}
+    text = (tmp_path / "paper.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")][:2] == [
+        "## mnist, staircase", "## cifar10, dirichlet-0.1-10",
+    ]  # fmt: skip
 
 
 def test_mistakes_in_words():
@@ -119,7 +103,6 @@ def test_mistakes_in_words():
     [(paper, "--seeds 1"), (paper, "--rounds 3"), (paper, "--local-epochs 2"), (paper, "--model cnn"),
      (paper, "--learning-rate 0.1"), (study, "--rounds 3"), (study, "--seeds 1"), (study, "--splits staircase")],
 )  # fmt: skip
-@pytest.mark.usefixtures("undrawn")
 def test_other_settings_do_not_replace_what_is_published(script, setting, monkeypatch, tmp_path, pretended):
     monkeypatch.setattr(script, "RESULTS", tmp_path)
     with pytest.raises(SystemExit, match=f"out: expected a folder of its own beside {setting.split()[0]}, got "):
@@ -128,7 +111,7 @@ def test_other_settings_do_not_replace_what_is_published(script, setting, monkey
     assert not pretended
 
 
-@pytest.mark.usefixtures("undrawn", "pretended")
+@pytest.mark.usefixtures("pretended")
 @pytest.mark.parametrize("script", [paper, study])
 def test_what_matches_no_cell_and_a_time_that_is_none(script, tmp_path):
     options = ["--quick", "--out", str(tmp_path)]
@@ -147,7 +130,7 @@ def test_an_interrupt_is_one_line(script, monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(grid, "_run", interrupted)
+    monkeypatch.setattr(cells, "_run", interrupted)
     with pytest.raises(SystemExit, match=r"^interrupted; what is finished is kept$"):
         script.main(["--quick", "--out", str(tmp_path)])
 
@@ -165,26 +148,26 @@ def test_a_learning_rate_of_zero_is_not_a_rate_to_be_tuned(tmp_path, monkeypatch
         experiment.validate()
         return fake_cell(experiment)
 
-    monkeypatch.setattr(grid, "_run", run)
+    monkeypatch.setattr(cells, "_run", run)
     with pytest.raises(SystemExit, match="learning-rate: expected a number above 0"):
         paper.main(["--quick", "--learning-rate", "0", "--out", str(tmp_path)])
 
 
 def test_differences_are_corrected_for_the_number_of_rows():
     rng = np.random.default_rng(3)
-    one, other, third = ({m: dict(enumerate(rng.normal(0.1, 0.1, 5))) for m in curves.MEASURES} for _ in range(3))
-    found = [{m: paired.difference(one[m], side.get(m, {})) for m in curves.MEASURES} for side in (other, third, {})]
-    rows = paired.cells(found, curves.MEASURES)
+    one, other, third = ({m: dict(enumerate(rng.normal(0.1, 0.1, 5))) for m in runs.MEASURES} for _ in range(3))
+    found = [{m: paired.difference(one[m], side.get(m, {})) for m in runs.MEASURES} for side in (other, third, {})]
+    rows = paired.cells(found, runs.MEASURES)
     ps = [
         stats.ttest_rel(*(list(side["final"].values()) for side in (one, theirs))).pvalue for theirs in (other, third)
     ]
     for row, corrected in zip(rows, paired.holm(ps), strict=False):
         assert row["final accuracy"].endswith(f", p {corrected:.2g}")
     assert rows[0]["first fifth of the rounds"] == paired.in_points(found[0]["early"])
-    assert rows[2] == dict.fromkeys(curves.MEASURES.values(), "–")
+    assert rows[2] == dict.fromkeys(runs.MEASURES.values(), "–")
 
 
-@pytest.mark.parametrize("script", [paper, study, aggregators])
+@pytest.mark.parametrize("script", [paper, study, all_rules])
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_dataset_that_is_not_at_hand_is_named(script, damaged, tmp_path, monkeypatch):
     monkeypatch.setenv("AUTORANK_JAX_DATA", str(tmp_path))
@@ -199,32 +182,36 @@ def test_the_study_answers(tmp_path, capsys):
     study.main(["--quick", "--confirm", "--out", str(tmp_path)])
     said = capsys.readouterr().out
     for part in (
-        "AutoRank minus one rank at equal bytes\n",
+        "AutoRank minus a uniform rank at equal bytes\n",
         "by setting",
         "Best pair",
-        "fresh seeds, and with it the best",
+        "fresh seeds, see below",
+        "fashion_mnist_mini, fresh seeds: autorank + ",
     ):
         assert part in said
-    configs = [json.loads(path.read_text())["config"] for path in tmp_path.glob("study_mini-confirm-*/*/*.json")]
-    assert {c["first_seed"] for c in configs} == {study.FRESH}
-    assert (tmp_path / "study_mini-rules.png").stat().st_size > 0
+    fresh = [
+        cell["options"]
+        for name, cell in CellFile(tmp_path / "policies_by_rules_mini.jsonl").cells().items()
+        if name.startswith("fresh-fashion_mnist_mini/")
+    ]
+    assert {options["first_seed"] for options in fresh} == {study.FRESH}
+    study.main(["--quick", "--report", "--out", str(tmp_path)])
+    assert said.endswith(capsys.readouterr().out)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_part_of_the_study_does_not_replace_the_whole(pretended, tmp_path):
     study.main(["--quick", "--out", str(tmp_path)])
-    files = [tmp_path / "study_mini.md", tmp_path / "study_mini.json"]
-    whole, ran = [path.read_text() for path in files], len(pretended)
-    assert "size alone, raflora, " in whole[0]
+    file = tmp_path / "policies_by_rules_mini.md"
+    whole, ran = file.read_text(), len(pretended)
+    assert "size alone, raflora, " in whole
     study.main(["--quick", "--out", str(tmp_path), "--settings", "all criteria"])
     study.main(["--quick", "--out", str(tmp_path), "--rules", "raflora", "--settings", "floor 0.5"])
-    assert [path.read_text() for path in files] == whole
+    assert file.read_text() == whole
     assert len(pretended) == ran
     study.main(["--quick", "--out", str(tmp_path), "--rules", "ffa_lora", "--settings", "all criteria"])
-    assert "| ffa_lora, staircase |" in files[0].read_text()
+    assert "| ffa_lora, staircase |" in file.read_text()
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_the_study_begins_with_what_matters_most(pretended, tmp_path):
     part = ["--rules", "rbla,flexlora", "--splits", "staircase,dirichlet-0.4-10", "--settings", "all criteria"]
     study.main([*part, "--rounds", "2", "--seeds", "1", "--out", str(tmp_path)])
@@ -236,7 +223,6 @@ def test_the_study_begins_with_what_matters_most(pretended, tmp_path):
     assert {place.rsplit("/")[0] for place in tuned} == {"staircase", "dirichlet-0.4-10"}
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_programs_are_shared_with_the_confirmation(tmp_path, monkeypatch):
     folders = {}
 
@@ -244,7 +230,7 @@ def test_programs_are_shared_with_the_confirmation(tmp_path, monkeypatch):
         folders.setdefault(experiment.first_seed, set()).add(study.harness.jax.config.jax_compilation_cache_dir)
         return fake_cell(experiment)
 
-    monkeypatch.setattr(grid, "_run", run)
+    monkeypatch.setattr(cells, "_run", run)
     study.main(["--quick", "--confirm", "--out", str(tmp_path)])
     assert folders[study.FRESH] == folders[0]
     assert None not in folders[0]
@@ -266,39 +252,62 @@ def test_the_study_runs_all_criteria_everywhere_and_settings_where_they_count():
 
 def test_answers_are_the_differences_of_the_cells():
     rng = np.random.default_rng(0)
-    base = curves.runs_of(fake_cell(TINY))["full"][0]
+    base = runs.runs_of(fake_cell(TINY))["full"][0]
 
-    def runs(gain):
+    def gained(gain):
         return {s: base._replace(accuracy=np.array([0.5 + gain + 0.001 * rng.normal()])) for s in range(5)}
 
     table = {
-        answers.Point(policy, "rbla", answers.ALL, split): runs(gain)
+        questions.Point(policy, "rbla", questions.ALL, split): gained(gain)
         for split, gains in (("a", (0.2, 0.1)), ("b", (0.1, 0.2)), ("c", (0.1, 0.1)))
         for policy, gain in zip(("autorank", "uniform_bytes"), gains, strict=True)
     }
-    asked = answers.questions(["rbla"], [answers.ALL], ["a", "b", "c"])[0]
-    text = answers.answer(table, asked, ["a", "b", "c"], 5)
+    asked = questions.questions(["rbla"], [questions.ALL], ["a", "b", "c"])[0]
+    text = questions.answer(table, asked, ["a", "b", "c"], 5)
     assert "Final accuracy: higher on rbla, a; lower on rbla, b; no difference shown" in text
     assert "mean of 3 splits" in text
-    assert answers.answer({}, asked, ["a", "b", "c"], 5) == ""
-    best = answers.best_pairs(table, ["rbla"], ["a", "b", "c"], 5)
+    assert questions.answer({}, asked, ["a", "b", "c"], 5) == ""
+    best = questions.best_pairs(table, ["rbla"], ["a", "b", "c"], 5)
     assert {pair[0].policy for pair in best} == {"autorank", "uniform_bytes"}
-    assert answers.best_pairs(table, ["rbla"], ["a", "b", "c"], 6) == []
+    assert questions.best_pairs(table, ["rbla"], ["a", "b", "c"], 6) == []
     for split in "abc":
-        dear = {seed: run._replace(bytes=2 * run.bytes) for seed, run in runs(0.4).items()}
-        table[answers.Point("full", "rbla", answers.ALL, split)] = dear
-    assert {pair[0].policy for pair in answers.best_pairs(table, ["rbla"], ["a", "b", "c"], 5)} == {
+        dear = {seed: run._replace(bytes=2 * run.bytes) for seed, run in gained(0.4).items()}
+        table[questions.Point("full", "rbla", questions.ALL, split)] = dear
+    assert {pair[0].policy for pair in questions.best_pairs(table, ["rbla"], ["a", "b", "c"], 5)} == {
         "autorank", "uniform_bytes",
     }  # fmt: skip
 
 
 def test_what_is_confirmed_is_the_best_pair_and_the_best_with_scored_ranks():
     one, other, third = (
-        answers.Point(policy, rule, answers.ALL, "all")
+        questions.Point(policy, rule, questions.ALL, "all")
         for policy, rule in (("uniform_bytes", "rbla"), ("autorank", "raflora"), ("autorank", "rbla"))
     )
     assert study.winners([(one, 0.9), (other, 0.8), (third, 0.7)]) == (one, other)
     assert study.winners([(other, 0.9), (one, 0.8), (third, 0.7)]) == (other,)
+
+
+def test_every_rule_is_held_against_a_uniform_rank(pretended, tmp_path, capsys):
+    all_rules.main(["--quick", "--seeds", "4", "--rules", "rbla,flora", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert said.endswith((tmp_path / "all_rules_mini.md").read_text() + "\n")
+    assert pretended == [f"{split}-{rule}" for rule in ("rbla", "flora") for split in all_rules.SPLITS]
+    grid = all_rules.make_cells(["rbla", "flora"], quick=True, rounds=20, seeds=4)
+    found = all_rules.run_rules(grid, CellFile(tmp_path / "all_rules_mini.jsonl"), cells.NOTHING)
+    pairs = [
+        [
+            [all_rules.finals(found, split, rule, policy)[seed] for seed in range(4)]
+            for policy in ("autorank", "uniform_bytes")
+        ]
+        for rule in ("rbla", "flora")
+        for split in all_rules.SPLITS
+    ]
+    ps = paired.holm([stats.ttest_rel(*pair).pvalue for pair in pairs])
+    rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| `") and ", p " in line]
+    written = [cell for row in rows for cell in row[1:]]
+    for (one, other), p, cell in zip(pairs, ps, written, strict=True):
+        assert cell.startswith(f"{100 * np.mean(np.subtract(one, other)):+.1f} [")
+        assert f", p {p:.2g} (" in cell
 
 
 def test_nothing_to_confirm(tmp_path):
