@@ -30,18 +30,20 @@ def stored(folder: str) -> Iterator[tuple[Path, script.Content, ModuleType]]:
 
 
 def filled(text: str, tables: Mapping[str, str]) -> str:
-    """Return a text with every table between `<!-- NAME -->` and `<!-- end of NAME -->` replaced.
+    """Return a text with the rows of every table replaced; a table is known by its headings.
 
     Raises:
-        ValueError: A pair of markers is not there.
+        ValueError: A table is not there, or more than once.
     """
+    lines = text.split("\n")
     for name, table in tables.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        if not 0 <= text.find(begin) < text.find(end):
-            raise ValueError(f"expected the markers {begin} and {end} in the README, in this order")
-        before, rest = text.split(begin, 1)
-        text = f"{before}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}"
-    return text
+        headings = table.split("\n", 1)[0]
+        if lines.count(headings) != 1:
+            raise ValueError(f"expected the table {name!r} once in the README, with the headings {headings}")
+        first = lines.index(headings)
+        last = next(i for i in range(first, len(lines) + 1) if i == len(lines) or not lines[i].startswith("|"))
+        lines[first:last] = table.split("\n")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:

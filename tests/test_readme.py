@@ -26,7 +26,11 @@ def test_snippets_run(number, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "CHANGELOG.md", *(f"benchmarks/{folder}README.md" for folder in ("", "speed/", "robustness/"))],
+    [
+        "README.md",
+        "CHANGELOG.md",
+        *(f"benchmarks/{folder}README.md" for folder in ("", "speed/", "study/", "robustness/")),
+    ],
 )
 def test_links_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding="utf-8")

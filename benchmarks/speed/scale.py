@@ -6,7 +6,7 @@ epoch in batches of 4. Each number of clients has a process of its own, so that 
 Command:  python -m benchmarks.speed.scale --json benchmarks/speed/results/scale.json
 Hardware: two CPU cores, 4 GB of memory
 Time and numbers to expect: see benchmarks/speed/README.md
-Writes:   after each number of clients the rows as JSON, and beside it a picture
+Writes:   after each number of clients the rows as JSON, in the end a picture beside it
 """
 
 import argparse
@@ -136,7 +136,8 @@ def main() -> None:
         print(f"{clients} clients …", flush=True)
         measured = in_own_process(clients, options)
         rows.append(measured.pop("row"))
-        script.publish({"rows": rows, **measured}, options.json, tables, draw)
+        harness.write_json(options.json, {"rows": rows, **measured})
+    script.publish({"rows": rows, **measured}, options.json, tables, draw)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from autorank_jax.types import Batch
 from benchmarks import harness
 from benchmarks.robustness import devices, faults
-from benchmarks.speed import competitors, pictures, regression, rounds, workloads
+from benchmarks.speed import competitors, regression, rounds, rounds_report, workloads
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -184,8 +184,8 @@ def test_regression_tells_worse_from_noise():
     assert [row["worse"] for row in rows] == [True, False]
 
 
-def test_results_are_merged_by_workload_and_competitor(tmp_path):
-    path, about = tmp_path / "speed.json", {"versions": {}, "device": {}}
+def test_results_are_merged_by_workload_and_competitor():
+    about = {"versions": {}, "device": {}}
 
     def measured(**speeds):
         rows = [{"workload": "tiny", "competitor": c, "samples_per_second": s} for c, s in speeds.items()]
@@ -195,8 +195,8 @@ def test_results_are_merged_by_workload_and_competitor(tmp_path):
             "skipped": {},
         }
 
-    rounds.merge(path, "tiny", measured(ours=4.0, loop=1.0), about)
-    content = rounds.merge(path, "tiny", measured(ours=6.0, torch=2.0), about)
+    content = rounds.merge({}, "tiny", measured(ours=4.0, loop=1.0), about)
+    content = rounds.merge(content, "tiny", measured(ours=6.0, torch=2.0), about)
     assert content["ratios"]["tiny"] == {"loop": 4.0, "torch": 3.0}
     assert sorted(row["competitor"] for row in content["rows"]) == ["loop", "ours", "torch"]
 
@@ -216,13 +216,13 @@ def test_what_stops_a_round(seconds, longest, what):
 
 
 def test_nothing_stops_a_published_round_of_efficiency_one():
-    rows = json.loads((FOLDER / "robustness" / "results" / "devices.json").read_text())["on_paper"]
+    rows = json.loads((FOLDER / "robustness" / "results" / "devices.json").read_text())["modelled"]
     assert {row["stops_at"] for row in rows if f"{row['efficiency']:.3g}" == "1"} == {""}
 
 
 def test_numbers_of_speeds_stand_clear_of_bars_and_names():
     axes = Figure().subplots()
-    pictures.panel(axes, "tiny", {"slow": 30.0, "near": 1.2, "quick": 0.4})
+    rounds_report.panel(axes, "tiny", {"slow": 30.0, "near": 1.2, "quick": 0.4})
     ends = [max(1, bar.get_x() + bar.get_width(), bar.get_x()) for bar in axes.patches]
     assert [(text.xy[0], text.get_ha()) for text in axes.texts] == [(pytest.approx(end), "left") for end in ends]
     assert axes.get_xlim()[0] < 0.4
@@ -231,7 +231,9 @@ def test_numbers_of_speeds_stand_clear_of_bars_and_names():
 def test_error_bars_of_rules_stand_beside_one_another():
     row = {f"{prefix}{share:.0%}": 50.0 for prefix in ("", "sd ") for share in faults.SHARES}
     rows = [row | {"rule": rule} for rule in faults.RULES]
-    lines = [container.lines[0] for container in faults.draw(rows, 30, 3).axes[0].containers]
+    device = {"platform": "cpu", "kind": "cpu", "cores": 2, "date": "2026-01-01"}
+    content = {"drop_out": rows, "rounds": 30, "seeds": 3, "device": device, "versions": {"jax": "0.10.2"}}
+    lines = [container.lines[0] for container in faults.draw(content).axes[0].containers]
     places = np.sort(np.concatenate([line.get_xdata() for line in lines]))
     assert len(lines) == len(rows)
     assert np.diff(places).min() > 0.5
