@@ -10,15 +10,14 @@ import tempfile
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0")
 os.environ.setdefault("MPLBACKEND", "Agg")
-CACHE = "AUTORANK_JAX_TEST_CACHE"  # not JAX's own variable: processes that tests start compile for themselves
-if CACHE not in os.environ:
-    os.environ[CACHE] = tempfile.mkdtemp(prefix="autorank-jax-tests-")
-    atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
+if "AUTORANK_JAX_TEST_CACHE" not in os.environ:  # processes that tests start compile for themselves
+    os.environ["AUTORANK_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="autorank-jax-tests-")
+    atexit.register(shutil.rmtree, os.environ["AUTORANK_JAX_TEST_CACHE"], ignore_errors=True)
 
 import jax
 import pytest
 
-jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
+jax.config.update("jax_compilation_cache_dir", os.environ["AUTORANK_JAX_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
