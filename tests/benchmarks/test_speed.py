@@ -1,26 +1,20 @@
-"""The benchmarks run at tiny settings, and their competitors train the very same round."""
+"""The benchmarks of speed run at tiny settings, and their competitors train the very same round."""
 
 import argparse
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
-import common
 import jax
-import jax.numpy as jnp
-import jax_network
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from autorank_jax.types import Batch
-from benchmarks import harness
-from benchmarks.robustness import devices, faults
 from benchmarks.speed import competitors, regression, rounds, rounds_report, workloads
+from benchmarks.speed.peers import common, jax_network
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +76,7 @@ def test_exported_round_is_ours(exported, ours):
     assert competitors.difference(ours, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["cnn", "transformer"])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_peers_write_down_the_same_model(name, tmp_path):
     """Loss and gradients of the peers' own model are those of the task, away from the start, where B is zero."""
     workload = workloads.make_workload(name, quick=True)
@@ -151,7 +145,7 @@ def test_a_worker_converses(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        cwd=FOLDER / "speed" / "peers",
+        cwd=ROOT / "benchmarks" / "speed" / "peers",
     )
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert answers[0] == {"ready": True}
@@ -199,80 +193,48 @@ def test_results_are_merged_by_workload_and_competitor():
     content = rounds.merge(content, "tiny", measured(ours=6.0, torch=2.0), about)
     assert content["ratios"]["tiny"] == {"loop": 4.0, "torch": 3.0}
     assert sorted(row["competitor"] for row in content["rows"]) == ["loop", "ours", "torch"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "longest", "what"),
-    [
-        ((1.0, 1.0, 4e-4), False, ""),
-        ((1.0, 1.0, 6e-4), False, "sum"),
-        ((0.8, 0.9, 0.2), True, "sum"),
-        ((0.5, 0.9, 0.1), True, "longest client"),
-        ((0.5, 0.9, 0.1), False, ""),
-    ],
-)
-def test_what_stops_a_round(seconds, longest, what):
-    assert devices.stops_at(*seconds, longest=longest) == what
-
-
-def test_nothing_stops_a_published_round_of_efficiency_one():
-    rows = json.loads((FOLDER / "robustness" / "results" / "devices.json").read_text())["modelled"]
-    assert {row["stops_at"] for row in rows if f"{row['efficiency']:.3g}" == "1"} == {""}
+    assert rounds.is_done(content, "tiny", ["loop", "torch"])
+    assert not rounds.is_done(content, "tiny", ["loop", "drjax"])
 
 
 def test_numbers_of_speeds_stand_clear_of_bars_and_names():
-    axes = Figure().subplots()
-    rounds_report.panel(axes, "tiny", {"slow": 30.0, "near": 1.2, "quick": 0.4})
-    ends = [max(1, bar.get_x() + bar.get_width(), bar.get_x()) for bar in axes.patches]
-    assert [(text.xy[0], text.get_ha()) for text in axes.texts] == [(pytest.approx(end), "left") for end in ends]
-    assert axes.get_xlim()[0] < 0.4
-
-
-def test_error_bars_of_rules_stand_beside_one_another():
-    row = {f"{prefix}{share:.0%}": 50.0 for prefix in ("", "sd ") for share in faults.SHARES}
-    rows = [row | {"rule": rule} for rule in faults.RULES]
+    ratios = {"tiny": {"flower": 30.0, "drjax": 1.2, "centralised": 0.4}, "cnn": {"drjax": 0.2}}
     device = {"platform": "cpu", "kind": "cpu", "cores": 2, "date": "2026-01-01"}
-    content = {"drop_out": rows, "rounds": 30, "seeds": 3, "device": device, "versions": {"jax": "0.10.2"}}
-    lines = [container.lines[0] for container in faults.draw(content).axes[0].containers]
-    places = np.sort(np.concatenate([line.get_xdata() for line in lines]))
-    assert len(lines) == len(rows)
-    assert np.diff(places).min() > 0.5
-    assert np.abs(np.mean([line.get_xdata() for line in lines], axis=0) - 100 * np.array(faults.SHARES)).max() < 1e-9
+    content = {"rows": [{"repeats": 5}], "ratios": ratios, "device": device, "versions": {"jax": "0.10.2"}}
+    for axes in rounds_report.draw(content).axes:
+        ends = [max(1, bar.get_x() + bar.get_width(), bar.get_x()) for bar in axes.patches]
+        assert ends
+        assert [(text.xy[0], text.get_ha()) for text in axes.texts] == [(pytest.approx(end), "left") for end in ends]
+        assert axes.get_xlim()[0] < 0.2
+        assert axes.get_xlim()[1] > 30
+
+
+@pytest.mark.slow
+def test_the_field_holds_who_trained_the_same_round_and_why_others_do_not(tiny, tmp_path):
+    options = argparse.Namespace(competitors=["lockstep", "torch"], devices=1, peers=tmp_path, patience=1)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        entries, gaps, skipped = competitors.line_up(tiny, (tiny.lanes,), options, tmp_path)
+    assert list(entries) == ["ours", "lockstep"]
+    assert gaps["lockstep"] < 1e-5
+    assert "setup.sh" in skipped["torch"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
     [
-        ("speed.rounds", "--workloads", "tiny", "--competitors", "lockstep,loop"),
-        ("speed.scale", "--clients", "100"),
-        ("speed.rank_cost",),
-        ("study.svd_border",),
+        ("rounds", "--workloads", "tiny", "--competitors", "lockstep,loop"),
+        ("scale", "--clients", "100"),
+        ("rank_cost",),
+        ("imbalance",),
     ],
     ids=lambda script: script[0],
 )
 def test_scripts_run_quickly(script, tmp_path):
     results = tmp_path / "results.json"
-    command = [sys.executable, "-m", f"benchmarks.{script[0]}", *script[1:], "--quick", "--json", str(results)]
-    subprocess.run(command, check=True, timeout=900, cwd=FOLDER.parent)
+    command = [sys.executable, "-m", f"benchmarks.speed.{script[0]}", *script[1:], "--quick", "--json", str(results)]
+    subprocess.run(command, check=True, timeout=900, cwd=ROOT)
     content = json.loads(results.read_text())
     assert content["rows"]
     assert {"jax", "python"} <= set(content["versions"])
     assert results.with_suffix(".png").stat().st_size > 0
-
-
-def test_programs_are_shared_within_the_block_alone():
-    """Whatever is compiled afterwards must not be written to the folder that is gone: JAX would warn."""
-    with harness.shared_programs():
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.jit(lambda x: x * 3.5)(jnp.arange(5.0))
-        kept = list(Path(jax.config.jax_compilation_cache_dir).iterdir())
-    assert kept
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-    try:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            jax.jit(lambda x: x * 4.5)(jnp.arange(5.0))
-    finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)

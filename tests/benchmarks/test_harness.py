@@ -1,0 +1,43 @@
+"""What all benchmarks share, and the one script of the study that measures seconds."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import harness
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_programs_are_shared_within_the_block_alone():
+    """Whatever is compiled afterwards must not be written to the folder that is gone: JAX would warn."""
+    with harness.shared_programs():
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.jit(lambda x: x * 3.5)(jnp.arange(5.0))
+        kept = list(Path(jax.config.jax_compilation_cache_dir).iterdir())
+    assert kept
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    try:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            jax.jit(lambda x: x * 4.5)(jnp.arange(5.0))
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+@pytest.mark.slow
+def test_svd_border_runs_quickly(tmp_path):
+    results = tmp_path / "results.json"
+    command = [sys.executable, "-m", "benchmarks.study.svd_border", "--quick", "--json", str(results)]
+    subprocess.run(command, check=True, timeout=900, cwd=ROOT)
+    content = json.loads(results.read_text())
+    assert content["rows"]
+    assert {"jax", "python"} <= set(content["versions"])
+    assert results.with_suffix(".png").stat().st_size > 0
