@@ -1,6 +1,6 @@
 """Make the embedded Fashion-MNIST subset: 5,000 training and 1,000 test examples, evenly over the ten classes.
 
-Command:  AUTORANK_JAX_DATA=FOLDER python benchmarks/make_fashion_mnist_mini.py   (FOLDER holds fashion_mnist.npz)
+Command:  AUTORANK_JAX_DATA=FOLDER python -m benchmarks.make_fashion_mnist_mini   (FOLDER holds fashion_mnist.npz)
 Hardware: any, 3 seconds on one CPU core.
 Result:   autorank_jax/datasets/embedded/fashion_mnist_mini.npz, 2.6 MB. The first examples of each class, in their
           original order, so that nothing depends on a random number generator.

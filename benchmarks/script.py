@@ -41,13 +41,14 @@ def publish(
     content: Content,
     path: Path | None,
     tables: Callable[[Content], Mapping[str, str]],
-    draw: Callable[[Content], Figure],
+    draw: Callable[[Content], Figure] | None,
 ) -> None:
-    """Print the tables; where there is a path, write the results there and draw their picture beside them."""
+    """Print the tables; where there is a path, write the results there and draw their picture, if any, beside them."""
     for name, table in tables(content).items():
         print(f"\n{name}\n\n{table}", flush=True)
     if path is not None:
         harness.write_json(path, content)
+    if path is not None and draw is not None:
         write_picture(draw, content, path.with_suffix(".png"))
 
 

@@ -243,7 +243,7 @@ def main() -> None:
         rounds, seeds, names, few = (6, 1, RULES[:2], 6) if options.quick else (30, 3, RULES, 20)
         content |= script.about() | {"rounds": rounds, "seeds": seeds, "fault_rounds": few}
         content |= {"faults": try_faults(few), "drop_out": sweep_drop_out(rounds, seeds, names)}
-    script.publish(content, options.json, tables, draw)
+    script.publish(content, options.json, tables, draw if "drop_out" in content else None)
 
 
 if __name__ == "__main__":

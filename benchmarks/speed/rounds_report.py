@@ -98,7 +98,7 @@ def draw(content: script.Content) -> Figure:
     lines = -(-len(ratios) // columns)
     most = max(len(of) for of in ratios.values())
     every = [ratio for of in ratios.values() for ratio in of.values()]
-    figure = Figure(figsize=(5.4 * columns, (0.22 * most + 0.6) * lines + 1), layout="constrained")
+    figure = Figure(figsize=(max(9.2, 5.4 * columns), (0.22 * most + 0.6) * lines + 1), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes, (name, of) in zip(grid.flat, ratios.items(), strict=False):
         panel(axes, TITLES[name], of)
