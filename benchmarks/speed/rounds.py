@@ -200,7 +200,8 @@ def main() -> None:
         measured = measure(workloads.make_workload(name, quick=options.quick), options)
         content = merge(content, name, measured, about)
         print(f"\n### {name}\n\n{rounds_report.all_rows(content, name)}", flush=True)
-        script.publish(content, options.json, rounds_report.tables, rounds_report.draw)
+        draw = rounds_report.draw if rounds_report.compared(content) else None  # nobody to draw us beside
+        script.publish(content, options.json, rounds_report.tables, draw)
 
 
 if __name__ == "__main__":

@@ -87,13 +87,15 @@ def megabytes(count: int | None) -> float | None:
     return None if count is None else count / 1e6
 
 
+def compared(content: script.Content) -> dict[str, dict[str, float]]:
+    """Return `ours / theirs` of the competitors, of every workload where somebody else has a number."""
+    ratios = {name: {c: r for c, r in of.items() if c in NAMES} for name, of in content["ratios"].items()}
+    return {name: ratios[name] for name in WORKLOADS if ratios.get(name)}
+
+
 def draw(content: script.Content) -> Figure:
     """Draw one panel per workload with a bar per competitor, on a logarithmic scale around 1."""
-    ratios = {
-        name: {c: r for c, r in content["ratios"][name].items() if c in NAMES}
-        for name in WORKLOADS
-        if content["ratios"].get(name)
-    }
+    ratios = compared(content)
     columns = min(2, len(ratios))
     lines = -(-len(ratios) // columns)
     most = max(len(of) for of in ratios.values())

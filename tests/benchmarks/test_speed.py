@@ -209,6 +209,10 @@ def test_numbers_of_speeds_stand_clear_of_bars_and_names():
         assert axes.get_xlim()[1] > 30
 
 
+def test_who_has_nobody_beside_it_is_not_drawn():
+    assert rounds_report.compared({"ratios": {"tiny": {"ours, 1 device": 1.2}, "cnn": {}}}) == {}
+
+
 @pytest.mark.slow
 def test_the_field_holds_who_trained_the_same_round_and_why_others_do_not(tiny, tmp_path):
     options = argparse.Namespace(competitors=["lockstep", "torch"], devices=1, peers=tmp_path, patience=1)
