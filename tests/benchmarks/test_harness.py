@@ -1,18 +1,12 @@
-"""What all benchmarks share, and the one script of the study that measures seconds."""
+"""What all benchmarks share."""
 
-import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 from benchmarks import harness
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_programs_are_shared_within_the_block_alone():
@@ -30,13 +24,3 @@ def test_programs_are_shared_within_the_block_alone():
             jax.jit(lambda x: x * 4.5)(jnp.arange(5.0))
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-
-
-@pytest.mark.slow
-def test_svd_border_runs_quickly(tmp_path):
-    results = tmp_path / "results.json"
-    command = [sys.executable, "-m", "benchmarks.study.svd_border", "--quick", "--json", str(results)]
-    subprocess.run(command, check=True, timeout=900, cwd=ROOT)
-    content = json.loads(results.read_text())
-    assert content["rows"]
-    assert {"jax", "python"} <= set(content["versions"])
