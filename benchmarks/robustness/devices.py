@@ -2,20 +2,17 @@
 
 Four tables:
 
-1. Measured: seconds per round on one device and on `--devices` virtual CPU devices (or GPUs, where JAX finds them) of
-   one process, alternating in one run, with the same model, data, ranks and rule.
+1. Measured: seconds of the very same round on one device and on `--devices` virtual CPU devices (or GPUs), in turns.
 2. Drift: the same rounds on one device and on many, the largest relative difference of any trained factor. In 64-bit
    one round is equal to 1e-9 (tested); in float32 another order of sums is another rounding, which training amplifies.
 3. Counted: steps of the busiest device over the mean of all, on 2, 8 and 256 devices. Nothing is trained.
-4. Modelled, not measured: a round of log-normal clients (σ = 1, 60 examples each on average, batch 32) from the counted
-   steps, the bytes of the one sum, and an interconnect that is stated in `MODEL`. `efficiency` is the share of the
-   devices' time that is client steps; `stops_at` names what takes most of the rest: the longest client, which devices
-   cannot share, or the sum.
+4. Modelled, not measured: a round of log-normal clients (σ = 1, 60 examples each on average, batch 32) from counted
+   steps, the bytes of the sum, and the interconnect in `MODEL`. `efficiency` is the share of the devices' time that is
+   client steps; `stops_at` is what takes most of the rest: the longest client, which no device can share, or the sum.
 
 Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.robustness.devices \
               --json benchmarks/robustness/results/devices.json
-Hardware: two CPU cores
-Time and numbers to expect: see benchmarks/robustness/README.md
+Hardware: two CPU cores; numbers to expect are in benchmarks/robustness/README.md
 """
 
 import os
