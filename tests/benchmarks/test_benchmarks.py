@@ -247,7 +247,6 @@ def test_error_bars_of_rules_stand_beside_one_another():
         ("speed.rounds", "--workloads", "tiny", "--competitors", "lockstep,loop"),
         ("speed.scale", "--clients", "100"),
         ("speed.rank_cost",),
-        ("study.svd_border",),
     ],
     ids=lambda script: script[0],
 )
