@@ -1,6 +1,6 @@
 """Strict JAX in every test: no implicit dtype or rank promotion, two CPU devices, compilation that is quick.
 
-All processes of a test run share one compilation cache, in a folder that is gone afterwards.
+The workers of a test run share one compilation cache, in a folder that is gone afterwards.
 """
 
 import atexit
@@ -10,14 +10,15 @@ import tempfile
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0")
 os.environ.setdefault("MPLBACKEND", "Agg")
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="autorank-jax-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if "AUTORANK_JAX_TEST_CACHE" not in os.environ:  # processes that tests start compile for themselves
+    os.environ["AUTORANK_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="autorank-jax-tests-")
+    atexit.register(shutil.rmtree, os.environ["AUTORANK_JAX_TEST_CACHE"], ignore_errors=True)
 
 import jax
 import pytest
 
+jax.config.update("jax_compilation_cache_dir", os.environ["AUTORANK_JAX_TEST_CACHE"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
