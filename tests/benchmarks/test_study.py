@@ -1,12 +1,13 @@
 """The studies on cells that nobody had to train: what they run, write and answer."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.study import all_rules, cells, columns, paired, paper, questions, runs
+from benchmarks.study import all_rules, cells, columns, paired, paper, questions, runs, svd_border, text_finetune
 from benchmarks.study import policies_by_rules as study
 from benchmarks.study.cell_file import CellFile
 from tests.benchmarks.fake_cells import TINY, fake_cell, pretend
@@ -320,3 +321,22 @@ def test_nothing_to_confirm(tmp_path):
 def test_scripts_run_quickly(script, argument, tmp_path):
     script.main(["--quick", "--seeds", "1", "--rounds", "2", argument, "--splits", "staircase", "--out", str(tmp_path)])
     assert next(iter(tmp_path.glob("*.md"))).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_both_ways_to_the_svd_are_timed(tmp_path, capsys):
+    svd_border.main(["--quick", "--json", str(tmp_path / "results.json")])
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert [row["layer"] for row in content["rows"]] == ["64 × 48", "64 × 48", "96 × 64", "96 × 64"]
+    assert all(row["gap"] < 1e-4 < row["dense_seconds"] + row["factored_seconds"] for row in content["rows"])
+    assert {"jax", "python"} <= set(content["versions"])
+    assert "| 96 × 64 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("script", "arguments"), [("svd_border", ["--report"]), ("text_finetune", ["--report"])])
+def test_published_rows_are_printed(script, arguments, capsys):
+    module = {"svd_border": svd_border, "text_finetune": text_finetune}[script]
+    module.main(module.parse(arguments) if hasattr(module, "parse") else arguments)
+    said = capsys.readouterr().out
+    rows = json.loads(next(module.RESULTS.glob(f"{script}*.json")).read_text(encoding="utf-8"))["rows"]
+    assert said.count("\n| ") >= len(rows)

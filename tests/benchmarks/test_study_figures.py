@@ -178,5 +178,10 @@ def test_published_figures_are_drawn_from_the_result_files():
     ]
     assert [axes.get_title() for axes in figure.axes] == places
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    x, colour, *_ = drawn_marks(figure.axes[0])[labels.index(columns.AUTHOR[2])]
-    assert (round(x, 1), colour) == (-2.7, LOWER)
+    marks = drawn_marks(figure.axes[0])
+    for title, mean, wanted in (
+        (columns.AUTHOR[2], -2.7, LOWER),
+        ("AutoRank + FlexLoRA", -2.0, UNSURE),  # p 0.056 after correction, less before it
+    ):
+        x, colour, *_ = marks[labels.index(title)]
+        assert (round(x, 1), colour) == (mean, wanted)
