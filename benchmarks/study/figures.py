@@ -131,7 +131,7 @@ def figures() -> dict[str, Callable[[], Figure]]:
         (question,) = policies_by_rules.fresh_questions(one, best)
         fresh[one.dataset] = questions.answers(seen, question, grid.splits)
     about = f"{grid.options['rounds']} rounds; 10 clients; 95 % intervals, paired over {len(grid.seeds)} seeds"
-    rules = f"Fashion-MNIST where nothing else is said; {about}; FLOPs are counted, not timed, the probe's among them"
+    rules = f"Fashion-MNIST if nothing else is said; {about}; FLOPs are counted, the probe's among them"
     every = (
         f"Fashion-MNIST; {all_rules.ROUNDS} rounds; 10 clients; means of {all_rules.SEEDS} seeds; ranks of equal bytes"
     )

@@ -80,7 +80,8 @@ def draw_forest(forest: Forest, panels: Sequence[str], *, title: str, note: str,
     drawn[0].set_ylim(len(forest.labels) - 0.4, -0.7)
     for text, row in zip(drawn[0].get_yticklabels(), forest.marks, strict=True):
         text.set_weight("normal" if row else "bold")
-    _explain(figure, [mark for row in forest.marks for mark in row if mark.difference], note)
+    cut = f"{note};\nintervals are cut at the frame" + ", panels have scales of their own" * (len(panels) > 1)
+    _explain(figure, [mark for row in forest.marks for mark in row if mark.difference], cut)
     return figure
 
 

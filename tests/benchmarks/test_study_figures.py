@@ -70,7 +70,7 @@ def test_the_legend_explains_the_marks_that_are_there():
     figure = forest.draw_forest(rows, ["panel"], title="", note="5 seeds", width=6)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["no difference shown"]
-    assert legend.get_title().get_text() == "5 seeds"
+    assert legend.get_title().get_text() == "5 seeds;\nintervals are cut at the frame"
 
 
 def test_the_papers_figure_shows_what_its_tables_correct():
