@@ -242,6 +242,7 @@ def losses(task, seed=0):
     return jax.jit(task.loss)(task.server.frozen, moved(task.server.trainable), batch, jax.random.key(seed))
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_number():
     model = Decoder(11, SIZE._replace(dropout=0.3), rngs=nnx.Rngs(0))
     plain, checkpointed = (task_from_nnx(model, max_rank=2, loss=token_loss, checkpoint=c) for c in ((), "blocks/*"))

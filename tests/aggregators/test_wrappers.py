@@ -138,6 +138,7 @@ def test_server_optimizers_equal_the_oracle(program):
     assert int(state.aggregator["rbla+adam"]["rbla+adam"][1][0].count) == 2
 
 
+@pytest.mark.slow
 @in_64_bit
 def test_clipping_equals_the_oracle(program):
     state, server = program.start(), make_server()

@@ -64,6 +64,7 @@ def train_by_hand(workload, client):
     return v
 
 
+@pytest.mark.slow
 def test_exported_round_is_ours(exported, ours):
     """A peer that reads nothing but the file and trains by hand arrives where we do."""
     totals = {name: np.zeros(value.shape) for name, value in exported.trainable.items()}
@@ -76,7 +77,7 @@ def test_exported_round_is_ours(exported, ours):
     assert competitors.difference(ours, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["cnn", pytest.param("transformer", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["cnn", "transformer"])
 def test_peers_write_down_the_same_model(name, tmp_path):
     """Loss and gradients of the peers' own model are those of the task, away from the start, where B is zero."""
     workload = workloads.make_workload(name, quick=True)

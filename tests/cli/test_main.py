@@ -102,6 +102,7 @@ def test_a_run_is_refused_before_it_begins_if_its_folder_is_taken(finished, caps
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_quiet_overwriting_run_repeats_its_history(finished, capsys):
     out = finished[1]
     before = json.loads((out / "history.json").read_text())
@@ -229,6 +230,7 @@ def write(tmp_path, text, name="criteria.csv"):
     return path
 
 
+@pytest.mark.slow
 def test_ranks_equal_those_of_the_library(tmp_path, capsys):
     path = write(tmp_path, TABLE)
     assert cli.main(["ranks", "--criteria", str(path), "--max-rank", "10", "--json"]) == 0

@@ -1,5 +1,7 @@
 """What must count nowhere: updates whose summand overflows, weights that are no weights; and what must not get lost."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from autorank_jax.engine.simulation import init_state
 from autorank_jax.types import Adapter, Base, FederatedData, LocalState, LocalTraining, Server, Trainable
 
 CLIENTS, RANK = 4, 3
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def federation(rule):
@@ -41,7 +44,7 @@ def moving(by_client):
     )
 
 
-@pytest.mark.parametrize("name", ["rbla", "flexlora", "raflora", "flora", "owner_merge"])
+@pytest.mark.parametrize("name", ["rbla", "flora", "owner_merge", slow("flexlora"), slow("raflora")])
 def test_a_finite_update_with_an_infinite_summand_is_excluded(name):
     rule = aggregators.make_rule(name)
     state, data = federation(rule)

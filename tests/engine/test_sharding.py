@@ -145,6 +145,7 @@ def test_owned_data_refuses_what_it_cannot_place():
         sharding.owned_data(mesh, inputs, targets[:, 0], parts, classes=2)
 
 
+@pytest.mark.slow
 @in_64_bit
 @needs_two
 def test_owned_data_give_the_round_of_replicated_data_and_compile_once():

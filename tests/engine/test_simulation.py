@@ -81,7 +81,7 @@ def test_history_is_scalars_per_round():
     assert history.info.participants.tolist() == [4] * 5
 
 
-@pytest.mark.parametrize("mapped", ["lax.map", "vmap"])
+@pytest.mark.parametrize("mapped", ["lax.map", pytest.param("vmap", marks=pytest.mark.slow)])
 def test_many_seeds_at_once_equal_separate_runs(mapped):
     keys = jax.random.split(jax.random.key(1), 3)
     one = lambda key: simulate(key, round_fn(), start(), federation().data, rounds=2, evaluate=measure)  # noqa: E731

@@ -83,7 +83,9 @@ def test_accuracy_by_class_and_by_label_mix(world):
         np.testing.assert_allclose(found[client], accuracy, rtol=1e-5)
 
 
-@pytest.mark.parametrize("wrap", [lambda rule: rule, with_diagnostics], ids=["plain", "diagnosed"])
+@pytest.mark.parametrize(
+    "wrap", [lambda rule: rule, pytest.param(with_diagnostics, marks=pytest.mark.slow)], ids=["plain", "diagnosed"]
+)
 def test_personal_scores_before_and_after_training(world, wrap):
     task, inputs, labels, parts, _ = world
     held_parts = [part[:2] for part in parts[:3]] + [parts[3][:0]]

@@ -69,6 +69,7 @@ def test_pruned_ranks_are_charged(federation):
     assert before.bytes_up - after.bytes_up == 8 * 3 * width * 4
 
 
+@pytest.mark.slow
 def test_steps_and_examples_leave_excluded_clients_out(federation):
     sizes = np.asarray(federation.data.size)
     broken = np.arange(8) == int(np.argmax(sizes))

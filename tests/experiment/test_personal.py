@@ -87,6 +87,7 @@ def test_alone_nothing_shared_is_the_same_as_shared():
     assert [row.accuracy for row in kept.runs[0].rows] == [None, None]
 
 
+@pytest.mark.slow
 def test_measuring_changes_no_run_and_survives_an_interruption(tmp_path):
     plain = run_experiment(dataclasses.replace(MANY, personal=False))
     whole = run_experiment(MANY)
@@ -146,6 +147,7 @@ def test_validation_takes_examples_from_training():
     assert with_validation(dataset, 0.0) is dataset
 
 
+@pytest.mark.slow
 def test_the_server_goes_part_of_the_way():
     moved = {}
     for rate in (1.0, 0.5):

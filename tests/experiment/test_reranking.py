@@ -36,6 +36,7 @@ def test_clients_that_have_not_trained_are_ranked_by_the_probe():
     assert len(set(ranks[~seen].tolist())) == 3  # each by its own curve
 
 
+@pytest.mark.slow
 def test_the_shuffled_control_is_dealt_anew():
     results, states = follow(rank_policies=("shuffled",), criteria=("size", "label_entropy"), rounds=3)
     dealt = [results.scores[0].ranks["shuffled"]["layers/0"], *(state.ranks["layers/0"] for state in states)]

@@ -182,6 +182,7 @@ def test_the_probe_trains_everything_whichever_rule_comes_first(tiny):
     np.testing.assert_array_equal(found.matrix, tiny[0].scores[0].matrix)
 
 
+@pytest.mark.slow
 def test_one_program_per_aggregator_serves_everything(monkeypatch):
     traced = []
 
@@ -202,6 +203,7 @@ def test_one_program_per_aggregator_serves_everything(monkeypatch):
     assert set(results.compile_seconds) == {"rbla", "zero_pad"}
 
 
+@pytest.mark.slow
 def test_sampling_reranking_and_rare_evaluation():
     options = dataclasses.replace(
         TINY, rank_policies=("autorank",), ratios=(), participation=0.5, rerank_every=1, eval_every=2, rounds=3, seeds=1

@@ -179,6 +179,7 @@ def test_stragglers_send_their_first_steps():
     assert short.epoch_losses[1] == 7
 
 
+@pytest.mark.slow
 @in_64_bit
 def test_nan_clients_in_a_model():
     federation = mlp_federation()

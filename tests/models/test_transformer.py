@@ -155,6 +155,7 @@ def federate(task, inputs, targets, *, clients=3, rounds=3, rate=0.3):
     return np.asarray(run(state)[1].info.loss)
 
 
+@pytest.mark.slow
 def test_texts_are_pytrees_through_a_federation():
     batch = texts(18)
     model = TextClassifier(Encoder(11, SIZE._replace(depth=1), rngs=nnx.Rngs(0)), 2, rngs=nnx.Rngs(1))
