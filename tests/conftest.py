@@ -10,7 +10,8 @@ import tempfile
 
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true",
 )
 os.environ.setdefault("MPLBACKEND", "Agg")
 if "AUTORANK_JAX_TEST_CACHE" not in os.environ:  # processes that tests start compile for themselves
