@@ -1,5 +1,6 @@
 """The entry of the command line: exit codes, and mistakes in plain lines."""
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -42,17 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise
-        lost = isinstance(error, jax.errors.JaxRuntimeError)
-        reason = f"{_LOST}: " if lost else ""
-        traceback.print_exc()
-        code = _say(4 if lost else 1, [f"{reason}{error}".splitlines()[0]])
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            code = _say(4, [f"{_LOST}: {error}".splitlines()[0]])
+        else:
+            traceback.print_exc()
+            code = _say(1, [str(error).partition("\n")[0]])
     finally:
-        if watcher is not None:
-            watcher.communicate("over")
+        if watcher is not None and watcher.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                watcher.stdin.write("over")
+                watcher.stdin.close()
     if code and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    if watcher is not None:
+        watcher.wait()
     return code
 
 
