@@ -1,6 +1,7 @@
 """LoRA adapters on models as they are: `y = x W + (x A) diag(m) B`, `W` frozen, `m` the client's rank mask.
 
-- `Adapter`: `lora_a` and `lora_b` of one layer, always 2-D for one client. `Trainable`: what clients train.
+- `Adapter`: `lora_a` and `lora_b` of one layer, always 2-D for one client. `Trainable`: what clients train. The scale,
+  1, `α/r` or `α/√r`, belongs to local training: `make_local_training(scale=...)`.
 - `Task`: a model as the engine sees it, functions and start values: `task_from_nnx`, `task_from_linen`,
   `task_from_function`; anything else by building a `Task`. `max_rank` names the layers, by pattern if you like.
 - losses: `classification_loss`, `regression_loss`, `token_loss`, or any function of outputs and targets to `(batch,)`.

@@ -76,7 +76,7 @@ def owner_merge(*, levels: Levels = None, restart: Restart = "start") -> Aggrega
     """Merge the product whose rank positions are averaged over their owners, and restart the adapters (ours).
 
     `W + Σ_h Σ_{k: r_k ≥ r_h} w_k A_k[:, r_{h-1}:r_h] B_k[r_{h-1}:r_h] / Σ_{k: r_k ≥ r_h} w_k`: what `raflora`
-    averages, without the loss of an SVD. Segments that nobody covers contribute the server's own product.
+    averages, without the loss of an SVD. Rank positions that nobody covers contribute the server's own product.
 
     Args:
         levels: as in `raflora`.

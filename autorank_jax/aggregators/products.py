@@ -71,7 +71,7 @@ def flexlora(*, sigma: Sigma = "both") -> Aggregator:
 def raflora(*, levels: Levels = None, sigma: Sigma = "both") -> Aggregator:
     """Split the product whose rank positions are averaged over their owners by SVD (raFLoRA, arXiv 2602.13486).
 
-    `P = Σ_h Σ_{k: r_k ≥ r_h} w_k A_k[:, r_{h-1}:r_h] B_k[r_{h-1}:r_h] / Σ_{k: r_k ≥ r_h} w_k`. Segments that nobody
+    `P = Σ_h Σ_{k: r_k ≥ r_h} w_k A_k[:, r_{h-1}:r_h] B_k[r_{h-1}:r_h] / Σ_{k: r_k ≥ r_h} w_k`. Positions that nobody
     covers contribute the server's own product. FlexLoRA's plain mean drains the positions that few clients own.
 
     Args:

@@ -97,12 +97,12 @@ def read_from_tfds(
 def _messages(name: str, source: Path | None) -> Iterator[dict[str, Any]]:
     """Start the worker and yield what it says; the last message is the arrays or an error."""
     received: queue.Queue[dict[str, Any]] = queue.Queue()
-    with _temporary_file(name) as complaints:
+    with _temporary_file(name) as errors_file:
         worker = subprocess.Popen(
             [sys.executable, "-P", str(WORKER), name, str(source or "")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=complaints,
+            stderr=errors_file,
             env={**os.environ, **QUIET},
             start_new_session=True,  # Ctrl-C is ours to handle
         )
@@ -116,7 +116,7 @@ def _messages(name: str, source: Path | None) -> Iterator[dict[str, Any]]:
                 except queue.Empty:
                     message = {"kind": "error", "error": "network", "text": f"no answer in {PATIENCE:.0f} s"}
                 if message["kind"] == "end":
-                    message = {"kind": "error", "error": "other", "text": _last_line(complaints, worker.wait())}
+                    message = {"kind": "error", "error": "other", "text": _last_line(errors_file, worker.wait())}
                 connecting += {"connecting": 1, "connected": -1}.get(message["kind"], 0)
                 yield message
         finally:
@@ -159,10 +159,10 @@ def _receive(stream: IO[bytes], received: "queue.Queue[dict[str, Any]]") -> None
         received.put({"kind": "end"})
 
 
-def _last_line(complaints: IO[bytes], code: int) -> str:
+def _last_line(errors_file: IO[bytes], code: int) -> str:
     """Return the end of what the worker wrote to standard error."""
-    complaints.seek(0)
-    lines = complaints.read().decode(errors="replace").strip().splitlines()
+    errors_file.seek(0)
+    lines = errors_file.read().decode(errors="replace").strip().splitlines()
     return f"exit code {code}" + (f", {lines[-1].strip()}" if lines else "")
 
 

@@ -7,6 +7,8 @@ Rank levels run the loop once per static adapter width, so that cost follows ran
 
 - `make_local_training(task, optimizer, batch_size=...)`: of one client; `loss=mine` is
   `(frozen, trainable, start, batch, key) -> (batch,)`, and `local.with_penalty` keeps a penalty out of the recorded losses.
+  `scale=` is the LoRA scale by rank, which the client applies and the server never sees: 1, or
+  `local.alpha_over_rank(α)` = `α/r`, or `local.alpha_over_sqrt_rank(α)` = `α/√r`.
 - `make_round(local, rule, lanes=...)`: `(key, state, data) -> (state, info)`, a pure function; `choose_lanes` counts lanes.
 - `init_state`, `simulate`: the state before the first round, and a `lax.scan` over rounds.
 - `sharding`: many devices and hosts. `training_flops`: what training costs by rank.
@@ -21,8 +23,8 @@ The program stays the same; results differ by rounding only.
 | many hosts under Slurm, Kubernetes or Cloud TPU | `srun autorank-jax run --distributed --out SHARED/run` |
 | many hosts by hand, on host `i` of 2 | `autorank-jax run --distributed --coordinator host0:1234 --num-processes 2 --process-id i --out SHARED/run` |
 
-Clients are dealt to devices longest first; every device trains its share, then all add up once per round. In Python:
-`make_round(..., mesh=dealing.client_mesh())`. GPUs and several real hosts are not measured yet.
+Devices take clients longest first; every device trains its share, then all add up once per round. In Python:
+`make_round(..., mesh=sharding.client_mesh())`. GPUs and several real hosts are not measured yet.
 When a process dies, the others end within a minute and say so; started again with `run --resume DIR`, all go on to the same bits.
 
 ```python

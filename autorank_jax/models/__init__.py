@@ -7,17 +7,27 @@ pretrained weights from safetensors, and its tokenizer (extra `text`).
 ```python
 import autorank_jax as ar
 import numpy as np
-from autorank_jax.models.transformer import Decoder, Size
 from flax import nnx
 
 tokens = np.random.default_rng(0).integers(0, 50, (64, 17)).astype(np.int32)
 texts = ar.from_client_ids(tokens[:, :-1], tokens[:, 1:], np.arange(64) % 4)
-decoder = Decoder(50, Size(width=32, depth=1, heads=2, hidden=64, length=16), rngs=nnx.Rngs(0))
+decoder = ar.models.Decoder(50, ar.models.Size(width=32, depth=1, heads=2, hidden=64, length=16), rngs=nnx.Rngs(0))
 language_task = ar.task_from_nnx(decoder, max_rank={"blocks/*": 4}, loss=ar.token_loss)
 print(len(language_task.server.trainable.adapters) > 3)
 ```
 """
 
+from autorank_jax.models.transformer import Decoder, Encoder, Size, TextClassifier, Transformer
 from autorank_jax.models.vision import CNN, MLP, DeepCNN, max_pool
 
-__all__ = ["CNN", "MLP", "DeepCNN", "max_pool"]
+__all__ = [
+    "CNN",
+    "MLP",
+    "Decoder",
+    "DeepCNN",
+    "Encoder",
+    "Size",
+    "TextClassifier",
+    "Transformer",
+    "max_pool",
+]

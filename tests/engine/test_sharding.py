@@ -57,7 +57,7 @@ def test_many_devices_give_the_round_of_one():
     assert finish(start("compare_devices()", devices=8)) == (0, "equal\n", "")
 
 
-def test_clients_are_dealt_evenly():
+def test_devices_get_equal_shares():
     code, out, err = finish(start("count_steps()", devices=8))
     assert code == 0, err
     steps = np.array(out.split(), int)
@@ -80,10 +80,10 @@ def test_checkpoints_move_between_one_and_four_devices(tmp_path):
     assert (code, out) == (0, "equal\n"), err
 
 
-# --------------------------------------------------------------------------------------------------------- dealing
+# ----------------------------------------------------------------------------------------------------- balanced shards
 
 
-def test_dealing_is_longest_first_to_the_least_loaded():
+def test_sharding_is_longest_first_to_the_least_loaded():
     cost = jnp.array([3.0, 7.0, 5.0, 6.0, 4.0, 0.0])
     np.testing.assert_array_equal(
         sharding.assign(cost, 2)[:5], [0, 0, 1, 1, 0]
@@ -94,7 +94,7 @@ def test_dealing_is_longest_first_to_the_least_loaded():
 @pytest.mark.parametrize("devices", [2, 8, 64])
 @pytest.mark.parametrize("clients", [1000, 20_000])
 @pytest.mark.parametrize("sigma", [0.0, 1.0, 2.0])
-def test_large_cohorts_are_dealt_in_pieces_of_even_cost(sigma, clients, devices):
+def test_large_cohorts_are_sharded_in_pieces_of_even_cost(sigma, clients, devices):
     cost = jnp.exp(sigma * jax.random.normal(jax.random.key(1), (clients,)))
     device = np.asarray(sharding.assign(cost, devices))
     load = np.bincount(device, weights=cost, minlength=devices)

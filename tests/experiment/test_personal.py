@@ -48,14 +48,14 @@ def final(results):
     return results.runs[0].rows[-1].accuracy
 
 
-def test_the_test_set_is_dealt_in_proportion():
+def test_the_test_set_is_split_in_proportion():
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.repeat(np.arange(4), 50))
     counts = np.array([[30, 0, 10, 0], [10, 20, 10, 0], [0, 20, 20, 0]])
     parts = split_test_set(counts, labels)
     found = np.array([np.bincount(labels[part], minlength=4) for part in parts])
-    dealt = np.concatenate(parts)
-    assert len(set(dealt.tolist())) == len(dealt)  # nobody shares an example
+    given = np.concatenate(parts)
+    assert len(set(given.tolist())) == len(given)  # nobody shares an example
     np.testing.assert_array_equal(found.sum(axis=0), [50, 50, 50, 0])  # everything but what nobody trains on
     expected = 50 * counts[:, :3] / counts[:, :3].sum(axis=0)
     assert np.abs(found[:, :3] - expected).max() <= 1

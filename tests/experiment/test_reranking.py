@@ -37,8 +37,8 @@ def test_clients_that_have_not_trained_are_ranked_by_the_probe():
 
 
 @pytest.mark.slow
-def test_the_shuffled_control_is_dealt_anew():
+def test_the_shuffled_control_is_drawn_anew():
     results, states = follow(rank_policies=("shuffled",), criteria=("size", "label_entropy"), rounds=3)
-    dealt = [results.scores[0].ranks["shuffled"]["layers/0"], *(state.ranks["layers/0"] for state in states)]
-    assert len({tuple(np.sort(ranks)) for ranks in dealt}) == 1
-    assert len({tuple(np.asarray(ranks)) for ranks in dealt}) == len(dealt)
+    drawn = [results.scores[0].ranks["shuffled"]["layers/0"], *(state.ranks["layers/0"] for state in states)]
+    assert len({tuple(np.sort(ranks)) for ranks in drawn}) == 1
+    assert len({tuple(np.asarray(ranks)) for ranks in drawn}) == len(drawn)

@@ -142,23 +142,23 @@ def test_coverage_of_nobody_changes_nothing():
 @pytest.mark.parametrize("control", [shuffled, reversed_ranks])
 @pytest.mark.parametrize("ratios", [RATIOS, PER_LAYER])
 def test_controls_deal_the_same_ratios_to_the_clients_present(control, ratios):
-    dealt, _ = jax.jit(control(policies.manual(ratios)))(KEY, client_stats(WHERE))
-    rows = [tuple(np.atleast_1d(row)) for row in np.asarray(dealt)[WHERE]]
+    drawn, _ = jax.jit(control(policies.manual(ratios)))(KEY, client_stats(WHERE))
+    rows = [tuple(np.atleast_1d(row)) for row in np.asarray(drawn)[WHERE]]
     assert sorted(rows) == sorted(tuple(np.atleast_1d(row)) for row in ratios[WHERE].astype(np.float32))
-    np.testing.assert_allclose(dealt[~WHERE], ratios[~WHERE], rtol=1e-6)
+    np.testing.assert_allclose(drawn[~WHERE], ratios[~WHERE], rtol=1e-6)
 
 
 def test_reversed_ranks_turn_the_order_round():
-    dealt, _ = reversed_ranks(policies.manual(RATIOS))(KEY, client_stats(WHERE))
-    np.testing.assert_allclose(dealt, [0.6, 0.1, 0.2, 0.35, 0.5, 1.0], rtol=1e-6)
+    drawn, _ = reversed_ranks(policies.manual(RATIOS))(KEY, client_stats(WHERE))
+    np.testing.assert_allclose(drawn, [0.6, 0.1, 0.2, 0.35, 0.5, 1.0], rtol=1e-6)
 
 
 def test_shuffles_follow_the_key_and_reach_every_place_alike():
     keys = jax.random.split(KEY, 2000)
     shuffle = jax.jit(jax.vmap(lambda key: shuffled(policies.manual(RATIOS))(key, client_stats(WHERE))[0]))
-    dealt = np.asarray(shuffle(keys))
-    np.testing.assert_array_equal(dealt, shuffle(keys))
-    np.testing.assert_allclose(np.mean(dealt[:, WHERE] == 1, axis=0), 1 / 5, atol=0.04)
+    drawn = np.asarray(shuffle(keys))
+    np.testing.assert_array_equal(drawn, shuffle(keys))
+    np.testing.assert_allclose(np.mean(drawn[:, WHERE] == 1, axis=0), 1 / 5, atol=0.04)
 
 
 EXPECTED = {
