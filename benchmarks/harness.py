@@ -5,7 +5,6 @@ absolute times on a shared machine mean little.
 """
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 def versions(*packages: str) -> dict[str, str]:
     """Return the versions of Python, of this package's dependencies and of further packages."""
     names = ("autorank-jax", "jax", "jaxlib", "flax", "optax", "numpy", *packages)
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 
 def device() -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import os
 import platform
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -127,7 +127,7 @@ def describe_machine(mesh: Mesh | None) -> dict[str, Any]:
     first = jax.devices()[0]
     device = f"{first.device_kind}, {os.cpu_count()} cores" if first.platform == "cpu" else first.device_kind
     packages = ("autorank-jax", "jax", "jaxlib", "flax", "optax", "numpy")
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
     return {"device": device if mesh is None else f"{device}, {mesh.devices.size} devices", "versions": versions}
 
 

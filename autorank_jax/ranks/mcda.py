@@ -186,7 +186,8 @@ def _decision_problem(
     x = jnp.where(where_[:, None], x, x[jnp.argmax(where_)][None, :])
     largest = jnp.finfo(x.dtype).max / 8  # whose reciprocal is still a normal number: XLA may multiply by it
     scale = lax.stop_gradient(jnp.minimum(jnp.max(jnp.abs(x), axis=0), jnp.asarray(largest, x.dtype)))
-    return x / jnp.where(scale > 0, scale, 1)[None, :], benefit_, where_
+    x = x / jnp.where(scale > 0, scale, 1)[None, :]
+    return lax.optimization_barrier(x), benefit_, where_  # XLA would divide by `scale * norm`, perhaps infinite
 
 
 def _norm(x: Array, axis: int) -> Array:

@@ -26,7 +26,7 @@ needs_two = pytest.mark.skipif(jax.device_count() < 2, reason="XLA_FLAGS of the 
 
 def start(call, *, devices=None):
     """Start a process that calls a function of `device_cases`."""
-    flags = "--xla_backend_optimization_level=0"
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     flags += f" --xla_force_host_platform_device_count={devices}" if devices else ""
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", f"from tests.engine import device_cases as f; f.{call}"],

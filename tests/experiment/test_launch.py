@@ -93,7 +93,8 @@ def start_two(*options):
         server.bind(("localhost", 0))
         port = server.getsockname()[1]
     together = ["--distributed", "--coordinator", f"localhost:{port}", "--num-processes", "2"]
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    flags = {"XLA_FLAGS": quick, "JAX_PLATFORMS": "cpu"}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "autorank_jax", *options, *together, "--process-id", str(number)],

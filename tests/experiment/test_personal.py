@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import harness
 import jax
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from autorank_jax.experiment.run import run_experiment
 from autorank_jax.experiment.setup import with_validation
 from autorank_jax.federated import partition
 from autorank_jax.ranks import policies
+from benchmarks import harness
 
 ALONE = Experiment(
     dataset="synthetic",
