@@ -84,7 +84,8 @@ def test_history_is_scalars_per_round():
 @pytest.mark.parametrize("mapped", ["lax.map", pytest.param("vmap", marks=pytest.mark.slow)])
 def test_many_seeds_at_once_equal_separate_runs(mapped):
     keys = jax.random.split(jax.random.key(1), 3)
-    one = lambda key: simulate(key, round_fn(), start(), federation().data, rounds=2, evaluate=measure)  # noqa: E731
+    step, initial, data = round_fn(), start(), federation().data  # outside the trace: others use them
+    one = lambda key: simulate(key, step, initial, data, rounds=2, evaluate=measure)  # noqa: E731
     many = compiled(jax.vmap(one) if mapped == "vmap" else lambda keys: jax.lax.map(one, keys))(keys)
     for number, key in enumerate(keys):
         separate = run(2)(key, start())
