@@ -1,8 +1,8 @@
-"""Draw the pictures of speed/ and robustness/ anew from the stored results, and put their tables into the two READMEs.
+"""Draw the pictures of speed/ and robustness/ anew from the stored results, and put their tables into the documents.
 
 Command:  python -m benchmarks.report            (seconds; measures nothing)
-          python -m benchmarks.report --check    (writes nothing; exit status 1 where a README has other tables)
-Writes:   benchmarks/{speed,robustness}/README.md and the pictures in their results/
+          python -m benchmarks.report --check    (writes nothing; exit status 1 where a document has other tables)
+Writes:   the documents of speed/ and robustness/ and the pictures in their results/
 """
 
 import argparse
@@ -12,20 +12,21 @@ from types import ModuleType
 
 from benchmarks import harness, script
 from benchmarks.robustness import devices, faults
-from benchmarks.speed import imbalance, rank_cost, rounds_report, scale
+from benchmarks.speed import gpu_program, imbalance, rank_cost, rounds_report, scale
 
 FOLDER = Path(__file__).parent
 RESULTS: dict[str, dict[str, ModuleType]] = {
-    "speed": {"rounds": rounds_report, "imbalance": imbalance, "scale": scale, "rank_cost": rank_cost},
-    "robustness": {"devices": devices, "faults": faults},
+    "speed/README.md": {"rounds": rounds_report, "imbalance": imbalance, "scale": scale, "rank_cost": rank_cost},
+    "speed/gpu.md": {"gpu_program": gpu_program},
+    "robustness/README.md": {"devices": devices, "faults": faults},
 }
-"""The stored results of each folder, and whose `tables` and `draw` they are for."""
+"""The stored results that each document shows, and whose `tables`, and `draw` if any, they are for."""
 
 
-def stored(folder: str) -> Iterator[tuple[Path, script.Content, ModuleType]]:
-    """Yield the results of a folder."""
-    for name, module in RESULTS[folder].items():
-        path = FOLDER / folder / "results" / f"{name}.json"
+def stored(document: str) -> Iterator[tuple[Path, script.Content, ModuleType]]:
+    """Yield the results that a document shows."""
+    for name, module in RESULTS[document].items():
+        path = (FOLDER / document).parent / "results" / f"{name}.json"
         yield path, script.read(path), module
 
 
@@ -39,7 +40,7 @@ def filled(text: str, tables: Mapping[str, str]) -> str:
     for name, table in tables.items():
         headings = table.split("\n", 1)[0]
         if lines.count(headings) != 1:
-            raise ValueError(f"expected the table {name!r} once in the README, with the headings {headings}")
+            raise ValueError(f"expected the table {name!r} once in the document, with the headings {headings}")
         first = lines.index(headings)
         last = next(i for i in range(first, len(lines) + 1) if i == len(lines) or not lines[i].startswith("|"))
         lines[first:last] = table.split("\n")
@@ -51,19 +52,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
-    for folder in RESULTS:
+    for document in RESULTS:
         tables: dict[str, str] = {}
-        for path, content, module in stored(folder):
+        for path, content, module in stored(document):
             tables |= module.tables(content)
-            if not options.check:
+            if not options.check and hasattr(module, "draw"):
                 script.write_picture(module.draw, content, path.with_suffix(".png"))
-        readme = FOLDER / folder / "README.md"
-        before = readme.read_text(encoding="utf-8")
+        file = FOLDER / document
+        before = file.read_text(encoding="utf-8")
         after = filled(before, tables)
         if options.check and before != after:
-            raise SystemExit(f"{readme}: expected the tables of its results, got others; run it without --check")
+            raise SystemExit(f"{file}: expected the tables of its results, got others; run it without --check")
         if before != after:
-            harness.write_text(readme, after)
+            harness.write_text(file, after)
 
 
 if __name__ == "__main__":
