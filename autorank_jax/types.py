@@ -182,7 +182,7 @@ AggState = PyTree
 
 
 class Travels(NamedTuple):
-    """What travels one way between the server and a client: a part of every round's, or of some rounds' (½: half)."""
+    """What travels one way between server and client, as a share of each factor, averaged over rounds (½: in turn)."""
 
     lora_a: float = 1.0  # the client's rank positions of it
     lora_b: float = 1.0  # likewise
@@ -248,7 +248,9 @@ class Aggregator(NamedTuple):
     step: ServerStep | None = None  # what `update` consists of; None where it cannot be taken apart
     report: Callable[[Sums, Server, Server], dict[str, Array]] = _report_nothing  # diagnostics: sums, before, after
     traffic: Traffic = Traffic()  # what travels; by default everything that is trained, both ways
-    client_ranks: Callable[[dict[str, Array], PyTree], dict[str, Array]] = _same_ranks  # of `State.ranks, .clients`
+    client_ranks: Callable[[dict[str, Array], PyTree], dict[str, Array]] = (
+        _same_ranks  # that clients train at, from `State.ranks` and `State.clients`
+    )
 
 
 class State(NamedTuple):

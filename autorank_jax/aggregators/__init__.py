@@ -3,7 +3,8 @@
 Client `k` has weight `w_k`, owns the rank positions `m_k` and sends `ΔW_k = A_k diag(m_k) B_k`. *Exact*: the server's model
 moves by the mean of the products. Everything is tested against an independent NumPy derivation in 64-bit. A rule is an
 `Aggregator`, a few small functions: what ONE client adds to the sums (`summand`), and what the server makes of the sums
-(`update`). As sums, rules need not know of lanes, order or devices. `with_server_optimizer`, `with_norm_clipping` and
+(`update`). As sums, rules need not know of lanes, order or devices; what is no sum over clients, such as a median, is no
+rule here (`with_norm_clipping` bounds what one client can do). `with_server_optimizer`, `with_norm_clipping` and
 `with_diagnostics` go around any of them.
 
 | rule | what is summed | how positions are weighted | where it goes | exact | up | down | source |
@@ -27,7 +28,7 @@ moves by the mean of the products. Everything is tested against an independent N
 *Up* and *down* are what travels per client and round: `A` is `s r d_in` bytes of each layer (`s` bytes a number, `r` the
 client's rank), `B` is `s r d_out`, `M` the merged update, per layer the cheaper of `s d_in d_out` and all participants' factors.
 Dense parameters travel besides, but under `local_only`; under `fedavg` they are the whole model. Restarted adapters come from a
-seed. `client_costs(..., traffic=rule.traffic)` counts by this table, and a test holds it against the arrays themselves.
+seed. `client_costs(..., traffic=rule.traffic)` counts what the table says; a test holds it against the arrays themselves.
 Clients that HetLoRA lets prune themselves cost their own ranks, `rule.client_ranks(state.ranks, state.clients)`.
 
 ```python

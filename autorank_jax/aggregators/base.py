@@ -5,6 +5,7 @@ lose 1e-4 by values and 1e-12 by differences, and positions that nobody owns sta
 already replaced what non-finite clients sent by their start and set their weight to 0, so no rule has to look.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -97,6 +98,7 @@ def sum_products(update: ClientUpdate, shares: Mapping[str, Array] | None = None
     return products
 
 
+@functools.cache  # equal summands are one function
 def make_summand(
     *, factors: bool = False, products: bool = False
 ) -> Callable[[ClientUpdate, Server, Plan], ClientSums]:
@@ -145,8 +147,8 @@ def mean_factors(server: Server, sums: ClientSums, *, owners: bool) -> dict[str,
     """Average the factors of every adapter, over owners or padded with zeros."""
     means = {}
     for path, old in server.trainable.adapters.items():
-        total, owned = sums.adapters[path], sums.owners[path]
-        means[path] = owner_mean(old, total, owned) if owners else padded_mean(old, total, owned, sums.weight)
+        total, weights = sums.adapters[path], sums.owners[path]
+        means[path] = owner_mean(old, total, weights) if owners else padded_mean(old, total, weights, sums.weight)
     return means
 
 
