@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from autorank_jax import aggregators
+from autorank_jax.experiment import config
 from autorank_jax.types import Client, ClientUpdate, Plan, Trains
 from tests import reference
 from tests.aggregators.cases import (
@@ -256,6 +257,22 @@ def one_client(server):
     masks = {path: jnp.ones(shape[2]) for path, shape in SHAPES.items()}
     client = Client(jnp.zeros((), jnp.int32), masks, jnp.ones(()), ())
     return ClientUpdate(server.trainable, server.trainable, client), server, Plan(masks, jnp.ones(()), jnp.ones(()))
+
+
+@pytest.mark.parametrize("name", aggregators.RULES)
+def test_a_rule_is_known_wherever_rules_are_told_apart(name):
+    """What trains, what stays with clients: the experiment and the oracle say the same of a rule as the rule itself."""
+    rule, server = aggregators.make_rule(name), to_jax(make_server())
+    kept = {leaf.shape for leaf in jax.tree.leaves(rule.client_init(server)) if leaf.ndim == 2}
+    assert (name in config.PERSONAL_RULES) == bool(kept)
+    state = rule.init(server)
+    for number in range(2):
+        flags = rule.trains(state)
+        assert (name in config.WHOLE_RULES) == (not flags.lora_a and not flags.lora_b)
+        if name not in config.WHOLE_RULES:
+            assert trains(name, number) == (flags.lora_a, flags.lora_b)
+        state = rule.step.advance(state) if name == "rolora" else state
+    assert f"| `{name}` |" in aggregators.__doc__
 
 
 def test_every_rank_from_one_to_the_maximum_occurs():
