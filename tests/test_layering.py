@@ -40,7 +40,7 @@ EFFECTS_ELSEWHERE = {
     "ranks.table_file": "reads a table",
 }
 ENGINE_KNOWS_NOTHING_OF = {"aggregators", "evaluation", "models", "ranks"}
-OPTIONAL = {"matplotlib", "PIL", "rich", "safetensors", "tokenizers", "tyro"}
+OPTIONAL = {"dp_accounting", "matplotlib", "PIL", "rich", "safetensors", "tokenizers", "tyro"}
 OPTIONAL |= {"requests", "tensorflow", "tensorflow_datasets", "tqdm"}  # of the extra tfds
 MOST_LINES = {".py": 400, "README.md": 150}
 MOST_RESULTS = 30

@@ -5,7 +5,7 @@ moves by the mean of the products. Everything is tested against an independent N
 `Aggregator`, a few small functions: what ONE client adds to the sums (`summand`), and what the server makes of the sums
 (`update`). As sums, rules need not know of lanes, order or devices; what is no sum over clients, such as a median, is no
 rule here (`with_norm_clipping` bounds what one client can do). `with_server_optimizer`, `with_norm_clipping` and
-`with_diagnostics` go around any of them.
+`with_diagnostics` go around any of them, `with_differential_privacy` around those whose sums have a bound.
 
 | rule | what is summed | how positions are weighted | where it goes | exact | up | down | source |
 |---|---|---|---|---|---|---|---|
@@ -54,6 +54,7 @@ from autorank_jax.aggregators.factors import fedavg, ffa_lora, rbla, rolora, zer
 from autorank_jax.aggregators.hetlora import hetlora, with_tail_penalty
 from autorank_jax.aggregators.merging import fedex_lora, flora, owner_merge
 from autorank_jax.aggregators.personal import fedsa_lora, local_only
+from autorank_jax.aggregators.privacy import expected_owners, with_differential_privacy
 from autorank_jax.aggregators.products import flexlora, florist, lora_fair, raflora
 from autorank_jax.aggregators.server import with_norm_clipping, with_server_optimizer
 from autorank_jax.types import Aggregator
@@ -90,6 +91,7 @@ def make_rule(name: str, **options: Any) -> Aggregator:
 
 __all__ = [
     "RULES",
+    "expected_owners",
     "fedavg",
     "fedex_lora",
     "fedsa_lora",
@@ -106,6 +108,7 @@ __all__ = [
     "rbla",
     "rolora",
     "with_diagnostics",
+    "with_differential_privacy",
     "with_norm_clipping",
     "with_server_optimizer",
     "with_tail_penalty",

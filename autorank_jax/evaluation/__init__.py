@@ -2,7 +2,7 @@
 
 `make_evaluate` tests the server's model after a round; `class_accuracy` by class; `label_weighted_accuracy` predicts every
 client's accuracy from its label mix; `with_personal_scores` measures clients on examples of their own, before and after
-local training. `client_costs` counts parameters, bytes in either direction and FLOPs of every client.
+local training. `privacy` accounts for the noise of private rounds. `client_costs` counts parameters, bytes in either direction and FLOPs of every client.
 
 ```python
 import autorank_jax as ar
@@ -17,6 +17,7 @@ print(sorted(ar.make_evaluate(task, images.x_test, images.y_test)(state)))
 ```
 """  # noqa: E501
 
+from autorank_jax.evaluation import privacy
 from autorank_jax.evaluation.costs import client_costs
 from autorank_jax.evaluation.metrics import (
     class_accuracy,
@@ -33,6 +34,7 @@ __all__ = [
     "client_costs",
     "label_weighted_accuracy",
     "make_evaluate",
+    "privacy",
     "summarise_clients",
     "with_personal_scores",
 ]

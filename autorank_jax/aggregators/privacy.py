@@ -1,0 +1,129 @@
+"""Central differential privacy at the level of clients, for rules that sum factors."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from autorank_jax.aggregators.base import ClientSums, make_summand
+from autorank_jax.types import Aggregator, AggState, Array, ClientUpdate, Key, Plan, Server
+
+_NOISE = 0x6E6F6973  # folded into the round's key, so that noise shares no number with what a rule draws
+
+
+def with_differential_privacy(
+    rule: Aggregator,
+    *,
+    clip: float,
+    noise_multiplier: float,
+    denominator: float,
+    owners: Mapping[str, ArrayLike] | None = None,
+) -> Aggregator:
+    """Clip what each client adds, add Gaussian noise once a round, and divide by what is fixed beforehand (DP-FedAvg).
+
+    With `u_k` all that client `k` adds to the rule's sums (its moves of factors and dense parameters, 0 beyond its
+    rank) and every client of weight 1, however many examples it has:
+
+        S = Σ_k u_k min(1, C / ‖u_k‖) + σ C N(0, I)        value_j + S_j / N_j
+
+    One client more or less moves the noiseless sums by at most `C` in the L2 norm, whatever it sends; one that sends
+    what is not finite is left out. Sums of the clients' own number, which would tell who came, are not used:
+    `N_j = denominator`, or `owners` where a rule averages each rank position over its owners. So positions that some
+    client could own are moved by noise in rounds in which none of their owners took part.
+
+    The privacy of many rounds: `evaluation.privacy.spent_epsilon`, with `sample_independently` as participation.
+    Not protected: from the server, which sees updates; the clients' ranks, which must be public (those of AutoRank
+    are computed from data); losses and counts that a round reports; data that the model is tested on.
+
+    Args:
+        rule: `zero_pad`, `rbla`, `ffa_lora`, `rolora`, `fedsa_lora` or `fedavg`, also with a server optimiser around.
+            The others sum products or weigh clients by what they send.
+        clip: `C` > 0, the largest norm of what a client adds.
+        noise_multiplier: `σ` ≥ 0; 0 adds nothing and protects nobody.
+        denominator: `N` > 0, the number of clients expected in a round.
+        owners: by adapter path, `(max_rank,)`, the number of clients expected in a round that own each position, as
+            `expected_owners` counts it from public ranks, for rules that average over owners; `denominator` where None.
+
+    Raises:
+        ValueError: for a rule without a bound, or numbers out of range.
+
+    Source: McMahan, Ramage, Talwar, Zhang, "Learning Differentially Private Recurrent Language Models", ICLR 2018
+    (arXiv 1710.06963).
+    """
+    if rule.summand not in (make_summand(factors=True), make_summand()):
+        raise ValueError(
+            "expected a rule whose sums are moves of factors and weights (zero_pad, rbla, ffa_lora, rolora, "
+            "fedsa_lora, fedavg), got another: what one client can change in its sums has no bound, or it is clipped "
+            "already"
+        )
+    for name, value, least in (("clip", clip, False), ("noise_multiplier", noise_multiplier, True)):
+        if not (value >= 0 if least else value > 0) or np.isnan(value):
+            raise ValueError(f"{name}: expected a number {'of at least' if least else 'above'} 0, got {value}")
+    if not (denominator > 0 and np.isfinite(denominator)):
+        raise ValueError(f"denominator: expected the number of clients expected in a round, got {denominator}")
+    if noise_multiplier > 0 and np.isinf(clip):
+        raise ValueError("clip: expected a finite norm where there is noise, got inf: the noise would be infinite")
+
+    def summand(update: ClientUpdate, server: Server, plan: Plan) -> ClientSums:
+        present = (update.client.weight > 0).astype(update.client.weight.dtype)
+        alone = update._replace(client=update.client._replace(weight=present))
+        sums = rule.summand(alone, server, plan)
+        moves = (sums.dense, sums.adapters)
+        norm = optax.tree.norm(
+            jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), moves)
+        )
+        bound = clip * (1 - 16 * float(jnp.finfo(norm.dtype).eps))  # rounding of the norm must not loosen it
+        factor = jnp.minimum(1.0, bound / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+        dense, adapters = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), moves)
+        return sums._replace(dense=dense, adapters=adapters)
+
+    def update(key: Key, sums: ClientSums, state: AggState, server: Server) -> tuple[Server, AggState]:
+        leaves, tree = jax.tree.flatten((sums.dense, sums.adapters))
+        keys = jax.random.split(jax.random.fold_in(key, _NOISE), max(1, len(leaves)))
+        scale = noise_multiplier * clip if noise_multiplier else 0.0
+        noisy = [
+            leaf + scale * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)
+        ]
+        dense, adapters = jax.tree.unflatten(tree, noisy)
+        fixed = {path: _owners_of(path, old, owners, denominator) for path, old in sums.owners.items()}
+        weight = jnp.asarray(denominator, sums.weight.dtype)
+        return rule.update(
+            key, sums._replace(dense=dense, adapters=adapters, weight=weight, owners=fixed), state, server
+        )
+
+    return rule._replace(summand=summand, update=update, step=None, report=_nothing)
+
+
+def expected_owners(ranks: Mapping[str, ArrayLike], max_ranks: Mapping[str, int], rate: float) -> dict[str, Array]:
+    """Count the clients expected in a round that own each rank position.
+
+    Args:
+        ranks: by adapter path, `(clients,)` public ranks.
+        max_ranks: by adapter path.
+        rate: share of the clients expected in a round, above 0 and at most 1.
+
+    Returns:
+        By adapter path, `(max_rank,)`; 0 at positions that no client owns, which then stay as they are.
+    """
+    if not 0 < rate <= 1:
+        raise ValueError(f"rate: expected a share above 0 and at most 1, got {rate}, probably a percentage")
+    return {
+        path: rate * jnp.sum(jnp.arange(widest)[None, :] < jnp.asarray(ranks[path])[:, None], axis=0, dtype=jnp.float32)
+        for path, widest in max_ranks.items()
+    }
+
+
+def _owners_of(path: str, like: Array, owners: Mapping[str, ArrayLike] | None, denominator: float) -> Array:
+    if owners is None:
+        return jnp.full(like.shape, denominator, like.dtype)
+    if path not in owners or jnp.shape(owners[path]) != like.shape:
+        got = jnp.shape(owners[path]) if path in owners else "none"
+        raise ValueError(f"owners: expected {like.shape} numbers for {path!r}, got {got}, probably of another model")
+    return jnp.asarray(owners[path], like.dtype)
+
+
+def _nothing(sums: ClientSums, before: Server, after: Server) -> dict[str, Array]:  # noqa: ARG001
+    return {}

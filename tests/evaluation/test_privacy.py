@@ -1,0 +1,83 @@
+"""The accountant: equal to dp-accounting's own, below a published bound, and the way back from ε to the noise."""
+
+import sys
+
+import dp_accounting as dp
+import pytest
+
+from autorank_jax.evaluation.privacy import calibrated_noise, spent_epsilon
+
+SETTINGS = [
+    (1.0, 100, 1e-5, 0.1),
+    (0.7, 10, 1e-5, 0.1),
+    (2.0, 1000, 1e-6, 0.05),
+    (1.0, 2, 1e-5, 1.0),
+    (4.0, 200, 1e-5, 1.0),
+    (0.5, 5, 1e-4, 0.01),
+    (1.2, 300, 1e-5, 0.02),
+    (8.0, 50, 1e-7, 0.5),
+    (1.0, 1000, 1e-5, 0.001),
+    (3.0, 20, 1e-5, 0.3),
+]
+
+
+@pytest.mark.parametrize(("noise", "rounds", "delta", "rate"), SETTINGS)
+def test_independent_draws_are_accounted_as_the_library_does(noise, rounds, delta, rate):
+    accountant = dp.pld.PLDAccountant()
+    for part in (rounds // 2, rounds - rounds // 2):
+        accountant.compose(dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise)), part)
+    found = spent_epsilon(noise, rounds, delta, rate=rate)
+    assert found == pytest.approx(accountant.get_epsilon(delta), rel=1e-3, abs=1e-6)
+
+
+def test_the_moments_accountant_of_its_paper_is_an_upper_bound():
+    """Abadi et al. 2016 (arXiv 1607.00133): q = 0.01, σ = 4, δ = 1e-5, 10,000 steps: ε = 1.26."""
+    assert 0.8 * 1.26 > spent_epsilon(4.0, 10_000, 1e-5, rate=0.01) > 0.5 * 1.26
+
+
+def test_a_fixed_cohort_costs_more_than_independent_draws_because_a_client_is_replaced():
+    fixed = spent_epsilon(2.0, 50, 1e-5, rate=0.1, clients=1000)
+    assert fixed > spent_epsilon(2.0, 50, 1e-5, rate=0.1)
+    everyone = spent_epsilon(2.0, 1, 1e-5, rate=1.0, clients=1000)
+    assert everyone == pytest.approx(spent_epsilon(1.0, 1, 1e-5, rate=1.0), rel=0.15)  # twice the clip, both whole
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "clients"), [(1.0, None), (3.0, 1000), pytest.param(8.0, None, marks=pytest.mark.slow)]
+)
+def test_calibrated_noise_keeps_the_budget_and_no_more(epsilon, clients):
+    how = {"rate": 0.1, "clients": clients}
+    noise = calibrated_noise(epsilon, 100, 1e-5, **how)
+    assert spent_epsilon(noise, 100, 1e-5, **how) <= epsilon
+    assert spent_epsilon(0.98 * noise, 100, 1e-5, **how) > epsilon
+
+
+def test_the_ends():
+    assert spent_epsilon(1.0, 0, 1e-5, rate=0.1) == 0
+    assert spent_epsilon(0.0, 3, 1e-5, rate=0.1) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: spent_epsilon(1.0, -1, 1e-5, rate=0.1), "rounds: "),
+        (lambda: spent_epsilon(1.0, 5, 0.0, rate=0.1), "delta: "),
+        (lambda: spent_epsilon(1.0, 5, 1e-5, rate=10.0), "rate: .* probably a percentage"),
+        (lambda: spent_epsilon(-1.0, 5, 1e-5, rate=0.1), "noise_multiplier: "),
+        (lambda: calibrated_noise(float("inf"), 5, 1e-5, rate=0.1), "a finite epsilon"),
+        (lambda: calibrated_noise(1e-9, 5, 1e-12, rate=1.0), "too small"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_extra_is_named(monkeypatch):
+    from autorank_jax.evaluation import privacy  # noqa: PLC0415
+
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    privacy._library.cache_clear()
+    with pytest.raises(ImportError, match=r"autorank-jax\[privacy\]"):
+        spent_epsilon(1.0, 5, 1e-5, rate=0.1)
+    privacy._library.cache_clear()
