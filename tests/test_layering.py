@@ -37,6 +37,7 @@ EFFECTS_ELSEWHERE = {
     "adapters.peft": "writes files for Hugging Face",
     "engine.flops": "asks the compiler for FLOPs",
     "models.bert": "reads pretrained weights",
+    "ranks.policies": "autorank_ranks compiles what it does as one program",
     "ranks.table_file": "reads a table",
 }
 ENGINE_KNOWS_NOTHING_OF = {"aggregators", "evaluation", "models", "ranks"}

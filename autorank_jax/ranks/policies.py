@@ -8,6 +8,7 @@ the policy says otherwise.
 `budgets` adapts policies to budgets and devices, `controls` makes controls of them.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -291,6 +292,13 @@ def autorank_ranks(
             f"epoch_losses: expected {counts.shape[0]} clients, got {losses.shape[0]}, probably of another split"
         )
     criteria = tuple(name for name in CRITERIA if losses is not None or name != "loss_entropy")
+    return _score_and_rank(criteria, float(min_ratio), int(max_rank), counts, losses)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # one program: a hundred small ones would take seconds
+def _score_and_rank(
+    criteria: Sequence[str], min_ratio: float, max_rank: int, counts: Array, losses: Array | None
+) -> tuple[Array, RankInfo]:
     present = jnp.ones(counts.shape[0], bool)
     stats = ClientStats(jnp.sum(counts, axis=1), counts, losses, None, None, present.astype(counts.dtype), present)
     ratios, info = autorank(criteria=criteria, min_ratio=min_ratio)(jax.random.key(0), stats)
