@@ -48,9 +48,12 @@ from autorank_jax.engine import (
     init_state,
     make_local_training,
     make_round,
+    probe,
+    scale_updates,
     sharding,
     simulate,
     training_flops,
+    with_penalty,
     with_proximal_term,
 )
 from autorank_jax.evaluation import client_costs, label_weighted_accuracy, make_evaluate
@@ -140,6 +143,7 @@ __all__ = [
     "models",
     "partition",
     "policies",
+    "probe",
     "ranks",
     "ranks_from_ratios",
     "regression_loss",
@@ -148,6 +152,7 @@ __all__ = [
     "sample_independently",
     "sample_uniformly",
     "save_state",
+    "scale_updates",
     "sharding",
     "simulate",
     "task_from_function",
@@ -156,6 +161,7 @@ __all__ = [
     "token_loss",
     "topsis",
     "training_flops",
+    "with_penalty",
     "with_proximal_term",
     "with_reranking",
 ]

@@ -258,7 +258,7 @@ class State(NamedTuple):
     aggregator: AggState
     ranks: dict[str, Array]  # by adapter path, (clients,) int32
     round: Array  # () int32 rounds done
-    hparams: dict[str, Array]  # scalars: "learning_rate", "local_epochs", and the user's own
+    hparams: dict[str, Any]  # scalars, or schedules of the round: "learning_rate", "local_epochs", the user's own
     epoch_losses: Array  # (clients, max_epochs) of each client's latest round
     epochs: Array  # (clients,) int32 epochs recorded there; 0 = never seen
     clients: PyTree  # what clients keep between rounds, leaves (clients, ...); () where the rule keeps nothing

@@ -36,6 +36,7 @@ HOST = {"checkpoint", "cli", "datasets", "experiment"}
 EFFECTS_ELSEWHERE = {
     "adapters.peft": "writes files for Hugging Face",
     "engine.flops": "asks the compiler for FLOPs",
+    "engine.probe": "compiles the one round that it runs",
     "models.bert": "reads pretrained weights",
     "ranks.table_file": "reads a table",
 }

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from autorank_jax.adapters.lora import cut, narrow, pad_like, rank_level, rank_masks
+from autorank_jax.engine.optimizers import follow_client
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
 from autorank_jax.federated.participation import Cohort
 from autorank_jax.types import (
@@ -229,7 +230,8 @@ def look_up(level: Level, place: Array) -> Assignment:
 
 
 def _begin(level: Level, assignment: Assignment) -> LocalState:
-    return level.program.local.begin(level.round.state.hparams, assignment.start, assignment.client)
+    local = level.program.local.begin(level.round.state.hparams, assignment.start, assignment.client)
+    return local._replace(optimizer=follow_client(local.optimizer, assignment.noise))
 
 
 def _advance(level: Level, assignment: Assignment, lane: Lanes) -> Lanes:
