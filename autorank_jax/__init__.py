@@ -30,7 +30,7 @@ If you know …
 - **PEFT**: `max_rank` is `r`, patterns are `target_modules`, and every client has its own rank of it; the scale is 1 by default.
 """  # noqa: E501
 
-from autorank_jax import adapters, aggregators, datasets, engine, evaluation, federated, models, ranks
+from autorank_jax import adapters, aggregators, datasets, engine, evaluation, federated, models, ranks, testing
 from autorank_jax.adapters import (
     classification_loss,
     export_peft,
@@ -42,9 +42,11 @@ from autorank_jax.adapters import (
     task_from_nnx,
     token_loss,
 )
+from autorank_jax.aggregators import keep_local, with_server_optimizer
 from autorank_jax.checkpoint import restore_state, save_state
 from autorank_jax.datasets import load_dataset
 from autorank_jax.engine import (
+    History,
     init_state,
     make_local_training,
     make_round,
@@ -67,6 +69,7 @@ from autorank_jax.federated import (
     sample_independently,
     sample_uniformly,
 )
+from autorank_jax.models import Decoder
 from autorank_jax.ranks import (
     autorank_ranks,
     budgets,
@@ -86,14 +89,25 @@ from autorank_jax.types import (
     Aggregator,
     Base,
     Batch,
+    Client,
     ClientStats,
+    ClientUpdate,
     FederatedData,
+    LocalState,
+    LocalTraining,
+    Penalised,
+    Plan,
     RankInfo,
     RoundInfo,
     Server,
+    ServerStep,
+    Setting,
     State,
     Task,
+    Traffic,
     Trainable,
+    Trains,
+    Travels,
 )
 
 __version__ = "0.2.0"
@@ -103,14 +117,27 @@ __all__ = [
     "Aggregator",
     "Base",
     "Batch",
+    "Client",
     "ClientStats",
+    "ClientUpdate",
+    "Decoder",
     "FederatedData",
+    "History",
+    "LocalState",
+    "LocalTraining",
+    "Penalised",
+    "Plan",
     "RankInfo",
     "RoundInfo",
     "Server",
+    "ServerStep",
+    "Setting",
     "State",
     "Task",
+    "Traffic",
     "Trainable",
+    "Trains",
+    "Travels",
     "adapters",
     "aggregators",
     "autorank_ranks",
@@ -131,6 +158,7 @@ __all__ = [
     "from_parts",
     "gini_simpson",
     "init_state",
+    "keep_local",
     "label_entropy",
     "label_weighted_accuracy",
     "load_dataset",
@@ -158,10 +186,12 @@ __all__ = [
     "task_from_function",
     "task_from_linen",
     "task_from_nnx",
+    "testing",
     "token_loss",
     "topsis",
     "training_flops",
     "with_penalty",
     "with_proximal_term",
     "with_reranking",
+    "with_server_optimizer",
 ]

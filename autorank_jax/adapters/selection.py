@@ -4,6 +4,10 @@ from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+import jax
+
+from autorank_jax.types import PyTree, Trainable
+
 Where = str | tuple[str, ...] | Callable[[str, Any], bool]
 """Glob patterns over paths (`*` crosses `/`), or a predicate `(path, layer) -> bool`."""
 
@@ -93,3 +97,46 @@ def choose_parameters(names: Collection[str], patterns: str | tuple[str, ...], *
                 f"the kernel of an adapted layer: the candidates are {sorted(names)}"
             )
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in globs)}
+
+
+def dense_names(dense: PyTree) -> list[str]:
+    """Return the path of every dense parameter, in the order of its leaves."""
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(dense)]
+
+
+def choose_parts(trainable: Trainable, patterns: tuple[str, ...]) -> tuple[set[str], set[str]]:
+    """Return the paths of the adapters and of the dense parameters that patterns match.
+
+    Args:
+        trainable: what clients train.
+        patterns: globs; `"head/*"` takes the adapter of `head` too, whose factors are `head/lora_a` and `head/lora_b`.
+
+    Raises:
+        ValueError: if a pattern matches nothing.
+    """
+    adapters, dense, names = set(), set(), dense_names(trainable.dense)
+    for pattern in patterns:
+        layers = {p for p in trainable.adapters if fnmatchcase(p, pattern) or fnmatchcase(f"{p}/lora_a", pattern)}
+        parameters = {name for name in names if fnmatchcase(name, pattern)}
+        if not layers and not parameters:
+            raise ValueError(
+                f"expected patterns that match an adapter or a parameter trained whole, got {pattern!r}, probably a "
+                f"misspelt path: there are {sorted({*trainable.adapters, *names})}"
+            )
+        adapters |= layers
+        dense |= parameters
+    return adapters, dense
+
+
+def leave_out(trainable: Trainable, patterns: tuple[str, ...], *, invert: bool = False) -> Trainable:
+    """Return what patterns do not match, or with `invert` what they match; other dense parameters become None."""
+    adapters, dense = choose_parts(trainable, patterns)
+    leaves, structure = jax.tree.flatten(trainable.dense)
+    kept = [
+        leaf if (name in dense) == invert else None
+        for name, leaf in zip(dense_names(trainable.dense), leaves, strict=True)
+    ]
+    return Trainable(
+        {path: adapter for path, adapter in trainable.adapters.items() if (path in adapters) == invert},
+        jax.tree.unflatten(structure, kept),
+    )

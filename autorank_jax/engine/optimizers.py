@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from autorank_jax.adapters.selection import dense_names
 from autorank_jax.types import Adapter, Array, Hparams, Key, PyTree, Trainable
 
 Optimizer: TypeAlias = "optax.GradientTransformation | Callable[[Hparams], optax.GradientTransformation]"
@@ -247,11 +248,6 @@ def scale_updates(
         return Trainable(adapters, jax.tree.unflatten(structure, scaled)), state
 
     return optax.GradientTransformation(init, update)
-
-
-def dense_names(dense: PyTree) -> list[str]:
-    """Return the path of every dense parameter, in the order of its leaves."""
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(dense)]
 
 
 def at_round(hparams: Hparams, number: Array) -> Hparams:
