@@ -54,13 +54,30 @@ class Origin(NamedTuple):
     shapes: dict[str, tuple[int, ...]]  # by adapter path, the weight as the layer stores it
 
 
+class TaskReport(NamedTuple):
+    """What became of every parameter of a model; `print` shows it."""
+
+    adapted: dict[str, int]  # by path of the layer, its maximum rank
+    dense: tuple[str, ...]  # parameters trained whole
+    frozen: tuple[str, ...]  # all others
+    unadapted: dict[str, str]  # by path of layers among the frozen ones that hold matrices, why they have no adapter
+
+    def __str__(self) -> str:
+        """Return a line for each layer and parameter."""
+        lines = [f"adapted: {path}, maximum rank {rank}" for path, rank in self.adapted.items()]
+        lines += [f"trained whole: {name}" for name in self.dense] + [f"frozen: {name}" for name in self.frozen]
+        lines += [f"holds matrices but is not adapted: {path}, because {why}" for path, why in self.unadapted.items()]
+        return "\n".join(lines)
+
+
 class Task(NamedTuple):
     """A model as the engine sees it: start values and functions only."""
 
     server: Server  # the start
     loss: Callable[[PyTree, Trainable, "Batch", Key], Array]  # frozen, trainable, batch, key -> per-example losses (b,)
-    predict: Callable[[PyTree, Trainable, PyTree], Array]  # frozen, trainable, inputs -> logits or outputs
+    predict: Callable[..., Array]  # frozen, trainable, inputs[, key] -> outputs; with a key as in training (dropout)
     origin: Origin | None = None  # None where the task was built by hand
+    report: TaskReport | None = None  # likewise
 
 
 class Batch(NamedTuple):

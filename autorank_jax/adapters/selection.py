@@ -1,5 +1,6 @@
 """Which layers get adapters and which parameters are trained whole: patterns and predicates over paths."""
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -140,3 +141,48 @@ def leave_out(trainable: Trainable, patterns: tuple[str, ...], *, invert: bool =
         {path: adapter for path, adapter in trainable.adapters.items() if (path in adapters) == invert},
         jax.tree.unflatten(structure, kept),
     )
+
+
+def why_unadapted(
+    layers: Mapping[str, Any], matrices: Collection[str], known: tuple[type, ...], *, wanted: tuple[MaxRank, Where]
+) -> dict[str, str]:
+    """Return by path why layers that hold matrices have no adapter, and warn of those that the patterns take.
+
+    Args:
+        layers: by path.
+        matrices: paths of their frozen parameters of two axes or more.
+        known: types of layers that can be adapted.
+        wanted: `max_rank` and `where`.
+    """
+    max_rank, where = wanted
+    patterns = tuple(max_rank) if isinstance(max_rank, Mapping) else ("*",)
+    globs = () if callable(where) else (where,) if isinstance(where, str) else where
+    reasons, surprising = {}, []
+    for path in sorted({name.rpartition("/")[0] for name in matrices}):
+        layer = layers.get(path)
+        taken = all(any(fnmatchcase(path, glob) for glob in choice) for choice in (patterns, globs))
+        if type(layer) in known:
+            reasons[path] = "no pattern takes it"
+            continue
+        reasons[path] = _reason(layer, known)
+        if taken and path and callable(layer) and not any(other.startswith(f"{path}/") for other in layers):
+            surprising.append(path)
+    if surprising:
+        said = "; ".join(f"{path!r} because {reasons[path]}" for path in surprising[:5])
+        more = f" and {len(surprising) - 5} more" if len(surprising) > 5 else ""
+        warnings.warn(
+            f"layers that hold matrices are frozen without an adapter: {said}{more}; leave them out of `where`, or "
+            "train them whole through train_dense (print(task.report) shows every layer)",
+            stacklevel=3,
+        )
+    return reasons
+
+
+def _reason(layer: Any, known: tuple[type, ...]) -> str:
+    if hasattr(layer, "ndim"):
+        return f"it has {layer.ndim} axes, and a function is given adapters on matrices alone"
+    name = type(layer).__name__
+    base = next((kind.__name__ for kind in known if isinstance(layer, kind)), None)
+    if base:
+        return f"{name} is a subclass of {base}, whose call may differ"
+    return f"{name} is no layer that can be adapted" if layer is not None else "it is not called as a layer"
