@@ -155,7 +155,7 @@ def make_local_training(
             losses = jnp.where(batch.weight > 0, losses, 0)
             return jnp.sum(losses) / jnp.maximum(jnp.sum(batch.weight).astype(losses.dtype), 1) + penalty, losses
 
-        def value_fn(params: Trainable, *_: Any) -> Array:
+        def value_fn(params: Trainable, *_: Any, obj_fn: Any = None, grad_fn: Any = None) -> Array:  # noqa: ARG001
             return mean_loss(params)[0]
 
         (value, losses), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
