@@ -30,7 +30,7 @@ If you know …
 - **PEFT**: `max_rank` is `r`, patterns are `target_modules`, and every client has its own rank of it; the scale is 1 by default.
 """  # noqa: E501
 
-from autorank_jax import adapters, aggregators, datasets, engine, evaluation, federated, models, ranks
+from autorank_jax import adapters, aggregators, datasets, engine, evaluation, federated, models, ranks, testing
 from autorank_jax.adapters import (
     classification_loss,
     export_peft,
@@ -42,15 +42,20 @@ from autorank_jax.adapters import (
     task_from_nnx,
     token_loss,
 )
+from autorank_jax.aggregators import keep_local, with_server_optimizer
 from autorank_jax.checkpoint import restore_state, save_state
 from autorank_jax.datasets import load_dataset
 from autorank_jax.engine import (
+    History,
     init_state,
     make_local_training,
     make_round,
+    probe,
+    scale_updates,
     sharding,
     simulate,
     training_flops,
+    with_penalty,
     with_proximal_term,
 )
 from autorank_jax.evaluation import client_costs, label_weighted_accuracy, make_evaluate
@@ -64,6 +69,7 @@ from autorank_jax.federated import (
     sample_independently,
     sample_uniformly,
 )
+from autorank_jax.models import Decoder
 from autorank_jax.ranks import (
     autorank_ranks,
     budgets,
@@ -83,14 +89,25 @@ from autorank_jax.types import (
     Aggregator,
     Base,
     Batch,
+    Client,
     ClientStats,
+    ClientUpdate,
     FederatedData,
+    LocalState,
+    LocalTraining,
+    Penalised,
+    Plan,
     RankInfo,
     RoundInfo,
     Server,
+    ServerStep,
+    Setting,
     State,
     Task,
+    Traffic,
     Trainable,
+    Trains,
+    Travels,
 )
 
 __version__ = "0.2.0"
@@ -100,14 +117,27 @@ __all__ = [
     "Aggregator",
     "Base",
     "Batch",
+    "Client",
     "ClientStats",
+    "ClientUpdate",
+    "Decoder",
     "FederatedData",
+    "History",
+    "LocalState",
+    "LocalTraining",
+    "Penalised",
+    "Plan",
     "RankInfo",
     "RoundInfo",
     "Server",
+    "ServerStep",
+    "Setting",
     "State",
     "Task",
+    "Traffic",
     "Trainable",
+    "Trains",
+    "Travels",
     "adapters",
     "aggregators",
     "autorank_ranks",
@@ -128,6 +158,7 @@ __all__ = [
     "from_parts",
     "gini_simpson",
     "init_state",
+    "keep_local",
     "label_entropy",
     "label_weighted_accuracy",
     "load_dataset",
@@ -140,6 +171,7 @@ __all__ = [
     "models",
     "partition",
     "policies",
+    "probe",
     "ranks",
     "ranks_from_ratios",
     "regression_loss",
@@ -148,14 +180,18 @@ __all__ = [
     "sample_independently",
     "sample_uniformly",
     "save_state",
+    "scale_updates",
     "sharding",
     "simulate",
     "task_from_function",
     "task_from_linen",
     "task_from_nnx",
+    "testing",
     "token_loss",
     "topsis",
     "training_flops",
+    "with_penalty",
     "with_proximal_term",
     "with_reranking",
+    "with_server_optimizer",
 ]

@@ -54,13 +54,30 @@ class Origin(NamedTuple):
     shapes: dict[str, tuple[int, ...]]  # by adapter path, the weight as the layer stores it
 
 
+class TaskReport(NamedTuple):
+    """What became of every parameter of a model; `print` shows it."""
+
+    adapted: dict[str, int]  # by path of the layer, its maximum rank
+    dense: tuple[str, ...]  # parameters trained whole
+    frozen: tuple[str, ...]  # all others
+    unadapted: dict[str, str]  # by path of layers among the frozen ones that hold matrices, why they have no adapter
+
+    def __str__(self) -> str:
+        """Return a line for each layer and parameter."""
+        lines = [f"adapted: {path}, maximum rank {rank}" for path, rank in self.adapted.items()]
+        lines += [f"trained whole: {name}" for name in self.dense] + [f"frozen: {name}" for name in self.frozen]
+        lines += [f"holds matrices but is not adapted: {path}, because {why}" for path, why in self.unadapted.items()]
+        return "\n".join(lines)
+
+
 class Task(NamedTuple):
     """A model as the engine sees it: start values and functions only."""
 
     server: Server  # the start
     loss: Callable[[PyTree, Trainable, "Batch", Key], Array]  # frozen, trainable, batch, key -> per-example losses (b,)
-    predict: Callable[[PyTree, Trainable, PyTree], Array]  # frozen, trainable, inputs -> logits or outputs
+    predict: Callable[..., Array]  # frozen, trainable, inputs[, key] -> outputs; with a key as in training (dropout)
     origin: Origin | None = None  # None where the task was built by hand
+    report: TaskReport | None = None  # likewise
 
 
 class Batch(NamedTuple):
@@ -197,6 +214,7 @@ class Traffic(NamedTuple):
 
     up: Travels = Travels()
     down: Travels = Travels()
+    kept: tuple[str, ...] = ()  # path patterns of what stays with its client, and travels neither way
 
 
 def _same_state(state: AggState) -> AggState:
@@ -232,25 +250,41 @@ def _report_nothing(sums: Sums, before: Server, after: Server) -> dict[str, Arra
 
 
 class Aggregator(NamedTuple):
-    """An aggregation rule: a sum over clients, then one server step.
+    """An aggregation rule: a sum over clients, then one server step. The first five fields make a rule.
 
-    The sum form makes lanes, devices and hosts free: any order, any grouping.
+    The sum form makes lanes, devices and hosts free: any order, any grouping. All fields but `trains` are pure
+    functions of arrays; the engine calls those of ONE client under `vmap`, and adds nothing of a client that does not
+    count, whatever its summand.
+
+    - `init(server) -> state`: what the rule remembers; `()` where it remembers nothing.
+    - `start(server, state, client) -> Trainable`: what a client is handed; the engine cuts it to the client's rank.
+    - `trains(state) -> Trains`: which factors clients train this round.
+    - `summand(update, server, plan) -> sums`: what ONE client adds, at the width of its rank level, `w_k` times
+      something for a weighted mean; any tree of arrays. Denominators are summed too.
+    - `update(key, sums, state, server) -> (server, state)`: the server step. Where nobody reported, sums are zero: it
+      must then leave the server as it is.
+    - `client_init(server) -> kept`: what ONE client keeps before its first round; `()` where clients keep nothing.
+    - `client_keep(update, server) -> kept`: what it keeps after a round; the next round finds it in `client.state`.
+    - `exact_plan`: whether the summand divides by `plan.owners`; a round is then run again if a client turns out
+      non-finite, because the plan counted it.
+    - `step`: what `update` consists of, for server optimisers over what is no factor; None where it is not taken apart.
+    - `report(sums, before, after) -> {name: array}`: diagnostics of a round.
+    - `traffic`: what travels, for costs; by default everything that is trained, both ways.
+    - `client_ranks(ranks, clients) -> ranks`: at which clients train, of `State.ranks` and `State.clients`.
     """
 
     init: Callable[[Server], AggState]
-    start: Callable[[Server, AggState, Client], Trainable]  # what a client is handed; the engine cuts it to its rank
-    trains: Callable[[AggState], Trains]  # which factors train this round
-    summand: Callable[[ClientUpdate, Server, Plan], Sums]  # of ONE client, at its width; added over clients
+    start: Callable[[Server, AggState, Client], Trainable]
+    trains: Callable[[AggState], Trains]
+    summand: Callable[[ClientUpdate, Server, Plan], Sums]
     update: Callable[[Key, Sums, AggState, Server], tuple[Server, AggState]]
-    client_init: Callable[[Server], PyTree] = _no_client_state  # what ONE client keeps, before its first round
-    client_keep: Callable[[ClientUpdate, Server], PyTree] = _keep_nothing  # ... and after a round
-    exact_plan: bool = False  # the summand divides by `plan.owners`: rerun the round if a client turns out non-finite
-    step: ServerStep | None = None  # what `update` consists of; None where it cannot be taken apart
-    report: Callable[[Sums, Server, Server], dict[str, Array]] = _report_nothing  # diagnostics: sums, before, after
-    traffic: Traffic = Traffic()  # what travels; by default everything that is trained, both ways
-    client_ranks: Callable[[dict[str, Array], PyTree], dict[str, Array]] = (
-        _same_ranks  # that clients train at, from `State.ranks` and `State.clients`
-    )
+    client_init: Callable[[Server], PyTree] = _no_client_state
+    client_keep: Callable[[ClientUpdate, Server], PyTree] = _keep_nothing
+    exact_plan: bool = False
+    step: ServerStep | None = None
+    report: Callable[[Sums, Server, Server], dict[str, Array]] = _report_nothing
+    traffic: Traffic = Traffic()
+    client_ranks: Callable[[dict[str, Array], PyTree], dict[str, Array]] = _same_ranks
 
 
 class State(NamedTuple):
@@ -260,7 +294,7 @@ class State(NamedTuple):
     aggregator: AggState
     ranks: dict[str, Array]  # by adapter path, (clients,) int32
     round: Array  # () int32 rounds done
-    hparams: dict[str, Array]  # scalars: "learning_rate", "local_epochs", and the user's own
+    hparams: dict[str, Any]  # scalars, or schedules of the round: "learning_rate", "local_epochs", the user's own
     epoch_losses: Array  # (clients, max_epochs) of each client's latest round
     epochs: Array  # (clients,) int32 epochs recorded there; 0 = never seen
     clients: PyTree  # what clients keep between rounds, leaves (clients, ...); () where the rule keeps nothing

@@ -157,7 +157,7 @@ CASES = {
         lambda _: aggregators.with_server_optimizer(
             aggregators.with_server_optimizer(aggregators.rbla(), optax.sgd(1.0)), optax.sgd(1.0)
         ),
-        "probably a rule that already has a server optimiser",
+        "got one that has it: chain both with optax.chain",
     ),
     "lanes": (lambda _: engine.make_round(TRAINING, aggregators.rbla(), lanes=0), "expected lanes >= 1, got 0"),
     "levels": (lambda _: engine.make_round(TRAINING, aggregators.rbla(), rank_levels=0), "rank_levels >= 1, got 0"),

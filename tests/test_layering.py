@@ -23,12 +23,12 @@ FLOORS = {  # a package imports from lower floors, and from itself
     3: "adapters",
     4: "ranks engine",
     5: "aggregators evaluation",
-    6: "experiment",
+    6: "experiment testing",
     7: "cli",
     8: "__init__ __main__",
 }
 FLOOR = {name: number for number, names in FLOORS.items() for name in names.split()}
-TOP = {"__init__", "__main__", "checkpoint", "types"}
+TOP = {"__init__", "__main__", "checkpoint", "testing", "types"}
 """The modules that lie in no package."""
 LONGEST_CHAIN = 8
 HOST = {"checkpoint", "cli", "datasets", "experiment"}
@@ -36,9 +36,11 @@ HOST = {"checkpoint", "cli", "datasets", "experiment"}
 EFFECTS_ELSEWHERE = {
     "adapters.peft": "writes files for Hugging Face",
     "engine.flops": "asks the compiler for FLOPs",
+    "engine.probe": "compiles the one round that it runs",
     "models.bert": "reads pretrained weights",
     "ranks.policies": "autorank_ranks compiles what it does as one program",
     "ranks.table_file": "reads a table",
+    "testing": "compiles the rounds by which it checks a rule",
 }
 ENGINE_KNOWS_NOTHING_OF = {"aggregators", "evaluation", "models", "ranks"}
 OPTIONAL = {"dp_accounting", "matplotlib", "PIL", "rich", "safetensors", "tokenizers", "tyro"}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from autorank_jax.adapters.losses import as_float, classification_loss
 from autorank_jax.adapters.low_rank import LowRank, linear_form
-from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks
+from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, why_unadapted
 from autorank_jax.adapters.task import Flat, Model, Reading, make_task
 from autorank_jax.types import Adapter, Array, Key, PyTree, Task
 
@@ -75,7 +75,10 @@ def task_from_function(
 
     forms = {path: linear_form(values[path].shape) for path in ranks}
     model = Model(values, {path: path for path in ranks}, forms, run, rebuild)
-    return make_task(model, ranks, dense, key=key, reading=Reading(loss, preprocess, compute_dtype))
+    wide = [n for n, v in values.items() if v.ndim > 2 and jnp.issubdtype(v.dtype, jnp.floating) and n not in dense]
+    unadapted = why_unadapted({n: values[n] for n in wide}, [f"{n}/" for n in wide], (), wanted=(max_rank, where))
+    reading = Reading(loss, preprocess, compute_dtype)
+    return make_task(model, ranks, dense, key=key, reading=reading, unadapted=unadapted)
 
 
 def _materialized(weight: Array, lora_a: Array, lora_b: Array) -> Array:

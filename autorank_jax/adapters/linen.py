@@ -23,7 +23,7 @@ from autorank_jax.adapters.low_rank import (
     linear_update,
     make_window,
 )
-from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks
+from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, why_unadapted
 from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task
 from autorank_jax.types import Adapter, Array, Key, PyTree, Task
 
@@ -92,9 +92,12 @@ def task_from_linen(
     forms = {path: _form(path, fit[path], values[weights[path]]) for path in ranks}
     names = {n.removeprefix("params/"): n for n in values if n.startswith("params/") and n not in weights.values()}
     dense = {names[name] for name in choose_parameters(names, train_dense)}
+    matrices = [n for n, name in names.items() if values[name].ndim > 1 and name not in dense]
+    unadapted = why_unadapted(layers, matrices, tuple(WEIGHTS), wanted=(max_rank, where))
     run = _runner(module, forms, flags)
     model = Model(values, weights, forms, run, lambda flat: traverse_util.unflatten_dict(flat, sep="/"))
-    return make_task(model, ranks, dense, key=key, reading=Reading(loss, preprocess, compute_dtype))
+    reading = Reading(loss, preprocess, compute_dtype)
+    return make_task(model, ranks, dense, key=key, reading=reading, unadapted=unadapted)
 
 
 def _check_collections(variables: Mapping[str, Any], frozen_statistics: bool) -> None:

@@ -1,5 +1,7 @@
 """Losses of each example, and what is done to inputs before a model sees them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,6 +19,7 @@ def classification_loss(logits: Array, labels: Array) -> Array:
     Returns:
         `(b,)` nats.
     """
+    check_outputs("classification_loss", logits, labels, (2, 1))
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels.astype(jnp.int32))
 
 
@@ -30,6 +33,13 @@ def regression_loss(outputs: Array, targets: Array) -> Array:
     Returns:
         `(b,)`.
     """
+    check_outputs("regression_loss", outputs, targets)
+    size, wanted = outputs.size, targets.size
+    if size != wanted:
+        raise ValueError(
+            f"regression_loss: expected outputs and targets of one shape, got {outputs.shape} and {targets.shape}, "
+            "probably a model with another number of outputs than targets"
+        )
     flat = outputs.reshape(outputs.shape[0], -1)
     return jnp.mean(jnp.square(flat - targets.reshape(flat.shape).astype(flat.dtype)), axis=-1)
 
@@ -44,9 +54,30 @@ def token_loss(logits: Array, tokens: Array) -> Array:
     Returns:
         `(b,)` nats per token.
     """
+    check_outputs("token_loss", logits, tokens, (3, 2))
     counted = (tokens >= 0).astype(logits.dtype)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(tokens, 0).astype(jnp.int32))
     return jnp.sum(losses * counted, axis=-1) / jnp.maximum(jnp.sum(counted, axis=-1), 1)
+
+
+def check_outputs(name: str, outputs: Any, targets: Any, axes: tuple[int, int] | None = None) -> None:
+    """Raise an error unless outputs and targets are one array each, of the numbers of axes.
+
+    Raises:
+        TypeError: for models that return several arrays.
+        ValueError: for other numbers of axes.
+    """
+    for what, value in (("outputs", outputs), ("targets", targets)):
+        if not hasattr(value, "ndim"):
+            raise TypeError(
+                f"{name}: expected {what} as one array, got a {type(value).__name__}, probably of a model that returns "
+                "several: choose one by a loss of your own, loss=lambda outputs, targets: ..."
+            )
+    if axes is not None and (outputs.ndim, targets.ndim) != axes:
+        raise ValueError(
+            f"{name}: expected outputs of {axes[0]} axes and targets of {axes[1]}, got shapes {outputs.shape} and "
+            f"{targets.shape}, probably one-hot targets, or a loss for another kind of model"
+        )
 
 
 def as_float(inputs: PyTree) -> PyTree:

@@ -11,7 +11,7 @@ from flax import nnx
 from autorank_jax.adapters.losses import as_float, classification_loss
 from autorank_jax.adapters.low_rank import Form
 from autorank_jax.adapters.nnx_layers import ADAPTED, Factor
-from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks
+from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, why_unadapted
 from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task
 from autorank_jax.types import Adapter, Array, Key, PyTree, Task
 
@@ -73,7 +73,11 @@ def task_from_nnx(
     _checkpoint(adapted, checkpoint)
     run = _runner(adapted, frozen_statistics)
     built = Model(values, weights, forms, run, lambda flat: nnx.merge(plain[0], _state(plain[1], flat)))
-    return make_task(built, ranks, dense, key=key, reading=Reading(loss, preprocess, compute_dtype))
+    matrices = [n for n in names if values[n].ndim > 1 and n not in weights.values() and n not in dense]
+    modules = {_name(path): module for path, module in nnx.iter_modules(model)}
+    unadapted = why_unadapted(modules, matrices, tuple(ADAPTED), wanted=(max_rank, where))
+    reading = Reading(loss, preprocess, compute_dtype)
+    return make_task(built, ranks, dense, key=key, reading=reading, unadapted=unadapted)
 
 
 def match_layers(model: nnx.Module, max_rank: MaxRank, where: Where = "*") -> dict[str, int]:
@@ -94,6 +98,7 @@ def _insert_adapters(
         if name not in ranks:
             continue
         swapped = ADAPTED[type(module)]
+        _check_unstacked(name, module, getattr(module, swapped.weight).shape)
         try:
             forms[name] = swapped.form(module)
         except ValueError as error:
@@ -109,6 +114,21 @@ def _insert_adapters(
         for factor in Adapter._fields:
             setattr(module, factor, Factor(empty))
     return weights, forms
+
+
+def _check_unstacked(name: str, layer: Any, shape: tuple[int, ...]) -> None:
+    """Raise `ValueError` for a layer whose weight has more axes than the layer itself says."""
+    if isinstance(layer, nnx.LinearGeneral):
+        axes = len(layer.in_features) + len(layer.out_features) + len(layer.batch_axis)
+    elif isinstance(layer, nnx.Einsum):
+        axes = len(layer.kernel_shape)
+    else:
+        axes = len(layer.kernel_size) + 2 if isinstance(layer, nnx.Conv) else 2
+    if len(shape) != axes:
+        raise ValueError(
+            f"layer {name!r}: expected a weight of {axes} axes, got shape {shape}, probably a layer stacked by "
+            "nnx.vmap or nnx.scan: make a list of layers, or leave it out of `where`"
+        )
 
 
 def _runner(model: nnx.Module, frozen_statistics: bool) -> Callable[..., PyTree]:

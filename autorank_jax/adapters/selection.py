@@ -1,8 +1,13 @@
 """Which layers get adapters and which parameters are trained whole: patterns and predicates over paths."""
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
+
+import jax
+
+from autorank_jax.types import PyTree, Trainable
 
 Where = str | tuple[str, ...] | Callable[[str, Any], bool]
 """Glob patterns over paths (`*` crosses `/`), or a predicate `(path, layer) -> bool`."""
@@ -93,3 +98,91 @@ def choose_parameters(names: Collection[str], patterns: str | tuple[str, ...], *
                 f"the kernel of an adapted layer: the candidates are {sorted(names)}"
             )
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in globs)}
+
+
+def dense_names(dense: PyTree) -> list[str]:
+    """Return the path of every dense parameter, in the order of its leaves."""
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(dense)]
+
+
+def choose_parts(trainable: Trainable, patterns: tuple[str, ...]) -> tuple[set[str], set[str]]:
+    """Return the paths of the adapters and of the dense parameters that patterns match.
+
+    Args:
+        trainable: what clients train.
+        patterns: globs; `"head/*"` takes the adapter of `head` too, whose factors are `head/lora_a` and `head/lora_b`.
+
+    Raises:
+        ValueError: if a pattern matches nothing.
+    """
+    adapters, dense, names = set(), set(), dense_names(trainable.dense)
+    for pattern in patterns:
+        layers = {p for p in trainable.adapters if fnmatchcase(p, pattern) or fnmatchcase(f"{p}/lora_a", pattern)}
+        parameters = {name for name in names if fnmatchcase(name, pattern)}
+        if not layers and not parameters:
+            raise ValueError(
+                f"expected patterns that match an adapter or a parameter trained whole, got {pattern!r}, probably a "
+                f"misspelt path: there are {sorted({*trainable.adapters, *names})}"
+            )
+        adapters |= layers
+        dense |= parameters
+    return adapters, dense
+
+
+def leave_out(trainable: Trainable, patterns: tuple[str, ...], *, invert: bool = False) -> Trainable:
+    """Return what patterns do not match, or with `invert` what they match; other dense parameters become None."""
+    adapters, dense = choose_parts(trainable, patterns)
+    leaves, structure = jax.tree.flatten(trainable.dense)
+    kept = [
+        leaf if (name in dense) == invert else None
+        for name, leaf in zip(dense_names(trainable.dense), leaves, strict=True)
+    ]
+    return Trainable(
+        {path: adapter for path, adapter in trainable.adapters.items() if (path in adapters) == invert},
+        jax.tree.unflatten(structure, kept),
+    )
+
+
+def why_unadapted(
+    layers: Mapping[str, Any], matrices: Collection[str], known: tuple[type, ...], *, wanted: tuple[MaxRank, Where]
+) -> dict[str, str]:
+    """Return by path why layers that hold matrices have no adapter, and warn of those that the patterns take.
+
+    Args:
+        layers: by path.
+        matrices: paths of their frozen parameters of two axes or more.
+        known: types of layers that can be adapted.
+        wanted: `max_rank` and `where`.
+    """
+    max_rank, where = wanted
+    patterns = tuple(max_rank) if isinstance(max_rank, Mapping) else ("*",)
+    globs = () if callable(where) else (where,) if isinstance(where, str) else where
+    reasons, surprising = {}, []
+    for path in sorted({name.rpartition("/")[0] for name in matrices}):
+        layer = layers.get(path)
+        taken = all(any(fnmatchcase(path, glob) for glob in choice) for choice in (patterns, globs))
+        if type(layer) in known:
+            reasons[path] = "no pattern takes it"
+            continue
+        reasons[path] = _reason(layer, known)
+        if taken and path and callable(layer) and not any(other.startswith(f"{path}/") for other in layers):
+            surprising.append(path)
+    if surprising:
+        said = "; ".join(f"{path!r} because {reasons[path]}" for path in surprising[:5])
+        more = f" and {len(surprising) - 5} more" if len(surprising) > 5 else ""
+        warnings.warn(
+            f"layers that hold matrices are frozen without an adapter: {said}{more}; leave them out of `where`, or "
+            "train them whole through train_dense (print(task.report) shows every layer)",
+            stacklevel=3,
+        )
+    return reasons
+
+
+def _reason(layer: Any, known: tuple[type, ...]) -> str:
+    if hasattr(layer, "ndim"):
+        return f"it has {layer.ndim} axes, and a function is given adapters on matrices alone"
+    name = type(layer).__name__
+    base = next((kind.__name__ for kind in known if isinstance(layer, kind)), None)
+    if base:
+        return f"{name} is a subclass of {base}, whose call may differ"
+    return f"{name} is no layer that can be adapted" if layer is not None else "it is not called as a layer"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from autorank_jax.adapters.lora import init_adapter, key_of, product
 from autorank_jax.adapters.low_rank import Form
-from autorank_jax.types import Adapter, Array, Base, Batch, Key, Origin, PyTree, Server, Task, Trainable
+from autorank_jax.types import Adapter, Array, Base, Batch, Key, Origin, PyTree, Server, Task, TaskReport, Trainable
 
 Flat = dict[str, Array]
 """Leaves of a model by path."""
@@ -32,7 +32,15 @@ class Reading(NamedTuple):
     compute_dtype: Any = None  # of arithmetic; kernels, adapters and dense parameters are kept as they are
 
 
-def make_task(model: Model, ranks: Mapping[str, int], dense: set[str], *, key: Key, reading: Reading) -> Task:
+def make_task(
+    model: Model,
+    ranks: Mapping[str, int],
+    dense: set[str],
+    *,
+    key: Key,
+    reading: Reading,
+    unadapted: Mapping[str, str] | None = None,
+) -> Task:
     """Make a task: adapters for `ranks`, the parameters named `dense` trained whole, the rest frozen.
 
     Args:
@@ -41,6 +49,7 @@ def make_task(model: Model, ranks: Mapping[str, int], dense: set[str], *, key: K
         dense: names of leaves.
         key: of the adapters' start values.
         reading: loss, preprocessing and precision.
+        unadapted: by path of layers that hold matrices and have no adapter, why.
     """
     dtype = reading.compute_dtype
     adapters = {path: _start(key_of(key, path), model.forms[path], ranks[path]) for path in sorted(ranks)}
@@ -61,13 +70,16 @@ def make_task(model: Model, ranks: Mapping[str, int], dense: set[str], *, key: K
     def loss(frozen: Base, trainable: Trainable, batch: Batch, key: Key) -> Array:
         return reading.loss(apply(True, frozen, trainable, batch.inputs, key), batch.targets)
 
-    def predict(frozen: Base, trainable: Trainable, inputs: PyTree) -> PyTree:
-        return apply(False, frozen, trainable, inputs, None)
+    def predict(frozen: Base, trainable: Trainable, inputs: PyTree, key: Key | None = None) -> PyTree:
+        return apply(key is not None, frozen, trainable, inputs, key)
 
     def merge(server: Server) -> Any:
         return model.rebuild(merged_values(model, server))
 
-    return Task(server, loss, predict, Origin(merge, {p: model.forms[p].kind for p in adapters}, _shapes(model)))
+    report = TaskReport(dict(ranks), tuple(sorted(dense)), tuple(sorted(rest)), dict(unadapted or {}))
+    return Task(
+        server, loss, predict, Origin(merge, {p: model.forms[p].kind for p in adapters}, _shapes(model)), report
+    )
 
 
 def merged_values(model: Model, server: Server) -> Flat:

@@ -5,7 +5,8 @@ moves by the mean of the products. Everything is tested against an independent N
 `Aggregator`, a few small functions: what ONE client adds to the sums (`summand`), and what the server makes of the sums
 (`update`). As sums, rules need not know of lanes, order or devices; what is no sum over clients, such as a median, is no
 rule here (`with_norm_clipping` bounds what one client can do). `with_server_optimizer`, `with_norm_clipping` and
-`with_diagnostics` go around any of them, `with_differential_privacy` around those whose sums have a bound.
+`with_diagnostics` and `keep_local` (layers that stay with their clients) go around any of them, `with_differential_privacy`
+around those whose sums have a bound.
 
 | rule | what is summed | how positions are weighted | where it goes | exact | up | down | source |
 |---|---|---|---|---|---|---|---|
@@ -41,7 +42,39 @@ memory = rule.init(server)
 print(rule.traffic.up.lora_a, sorted(ar.aggregators.RULES)[:3])
 ```
 
-A rule of your own is an `Aggregator`; `factors.py` has the shortest.
+## A rule of your own
+
+It is an `Aggregator`, of which five functions must be written (`help(ar.Aggregator)`); `factors.py` has more. Sum
+differences from the start, times the client's weight, and the weights beside them; what a lane that is not done or a
+client that is not finite would add, the engine leaves out. `ar.testing.check_aggregator` says what a rule gets wrong,
+`with_server_optimizer` and the others go around it.
+
+```python
+import autorank_jax as ar
+import jax
+import jax.numpy as jnp
+
+
+def summand(update, server, plan):  # of one client, at the width of its rank level
+    weight = update.client.weight
+    return weight, jax.tree.map(lambda new, old: weight * (new - old), update.trained, update.start)
+
+
+def update(key, sums, state, server):
+    weight, moved = sums  # padded to full width, added over clients; zeros where nobody reported
+    mean = jax.tree.map(lambda old, total: old + total / jnp.maximum(weight, 1e-9), server.trainable, moved)
+    return server._replace(trainable=mean), state + 1
+
+
+mine = ar.Aggregator(
+    init=lambda server: jnp.zeros((), jnp.int32),  # what the rule remembers: the rounds
+    start=lambda server, state, client: server.trainable,
+    trains=lambda state: ar.Trains(),
+    summand=summand,
+    update=update,
+)
+ar.testing.check_aggregator(mine)
+```
 """  # noqa: E501
 
 from collections.abc import Callable, Mapping
@@ -52,6 +85,7 @@ from typing import Any
 from autorank_jax.aggregators.diagnostics import with_diagnostics
 from autorank_jax.aggregators.factors import fedavg, ffa_lora, rbla, rolora, zero_pad
 from autorank_jax.aggregators.hetlora import hetlora, with_tail_penalty
+from autorank_jax.aggregators.kept import keep_local
 from autorank_jax.aggregators.merging import fedex_lora, flora, owner_merge
 from autorank_jax.aggregators.personal import fedsa_lora, local_only
 from autorank_jax.aggregators.privacy import expected_owners, with_differential_privacy
@@ -100,6 +134,7 @@ __all__ = [
     "flora",
     "florist",
     "hetlora",
+    "keep_local",
     "local_only",
     "lora_fair",
     "make_rule",

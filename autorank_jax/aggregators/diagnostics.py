@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from autorank_jax.aggregators.base import ClientSums, make_summand, mean_factors, mean_product
+from autorank_jax.engine.checks import check_rule
 from autorank_jax.types import Adapter, Aggregator, AggState, Array, ClientUpdate, Key, Plan, Server, Sums
 
 
@@ -23,9 +24,8 @@ def with_diagnostics(rule: Aggregator) -> Aggregator:
       Vetterli 2007), 0 where it vanishes
     - `gap/PATH`: `‖P - Ā B̄‖_F / ‖P‖_F` between the clients' mean product and the product of their (padded) mean
       factors, 0 where `P` vanishes
-
-    Put it around everything else: `with_diagnostics(with_server_optimizer(rbla(), optax.sgd(1.0)))`.
     """
+    check_rule(rule)
     inspect = make_summand(factors=True, products=True)
 
     def summand(update: ClientUpdate, server: Server, plan: Plan) -> Diagnosed:
@@ -44,7 +44,9 @@ def with_diagnostics(rule: Aggregator) -> Aggregator:
             numbers[f"gap/{path}"] = relative_gap(product, means[path].lora_a @ means[path].lora_b)
         return numbers
 
-    return rule._replace(summand=summand, update=update, report=report, step=None)
+    inner = rule.step
+    step = inner and inner._replace(mean=lambda sums, state, server: inner.mean(sums.rule, state, server))
+    return rule._replace(summand=summand, update=update, report=report, step=step)
 
 
 def position_energy(adapter: Adapter) -> Array:

@@ -57,7 +57,7 @@ def fedsa_lora(*, owners: bool = True) -> Aggregator:
         kept = {}
         for path, adapter in update.trained.adapters.items():
             mask = update.client.masks[path][:, None]
-            kept[path] = _merge(mask, adapter.lora_b, update.client.state[path])
+            kept[path] = merge_owned(mask, adapter.lora_b, update.client.state[path])
         return kept
 
     return assemble(
@@ -87,7 +87,9 @@ def local_only() -> Aggregator:
         adapters = {}
         for path, (a, b) in update.trained.adapters.items():
             mask, before = update.client.masks[path], update.client.state.adapters[path]
-            adapters[path] = Adapter(_merge(mask[None, :], a, before.lora_a), _merge(mask[:, None], b, before.lora_b))
+            adapters[path] = Adapter(
+                merge_owned(mask[None, :], a, before.lora_a), merge_owned(mask[:, None], b, before.lora_b)
+            )
         return Trainable(adapters, update.trained.dense)
 
     def summand(update: ClientUpdate, server: Server, plan: Plan) -> Nothing:  # noqa: ARG001
@@ -110,7 +112,7 @@ def local_only() -> Aggregator:
     )
 
 
-def _merge(mask: Array, new: Array, before: Array) -> Array:
+def merge_owned(mask: Array, new: Array, before: Array) -> Array:
     """Write what a client owns, at the width of its rank level, over what it had before, at full width."""
     corner = tuple(slice(0, size) for size in new.shape)
     return before.at[corner].set(jnp.where(mask > 0, new, before[corner]))

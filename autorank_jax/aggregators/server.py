@@ -1,11 +1,16 @@
 """What can be put around any rule: a server optimiser, and clipping of what clients send."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from autorank_jax.aggregators.base import anything, choose
+from autorank_jax.engine.checks import check_rule
 from autorank_jax.types import (
+    Adapter,
     Aggregator,
     AggState,
     Array,
@@ -13,7 +18,9 @@ from autorank_jax.types import (
     Key,
     PyTree,
     Server,
+    ServerStep,
     Sums,
+    Trainable,
 )
 
 
@@ -25,40 +32,88 @@ def with_server_optimizer(rule: Aggregator, optimizer: optax.GradientTransformat
     products of an SVD rule (before the SVD), the kernels of a merging rule, and dense parameters. Where nobody
     reported, at a rank position or at all, values and the optimiser's state stay as they were.
 
+    Of a rule without a `step`, such as one made by hand, the values are factors and dense parameters as its `update`
+    leaves them; a rank position that it leaves exactly as it was counts as one that nobody reported. That suits rules
+    that average factors; one that splits products, or merges into the base, needs a `ServerStep`.
+
     Args:
-        rule: any rule of this package, or one that has a `step`.
+        rule: any rule.
         optimizer: its state must be built like the values, or of scalars, as everything in optax is.
 
     Raises:
-        ValueError: if the rule's server step cannot be taken apart.
+        TypeError: for what is no rule or no optimiser.
+        ValueError: if the rule has a server optimiser; when traced, if it has no `step` and changes the base.
     """
-    step = rule.step
-    if step is None:
-        raise ValueError(
-            "expected a rule with a step, got one with update alone, probably a rule that already has a server "
-            "optimiser or was made by hand: give it a ServerStep"
-        )
+    check_rule(rule)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(f"expected a server optimizer as optax makes them, got a {type(optimizer).__name__}")
+    if rule.step is not None and rule.step.read is step_taken:
+        raise ValueError("expected a rule without a server optimizer, got one that has it: chain both with optax.chain")
+    read = rule.step.read if rule.step else lambda server: server.trainable
+    aim = _aim_of_step if rule.step else _aim_of_update
 
     def update(key: Key, sums: Sums, state: AggState, server: Server) -> tuple[Server, AggState]:
         inner, memory = state
-        values = step.read(server)
-        mean, seen = step.mean(sums, inner, server)
+        values = read(server)
+        mean, seen, write, advanced = aim(rule, key, sums, inner, server)
         gradient = jax.tree.map(lambda old, new, some: jnp.where(some, old - new, 0), values, mean, seen)
         updates, after = optimizer.update(gradient, memory, values)
         moved = optax.apply_updates(values, updates)
         moved = jax.tree.map(jnp.where, seen, moved, values)
-        written = step.write(key, moved, inner, server)
         some = anything(seen)
-        return choose(some, written, server), (step.advance(inner), _frozen(optimizer, after, memory, seen, some))
+        return choose(some, write(moved), server), (advanced, _frozen(optimizer, after, memory, seen, some))
 
     return rule._replace(
-        init=lambda server: (rule.init(server), optimizer.init(step.read(server))),
+        init=lambda server: (rule.init(server), optimizer.init(read(server))),
         start=lambda server, state, client: rule.start(server, state[0], client),
         trains=lambda state: rule.trains(state[0]),
         update=update,
-        step=None,
+        step=ServerStep(step_taken, step_taken, step_taken),
         traffic=rule.traffic._replace(down=rule.traffic.down._replace(stack=False)),  # factors do not tell the step
     )
+
+
+def step_taken(*_: Any) -> Any:
+    """Stand in the step of a rule whose server step an optimiser has taken."""
+    raise ValueError("expected a rule without a server optimizer, got one that has it")
+
+
+class _Aim(NamedTuple):
+    """What a rule would make of its sums."""
+
+    mean: PyTree  # of the values that the optimiser moves
+    seen: PyTree  # bools where anyone reported
+    write: Callable[[PyTree], Server]  # values into the model
+    state: AggState  # the rule's own, after the round
+
+
+def _aim_of_step(rule: Aggregator, key: Key, sums: Sums, state: AggState, server: Server) -> _Aim:
+    assert rule.step is not None
+    step = rule.step
+    mean, seen = step.mean(sums, state, server)
+    return _Aim(mean, seen, lambda values: step.write(key, values, state, server), step.advance(state))
+
+
+def _aim_of_update(rule: Aggregator, key: Key, sums: Sums, state: AggState, server: Server) -> _Aim:
+    after, advanced = rule.update(key, sums, state, server)
+    leaves = zip(jax.tree.leaves(after.frozen), jax.tree.leaves(server.frozen), strict=True)
+    if any(new is not old for new, old in leaves):
+        raise ValueError(
+            "expected a rule that leaves the base alone, got one without a step whose update changes it, probably a "
+            "rule that merges: give it a ServerStep"
+        )
+    old, new = server.trainable, after.trainable
+    adapters = {
+        path: Adapter(_moved(new.adapters[path], adapter)[None, :], _moved(new.adapters[path], adapter)[:, None])
+        for path, adapter in old.adapters.items()
+    }
+    dense = jax.tree.map(lambda n, o: jnp.any(n != o), new.dense, old.dense)
+    return _Aim(new, Trainable(adapters, dense), lambda values: server._replace(trainable=values), advanced)
+
+
+def _moved(new: Adapter, old: Adapter) -> Array:
+    """Return at which rank positions anything differs, `(r,)`."""
+    return jnp.any(new.lora_a != old.lora_a, axis=0) | jnp.any(new.lora_b != old.lora_b, axis=1)
 
 
 def _frozen(
@@ -81,6 +136,7 @@ def with_norm_clipping(rule: Aggregator, max_norm: float) -> Aggregator:
     Raises:
         ValueError: if the norm is not positive.
     """
+    check_rule(rule)
     if not max_norm > 0:
         raise ValueError(f"expected a positive max_norm, got {max_norm}")
 

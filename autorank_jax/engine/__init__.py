@@ -47,17 +47,23 @@ print(int(info.participants), int(state.round))
 
 from autorank_jax.engine.flops import FlopModel, training_flops
 from autorank_jax.engine.lane_count import choose_lanes
-from autorank_jax.engine.local import make_local_training, with_proximal_term
+from autorank_jax.engine.local import make_local_training, with_penalty, with_proximal_term
+from autorank_jax.engine.optimizers import scale_updates
+from autorank_jax.engine.probe import probe
 from autorank_jax.engine.round import make_round
-from autorank_jax.engine.simulation import init_state, simulate
+from autorank_jax.engine.simulation import History, init_state, simulate
 
 __all__ = [
     "FlopModel",
+    "History",
     "choose_lanes",
     "init_state",
     "make_local_training",
     "make_round",
+    "probe",
+    "scale_updates",
     "simulate",
     "training_flops",
+    "with_penalty",
     "with_proximal_term",
 ]

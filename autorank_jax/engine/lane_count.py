@@ -5,6 +5,7 @@ import numpy as np
 
 from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.engine.flops import training_flops
+from autorank_jax.federated.checks import check_known
 from autorank_jax.types import FederatedData, Task
 
 _STEP_FLOPS = {"cpu": 2.0**25, "gpu": 2.0**34, "tpu": 2.0**34}
@@ -32,6 +33,7 @@ def choose_lanes(
     Raises:
         ValueError: for an unknown platform.
     """
+    check_known("choose_lanes", data)
     platform = platform or jax.default_backend()
     if platform not in _STEP_FLOPS:
         raise ValueError(f"expected a platform among {sorted(_STEP_FLOPS)}, got {platform!r}")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from autorank_jax.adapters.lora import cut, narrow, pad_like, rank_level, rank_masks
+from autorank_jax.engine.optimizers import follow_client
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
 from autorank_jax.federated.participation import Cohort
 from autorank_jax.types import (
@@ -229,7 +230,8 @@ def look_up(level: Level, place: Array) -> Assignment:
 
 
 def _begin(level: Level, assignment: Assignment) -> LocalState:
-    return level.program.local.begin(level.round.state.hparams, assignment.start, assignment.client)
+    local = level.program.local.begin(level.round.state.hparams, assignment.start, assignment.client)
+    return local._replace(optimizer=follow_client(local.optimizer, assignment.noise))
 
 
 def _advance(level: Level, assignment: Assignment, lane: Lanes) -> Lanes:
@@ -249,8 +251,8 @@ def _advance(level: Level, assignment: Assignment, lane: Lanes) -> Lanes:
 def finish(level: Level, assignment: Assignment, local: LocalState, done: Array) -> tuple[Sums, Array, PyTree]:
     """Return one lane's summand, whether its update is finite, and what its client keeps.
 
-    A lane that is not done, or whose update is not finite, sends its start with weight 0; where even the summand is
-    not finite, zeros.
+    A lane that is not done, or whose update or summand is not finite, adds zeros, whatever the rule makes of it; the
+    rule sees its start with weight 0.
     """
     trained = level.program.local.end(local, assignment.client)
     finite = _all_finite(trained)
@@ -261,7 +263,7 @@ def finish(level: Level, assignment: Assignment, local: LocalState, done: Array)
     sums = level.program.aggregator.summand(update, server, level.round.plan)
     kept = level.program.aggregator.client_keep(update, server)
     finite &= _all_finite((sums, kept))  # finite factors may have an infinite product
-    sums = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), sums)
+    sums = jax.tree.map(lambda leaf: jnp.where(done & finite, leaf, 0), sums)
     return sums, finite, pad_like(kept, assignment.client.state)
 
 

@@ -8,6 +8,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from autorank_jax.engine.checks import check_losses
+from autorank_jax.engine.optimizers import (
+    Optimizer,
+    begin_optimizer,
+    make_transformation,
+    params_to_send,
+    step_optimizer,
+)
 from autorank_jax.types import (
     Adapter,
     Array,
@@ -92,11 +100,12 @@ def with_proximal_term(loss: LocalLoss, strength: float) -> LocalLoss:
 
 def make_local_training(
     task: Task,
-    optimizer: optax.GradientTransformation | Callable[[Hparams], optax.GradientTransformation],
+    optimizer: Optimizer,
     *,
     batch_size: int,
     loss: LocalLoss | None = None,
     scale: Scale | None = None,
+    report: Callable[[PyTree, Trainable], Trainable] = params_to_send,
 ) -> LocalTraining:
     """Make the local training of one client.
 
@@ -111,40 +120,53 @@ def make_local_training(
     Args:
         task: the model.
         optimizer: an optax transformation, or a function that makes one of `State.hparams`, such as
-            `lambda h: optax.sgd(h["learning_rate"])`: then a new learning rate compiles nothing.
+            `lambda h: optax.sgd(h["learning_rate"])`: then a new learning rate compiles nothing. It begins anew with
+            every client and round, and so does a schedule inside it; rates by round are `init_state`'s. What optax
+            passes as extra arguments it is given: `value`, `grad`, `value_fn`, `grad_fn`, `obj_fn`. Random keys in its
+            state follow client and round.
         batch_size: examples per step; the last batch of an epoch may be shorter, and its mean is over what is there.
         loss: what clients minimise; the task's own loss where None. What is recorded leaves penalties out.
         scale: LoRA scale by rank, 1 where None.
+        report: `(optimizer state, parameters) -> parameters` that the client sends, for optimisers that train other
+            parameters than they mean; the default knows schedule-free ones and SAM.
 
     Raises:
-        ValueError: if the batch size is below 1.
+        TypeError: for what is no task.
+        ValueError: if the batch size is below 1; when traced, for an optimiser that needs more than it can be given or
+            ignores the state's learning rate, or a loss that is not of shape `(b,)`.
     """
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+    if not isinstance(task, Task):
+        kind = type(task).__name__
+        raise TypeError(f"expected a task, got a {kind}, probably the model itself: task_from_nnx(model)")
     local_loss = loss or from_task_loss(task.loss)
-
-    def transformation(hparams: Hparams) -> optax.GradientTransformation:
-        return optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(hparams)
 
     def begin(hparams: Hparams, start: Trainable, client: Client) -> LocalState:
         params = _rescale(start, client, scale, inverse=True)
-        return LocalState(params, transformation(hparams).init(params))
+        return LocalState(params, begin_optimizer(make_transformation(optimizer, hparams), params))
 
     def step(hparams: Hparams, setting: Setting, state: LocalState, batch: Batch, key: Key) -> tuple[LocalState, Array]:
         def mean_loss(params: Trainable) -> tuple[Array, Array]:
             effective = _rescale(_stop(params, setting.trains), setting.client, scale)
             value = local_loss(setting.frozen, effective, setting.start, batch, key)
             losses, penalty = value if isinstance(value, Penalised) else (value, 0)
+            check_losses(losses, batch.weight.shape[0], "a local loss")
             losses = jnp.where(batch.weight > 0, losses, 0)
             return jnp.sum(losses) / jnp.maximum(jnp.sum(batch.weight).astype(losses.dtype), 1) + penalty, losses
 
-        grads, losses = jax.grad(mean_loss, has_aux=True)(state.params)
-        updates, memory = transformation(hparams).update(grads, state.optimizer, state.params)
+        def value_fn(params: Trainable, *_: Any, obj_fn: Any = None, grad_fn: Any = None) -> Array:  # noqa: ARG001
+            return mean_loss(params)[0]
+
+        (value, losses), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        about = {"value": value, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn, "grad_fn": jax.grad(value_fn)}
+        made = make_transformation(optimizer, hparams)
+        updates, memory = step_optimizer(made, grads, state.optimizer, state.params, **about)
         updates = _mask(updates, setting.client.masks, setting.trains)
         return LocalState(optax.apply_updates(state.params, updates), memory), losses
 
     def end(state: LocalState, client: Client) -> Trainable:
-        return _rescale(state.params, client, scale)
+        return _rescale(report(state.optimizer, state.params), client, scale)
 
     return LocalTraining(begin, step, end, batch_size)
 

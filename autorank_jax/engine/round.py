@@ -8,7 +8,9 @@ from jax import lax
 from jax.sharding import Mesh
 
 from autorank_jax.adapters.lora import level_widths, max_ranks
+from autorank_jax.engine.checks import check_local, check_round, check_rule
 from autorank_jax.engine.lanes import Program, Round, Totals, make_queue, run_queue, steps_of_epochs
+from autorank_jax.engine.optimizers import at_round
 from autorank_jax.engine.sharding import add_up, check_mesh, on_mesh, own_clients
 from autorank_jax.federated.faults import Fault, draw_cohort, round_keys
 from autorank_jax.federated.participation import Cohort, Participation, by_examples, everyone
@@ -56,19 +58,27 @@ def make_round(
         `round(key, state, data) -> (state, info)`. The same `key` serves all rounds: each folds in its number.
 
     Raises:
-        ValueError: if lanes or levels are below 1, or the mesh has other axes than `clients`.
+        TypeError: for what is no local training or no rule, such as one that was not called.
+        ValueError: if lanes or levels are below 1, or the mesh has other axes than `clients`; when traced, for a state
+            of other clients than the data's, or of another rule.
     """
     if mesh is not None:
         check_mesh(mesh)
     for name, value in (("lanes", lanes), ("rank_levels", rank_levels)):
         if value < 1:
             raise ValueError(f"expected {name} >= 1, got {value}")
+    check_local(local)
+    check_rule(aggregator)
 
     def round_fn(key: Key, state: State, data: FederatedData) -> tuple[State, RoundInfo]:
+        check_round(key, state, data, aggregator)
+        hparams, state = state.hparams, state._replace(hparams=at_round(state.hparams, state.round))
         _, training, server_step, _ = round_keys(key, state.round)
         program = Program(local, aggregator, lanes, level_widths(max_ranks(state.server.trainable), rank_levels))
         invited, cohort = draw_cohort(key, state.round, data, participation, faults)
         weights = weigh(data)
+        if weights.shape != data.size.shape:
+            raise ValueError(f"expected one weight of every client, {data.size.shape}, got shape {weights.shape}")
         weights = jnp.where((data.size > 0) & (weights > 0) & jnp.isfinite(weights), weights, 0)
         weight = jnp.where(cohort.present, weights[cohort.row], 0)
 
@@ -92,7 +102,8 @@ def make_round(
         )
         meant = jnp.where(invited.present, weights[invited.row], 0) > 0
         full = steps_of_epochs(state, data, cohort.row, local.batch_size)
-        return state, _describe(totals, cohort, meant, weight > 0, full)._replace(diagnostics=diagnostics)
+        info = _describe(totals, cohort, meant, weight > 0, full)._replace(diagnostics=diagnostics)
+        return state._replace(hparams=hparams), info
 
     return round_fn if mesh is None else on_mesh(round_fn, mesh)
 

@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.tree_util import Partial
 
+from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.engine.checks import check_rule, check_server
 from autorank_jax.types import (
     Aggregator,
     Array,
@@ -21,6 +24,9 @@ from autorank_jax.types import (
     State,
 )
 
+Schedule = Callable[[Array], Array]
+"""Of a hyper-parameter by the number of the round, from 0, as optax makes them."""
+
 
 class History(NamedTuple):
     """What happened, stacked over rounds: scalars only, never per-client arrays."""
@@ -32,9 +38,9 @@ class History(NamedTuple):
 def init_state(
     server: Server,
     aggregator: Aggregator,
-    ranks: Mapping[str, Array],
+    ranks: Mapping[str, Array] | None,
     *,
-    learning_rate: float = 0.01,
+    learning_rate: float | Schedule | None = None,
     local_epochs: int = 1,
     max_epochs: int = 5,
     clients: int | None = None,
@@ -45,32 +51,43 @@ def init_state(
     Args:
         server: the start, usually `task.server`.
         aggregator: the rule, for what it remembers.
-        ranks: by adapter path, `(clients,)` integers in `1..max_rank`.
-        learning_rate: for an optimiser made of `hparams`.
+        ranks: by adapter path, `(clients,)` integers in `1..max_rank`; None: everybody's are the maximum.
+        learning_rate: for an optimiser made of `hparams`, 0.01 where None; or a schedule, a function of the number of
+            the round from 0, such as `optax.cosine_decay_schedule(0.1, 100)`. Another number compiles nothing, another
+            schedule does.
         local_epochs: passes over its data that a client makes each round, ≥ 1.
         max_epochs: epochs per round whose mean loss is kept for every client.
-        clients: how many there are; needed only without adapters, where there are no ranks to tell.
-        **hparams: further numbers that the optimiser is made of.
+        clients: how many there are; needed only where there are no ranks to tell.
+        **hparams: further numbers that the optimiser is made of, or schedules.
 
     Returns:
         A state without weakly typed leaves, so that the next round finds the same types.
 
     Raises:
-        ValueError: if ranks are missing, have unequal lengths, or lie outside `1..max_rank`, or if
+        TypeError: for what is no server or no rule.
+        ValueError: if ranks are missing, no integers, have unequal lengths, or lie outside `1..max_rank`, or if
             local_epochs is below 1.
     """
+    check_server(server)
+    check_rule(aggregator)
     if local_epochs < 1:
         raise ValueError(f"expected local_epochs >= 1, got {local_epochs}")
+    if ranks is None:
+        if clients is None:
+            raise ValueError("expected clients=, got none: there are no ranks to count them by")
+        ranks = (
+            {p: jnp.full(clients or 0, r, jnp.int32) for p, r in max_ranks(server.trainable).items()} if clients else {}
+        )
     clients = _check_ranks(server, ranks, clients)
     dtype = jnp.result_type(float)
-    numbers, server = {"learning_rate": learning_rate, **hparams}, _strong(server)
+    numbers, server = hparams if learning_rate is None else {"learning_rate": learning_rate, **hparams}, _strong(server)
     kept = _strong(aggregator.client_init(server))
     return State(
         server=server,
         aggregator=_strong(aggregator.init(server)),
         ranks={path: jnp.asarray(ranks[path], jnp.int32) for path in sorted(ranks)},
         round=jnp.zeros((), jnp.int32),
-        hparams={name: jnp.asarray(value, dtype) for name, value in numbers.items()}
+        hparams={n: Partial(v) if callable(v) else jnp.asarray(v, dtype) for n, v in numbers.items()}
         | {"local_epochs": jnp.asarray(local_epochs, jnp.int32)},
         epoch_losses=jnp.zeros((clients, max_epochs), dtype),
         epochs=jnp.zeros(clients, jnp.int32),
@@ -94,16 +111,22 @@ def _check_ranks(server: Server, ranks: Mapping[str, Array], clients: int | None
         raise ValueError(f"expected ranks for the adapters {sorted(adapters)}, got {sorted(ranks)}")
     if clients is None:
         if not ranks:
-            raise ValueError("expected clients=, got none: without adapters there are no ranks to count them by")
+            raise ValueError("expected clients=, got none: there are no ranks to count them by")
         clients = jnp.size(next(iter(ranks.values())))
     shapes = {path: jnp.shape(rank) for path, rank in ranks.items()}
     if any(shape != (clients,) for shape in shapes.values()):
         raise ValueError(f"expected ranks of shape (clients,) = ({clients},) for every adapter, got {shapes}")
     for path, rank in ranks.items():
         widest = adapters[path].lora_a.shape[-1]
+        if not jnp.issubdtype(jnp.result_type(rank), jnp.integer):
+            raise ValueError(
+                f"expected integer ranks, got {jnp.result_type(rank)} for {path!r}, probably ratios: ranks_from_ratios "
+                "makes ranks of them"
+            )
         if isinstance(rank, jax.core.Tracer):
             continue
-        least, most = np.min(rank), np.max(rank)  # not jnp: under jit it would trace ranks that are known
+        known = np.asarray(rank)  # in NumPy: under jit, JAX would trace ranks that are known
+        least, most = known.min(), known.max()
         if least < 1 or most > widest:
             raise ValueError(
                 f"expected ranks of {path!r} in 1..{widest}, got {least}..{most}, "

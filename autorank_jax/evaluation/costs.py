@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
+from autorank_jax.adapters.selection import leave_out
 from autorank_jax.engine.flops import FlopModel
 from autorank_jax.types import Adapter, Array, Server, Traffic, Travels
 
@@ -54,7 +55,8 @@ def client_costs(
         (own[p] * (a.lora_a.shape[0] + a.lora_b.shape[1]) for p, a in adapters.items()), np.zeros_like(examples)
     )
     present = np.broadcast_to(np.asarray(attendance, np.float64), examples.shape)
-    up, down = (sent_bytes(way, server, own, present) for way in traffic)
+    travelling = server._replace(trainable=leave_out(server.trainable, traffic.kept))
+    up, down = (sent_bytes(way, travelling, own, present) for way in (traffic.up, traffic.down))
     per_example = flops.base + sum(flops.per_rank[path] * rank for path, rank in own.items())
     return ClientCosts(parameters, up, down, examples * local_epochs * per_example)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from autorank_jax.adapters.lora import cut, level_widths, max_ranks, rank_level, rank_masks
+from autorank_jax.adapters.losses import check_outputs
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
 from autorank_jax.types import (
     Aggregator,
@@ -34,6 +35,7 @@ def classification_metrics(logits: Array, labels: Array) -> dict[str, Array]:
         logits: `(b, classes)`.
         labels: `(b,)` integers.
     """
+    check_outputs("classification_metrics", logits, labels, (2, 1))
     labels = labels.astype(jnp.int32)
     log_p = jax.nn.log_softmax(logits)
     return {
@@ -126,7 +128,15 @@ def label_weighted_accuracy(
 
     Returns:
         `(clients,)` in [0, 1].
+
+    Raises:
+        ValueError: for label counts of other clients than the state's.
     """
+    if label_counts.shape[:1] != state.epochs.shape:
+        raise ValueError(
+            f"expected label counts of the state's {state.epochs.shape[0]} clients, got shape {label_counts.shape}, "
+            "probably statistics of another split"
+        )
     widest = max_ranks(state.server.trainable)
     ladder = level_widths(widest, rank_levels)
     by_class = []

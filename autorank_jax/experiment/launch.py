@@ -137,6 +137,8 @@ def compile_round(round_fn: RoundFn, mesh: Mesh | None, key: Key, state: State, 
     What it takes and returns lies on this process's first device: nobody else need know of a mesh. Data, and
     what the latest round left, are on all devices already and are not copied again.
     """
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        raise ConfigurationError(["expected JAX to compile, got JAX_DISABLE_JIT=1: unset it, runs are compiled ahead"])
     if mesh is None:
         return jax.jit(round_fn).lower(key, state, data).compile()
     placed: dict[int, tuple[Array, Array]] = {}  # by identity of the array: the array, and its copy on all devices

@@ -11,6 +11,14 @@ from autorank_jax.types import PyTree
 INT32_MAX = int(np.iinfo(np.int32).max)
 
 
+def check_known(what: str, tree: PyTree) -> None:
+    """Raise `TypeError` where arrays have no values yet: this runs on the host, once."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise TypeError(
+            f"{what}: expected arrays with values, got traced ones, probably inside jit or vmap: call it outside, once"
+        )
+
+
 def first_few(numbers: np.ndarray) -> str:
     """Name the first few of many."""
     return ", ".join(map(str, numbers[:5].tolist())) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")

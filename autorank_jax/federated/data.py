@@ -14,6 +14,7 @@ from autorank_jax.federated.checks import (
     INT32_MAX,
     check_examples,
     check_ids,
+    check_known,
     check_labels,
     check_order,
     check_range,
@@ -53,6 +54,7 @@ def from_parts(
       >>> data.order.tolist(), data.start.tolist(), data.size.tolist()
       ([4, 0, 1, 2, 3], [0, 2], [2, 3])
     """
+    check_known("from_parts", (inputs, targets, parts, ids))
     n = check_examples(inputs, targets, classes)
     size = part_sizes(parts)
     if not allow_empty and not size.all():
@@ -85,6 +87,7 @@ def from_client_ids(
       >>> data.order.tolist(), data.size.tolist(), data.id.tolist()
       ([1, 3, 0, 2], [2, 2], [3, 7])
     """
+    check_known("from_client_ids", (inputs, targets, client_ids))
     n = check_examples(inputs, targets, classes)
     owner = np.asarray(client_ids)
     if owner.shape != (n,):
@@ -136,6 +139,7 @@ def client_stats(
       >>> client_stats(data).label_counts.tolist()
       [[1, 2, 0], [0, 0, 1]]
     """
+    check_known("client_stats", (data, groups, epoch_losses, epochs, extra, max_ratio))
     size = np.asarray(data.size)
     clients = len(size)
     losses = _columns(epoch_losses, "epoch_losses", clients)

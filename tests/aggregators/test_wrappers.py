@@ -250,7 +250,7 @@ def twice_optimised():
         (lambda: aggregators.with_tail_penalty(len, 0.5, -1.0), "tail penalty >= 0, got -1.0"),
         (lambda: aggregators.with_tail_penalty(len, 0.0, 1.0), r"in \(0, 1\), got 0.0"),
         (lambda: aggregators.with_norm_clipping(aggregators.rbla(), 0.0), "positive max_norm, got 0.0"),
-        (twice_optimised, "a rule with a step, got one with update alone"),
+        (twice_optimised, "a rule without a server optimizer, got one that has it"),
     ],
 )
 def test_wrong_options(call, words):

@@ -87,3 +87,41 @@ def test_denominators_of_a_million_clients_are_right():
 def test_equal_rank_levels_are_compiled_once():
     assert level_widths({"a": 2}, 4) == [{"a": 1}, {"a": 2}]
     assert level_widths({"a": 4, "b": 1}, 4) == [{"a": q, "b": 1} for q in (1, 2, 3, 4)]
+
+
+def unweighted():
+    """A rule that counts clients in place of weighing them: it adds as much for a weight of 0 as for any other."""
+    plain = aggregators.rbla()
+
+    def update(key, sums, state, server):  # noqa: ARG001
+        total, count = sums
+        mean = jax.tree.map(lambda old, leaf: old + leaf / jnp.maximum(count, 1).astype(leaf.dtype), server[0], total)
+        return server._replace(trainable=mean), state
+
+    return plain._replace(
+        summand=lambda update, server, plan: (  # noqa: ARG005
+            jax.tree.map(lambda new, old: new - old + 1, update.trained, update.start),
+            jnp.ones((), jnp.int32),
+        ),
+        update=update,
+    )
+
+
+@pytest.mark.parametrize("lanes", [2, 3])
+def test_lanes_that_are_not_done_count_for_no_rule(lanes):
+    state, data = federation(unweighted())
+    sizes = jnp.array([1, 3, 2, 1], jnp.int32)
+    data = data._replace(
+        inputs=jnp.zeros((7, 1)),
+        targets=jnp.zeros(7, jnp.int32),
+        order=jnp.arange(7, dtype=jnp.int32),
+        start=jnp.cumsum(sizes, dtype=jnp.int32) - sizes,
+        size=sizes,
+    )
+    local = moving([0.1, 0.2, 0.3, 0.4])
+    one, other = (
+        jax.jit(make_round(local, unweighted(), lanes=n))(jax.random.key(0), state, data)[0].server for n in (1, lanes)
+    )
+    for new, old in zip(jax.tree.leaves(other), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(new, old, rtol=1e-6)
+    np.testing.assert_allclose(one.trainable.dense["bias"], 1.25, rtol=1e-6)

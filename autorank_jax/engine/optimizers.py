@@ -1,0 +1,256 @@
+"""Clients' optimisers: what they are made of and given, whose parameters are sent, and random numbers of their own.
+
+A client's optimiser is any optax transformation. It begins anew with every client in every round, so a schedule inside
+it counts local steps and restarts each round; a learning rate by *round* belongs into the state,
+`init_state(..., learning_rate=optax.cosine_decay_schedule(0.1, 100))`.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from autorank_jax.adapters.selection import dense_names
+from autorank_jax.types import Adapter, Array, Hparams, Key, PyTree, Trainable
+
+Optimizer: TypeAlias = "optax.GradientTransformation | Callable[[Hparams], optax.GradientTransformation]"
+"""A client's optimiser, or a function that makes it of `State.hparams`."""
+
+LEARNING_RATE = 0.01
+"""Of an optimiser made of `hparams`, where the state gives none."""
+
+_OWN_KEYS = 0x6F707469  # fold_in tag: keys of optimisers never meet those of steps, whose identities count from 0
+
+
+class _Given(dict):
+    """Hyper-parameters that know whether the learning rate was asked for."""
+
+    asked = False
+
+    def __getitem__(self, name: str) -> Array:
+        self.asked |= name == "learning_rate"
+        if name not in self:
+            raise ValueError(
+                f"expected hparams {sorted(self)}, which the state has, got {name!r} of the optimizer, probably left "
+                f"out: init_state(..., {name}=...)"
+            )
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked |= name == "learning_rate"
+        return super().get(name, default)
+
+    def __iter__(self) -> Iterator[str]:  # of **hparams
+        self.asked = True
+        return super().__iter__()
+
+
+def make_transformation(optimizer: Optimizer, hparams: Hparams) -> optax.GradientTransformationExtraArgs:
+    """Return the optimiser for these hyper-parameters.
+
+    Raises:
+        TypeError: for what is no optimiser.
+        ValueError: if it asks for a number that the state does not have, or the state has a learning rate that it
+            does not look at.
+    """
+    if isinstance(optimizer, optax.GradientTransformation):
+        made, asked = optimizer, False
+    else:
+        given = _Given({"learning_rate": jnp.asarray(LEARNING_RATE, jnp.result_type(float)), **hparams})
+        made, asked = _call(optimizer, given), given.asked
+    if not isinstance(made, optax.GradientTransformation):
+        raise TypeError(
+            f"expected an optimizer as optax makes them, got {type(made).__name__}, probably one of another library, "
+            "or a function that does not return it"
+        )
+    if "learning_rate" in hparams and not asked:
+        raise ValueError(
+            "expected an optimizer that uses the state's learning_rate, got one that ignores it, probably "
+            'optax.sgd(0.1) in place of lambda h: optax.sgd(h["learning_rate"]): change it, or leave learning_rate out '
+            "of init_state"
+        )
+    return optax.with_extra_args_support(made)
+
+
+def _call(optimizer: Callable[[Hparams], Any], given: Hparams) -> Any:
+    try:
+        return optimizer(given)
+    except (AttributeError, TypeError) as error:
+        raise TypeError(
+            f"expected an optimizer, or a function that makes one of hparams, got one that fails with {_first(error)}, "
+            'probably optax.sgd itself: lambda h: optax.sgd(h["learning_rate"])'
+        ) from error
+
+
+def begin_optimizer(optimizer: optax.GradientTransformation, params: Trainable) -> PyTree:
+    """Return the optimiser's first state.
+
+    Raises:
+        ValueError: for an optimiser that wants parameters of another form.
+    """
+    try:
+        return optimizer.init(params)
+    except (AttributeError, KeyError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        raise ValueError(_refusal("start on", error)) from error
+
+
+def step_optimizer(
+    optimizer: optax.GradientTransformationExtraArgs,
+    grads: Trainable,
+    memory: PyTree,
+    params: Trainable,
+    **about_loss: Any,
+) -> tuple[Trainable, PyTree]:
+    """Return the optimiser's updates and its next state.
+
+    Args:
+        optimizer: told the loss too, if it asks: `value`, `grad`, `value_fn` and so on.
+        grads: of the mean loss.
+        memory: its state.
+        params: what they are the gradients of.
+        **about_loss: what optax's extra arguments may ask for.
+
+    Raises:
+        ValueError: for one that needs more than that, or whose state changes its types.
+    """
+    asked = inspect.signature(optimizer.update).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in asked):
+        about_loss = {p.name: about_loss[p.name] for p in asked if p.name in about_loss}
+    try:
+        updates, after = optimizer.update(grads, memory, params, **about_loss)
+    except (AttributeError, KeyError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        raise ValueError(_refusal("make updates of", error)) from error
+    if _structures(after, updates) != _structures(memory, params):
+        raise ValueError(
+            "expected an optimizer whose updates are built like the parameters and whose state like the one before, "
+            "got another structure, probably one made for parameters of its own, such as optax.lookahead: use the "
+            "optimizer inside it"
+        )
+    return updates, jax.tree.map(_keep_type, after, memory)
+
+
+def _first(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['nothing'])[0][:200]}"
+
+
+def _refusal(what: str, error: Exception) -> str:
+    return (
+        f"expected an optimizer of gradients, parameters and the loss, got one that cannot {what} the client's "
+        f"parameters ({_first(error)}), probably one that needs parameters or arguments of its own, "
+        "such as optax.lookahead: use another, or the optimizer inside it"
+    )
+
+
+def _structures(*trees: PyTree) -> tuple:
+    return tuple(map(jax.tree.structure, trees))
+
+
+def _keep_type(new: Array, old: Array) -> Array:
+    new = jnp.asarray(new)
+    return new if new.dtype == old.dtype else new.astype(old.dtype)
+
+
+def params_to_send(memory: PyTree, params: Trainable) -> Trainable:
+    """Return the parameters that an optimiser means, where these are not those that it trains.
+
+    Known are `optax.contrib.schedule_free`, which trains at a point between its average and its last iterate, and
+    `optax.contrib.sam`, which may be at an adversarial point; of any other the parameters themselves are sent.
+    """
+    kinds = (contrib.ScheduleFreeState, contrib.SAMState)
+    for state in jax.tree.leaves(memory, is_leaf=lambda node: isinstance(node, kinds)):
+        if isinstance(state, contrib.ScheduleFreeState):
+            if _structures(state.z) != _structures(params):
+                raise ValueError(
+                    "expected schedule_free of all parameters, got it of a part of them, probably inside "
+                    "optax.partition: say what is sent with make_local_training(report=...)"
+                )
+            params = contrib.schedule_free_eval_params(state, params)
+        elif isinstance(state, contrib.SAMState) and state.cache is not None:
+            away = state.steps_since_sync > 0
+            params = jax.tree.map(lambda kept, now, away=away: jnp.where(away, kept, now), state.cache, params)
+    return params
+
+
+def follow_client(memory: PyTree, key: Key) -> PyTree:
+    """Make the random keys in a fresh optimiser state follow client and round.
+
+    Args:
+        memory: the state, with typed or raw keys.
+        key: of the client in this round.
+    """
+
+    def renew(number: int, leaf: Array) -> Array:
+        if not _is_key(leaf):
+            return leaf
+        word = jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, _OWN_KEYS), number), (), jnp.uint32)
+        return jax.random.fold_in(leaf, word)
+
+    leaves, structure = jax.tree.flatten(memory)
+    return jax.tree.unflatten(structure, [renew(number, leaf) for number, leaf in enumerate(leaves)])
+
+
+def _is_key(leaf: Array) -> bool:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf.ndim == 0
+    return leaf.dtype == jnp.uint32 and leaf.shape == (2,)
+
+
+def scale_updates(
+    *, lora_a: float = 1.0, lora_b: float = 1.0, dense: float = 1.0, layers: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
+    """Scale what an optimiser does to parts of the model: rates by factor and by layer.
+
+    `optax.chain(optax.adam(1e-3), scale_updates(lora_b=16))` is LoRA+ (arXiv 2402.12354), which lets `lora_b` learn
+    faster; `scale_updates(layers={"head*": 0.1})` slows a head down.
+
+    Args:
+        lora_a: factor of the updates of every `lora_a`.
+        lora_b: likewise.
+        dense: of what is trained whole.
+        layers: factors by pattern of the path of an adapter or a dense parameter, times those above; the first
+            pattern that matches counts.
+
+    Raises:
+        ValueError: for a factor that is negative; when it begins, for a pattern that matches nothing.
+    """
+    patterns = dict(layers or {})
+    for name, factor in {"lora_a": lora_a, "lora_b": lora_b, "dense": dense, **patterns}.items():
+        if not factor >= 0:
+            raise ValueError(f"expected factors of updates >= 0, got {factor} for {name!r}")
+
+    def of_layer(path: str) -> float:
+        return next((factor for pattern, factor in patterns.items() if fnmatchcase(path, pattern)), 1.0)
+
+    def init(params: Trainable) -> optax.EmptyState:
+        names = [*params.adapters, *dense_names(params.dense)]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"expected patterns that match a layer or a dense parameter, got {pattern!r}, probably a misspelt "
+                    f"path: there are {sorted(names)}"
+                )
+        return optax.EmptyState()
+
+    def update(updates: Trainable, state: optax.EmptyState, params: Any = None) -> tuple[Trainable, optax.EmptyState]:  # noqa: ARG001
+        adapters = {
+            path: Adapter(a.lora_a * (lora_a * of_layer(path)), a.lora_b * (lora_b * of_layer(path)))
+            for path, a in updates.adapters.items()
+        }
+        leaves, structure = jax.tree.flatten(updates.dense)
+        scaled = [
+            leaf * (dense * of_layer(name)) for name, leaf in zip(dense_names(updates.dense), leaves, strict=True)
+        ]
+        return Trainable(adapters, jax.tree.unflatten(structure, scaled)), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def at_round(hparams: Hparams, number: Array) -> Hparams:
+    """Return the hyper-parameters of a round: schedules are called with its number, from 0."""
+    dtype = jnp.result_type(float)
+    return {n: jnp.asarray(value(number), dtype) if callable(value) else value for n, value in hparams.items()}

@@ -1,0 +1,111 @@
+"""The probe: one local training of every client, thrown away but for the losses that rank policies look at."""
+
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.engine.round import make_round
+from autorank_jax.federated.data import client_stats
+from autorank_jax.types import (
+    Aggregator,
+    ClientStats,
+    FederatedData,
+    Key,
+    LocalTraining,
+    Server,
+    State,
+    Trains,
+)
+
+
+def probe(
+    key: Key,
+    local: LocalTraining,
+    state: State,
+    data: FederatedData,
+    *,
+    epochs: int = 5,
+    ratio: float = 1.0,
+    lanes: int = 1,
+    classes: int | None = None,
+    groups: ArrayLike | None = None,
+    extra: ArrayLike | None = None,
+    max_ratio: ArrayLike | None = None,
+) -> ClientStats:
+    """Train every client once from the server and return the statistics that rank policies look at, losses included.
+
+    Nothing of the training is kept but each client's mean loss by epoch; the state is not changed. What it costs is
+    one local training of `epochs` epochs at the ranks of `ratio`: a probe at a small rank is cheap, and tells as much
+    where curves hardly depend on the rank.
+
+    Args:
+        key: of the batch order and of random layers.
+        local: local training of one client, that of the rounds or any other.
+        state: before the first round, or any later one: for server and hyper-parameters. Its ranks do not matter.
+        data: all clients' examples.
+        epochs: passes over its data that every client makes, ≥ 2, or there is no curve.
+        ratio: rank of every client over the maximum rank, in (0, 1].
+        lanes: clients trained side by side.
+        classes: as in `client_stats`, likewise `groups`, `extra` and `max_ratio`.
+        groups: examples' groups, in place of labels.
+        extra: the user's own criteria.
+        max_ratio: largest rank ratio by device.
+
+    Returns:
+        Statistics of all clients. A client whose training was not finite has no curve, `epochs` 0, and takes the mean
+        of the others in `loss_entropy`; a warning says how many there are.
+
+    Raises:
+        ValueError: for epochs below 2, a ratio outside (0, 1], what `client_stats` refuses, or if no client's training
+            was finite.
+    """
+    if epochs < 2:
+        raise ValueError(f"expected epochs >= 2, got {epochs}: one epoch is no curve")
+    if not 0 < ratio <= 1:
+        raise ValueError(f"expected a ratio in (0, 1], got {ratio}, probably a rank: divide by the maximum")
+    plain = client_stats(data, classes=classes, groups=groups, extra=extra, max_ratio=max_ratio)
+    clients, dtype = data.size.shape[0], state.epoch_losses.dtype
+    widest = max_ranks(state.server.trainable)
+    state = state._replace(
+        aggregator=(),
+        clients=(),
+        ranks={p: jnp.full(clients, max(1, int(ratio * width * (1 + 1e-6))), jnp.int32) for p, width in widest.items()},
+        hparams=state.hparams | {"local_epochs": jnp.asarray(epochs, jnp.int32)},
+        epoch_losses=jnp.zeros((clients, epochs), dtype),
+        epochs=jnp.zeros(clients, jnp.int32),
+    )
+    after, _ = jax.jit(make_round(local, _discard(), lanes=lanes))(key, state, data)
+    known = jnp.all(jnp.isfinite(after.epoch_losses), axis=1)
+    ran = jnp.where(known, after.epochs, 0)
+    _check_finite(np.asarray(ran), np.asarray(data.size))
+    return plain._replace(epoch_losses=jnp.where(known[:, None], after.epoch_losses, 0), epochs=ran)
+
+
+def _discard() -> Aggregator:
+    """Make the rule that lets clients train everything and takes nothing from them."""
+    nothing: Callable[..., tuple] = lambda *_: ()  # noqa: E731
+
+    def keep_server(key: Key, sums: tuple, memory: tuple, server: Server) -> tuple[Server, tuple]:  # noqa: ARG001
+        return server, memory
+
+    return Aggregator(nothing, lambda server, *_: server.trainable, lambda _: Trains(), nothing, keep_server)
+
+
+def _check_finite(epochs: np.ndarray, size: np.ndarray) -> None:
+    """Say how many clients have no curve."""
+    lost = int(np.sum((size > 0) & (epochs == 0)))
+    if lost == int(np.sum(size > 0)):
+        raise ValueError(
+            "expected finite losses of a probe, got none of any client, probably a learning rate too large"
+        )
+    if lost:
+        warnings.warn(
+            f"the training of {lost} of {len(size)} clients was not finite: they have no loss curve and take the mean "
+            "of the others; probably the probe's learning rate is too large",
+            stacklevel=3,
+        )

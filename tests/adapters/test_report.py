@@ -1,0 +1,99 @@
+"""What a task says of the model it was made of: nothing is frozen or stacked in silence."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import autorank_jax as ar
+from autorank_jax.engine.checks import check_losses
+from autorank_jax.types import Batch
+
+
+class Own(nnx.Linear):
+    """A subclass, whose call might be anything."""
+
+
+class Foreign(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones((4, 4)))
+
+    def __call__(self, x):
+        return x @ self.w[...]
+
+
+class Mixed(nnx.Module):
+    def __init__(self, rngs=None):
+        rngs = rngs or nnx.Rngs(0)
+        self.known, self.own, self.foreign = nnx.Linear(4, 4, rngs=rngs), Own(4, 4, rngs=rngs), Foreign()
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.foreign(self.own(self.drop(self.known(x))))
+
+
+class Stacked(nnx.Module):
+    def __init__(self):
+        make = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs), in_axes=0, out_axes=0)
+        self.layers = make(nnx.Rngs(0).split(3))
+
+    def __call__(self, x):
+        return nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(self.layers, x).sum(0)
+
+
+def test_layers_without_an_adapter_are_told():
+    with pytest.warns(
+        UserWarning, match="'foreign' because Foreign is no layer.*'own' because Own is a subclass of Lin"
+    ):
+        task = ar.task_from_nnx(Mixed(), max_rank=2)
+    report = task.report
+    assert report.adapted == {"known": 2}
+    assert set(report.dense) == {"known/bias", "own/bias"}
+    assert {"own/kernel", "foreign/w"} <= set(report.frozen)
+    assert "not adapted: own, because Own is a subclass of Linear, whose call may differ" in str(report)
+    chosen = ar.task_from_nnx(Mixed(), max_rank={"known": 2})  # asked for, so nothing is warned about
+    assert set(chosen.report.unadapted) == {"own", "foreign"}
+
+
+def test_linen_and_functions_tell_too():
+    module = nn.Sequential([nn.Dense(4), nn.ConvTranspose(2, (3,))])
+    x = jnp.ones((1, 5, 4))
+    with pytest.warns(UserWarning, match="because ConvTranspose is no layer that can be adapted"):
+        task = ar.task_from_linen(module, module.init(jax.random.key(0), x), x, max_rank=2)
+    assert len(task.report.unadapted) == 1
+    params = {"w": jnp.ones((4, 3)), "cube": jnp.ones((2, 2, 2))}
+    task = ar.task_from_function(lambda p, x: x @ p["w"], params, max_rank=1)
+    assert task.report.unadapted == {"cube": "it has 3 axes, and a function is given adapters on matrices alone"}
+
+
+def test_stacked_layers_are_refused():
+    with pytest.raises(
+        ValueError, match=r"'layers': expected a weight of 2 axes, got shape \(3, 4, 4\), probably.*vmap"
+    ):
+        ar.task_from_nnx(Stacked(), max_rank=2)
+
+
+def test_predict_with_a_key_is_training():
+    task = ar.task_from_nnx(Mixed(), max_rank={"known": 2})
+    server, x = task.server, jnp.ones((2, 4))
+    still, one, two = (
+        task.predict(server.frozen, server.trainable, x, *key) for key in ((), *((jax.random.key(n),) for n in (1, 2)))
+    )
+    assert not jnp.allclose(still, one)
+    assert not jnp.allclose(one, two)
+    assert jnp.array_equal(one, task.predict(server.frozen, server.trainable, x, jax.random.key(1)))
+
+
+def test_models_of_several_outputs_are_told_to_choose():
+    task = ar.task_from_function(lambda p, x: (x @ p["w"], x), {"w": jnp.ones((4, 3))}, max_rank=1)
+    batch = Batch(jnp.ones((2, 4)), jnp.zeros(2, jnp.int32), jnp.ones(2))
+    with pytest.raises(TypeError, match="classification_loss: expected outputs as one array, got a tuple, probably"):
+        task.loss(task.server.frozen, task.server.trainable, batch, jax.random.key(0))
+    with pytest.raises(ValueError, match="expected outputs of 2 axes and targets of 1, got shapes"):
+        ar.classification_loss(jnp.ones((2, 3)), jax.nn.one_hot(jnp.zeros(2, jnp.int32), 3))
+    with pytest.raises(ValueError, match="regression_loss: expected outputs and targets of one shape"):
+        ar.regression_loss(jnp.ones((2, 3)), jnp.ones((2, 2)))
+    with pytest.raises(ValueError, match="probably a loss that keeps more axes"):
+        check_losses(optax.l2_loss(jnp.ones((2, 3))), 2, "a loss")

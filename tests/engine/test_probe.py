@@ -1,0 +1,92 @@
+"""The public probe: loss curves for rank policies, nothing else kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import autorank_jax as ar
+from autorank_jax.engine import local
+from autorank_jax.types import Trains
+from tests.engine.test_optimizers import CLIENTS, data, task
+
+EPOCHS = 3
+
+
+def training(optimizer=None, **options):
+    return ar.make_local_training(task(), optimizer or optax.sgd(0.3), batch_size=4, **options)
+
+
+def start(rule=None):
+    return ar.init_state(task().server, rule or ar.aggregators.rbla(), None, clients=CLIENTS, max_epochs=EPOCHS)
+
+
+def round_losses(ranks):
+    """What one ordinary round records."""
+    state = start()
+    state = state._replace(ranks={"layers/0": jnp.full(CLIENTS, ranks, jnp.int32)})
+    state = state._replace(hparams=state.hparams | {"local_epochs": jnp.asarray(EPOCHS, jnp.int32)})
+    return jax.jit(ar.make_round(training(), ar.aggregators.rbla()))(jax.random.key(4), state, data())[0].epoch_losses
+
+
+def test_the_default_policy_works_with_the_probe():
+    stats = ar.probe(jax.random.key(4), training(), start(), data(), epochs=EPOCHS)
+    np.testing.assert_allclose(stats.epoch_losses, round_losses(2), rtol=1e-6)
+    np.testing.assert_array_equal(stats.epochs, [EPOCHS] * CLIENTS)
+    plain = ar.client_stats(data())
+    np.testing.assert_array_equal(stats.label_counts, plain.label_counts)
+    ratios, info = ar.policies.autorank()(jax.random.key(0), stats)
+    assert ratios.shape == (CLIENTS,)
+    assert info.matrix.shape[1] == 5
+
+
+def test_a_probe_at_a_small_rank_under_any_rule():
+    """The rule of the state does not matter, not even one that freezes a factor or keeps clients' models."""
+    stats = [
+        ar.probe(jax.random.key(4), training(), start(rule), data(), epochs=EPOCHS, ratio=0.5, lanes=2)
+        for rule in (ar.aggregators.ffa_lora(), ar.aggregators.local_only())
+    ]
+    np.testing.assert_allclose(stats[0].epoch_losses, round_losses(1), rtol=1e-6)
+    np.testing.assert_array_equal(stats[0].epoch_losses, stats[1].epoch_losses)
+    assert not np.allclose(stats[0].epoch_losses[:, 1:], round_losses(2)[:, 1:])
+    assert ar.aggregators.ffa_lora().trains(()) == Trains(lora_a=False)
+
+
+def exploding(clients):
+    """A loss that is infinite for the clients of these labels."""
+
+    def loss(frozen, trainable, start, batch, key):
+        losses = local.from_task_loss(task().loss)(frozen, trainable, start, batch, key)
+        return jnp.where(jnp.any(batch.inputs[:, 0] > clients), jnp.inf, losses)
+
+    return loss
+
+
+def test_clients_without_a_curve_are_told():
+    highest = [float(np.max(np.asarray(data().inputs)[8 * k : 8 * k + 8, 0])) for k in range(CLIENTS)]
+    between = sum(sorted(highest)[-2:]) / 2
+    with pytest.warns(UserWarning, match="the training of 1 of 3 clients was not finite: they have no loss curve"):
+        stats = ar.probe(jax.random.key(4), training(loss=exploding(between)), start(), data(), epochs=2)
+    assert sorted(stats.epochs.tolist()) == [0, 2, 2]
+    with pytest.raises(ValueError, match="expected finite losses of a probe, got none of any client, probably a learn"):
+        ar.probe(jax.random.key(4), training(loss=exploding(-99.0)), start(), data(), epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"epochs": 1}, "expected epochs >= 2, got 1"), ({"ratio": 4}, r"expected a ratio in \(0, 1\], got 4, probably")],
+)
+def test_mistakes_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ar.probe(jax.random.key(0), training(), start(), data(), **options)
+
+
+def test_a_probe_inside_jit_is_refused():
+    examples, state = data(), start()
+    with pytest.raises(
+        TypeError, match="client_stats: expected arrays with values, got traced ones, probably inside j"
+    ):
+        jax.eval_shape(lambda d: ar.client_stats(d).size, examples)
+    with pytest.raises(TypeError, match="expected arrays with values, got traced ones, probably inside jit"):
+        jax.eval_shape(lambda d: ar.probe(jax.random.key(0), training(), state, d).size, examples)
