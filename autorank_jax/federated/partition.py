@@ -248,7 +248,7 @@ def holdout(parts: Sequence[ArrayLike], fraction: float, *, seed: Seed) -> tuple
 
     Returns:
       (training parts, held-out parts). Clients of fewer than `1 / fraction` examples hold out none: build their data
-      with `federated_data.from_parts(..., allow_empty=True)`.
+      with `data.from_parts(..., allow_empty=True)`.
 
     Raises:
       ValueError: fraction outside its range, or parts that are not vectors of integers.

@@ -13,7 +13,7 @@ author's later public code or result files, **[D]** our decision, a default with
 4. **Rank**: `r = max(1, ⌊ρ R⌋)`, `ρ = ρ_min + (1 - ρ_min) s` with the min-max scaled score `s` [S], `ρ_min = 0.1` [D], truncation [R].
 5. **Local model**: `y = x W + (x A) diag(m) B + b`; `W` frozen, `A` Kaiming-uniform, `B` zero, biases trained, scale 1 [R].
 6. **Aggregation**: RBLA (arXiv 2408.08699) averages each rank position over the clients that own it [S; that AutoRank uses it: R].
-   Here the default is `raflora`, which averages products instead, as [the study](#what-the-study-says) recommends [D].
+   Here the default is `raflora`, which averages products instead, as the study in README recommends [D].
 
 The staircase split of the author's files [R] nests classes and sizes, so that *any* rule that grows with size gives nearly the
 same ranks. Conclusions need random splits, equal budgets, shuffled ranks and several seeds.

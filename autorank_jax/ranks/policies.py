@@ -38,7 +38,7 @@ def autorank(
     `ρ_i = ρ_min + (1 - ρ_min) (C_i - min C) / (max C - min C)`, and 1 for everyone where all scores are equal.
 
     Args:
-        criteria: names in `complexity.CRITERIA` or functions `ClientStats -> (clients,)`; the columns of `stats.extra`
+        criteria: names in `criteria.CRITERIA` or functions `ClientStats -> (clients,)`; the columns of `stats.extra`
             are appended.
         min_ratio: `ρ_min` in (0, 1], the ratio of the least complex client.
         normalization: of TOPSIS, "vector" or "minmax".
