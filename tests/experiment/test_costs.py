@@ -73,7 +73,7 @@ def test_pruned_ranks_are_charged(federation):
 def test_steps_and_examples_leave_excluded_clients_out(federation):
     sizes = np.asarray(federation.data.size)
     broken = np.arange(8) == int(np.argmax(sizes))
-    local = make_local_training(federation.task, optax.sgd(0.1), batch_size=16)
+    local = make_local_training(federation.task, lambda h: optax.sgd(h["learning_rate"]), batch_size=16)
     for rule in (aggregators.rbla(), aggregators.owner_merge()):  # the latter trains again without the broken
         state = start_state(UNLUCKY, federation, rule)
         round_fn = jax.jit(make_round(with_nan_clients(local, broken), rule, lanes=2))
