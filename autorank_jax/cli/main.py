@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not jax.distributed.is_initialized():
             raise
         if isinstance(error, jax.errors.JaxRuntimeError):
-            code = _say(4, [f"{_LOST}: {error}".splitlines()[0]])
+            code = _say(4, [f"{_LOST}; go on with --resume: {error}".splitlines()[0]])
         else:
             traceback.print_exc()
             code = _say(1, [str(error).partition("\n")[0]])

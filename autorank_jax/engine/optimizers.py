@@ -27,6 +27,10 @@ LEARNING_RATE = 0.01
 _OWN_KEYS = 0x6F707469  # fold_in tag: keys of optimisers never meet those of steps, whose identities count from 0
 
 
+_FAILURES = (AttributeError, KeyError, TypeError, ValueError, AssertionError, NotImplementedError)
+"""What optimisers raise, when traced, on parameters or arguments that they were not made for."""
+
+
 class _Given(dict):
     """Hyper-parameters that know whether the learning rate was asked for."""
 
@@ -95,7 +99,7 @@ def begin_optimizer(optimizer: optax.GradientTransformation, params: Trainable) 
     """
     try:
         return optimizer.init(params)
-    except (AttributeError, KeyError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+    except _FAILURES as error:
         raise ValueError(_refusal("start on", error)) from error
 
 
@@ -123,7 +127,7 @@ def step_optimizer(
         about_loss = {p.name: about_loss[p.name] for p in asked if p.name in about_loss}
     try:
         updates, after = optimizer.update(grads, memory, params, **about_loss)
-    except (AttributeError, KeyError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+    except _FAILURES as error:
         raise ValueError(_refusal("make updates of", error)) from error
     if _structures(after, updates) != _structures(memory, params):
         raise ValueError(

@@ -75,9 +75,7 @@ def init_state(
     if ranks is None:
         if clients is None:
             raise ValueError("expected clients=, got none: there are no ranks to count them by")
-        ranks = (
-            {p: jnp.full(clients or 0, r, jnp.int32) for p, r in max_ranks(server.trainable).items()} if clients else {}
-        )
+        ranks = {path: jnp.full(clients, rank, jnp.int32) for path, rank in max_ranks(server.trainable).items()}
     clients = _check_ranks(server, ranks, clients)
     dtype = jnp.result_type(float)
     numbers, server = hparams if learning_rate is None else {"learning_rate": learning_rate, **hparams}, _strong(server)

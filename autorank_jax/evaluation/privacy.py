@@ -8,13 +8,14 @@ A fixed size: by one client in place of another.
 import functools
 from typing import Any
 
-_LARGEST_NOISE = 1000.0
+_LEAST_NOISE = 0.2
+"""Below it a privacy loss distribution needs much memory to tell that hardly anything is protected."""
 
 
 def spent_epsilon(
     noise_multiplier: float, rounds: int, delta: float, *, rate: float, clients: int | None = None
 ) -> float:
-    """Return ε after some rounds.
+    """Return ε after some rounds; an upper bound where the noise multiplier is below 0.2.
 
     Args:
         noise_multiplier: σ of the noise over the clipping norm; ε is infinite where it is 0.
@@ -34,13 +35,13 @@ def spent_epsilon(
         return 0.0
     if noise_multiplier == 0:
         return float("inf")
-    accountant = _accountant(clients)
+    accountant = _accountant(clients, precise=noise_multiplier >= _LEAST_NOISE)
     accountant.compose(_event(noise_multiplier, rounds, rate, clients))
     return float(accountant.get_epsilon(delta))
 
 
 def calibrated_noise(epsilon: float, rounds: int, delta: float, *, rate: float, clients: int | None = None) -> float:
-    """Return the smallest noise multiplier with which the rounds spend at most ε.
+    """Return the smallest noise multiplier of at least 0.2, to within 0.001, with which the rounds spend at most ε.
 
     Args:
         epsilon: ε > 0, finite.
@@ -51,23 +52,29 @@ def calibrated_noise(epsilon: float, rounds: int, delta: float, *, rate: float, 
 
     Raises:
         ImportError: without `dp-accounting`.
-        ValueError: for numbers out of range, or a budget so small that no noise up to 1,000 keeps it.
+        ValueError: for numbers out of range, or a budget so small that no noise keeps it.
     """
     _check(rounds, delta, rate)
     if not 0 < epsilon < float("inf") or rounds < 1:
         raise ValueError(f"expected a finite epsilon above 0 and at least one round, got {epsilon} and {rounds}")
-    if spent_epsilon(_LARGEST_NOISE, rounds, delta, rate=rate, clients=clients) > epsilon:
+    library = _library()
+    if spent_epsilon(_LEAST_NOISE, rounds, delta, rate=rate, clients=clients) <= epsilon:
+        return _LEAST_NOISE
+    try:
+        return float(
+            library.calibrate_dp_mechanism(
+                lambda: _accountant(clients),
+                lambda noise: _event(noise, rounds, rate, clients),
+                epsilon,
+                delta,
+                library.LowerEndpointAndGuess(_LEAST_NOISE, 1.0),
+                tol=1e-3,
+            )
+        )
+    except library.mechanism_calibration.NoBracketIntervalFoundError:
         raise ValueError(
             f"epsilon: expected a budget that noise can keep, got {epsilon} for {rounds} rounds: too small"
-        )
-    low, high = 0.0, _LARGEST_NOISE
-    while high - low > 1e-3 * high:  # ε falls with the noise
-        middle = (low * high) ** 0.5 if low else high / 4
-        if spent_epsilon(middle, rounds, delta, rate=rate, clients=clients) <= epsilon:
-            high = middle
-        else:
-            low = middle
-    return high
+        ) from None
 
 
 def _check(rounds: int, delta: float, rate: float) -> None:
@@ -88,11 +95,11 @@ def _library() -> Any:
     return dp_accounting
 
 
-def _accountant(clients: int | None) -> Any:
+def _accountant(clients: int | None, *, precise: bool = True) -> Any:
     library = _library()
-    if clients is None:
-        return library.pld.PLDAccountant()
-    return library.rdp.RdpAccountant(neighboring_relation=library.NeighboringRelation.REPLACE_ONE)
+    if clients is not None:
+        return library.rdp.RdpAccountant(neighboring_relation=library.NeighboringRelation.REPLACE_ONE)
+    return library.pld.PLDAccountant() if precise else library.rdp.RdpAccountant()
 
 
 def _event(noise_multiplier: float, rounds: int, rate: float, clients: int | None) -> Any:

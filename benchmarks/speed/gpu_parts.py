@@ -93,7 +93,7 @@ def speed(name: str, *, rehearse: bool) -> Rows:
     """Time a workload at several numbers of lanes beside hand-written engines, in turns."""
     workload = workloads.make_workload(name, quick=rehearse)
     clients = workload.data.size.shape[0]
-    lanes = sorted({min(count, clients) for count in ((1, 2) if rehearse else (*LANES, workload.lanes))})
+    lanes = sorted({min(count, clients) for count in (*((1,) if rehearse else LANES), workload.lanes)})
     makers: dict[str, Callable[[], competitors.Entry]] = {
         f"ours, {count} lanes": functools.partial(competitors.make_ours, workload, count) for count in lanes
     }
@@ -104,7 +104,7 @@ def speed(name: str, *, rehearse: bool) -> Rows:
         entries = dict(zip(makers, pool.map(lambda make: make(), makers.values()), strict=True))
     seconds = harness.alternate({n: e.run for n, e in entries.items()}, 1 if rehearse else REPEATS)
     chosen, examples = f"ours, {min(workload.lanes, clients)} lanes", workloads.examples_per_round(workload)
-    ours = entries.get(chosen, entries[f"ours, {lanes[-1]} lanes"]).values()
+    ours = entries[chosen].values()
     for competitor, entry in entries.items():
         measured = harness.summary(seconds[competitor])
         another = competitor == "centralised"  # another model
@@ -125,9 +125,7 @@ def scale(*, rehearse: bool) -> Rows:
     """Time one program from a thousand clients to a million that share the same number of examples."""
     total = 2_000 if rehearse else EXAMPLES
     for clients in (100, 1_000) if rehearse else CLIENTS:
-        model, examples = workloads.mlp((64, 128, 10), (8, 8)), max(1, total // clients)
-        data, ranks = workloads.few_shot_clients(clients, examples), workloads.alternating_ranks(model, clients)
-        workload = workloads.assemble("scale", model, data, ranks, batch_size=4)
+        workload = workloads.make_scale(clients, total)
         arguments = competitors.arguments_of(workload)
         round_fn = make_round(workload.local, workload.rule, lanes=workload.lanes)
         program, compile_seconds = harness.compiled(round_fn, *arguments)
@@ -136,7 +134,7 @@ def scale(*, rehearse: bool) -> Rows:
             "clients": clients,
             "lanes": workload.lanes,
             "seconds_per_round": float(np.median(seconds)),
-            "microseconds_per_example": 1e6 * float(np.median(seconds)) / (clients * examples),
+            "microseconds_per_example": 1e6 * float(np.median(seconds)) / workloads.examples_per_round(workload),
             "compile_seconds": compile_seconds,
             "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
             "peak_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
@@ -183,17 +181,10 @@ def precision(name: str, *, rehearse: bool) -> Rows:
             programs[how], _ = harness.compiled(round_fn, *arguments)
     turns = {how: functools.partial(program, *arguments) for how, program in programs.items()}
     seconds = harness.alternate(turns, 1 if rehearse else REPEATS)
-    servers = {how: jax.tree.map(np.asarray, program(*arguments)[0].server) for how, program in programs.items()}
+    trained = {how: competitors.trained_values(program(*arguments)[0]) for how, program in programs.items()}
     for how, turn in seconds.items():
-        gap = difference_of_trained(servers[how], servers["float32"])
+        gap = competitors.difference(trained["float32"], trained[how])
         yield {"workload": name, "precision": how, "seconds_per_round": float(np.median(turn)), "difference": gap}
-
-
-def difference_of_trained(one: Server, other: Server) -> float:
-    """Return the relative difference of all trained numbers together."""
-    pairs = list(zip(jax.tree.leaves(one.trainable), jax.tree.leaves(other.trainable), strict=True))
-    gap, size = sum(float(np.sum((a - b) ** 2)) for a, b in pairs), sum(float(np.sum(b**2)) for _, b in pairs)
-    return (gap / max(size, 1e-30)) ** 0.5
 
 
 def svd(*, rehearse: bool) -> Rows:

@@ -62,7 +62,7 @@ NO_LAUNCH = {
 }  # fmt: skip
 """Instructions of a compiled program that start nothing on the device."""
 
-LIBRARIES = ("__cu", "cu")
+LIBRARIES = ("__cu", "cublas", "cudnn", "cufft", "cusolver", "cusparse")
 """How the names of library calls begin: cuBLAS, cuDNN, cuSOLVER and the like."""
 
 COLUMNS = {

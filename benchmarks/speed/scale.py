@@ -46,10 +46,8 @@ def memory(field: str) -> int:
 
 def measure(clients: int, total: int, repeats: int) -> harness.Row:
     """Time one number of clients, in this process."""
-    examples = max(1, total // clients)
-    model = workloads.mlp((64, 128, 10), (8, 8))
-    data = workloads.few_shot_clients(clients, examples)
-    workload = workloads.assemble("scale", model, data, workloads.alternating_ranks(model, clients), batch_size=4)
+    workload = workloads.make_scale(clients, total)
+    examples = workloads.examples_per_round(workload) // clients
     arguments = arguments_of(workload)
     round_fn = make_round(workload.local, workload.rule, lanes=workload.lanes)
     program, compile_seconds = harness.compiled(round_fn, *arguments)

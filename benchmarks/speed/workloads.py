@@ -148,6 +148,12 @@ def make_tiny(clients: int, quick: bool) -> Workload:
     return assemble("tiny", model, data, ranks, batch_size=10)
 
 
+def make_scale(clients: int, total: int) -> Workload:
+    """Let clients share a total of synthetic examples equally, at least one each."""
+    model, data = mlp((64, 128, 10), (8, 8)), few_shot_clients(clients, max(1, total // clients))
+    return assemble("scale", model, data, alternating_ranks(model, clients), batch_size=4)
+
+
 def make_staircase(quick: bool) -> Workload:
     dataset, model = fashion_mnist(quick), mlp(SIZES, MAX_RANKS)
     data = clients_of(dataset, partition.staircase(dataset.y_train, seed=0))

@@ -53,6 +53,10 @@ def test_calibrated_noise_keeps_the_budget_and_no_more(epsilon, clients):
 
 
 def test_the_ends():
+    weak, weaker = (spent_epsilon(noise, 10, 1e-5, rate=0.1) for noise in (0.2, 1e-4))
+    assert weak < weaker < float("inf")
+    for clients in (None, 1000):
+        assert calibrated_noise(1e5, 10, 1e-5, rate=0.1, clients=clients) == 0.2
     assert spent_epsilon(1.0, 0, 1e-5, rate=0.1) == 0
     assert spent_epsilon(0.0, 3, 1e-5, rate=0.1) == float("inf")
 

@@ -84,6 +84,11 @@ def test_a_compiled_round_takes_and_returns_what_lies_here():
     assert len(seen) == 1
 
 
+def test_without_compilation_a_run_says_so():
+    with jax.disable_jit(), pytest.raises(ConfigurationError, match="JAX_DISABLE_JIT=1: unset it"):
+        launch.compile_round(lambda *given: given, None, jax.random.key(0), jnp.zeros(3), jnp.ones(3))
+
+
 # -------------------------------------------------------------------------------------------------------- two processes
 
 
