@@ -117,6 +117,7 @@ def test_pruned_ranks_are_those_of_the_rule():
     np.testing.assert_array_equal(found["tall"], RANKS["tall"])
 
 
+@pytest.mark.slow
 def test_clients_own_models_are_tested():
     """Two clients whose labels contradict each other agree with a head of their own only."""
     rng = np.random.default_rng(0)

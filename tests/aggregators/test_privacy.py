@@ -111,6 +111,7 @@ def test_without_noise_and_bound_the_rule_is_itself_bit_for_bit(name):
     assert info.participants == 5
 
 
+@pytest.mark.slow
 @in_64_bit
 def test_what_is_not_finite_is_left_out_and_the_denominator_stays():
     rule, broken = private("rbla", clip=1e6), np.array([0, 2, 0, 0, 1, 0])

@@ -30,6 +30,7 @@ def round_losses(ranks):
     return jax.jit(ar.make_round(training(), ar.aggregators.rbla()))(jax.random.key(4), state, data())[0].epoch_losses
 
 
+@pytest.mark.slow
 def test_the_default_policy_works_with_the_probe():
     stats = ar.probe(jax.random.key(4), training(), start(), data(), epochs=EPOCHS)
     np.testing.assert_allclose(stats.epoch_losses, round_losses(2), rtol=1e-6)
@@ -63,6 +64,7 @@ def exploding(clients):
     return loss
 
 
+@pytest.mark.slow
 def test_clients_without_a_curve_are_told():
     highest = [float(np.max(np.asarray(data().inputs)[8 * k : 8 * k + 8, 0])) for k in range(CLIENTS)]
     between = sum(sorted(highest)[-2:]) / 2
