@@ -119,12 +119,18 @@ class ClientStats(NamedTuple):
     where: Array  # (clients,) bool; absent clients count nowhere
 
 
+@jax.tree_util.register_static
+class Names(tuple[str, ...]):
+    """Names that are part of a pytree's structure, so that they go through jit beside arrays."""
+
+
 class RankInfo(NamedTuple):
     """What a rank policy has to say about its ratios. Policies that do not score report zeros of width 0."""
 
     matrix: Array  # (clients, criteria)
     weights: Array  # (criteria,)
     closeness: Array  # (clients,)
+    criteria: Names = Names()  # of the columns
 
 
 RankPolicy = Callable[[Key, ClientStats], tuple[Array, RankInfo]]  # ratios (clients,) or (clients, layers) in (0, 1]

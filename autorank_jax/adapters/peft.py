@@ -2,21 +2,27 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax.types import Adapter, Server, Task
+from autorank_jax.types import Adapter, Array, Server, Task
 
 Names = Callable[[str], str | None]
 """Path of a layer -> name of the module in PyTorch, None for what the PyTorch model does not have."""
 
 
 def export_peft(
-    path: str | Path, task: Task, server: Server, *, names: Names | None = None, base_model: str | None = None
+    path: str | Path,
+    task: Task,
+    server: Server,
+    *,
+    ranks: Mapping[str, int | Array] | None = None,
+    names: Names | None = None,
+    base_model: str | None = None,
 ) -> Path:
     """Write the adapters as `adapter_model.safetensors` and `adapter_config.json`, as Hugging Face PEFT reads them.
 
@@ -27,7 +33,10 @@ def export_peft(
     Args:
         path: of a folder, made where it does not exist.
         task: made of an NNX model with linear, convolutional and embedding layers.
-        server: the global model, such as `state.server`.
+        server: the global model, such as `state.server`; for a model of a client's own, `state.server` with its
+            `trainable`.
+        ranks: by adapter path, the rank in 1..max_rank to which the factors are cut, as a client trains them:
+            `{path: ranks[client] for path, ranks in state.ranks.items()}`. Whole where None.
         names: module names in PyTorch, such as `text.bert_name`; the path with dots where None. Where it gives None for
             a layer that was trained whole, that is left out.
         base_model: name or path of the base model, for the config.
@@ -38,7 +47,7 @@ def export_peft(
     Raises:
         ImportError: without the package safetensors.
         ValueError: if the task was built by hand, if the rule has changed the base weights, if two layers get one name,
-            or if a parameter trained whole has no counterpart.
+            if a parameter trained whole has no counterpart, or for ranks of other layers or out of range.
     """
     try:
         from safetensors.numpy import save_file  # noqa: PLC0415  optional
@@ -46,6 +55,7 @@ def export_peft(
         message = "expected the package 'safetensors' for this, got none: pip install 'autorank-jax[text]'"
         raise ImportError(message) from error
     _check(task, server)
+    server = server if ranks is None else _cut(server, ranks)
     modules = _module_names(server, names or (lambda layer: layer.replace("/", ".")))
     tensors, ranks = {}, {}
     for layer, adapter in server.trainable.adapters.items():
@@ -73,6 +83,23 @@ def _check(task: Task, server: Server) -> None:
             f"expected the base weights that the task began with, got others for {changed}, probably from a rule that "
             "merges into the base: the adapters alone are not the model, use merge"
         )
+
+
+def _cut(server: Server, ranks: Mapping[str, int | Array]) -> Server:
+    """Leave the first rank positions of every adapter."""
+    adapters = server.trainable.adapters
+    if ranks.keys() != adapters.keys():
+        raise ValueError(f"ranks: expected one for each of {sorted(adapters)}, got {sorted(ranks)}")
+    cut = {}
+    for layer, adapter in adapters.items():
+        rank, largest = np.asarray(ranks[layer]), adapter.lora_a.shape[-1]
+        if rank.shape or not np.issubdtype(rank.dtype, np.integer) or not 1 <= rank <= largest:
+            raise ValueError(
+                f"ranks[{layer!r}]: expected a whole number in 1..{largest}, got {ranks[layer]}, probably the ranks of "
+                "all clients, or a ratio"
+            )
+        cut[layer] = Adapter(adapter.lora_a[..., :rank], adapter.lora_b[..., :rank, :])
+    return server._replace(trainable=server.trainable._replace(adapters=cut))
 
 
 def _module_names(server: Server, names: Names) -> dict[str, str]:

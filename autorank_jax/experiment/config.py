@@ -10,7 +10,7 @@ import optax
 
 from autorank_jax import aggregators, datasets
 from autorank_jax.federated import partition
-from autorank_jax.ranks.criteria import CRITERIA
+from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
 from autorank_jax.types import Aggregator
 
 AGGREGATORS: Mapping[str, Callable[..., Aggregator]] = aggregators.RULES
@@ -158,7 +158,7 @@ class Experiment:
     @property
     def probed(self) -> bool:
         """Whether a probe must be run."""
-        return "loss_entropy" in self.criteria and self.scored
+        return self.scored and not NEEDS_LOSSES.isdisjoint(self.criteria)
 
     @property
     def cohort(self) -> int:

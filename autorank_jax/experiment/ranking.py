@@ -14,6 +14,7 @@ from autorank_jax.experiment.costs import probe_flops
 from autorank_jax.experiment.results import Scores
 from autorank_jax.experiment.setup import Federation
 from autorank_jax.ranks import budgets, complexity_matrix, controls, policies
+from autorank_jax.ranks.criteria import NEEDS_LOSSES
 from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy, State, Task
 
 PROBE_POLICIES = ("autorank", "covered", "shuffled", "reversed")
@@ -97,10 +98,10 @@ def score_clients(
     if curves is not None:
         stats = stats._replace(epoch_losses=curves[0], epochs=curves[1])
     ranked, info = ranking(federation.keys["policy"], stats)
-    criteria = tuple(c for c in experiment.criteria if c != "loss_entropy" or experiment.probed)
+    criteria = tuple(c for c in experiment.criteria if c not in NEEDS_LOSSES or experiment.probed)
     weights = closeness = None
     if info is not None:
-        matrix, weights, closeness = map(np.asarray, info)
+        matrix, weights, closeness = map(np.asarray, info[:3])
     elif criteria:
         matrix = np.asarray(complexity_matrix(stats, criteria=criteria))
     else:

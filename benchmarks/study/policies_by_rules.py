@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from autorank_jax.experiment import Experiment
 from autorank_jax.experiment.config import GLOBAL_RULES
-from autorank_jax.ranks.criteria import CRITERIA
+from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
 from benchmarks import harness
 from benchmarks.study import questions
 from benchmarks.study.cell_file import CellFile
@@ -52,7 +52,7 @@ POLICIES: Mapping[str, str] = {
 }
 PAIR = ("autorank", "uniform_bytes")
 CRITERIA_ALONE: Mapping[str, Mapping[str, Any]] = {
-    "without loss_entropy": {"criteria": tuple(name for name in CRITERIA if name != "loss_entropy")},
+    "without loss_entropy": {"criteria": tuple(name for name in CRITERIA if name not in NEEDS_LOSSES)},
     **{f"{name} alone": {"criteria": (name,)} for name in CRITERIA},
 }
 BETTER: Mapping[str, Mapping[str, Any]] = {
