@@ -57,15 +57,15 @@ def export_peft(
     _check(task, server)
     server = server if ranks is None else _cut(server, ranks)
     modules = _module_names(server, names or (lambda layer: layer.replace("/", ".")))
-    tensors, ranks = {}, {}
+    tensors, pattern = {}, {}
     for layer, adapter in server.trainable.adapters.items():
         module = modules[layer]
         tensors.update(_factors(f"base_model.model.{module}", adapter, task.origin, layer))
-        ranks[f"^{re.escape(module)}"] = adapter.lora_a.shape[-1]
+        pattern[f"^{re.escape(module)}"] = adapter.lora_a.shape[-1]
     dense = _dense(server, names or (lambda layer: layer.replace("/", ".")))
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    config = _config(sorted(modules.values()), ranks, any(name.endswith("bias") for name in dense), base_model)
+    config = _config(sorted(modules.values()), pattern, any(name.endswith("bias") for name in dense), base_model)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(tensors | dense, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     return folder
@@ -98,7 +98,7 @@ def _cut(server: Server, ranks: Mapping[str, int | Array]) -> Server:
                 f"ranks[{layer!r}]: expected a whole number in 1..{largest}, got {ranks[layer]}, probably the ranks of "
                 "all clients, or a ratio"
             )
-        cut[layer] = Adapter(adapter.lora_a[..., :rank], adapter.lora_b[..., :rank, :])
+        cut[layer] = Adapter(adapter.lora_a[..., : int(rank)], adapter.lora_b[..., : int(rank), :])
     return server._replace(trainable=server.trainable._replace(adapters=cut))
 
 
