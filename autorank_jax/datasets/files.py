@@ -206,7 +206,7 @@ def _check_labels(y: np.ndarray, name: str, refuse: Callable[..., None], expecte
         refuse(f"labels in 0 .. {last} in {name}", f"{y.min()} .. {y.max()}", cause)
 
 
-def _check_numbers(y: np.ndarray, name: str, refuse: Callable[..., None], _: None) -> None:
+def _check_numbers(y: np.ndarray, name: str, refuse: Callable[..., None], _: Known | None) -> None:
     """Check what is to be predicted where there are no classes."""
     if y.dtype.kind != "f" or y.ndim > 2:
         refuse(f"{name} as integer labels or float targets (n,) or (n, outputs)", f"{y.dtype}{y.shape}", "text")
