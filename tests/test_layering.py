@@ -26,12 +26,13 @@ FLOORS = {  # a package imports from lower floors, and from itself
     6: "experiment testing",
     7: "cli",
     8: "__init__ __main__",
+    9: "manual",
 }
 FLOOR = {name: number for number, names in FLOORS.items() for name in names.split()}
 TOP = {"__init__", "__main__", "checkpoint", "testing", "types"}
 """The modules that lie in no package."""
 LONGEST_CHAIN = 8
-HOST = {"checkpoint", "cli", "datasets", "experiment"}
+HOST = {"checkpoint", "cli", "datasets", "experiment", "manual"}
 """Packages of the host: jit, logging and files. All others are pure functions of arrays, but for:"""
 EFFECTS_ELSEWHERE = {
     "adapters.peft": "writes files for Hugging Face",

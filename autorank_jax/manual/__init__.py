@@ -14,6 +14,6 @@ print(len(guides()) >= 10, len(code_blocks(guides()[0])) > 1)
 ```
 """
 
-from autorank_jax.manual.build import build, check_links, code_blocks, guides, sources
+from autorank_jax.manual.site import build, check_links, code_blocks, guides, sources
 
 __all__ = ["build", "check_links", "code_blocks", "guides", "sources"]

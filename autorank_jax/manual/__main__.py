@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from autorank_jax.manual.build import ManualError, build
+from autorank_jax.manual.site import ManualError, build
 
 
 def main(arguments: list[str] | None = None) -> int:

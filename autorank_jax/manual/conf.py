@@ -2,6 +2,7 @@
 
 import os
 import socket
+from typing import Any
 
 import autorank_jax
 from autorank_jax.manual import docstrings
@@ -25,7 +26,9 @@ html_theme = "sphinx_book_theme"
 html_title = "autorank_jax"
 html_copy_source = False
 html_show_sourcelink = False
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "use_download_button": False}
+html_static_path = ["style"]
+html_css_files = ["wide.css"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -61,7 +64,8 @@ intersphinx_mapping = {
 }
 
 
-def setup(app):
-    """Connect the rewriting of docstrings."""
-    app.connect("autodoc-process-docstring", docstrings.process, priority=400)  # before napoleon's sections
-    app.connect("autodoc-skip-member", docstrings.skip)
+def setup(app: Any) -> None:
+    """Connect the rewriting of docstrings, before napoleon takes their sections apart."""
+    app.connect("autodoc-process-docstring", lambda *event: docstrings.process(event[1], event[3], event[5]), 400)
+    app.connect("autodoc-process-signature", lambda *event: docstrings.shorten(*event[-2:]))
+    app.connect("autodoc-skip-member", lambda *event: docstrings.skip(event[3]))

@@ -7,6 +7,7 @@ from typing import Any
 _FENCE = re.compile(r"^(\s*)```(\w*)\s*$")
 _LINK = re.compile(r"\[([^\]]+)\]\((https?://[^)]+)\)")
 _CODE = re.compile(r"(?<![`:\\\w])`([^`]+)`(?![`\w])")
+_ARRAY_LIKE = "Array | ndarray | bool | number | bool | int | float | complex"
 _FIELD = re.compile(r"^    (\w+): [^#\n]*(?:#\s*(.*))?$", flags=re.MULTILINE)
 
 
@@ -56,18 +57,27 @@ def field_comments(cls: type) -> dict[str, str]:
     return {name: comment.strip() for name, comment in _FIELD.findall(source) if comment}
 
 
-def process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:  # noqa: ARG001
-    """Rewrite a docstring in place, as the event `autodoc-process-docstring` asks for."""
+def process(what: str, obj: Any, lines: list[str]) -> None:
+    """Rewrite the docstring of something (a "class", "data" …) in place."""
     if what == "data" and "\n".join(lines).strip() == (inspect.getdoc(type(obj)) or "").strip():
         lines[:] = []  # of its type, not its own
     lines[:] = to_rst(lines)
     if what == "class":
         comments = field_comments(obj)
-        fields = [f":ivar {field}: {_escaped(comments[field])}" for field in getattr(obj, "_fields", ()) if field in comments]
+        fields = [
+            f":ivar {field}: {_escaped(comments[field])}" for field in getattr(obj, "_fields", ()) if field in comments
+        ]
         lines += ["", *fields, ""] if fields else []
 
 
-def skip(app: Any, what: str, name: str, obj: Any, skipped: bool, options: Any) -> bool | None:  # noqa: ARG001
+def shorten(signature: str | None, returns: str | None) -> tuple[str | None, str | None]:
+    """Write `ArrayLike` for the types that it stands for."""
+    return signature and signature.replace(_ARRAY_LIKE, "ArrayLike"), returns and returns.replace(
+        _ARRAY_LIKE, "ArrayLike"
+    )
+
+
+def skip(obj: Any) -> bool | None:
     """Leave out the fields of a NamedTuple, which the class itself lists with their comments."""
     return True if type(obj).__name__ == "_tuplegetter" else None
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import autorank_jax
+
 ROOMS = ("datasets", "models", "federated", "adapters", "ranks", "engine", "aggregators", "evaluation", "experiment")
 ALONE = ("types", "checkpoint", "testing")
 """Modules that lie in no room."""
@@ -49,18 +51,20 @@ def _page(name: str) -> str:
 
 
 def _names(module: ModuleType) -> Iterator[tuple[str, list[str]]]:
-    """Yield modules and the names to be documented from each: first the room's own, then those of exported modules."""
+    """Yield modules and the names to be documented from each: the room's own, then those of modules that are exported.
+
+    A module is exported by its room, or by the package at the top: `autorank_jax.policies`.
+    """
     exported = getattr(module, "__all__", None) or public(module)
-    modules = [name for name in exported if inspect.ismodule(getattr(module, name))]
-    own = [name for name in exported if name not in modules]
+    own = [name for name in exported if not inspect.ismodule(getattr(module, name))]
     if own:
         yield module.__name__, own
-    for name in modules:
-        inner = getattr(module, name)
-        if inner.__name__.startswith("autorank_jax."):
-            rest = [one for one in public(inner) if one not in own]
-            if rest:
-                yield inner.__name__, rest
+    candidates = [getattr(module, name) for name in exported] + [getattr(autorank_jax, n) for n in autorank_jax.__all__]
+    inner = {m.__name__: m for m in candidates if inspect.ismodule(m) and m.__name__.startswith(f"{module.__name__}.")}
+    for name in sorted(inner):
+        rest = [one for one in public(inner[name]) if one not in own]
+        if rest:
+            yield name, rest
 
 
 def public(module: ModuleType) -> list[str]:
@@ -90,7 +94,9 @@ def gallery(benchmarks: Path) -> tuple[str, dict[str, Path]]:
             has no pictures.
     """
     pictures: dict[str, Path] = {}
-    parts = ["# Gallery\n\nEvery picture that the benchmarks draw, with the command that draws it. `autorank-jax run` draws"]
+    parts = [
+        "# Gallery\n\nEvery picture that the benchmarks draw, with the command that draws it. `autorank-jax run` draws"
+    ]
     parts[0] += " `accuracy.png` and `ranks.png` besides: see [reading the results](guides/reading_the_results.md)."
     for readme in sorted(benchmarks.glob("*/README.md")):
         parts.append(f"## {readme.parent.name}")
@@ -98,5 +104,7 @@ def gallery(benchmarks: Path) -> tuple[str, dict[str, Path]]:
             name = f"{readme.parent.name}-{Path(link).name}"
             pictures[name] = readme.parent / link
             command = "study.figures" if readme.parent.name == "study" else "report"
-            parts.append(f"```{{figure}} pictures/{name}\n:alt: {caption}\n{caption}: `python -m benchmarks.{command}`\n```")
+            parts.append(
+                f"```{{figure}} pictures/{name}\n:alt: {caption}\n{caption}: `python -m benchmarks.{command}`\n```"
+            )
     return "\n\n".join(parts) + "\n", pictures
