@@ -7,7 +7,10 @@ from typing import Any
 _FENCE = re.compile(r"^(\s*)```(\w*)\s*$")
 _LINK = re.compile(r"\[([^\]]+)\]\((https?://[^)]+)\)")
 _CODE = re.compile(r"(?<![`:\\\w])`([^`]+)`(?![`\w])")
-_ARRAY_LIKE = "Array | ndarray | bool | number | bool | int | float | complex"
+_ARRAY_LIKE = re.compile(
+    r"~jax\S*\.Array \| ~numpy\.ndarray \| ~numpy\.bool \| ~numpy\.number \| bool \| int \| float \| complex"
+)
+_ARRAY = re.compile(r"~jax\S*\._jax\.Array")
 _FIELD = re.compile(r"^    (\w+): [^#\n]*(?:#\s*(.*))?$", flags=re.MULTILINE)
 
 
@@ -72,9 +75,11 @@ def process(what: str, obj: Any, lines: list[str]) -> None:
 
 def shorten(signature: str | None, returns: str | None) -> tuple[str | None, str | None]:
     """Write `ArrayLike` for the types that it stands for."""
-    return signature and signature.replace(_ARRAY_LIKE, "ArrayLike"), returns and returns.replace(
-        _ARRAY_LIKE, "ArrayLike"
-    )
+    return _shortened(signature), _shortened(returns)
+
+
+def _shortened(text: str | None) -> str | None:
+    return text and _ARRAY.sub("~jax.Array", _ARRAY_LIKE.sub("ArrayLike", text))
 
 
 def skip(obj: Any) -> bool | None:

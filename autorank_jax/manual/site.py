@@ -98,6 +98,7 @@ def sources(folder: Path) -> Path:
         page = folder / "reference" / f"{name}.md"
         page.parent.mkdir(exist_ok=True)
         page.write_text(text, encoding="utf-8")
+    shutil.move(folder / "sphinx" / "conf.py", folder)
     for guide in guides():
         page = folder / "guides" / guide.name
         page.write_text(NOTEBOOK + page.read_text(encoding="utf-8"), encoding="utf-8")

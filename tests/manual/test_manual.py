@@ -7,7 +7,7 @@ import pytest
 
 import autorank_jax
 from autorank_jax.manual import build, check_links, code_blocks, guides, sources
-from autorank_jax.manual.docstrings import field_comments, to_rst
+from autorank_jax.manual.docstrings import field_comments, shorten, to_rst
 from autorank_jax.manual.reference import ROOMS, gallery, reference
 from autorank_jax.manual.site import HERE, NEEDED, ManualError
 from autorank_jax.types import ClientUpdate
@@ -62,6 +62,12 @@ def test_docstrings_in_markdown_become_restructured_text():
     assert "::\n\n    | a | b |" in text
     assert field_comments(ClientUpdate) == {}
     assert field_comments(autorank_jax.RankInfo)["weights"] == "(criteria,)"
+
+
+def test_signatures_say_array_like():
+    private = "~jax.jaxlib._jax.Array"
+    like = f"(a: {private} | ~numpy.ndarray | ~numpy.bool | ~numpy.number | bool | int | float | complex, b: {private})"
+    assert shorten(like, None) == ("(a: ArrayLike, b: ~jax.Array)", None)
 
 
 def test_links_that_lead_nowhere_are_found(tmp_path):

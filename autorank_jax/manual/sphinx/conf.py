@@ -27,7 +27,7 @@ html_title = "autorank_jax"
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "use_download_button": False}
-html_static_path = ["style"]
+html_static_path = ["sphinx"]
 html_css_files = ["wide.css"]
 
 autodoc_member_order = "bysource"
