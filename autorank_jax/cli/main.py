@@ -109,5 +109,5 @@ def _run(arguments: Sequence[str]) -> int:
 
 def _say(code: int, lines: Sequence[str]) -> int:
     for line in lines:
-        sys.stderr.write(f"autorank-jax: {line}\n")
+        sys.stderr.write(f"autorank-jax: {' '.join(line.splitlines())}\n")
     return code
