@@ -1,27 +1,20 @@
 """The commands of the command line: their options, and what each of them does."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from jax.sharding import Mesh
 from rich.console import Console
 
-from autorank_jax.cli.files import (
-    begin_folder,
-    check_folder,
-    checkpoints_of,
-    held_of_a_run,
-    how_to_resume,
-    write_results,
-    write_run,
-)
+from autorank_jax.cli.files import begin_folder, checkpoints_of, how_to_resume, save_results, write_results, write_run
+from autorank_jax.cli.folders import check_folder, default_folder, occupied
 from autorank_jax.cli.interrupts import Interrupted, Interruption
 from autorank_jax.cli.live import Display
 from autorank_jax.cli.scoring import Ranks, score_table
-from autorank_jax.cli.tables import comparison_tables, datasets_table, footnotes
+from autorank_jax.cli.tables import comparison_tables, datasets_table, footnotes, make_console
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
 from autorank_jax.experiment.config import ConfigurationError, Experiment, outside
 from autorank_jax.experiment.launch import Launch, is_first, start
@@ -104,15 +97,14 @@ def execute(command: Run | Ranks | Data) -> None:
             score_table(command)
         case Data(Fetch() as fetch):
             path = fetch_dataset(fetch.name, source=fetch.source, overwrite=fetch.overwrite)
-            Console().print(f"{path} is complete", soft_wrap=True, highlight=False)
+            make_console().print(f"{path} is complete", soft_wrap=True)
         case Data():
-            console = Console()
+            console = make_console()
             console.print(datasets_table(available_datasets()))
-            console.print(f"Files are looked for in {cache_folder()}", soft_wrap=True, highlight=False)
+            console.print(f"Files are looked for in {cache_folder()}", soft_wrap=True)
             console.print(
                 f"{PROGRAM} data fetch NAME gets what is not there, with --overwrite what is damaged",
                 soft_wrap=True,
-                highlight=False,
             )
 
 
@@ -128,12 +120,20 @@ def run(command: Run) -> None:
     if command.resume:
         folder = check_folder(command.resume, overwrite=True)
     else:
-        folder = command.out or default_folder(experiment, command.overwrite)
+        name = f"{experiment.dataset}-{experiment.split}"
+        folder = command.out or default_folder(name, overwrite=command.overwrite)
         folder = check_folder(folder, overwrite=command.overwrite)
+    with occupied(folder):
+        run_in(folder, command, mesh)
+
+
+def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
+    """Run an experiment in its folder."""
+    experiment = command.experiment
     checkpoints = checkpoints_of(folder, every=command.checkpoint_every, keep=command.keep_checkpoints)
     if not command.resume:
         begin_folder(folder, experiment, checkpoints)
-    console = Console(quiet=command.quiet, highlight=False)
+    console = make_console(quiet=command.quiet)
     try:
         with Interruption() as interruption, Display(console, experiment) as display:
             results = run_experiment(
@@ -150,7 +150,10 @@ def run(command: Run) -> None:
         if error.results:
             write_results(folder, error.results, overwrite=True)
         raise
-    show(console, experiment, results, write_results(folder, results, overwrite=True))
+    paths, problem = save_results(folder, results)
+    show(console, experiment, results, paths)
+    if problem:
+        raise problem
 
 
 def check_run(command: Run) -> None:
@@ -187,10 +190,3 @@ def show(console: Console, experiment: Experiment, results: Results, paths: Sequ
         )
     names = ", ".join(path.name for path in paths)
     console.print(f"Written to {paths[0].parent}: {names}", soft_wrap=True)
-
-
-def default_folder(experiment: Experiment, overwrite: bool) -> Path:
-    """Return `runs/DATASET-SPLIT`, with the first free number where it holds a run that is to be kept."""
-    base = Path("runs") / f"{experiment.dataset}-{experiment.split}"
-    numbered = (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))
-    return base if overwrite else next(path for path in itertools.chain([base], numbered) if not held_of_a_run(path))

@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
-from autorank_jax.cli.files import ReportError, to_csv, to_json, write_file
-from autorank_jax.cli.tables import criteria_table
+from autorank_jax.cli.files import to_csv, to_json, write_file
+from autorank_jax.cli.folders import ReportError
+from autorank_jax.cli.tables import criteria_table, make_console
+from autorank_jax.cli.terminal import tell
 from autorank_jax.experiment.config import ConfigurationError, outside, unknown
 from autorank_jax.ranks import mcda, policies
 from autorank_jax.ranks.table_file import STANDARD_INPUT, read_criteria
@@ -58,7 +59,7 @@ def score_table(command: Ranks) -> None:
         raise ConfigurationError(problems)
     table = read_criteria(command.criteria, cost=command.cost, columns=command.columns)
     for remark in table.remarks:
-        sys.stderr.write(f"autorank-jax: {remark}\n")
+        tell(remark)
     with jax.enable_x64(True):
         weights = mcda.critic_weights(table.matrix, benefit=table.benefit)
         closeness = mcda.topsis(table.matrix, weights, benefit=table.benefit, normalization=command.normalization)
@@ -79,7 +80,7 @@ def score_table(command: Ranks) -> None:
     if command.json:
         sys.stdout.write(to_json(content).decode())
     elif command.output is None:
-        console = Console(highlight=False)
+        console = make_console()
         for shown in criteria_table(table.clients, named, *found):
             console.print(shown)
 

@@ -1,11 +1,13 @@
 """Tables for the terminal."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from autorank_jax.datasets import DatasetInfo
@@ -17,6 +19,11 @@ SHOWN_LAYERS = 3
 POLICIES_PER_TABLE = 4
 EXPLAINED = ("covered", "uniform", "uniform_bytes", "by_size_bytes")
 """Policies whose names do not say what they hold equal."""
+
+
+def make_console(*, quiet: bool = False) -> Console:
+    """Return a console of standard output that knows its encoding."""
+    return Console(file=sys.stdout, quiet=quiet, highlight=False)
 
 
 def scores_table(scores: Scores) -> Table:

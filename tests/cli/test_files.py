@@ -13,7 +13,8 @@ from rich.console import Console
 from autorank_jax import datasets
 from autorank_jax.cli import files as report
 from autorank_jax.cli.figures import SHOWN_CLIENTS, accuracy_figure, ranks_figure
-from autorank_jax.cli.files import FILES, ReportError, check_folder, write_results
+from autorank_jax.cli.files import write_results
+from autorank_jax.cli.folders import FILES, ReportError, check_folder
 from autorank_jax.cli.tables import comparison_tables, criteria_table, datasets_table, scores_table
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.results import (

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from autorank_jax.cli import main as cli
-from autorank_jax.cli.files import FILES
+from autorank_jax.cli.folders import FILES, default_folder
 from autorank_jax.experiment import config as configuration
 from autorank_jax.experiment.results import Row
 from tests.cli.cases import fails
@@ -103,15 +103,13 @@ def test_quiet_overwriting_run_repeats_its_history(finished, capsys):
 
 
 def test_default_folders_are_numbered(tmp_path, monkeypatch):
-    commands = importlib.import_module("autorank_jax.cli.commands")
     monkeypatch.chdir(tmp_path)
-    experiment = commands.Experiment()
-    assert str(commands.default_folder(experiment, False)) == "runs/fashion_mnist_mini-staircase"
+    assert str(default_folder("fashion_mnist_mini-staircase", overwrite=False)) == "runs/fashion_mnist_mini-staircase"
     for name in ("fashion_mnist_mini-staircase", "fashion_mnist_mini-staircase-2"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.json").write_text("{}")
-    assert str(commands.default_folder(experiment, False)) == "runs/fashion_mnist_mini-staircase-3"
-    assert str(commands.default_folder(experiment, True)) == "runs/fashion_mnist_mini-staircase"
+    assert str(default_folder("fashion_mnist_mini-staircase", overwrite=False)) == "runs/fashion_mnist_mini-staircase-3"
+    assert str(default_folder("fashion_mnist_mini-staircase", overwrite=True)) == "runs/fashion_mnist_mini-staircase"
 
 
 @pytest.mark.parametrize(
