@@ -92,6 +92,7 @@ def test_summary_worked_by_hand():
         "trained_parameters": 100.0,
         "bytes_per_round": {"up": 400.0, "down": 300.0},
         "train_flops": {"per_round": 1e6, "total": 8e6, "probe": 5e6, "slowest_client": 6e5},
+        "lost": {"excluded": 0.0, "rounds": 0.0},
         "seconds": {"compile": 1.5, "train": 1.5},
     }
     full = summary["policies"]["full"]

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def test_schemas(finished):
         "mean_ratio": {"clients", "examples"},
         "bytes_per_round": {"up", "down"},
         "train_flops": {"per_round", "total", "probe", "slowest_client"},
+        "lost": {"excluded", "rounds"},
         "seconds": {"compile", "train"},
     }
     for policy, numbers in summary["policies"].items():
@@ -131,6 +133,12 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
         ("--hidden 8,x", "--hidden"),
         ("--participation 50", "probably a percentage"),
         ("--rank-policies manual --ratios 0.5,64,1,1", "probably a rank"),
+        (
+            "--max-ranks 64,99",
+            "max-ranks: expected at most 10 for layer layers/1, the longer side of its",
+        ),
+        ("--drop-out 1", "drop-out: expected a number of at least 0 and below 1, got 1.0"),
+        ("--learning-rate 1e-300", "learning-rate: expected a number that float32 holds"),
         ("--clients 5000", "probably too many clients for this dataset"),
         ("--split staircase --clients 7", "expected 10 clients for 10 classes"),
         ("--dataset cinic10", "expected a file at"),
@@ -143,6 +151,26 @@ def test_mistakes_in_a_run(arguments, message, capsys, tmp_path, monkeypatch):
     assert message in complaint
     assert complaint.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_learning_rate_that_excludes_everybody(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main([*TINY, "--learning-rate", "1e30", "--rounds", "1", "--out", str(out)]) == 3
+    assert "no client has sent a finite update for 1 round in round 1; probably the learning rate 1e+30 is too" in (
+        capsys.readouterr().err
+    )
+    assert json.loads((out / "history.json").read_text())[0]["reported"] == 0
+
+
+@pytest.mark.slow
+def test_more_devices_than_cores(tmp_path):
+    command = [sys.executable, "-m", "autorank_jax", *TINY, "--devices", "99", "--out", str(tmp_path / "out")]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert process.returncode == 2
+    assert process.stderr.startswith("autorank-jax: devices: expected at most the ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_mistakes_come_at_once(capsys):
