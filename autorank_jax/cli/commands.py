@@ -1,38 +1,26 @@
 """The commands of the command line: their options, and what each of them does."""
 
 import dataclasses
-import itertools
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import jax
-import numpy as np
 import tyro
+from jax.sharding import Mesh
 from rich.console import Console
 
-from autorank_jax.cli.files import (
-    begin_folder,
-    check_folder,
-    checkpoints_of,
-    held_of_a_run,
-    how_to_resume,
-    write_results,
-    write_run,
-)
+from autorank_jax.cli.files import begin_folder, checkpoints_of, how_to_resume, save_results, write_results, write_run
+from autorank_jax.cli.folders import check_folder, default_folder, occupied
 from autorank_jax.cli.interrupts import Interrupted, Interruption
 from autorank_jax.cli.live import Display
-from autorank_jax.cli.tables import comparison_tables, criteria_table, datasets_table, footnotes
+from autorank_jax.cli.scoring import Ranks, score_table
+from autorank_jax.cli.tables import comparison_tables, datasets_table, footnotes, make_console
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
-from autorank_jax.experiment.config import ConfigurationError, Experiment, outside, unknown
+from autorank_jax.experiment.config import ConfigurationError, Experiment, outside
 from autorank_jax.experiment.launch import Launch, is_first, start
 from autorank_jax.experiment.position import DivergedError
 from autorank_jax.experiment.results import Results
 from autorank_jax.experiment.run import run_experiment
-from autorank_jax.ranks import mcda, policies
-from autorank_jax.ranks.table_file import read_criteria
 
 PROGRAM = "autorank-jax"
 
@@ -62,27 +50,6 @@ class Run:
     out: Path | None = None
     overwrite: bool = False
     quiet: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranks:
-    """Score the clients of a table and give each its rank: for use with any other training stack.
-
-    Attributes:
-        criteria: CSV file with a header and one row per client; the first column may hold names
-        max_rank: rank of the most complex client
-        min_ratio: share of it that the least complex client gets
-        cost: columns of which less means more complex
-        normalization: of TOPSIS: vector or minmax
-        json: print JSON in place of tables
-    """
-
-    criteria: Path
-    max_rank: int = 64
-    min_ratio: float = 0.1
-    cost: tuple[str, ...] = ()
-    normalization: str = "vector"
-    json: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,18 +97,17 @@ def execute(command: Run | Ranks | Data) -> None:
         case Run():
             run(command)
         case Ranks():
-            rank(command)
+            score_table(command)
         case Data(Fetch() as fetch):
             path = fetch_dataset(fetch.name, source=fetch.source, target=fetch.target, overwrite=fetch.overwrite)
-            Console().print(f"{path} is complete", soft_wrap=True, highlight=False)
+            make_console().print(f"{path} is complete", soft_wrap=True)
         case Data():
-            console = Console()
+            console = make_console()
             console.print(datasets_table(available_datasets()))
-            console.print(f"Files are looked for in {cache_folder()}", soft_wrap=True, highlight=False)
+            console.print(f"Files are looked for in {cache_folder()}", soft_wrap=True)
             console.print(
                 f"{PROGRAM} data fetch NAME gets what is not there, with --overwrite what is damaged",
                 soft_wrap=True,
-                highlight=False,
             )
 
 
@@ -157,12 +123,20 @@ def run(command: Run) -> None:
     if command.resume:
         folder = check_folder(command.resume, overwrite=True)
     else:
-        folder = command.out or default_folder(experiment, command.overwrite)
+        name = f"{experiment.dataset}-{experiment.split}"
+        folder = command.out or default_folder(name, overwrite=command.overwrite)
         folder = check_folder(folder, overwrite=command.overwrite)
+    with occupied(folder):
+        run_in(folder, command, mesh)
+
+
+def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
+    """Run an experiment in its folder."""
+    experiment = command.experiment
     checkpoints = checkpoints_of(folder, every=command.checkpoint_every, keep=command.keep_checkpoints)
     if not command.resume:
         begin_folder(folder, experiment, checkpoints)
-    console = Console(quiet=command.quiet, highlight=False)
+    console = make_console(quiet=command.quiet)
     try:
         with Interruption() as interruption, Display(console, experiment) as display:
             results = run_experiment(
@@ -179,7 +153,10 @@ def run(command: Run) -> None:
         if error.results:
             write_results(folder, error.results, overwrite=True)
         raise
-    show(console, experiment, results, write_results(folder, results, overwrite=True))
+    paths, problem = save_results(folder, results)
+    show(console, experiment, results, paths)
+    if problem:
+        raise problem
 
 
 def check_run(command: Run) -> None:
@@ -216,43 +193,3 @@ def show(console: Console, experiment: Experiment, results: Results, paths: Sequ
         )
     names = ", ".join(path.name for path in paths)
     console.print(f"Written to {paths[0].parent}: {names}", soft_wrap=True)
-
-
-def default_folder(experiment: Experiment, overwrite: bool) -> Path:
-    """Return `runs/DATASET-SPLIT`, with the first free number where it holds a run that is to be kept."""
-    base = Path("runs") / f"{experiment.dataset}-{experiment.split}"
-    numbered = (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))
-    return base if overwrite else next(path for path in itertools.chain([base], numbered) if not held_of_a_run(path))
-
-
-def rank(command: Ranks) -> None:
-    """Score the clients of a criteria file and print their ranks."""
-    problems = [
-        *outside("max_rank", command.max_rank, 1, whole=True),
-        *outside("min_ratio", command.min_ratio, 0, 1, open_start=True, cause="a percentage"),
-        *unknown("normalization", [command.normalization], mcda.NORMALIZATIONS),
-    ]
-    if problems:
-        raise ConfigurationError(problems)
-    table = read_criteria(command.criteria, cost=command.cost)
-    with jax.enable_x64(True):
-        weights = mcda.critic_weights(table.matrix, benefit=table.benefit)
-        closeness = mcda.topsis(table.matrix, weights, benefit=table.benefit, normalization=command.normalization)
-        ratios = policies.ratios_from_scores(closeness, min_ratio=command.min_ratio)
-        ranks = policies.ranks_from_ratios(ratios, {"rank": command.max_rank})["rank"]
-    columns = [np.asarray(column) for column in (closeness, ratios, ranks)]
-    named = dict(zip(table.criteria, np.asarray(weights).tolist(), strict=True))
-    if command.json:
-        keys = ("client", "closeness", "ratio", "rank")
-        rows = zip(table.clients, *(column.tolist() for column in columns), strict=True)
-        content = {
-            "weights": named,
-            "clients": [dict(zip(keys, row, strict=True)) for row in rows],
-            "max_rank": command.max_rank,
-            "min_ratio": command.min_ratio,
-        }
-        sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        return
-    console = Console(highlight=False)
-    for shown in criteria_table(table.clients, named, *columns):
-        console.print(shown)

@@ -8,63 +8,28 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from autorank_jax.cli.figures import accuracy_figure, ranks_figure
+from autorank_jax.cli.folders import CHECKPOINTS, FILES, ReportError, check_folder
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
 from autorank_jax.experiment.results import Results, client_rows, summarize
 
-FILES = (
-    "config.json", "criteria.csv", "history.json", "history.csv", "accuracy.png", "ranks.png", "summary.json",
-)  # fmt: skip
-
-CHECKPOINTS = "checkpoints"
-"""The folder within a run's folder that holds its checkpoints."""
 RUN_FILE = "run.json"
 """The file in there that says what is run."""
-
-
-class ReportError(ValueError):
-    """A folder that results cannot be written to. The message is one line."""
-
-
-def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Make sure, before any work and without making anything, that results can be written to a folder.
-
-    Raises:
-        ReportError: if it holds a run and may not be overwritten, or cannot be written.
-    """
-    folder = Path(folder).expanduser()
-    held = held_of_a_run(folder)
-    if held and not overwrite:
-        resume = f", --resume {folder}" if CHECKPOINTS in held else ""
-        raise ReportError(
-            f"out: expected a folder without a run, got {folder} with {held[0]}; "
-            f"give --overwrite{resume} or another --out"
-        )
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir():
-        raise ReportError(f"out: expected a folder, got {folder}, but {above} is a file")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ReportError(f"out: expected a folder that can be written, got {folder}; probably not yours")
-    return folder
-
-
-def held_of_a_run(folder: Path) -> list[str]:
-    """Return what a folder holds of a run."""
-    return [name for name in (*FILES, CHECKPOINTS) if (folder / name).exists()]
 
 
 def write_results(folder: str | Path, results: Results, *, overwrite: bool = False) -> list[Path]:
     """Write all files of a run.
 
-    Every file is made in memory first, then written under a temporary name and renamed, `summary.json` last: it is
-    there only if all others are.
+    Every file is made in memory, then written under a temporary name and renamed, `summary.json` last: it is there
+    only if all others are. Pictures come after all other numbers.
 
     Args:
         folder: is made if needed.
@@ -78,11 +43,10 @@ def write_results(folder: str | Path, results: Results, *, overwrite: bool = Fal
         ReportError: if the folder holds a run and may not be overwritten, or cannot be written.
     """
     folder = check_folder(folder, overwrite=overwrite)
-    contents = dict(zip(FILES, _contents(results), strict=True))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").unlink(missing_ok=True)
-        for name, content in contents.items():
+        for name, content in zip(FILES, _contents(results), strict=True):
             write_file(folder / name, content)
     except OSError as error:
         raise ReportError(
@@ -91,18 +55,25 @@ def write_results(folder: str | Path, results: Results, *, overwrite: bool = Fal
     return [folder / name for name in FILES]
 
 
-def _contents(results: Results) -> list[bytes]:
-    """Return the files in the order of `FILES`."""
+def save_results(folder: Path, results: Results) -> tuple[list[Path], ReportError | None]:
+    """Write all files of a run that took long: to a folder for temporary files if its own fails, and say so."""
+    try:
+        return write_results(folder, results, overwrite=True), None
+    except ReportError as error:
+        paths = write_results(tempfile.mkdtemp(prefix="autorank-jax-"), results)
+        return paths, ReportError(f"{error}; the results are in {paths[0].parent}")
+
+
+def _contents(results: Results) -> Iterator[bytes]:
+    """Yield the files in the order of `FILES`."""
+    yield to_json(results.config)
+    yield to_csv([row for scores in results.scores for row in client_rows(scores)])
     history = [row._asdict() for run in results.runs for row in run.rows]
-    return [
-        to_json(results.config),
-        to_csv([row for scores in results.scores for row in client_rows(scores)]),
-        to_json(history),
-        to_csv(history),
-        to_png(accuracy_figure(results)),
-        to_png(ranks_figure(results.scores[0], seeds=len(results.scores))),
-        to_json(summarize(results)),
-    ]
+    yield to_json(history)
+    yield to_csv(history)
+    yield to_png(accuracy_figure(results))
+    yield to_png(ranks_figure(results.scores[0], seeds=len(results.scores)))
+    yield to_json(summarize(results))
 
 
 def to_json(content: Any) -> bytes:

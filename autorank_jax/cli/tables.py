@@ -1,11 +1,13 @@
 """Tables for the terminal."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from autorank_jax.datasets import DatasetInfo
@@ -17,6 +19,11 @@ SHOWN_LAYERS = 3
 POLICIES_PER_TABLE = 4
 EXPLAINED = ("covered", "uniform", "uniform_bytes", "by_size_bytes")
 """Policies whose names do not say what they hold equal."""
+
+
+def make_console(*, quiet: bool = False) -> Console:
+    """Return a console of standard output that knows its encoding."""
+    return Console(file=sys.stdout, quiet=quiet, highlight=False)
 
 
 def scores_table(scores: Scores) -> Table:
@@ -98,6 +105,12 @@ def footnotes(results: Results) -> Iterator[str]:
         "* Share of all examples that the clients of the highest ratio hold. Rules that average a rank position over "
         "its owners, such as rbla, leave the last positions to these clients alone."
     )
+    if any(row.excluded or not row.reported for run in results.runs for row in run.rows):
+        yield (
+            "** What is not finite is left out, probably as the learning rate is too large; a round in which nobody "
+            "reports leaves the server as it was."
+        )
+    yield f"Seconds to compile: {', '.join(f'{s:.1f} for {rule}' for rule, s in results.compile_seconds.items())}."
 
 
 _MEASURED = {
@@ -124,6 +137,9 @@ def _lines(results: Results, policies: Mapping[str, Any]) -> Iterator[tuple[str,
             yield "  of the worst client", show, what == "after" and not _lost(policies)
     if _lost(policies):
         yield "  without diverged clients", lambda p: f"{p['clients']['after']['diverged']['mean']:.3g}", True
+    if any(p["lost"]["rounds"] or p["lost"]["excluded"] for p in policies.values()):
+        yield "participants excluded**", lambda p: f"{100 * p['lost']['excluded']:.3g} %", False
+        yield "rounds without any update**", lambda p: f"{p['lost']['rounds']:.3g}", True
     yield "mean ratio over clients", lambda p: f"{p['mean_ratio']['clients']:.3f}", False
     yield "mean ratio over examples", lambda p: f"{p['mean_ratio']['examples']:.3f}", False
     yield "examples at the highest ratio*", lambda p: f"{100 * p['examples_behind_highest_ratio']:.3g} %", False
@@ -134,7 +150,6 @@ def _lines(results: Results, policies: Mapping[str, Any]) -> Iterator[tuple[str,
     yield "  of the slowest client", lambda p: si(p["train_flops"]["slowest_client"]), False
     yield "  of the probe", lambda p: si(p["train_flops"]["probe"]), False
     yield "  in total, with the probe", lambda p: si(p["train_flops"]["total"]), True
-    yield "seconds to compile", lambda p: f"{p['seconds']['compile']:.1f}", False
     yield "seconds to train", lambda p: f"{p['seconds']['train']:.1f}", False
 
 

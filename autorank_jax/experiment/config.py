@@ -1,6 +1,5 @@
 """What an experiment is: all its options in one frozen dataclass, checked at once."""
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any, Literal
 import optax
 
 from autorank_jax import aggregators, datasets
+from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, outside, unknown
 from autorank_jax.federated import partition
 from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
 from autorank_jax.types import Aggregator
@@ -44,15 +44,6 @@ POLICIES: Mapping[str, str] = {
 SAMPLINGS = ("uniform", "by_size", "independent")
 SCORED = ("autorank", "covered", "uniform", "uniform_bytes", "by_size_bytes", "shuffled", "reversed")
 """Policies that need AutoRank's scores, if only for their mean."""
-
-
-class ConfigurationError(ValueError):
-    """Options that make no experiment: one line per mistake, all of them."""
-
-    def __init__(self, problems: Iterable[str]) -> None:
-        """Keep the lines in `problems`."""
-        self.problems = tuple(problems)
-        super().__init__("\n".join(self.problems))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,16 +240,6 @@ def _name_problems(e: Experiment) -> Iterable[str]:
             yield f"{option}: expected every name once, got {','.join(words)}"
 
 
-def unknown(option: str, words: Iterable[str], allowed: Iterable[str]) -> Iterable[str]:
-    """Yield a line for every word that is not allowed, with what comes close."""
-    names = list(allowed)
-    for word in words:
-        if word not in names:
-            close = difflib.get_close_matches(word, names, n=1)
-            hint = f", probably {close[0]!r}" if close else ""
-            yield f"{option}: expected one of {', '.join(names)}, got {word!r}{hint}"
-
-
 def _number_problems(e: Experiment) -> Iterable[str]:
     """Check the options that are numbers."""
     for option in ("clients", "classes_per_client", "rounds", "local_epochs", "probe_epochs", "batch_size", "seeds"):
@@ -271,8 +252,10 @@ def _number_problems(e: Experiment) -> Iterable[str]:
         yield from outside(option, getattr(e, option), 0, open_start=True)
     for option in ("sigma", "clip_norm"):
         yield from outside(option, getattr(e, option), 0)
-    for option in ("drop_out", "stragglers"):
-        yield from outside(option, getattr(e, option), 0, 1, cause="a percentage")
+    for option in ("learning_rate", "server_learning_rate", "clip_norm"):
+        yield from not_in_float32(option, getattr(e, option))
+    yield from outside("drop_out", e.drop_out, 0, 1, open_end=True, cause="a percentage")
+    yield from outside("stragglers", e.stragglers, 0, 1, cause="a percentage")
     yield from outside("momentum", e.momentum, 0, 1, cause="a percentage")
     yield from outside("server_momentum", e.server_momentum, 0, 1, cause="a percentage")
     yield from outside("validation", e.validation, 0, 0.5, cause="a percentage")
@@ -286,30 +269,6 @@ def _number_problems(e: Experiment) -> Iterable[str]:
             yield from outside(option, value, 0, 1, open_start=True, cause=cause)
     if e.lanes != "auto":
         yield from outside("lanes", e.lanes, 1, whole=True)
-
-
-def outside(
-    option: str,
-    value: Any,
-    low: float,
-    high: float = math.inf,
-    *,
-    whole: bool = False,
-    open_start: bool = False,
-    cause: str = "",
-) -> Iterable[str]:
-    """Yield a line if a number is not in its range or not whole."""
-    kind = "a whole number" if whole else "a number"
-    right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    above = right_type and (value > low if open_start else value >= low)
-    if right_type and above and value <= high and value < math.inf:
-        return
-    bounds = f"above {low}" if open_start else f"of at least {low}"
-    bounds += "" if high == math.inf else f" and at most {high}"
-    probably = f", probably {cause}" if cause and right_type and value > high else ""
-    if probably and cause == "a percentage" and value <= 100 * high:
-        probably += f": {value / 100:g}"
-    yield f"{option.replace('_', '-')}: expected {kind} {bounds}, got {value!r}{probably}"
 
 
 def _joint_problems(e: Experiment) -> Iterable[str]:

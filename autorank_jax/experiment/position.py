@@ -116,15 +116,16 @@ def check_progress(record: Record, experiment: Experiment) -> None:
     """Stop a run that trains for nothing.
 
     Raises:
-        DivergedError: if the model's loss is not finite, or nobody has sent a finite update for `PATIENCE` rounds.
+        DivergedError: if the model's loss is not finite, or nobody has sent a finite update for `PATIENCE` rounds,
+            or in all rounds where there are fewer.
     """
     row = record.rows[-1]
     tested = is_evaluated(experiment, record.aggregator, row.round)
     lost = [r.excluded > 0 and r.reported == 0 for r in record.rows[-PATIENCE:]]
     if (tested and row.loss is None) or (row.reported and row.train_loss is None):
         what = "the loss is not finite any more"
-    elif len(lost) == PATIENCE and all(lost):
-        what = f"no client has sent a finite update for {PATIENCE} rounds"
+    elif len(lost) == min(PATIENCE, experiment.rounds) and all(lost):
+        what = f"no client has sent a finite update for {len(lost)} round{'s' * (len(lost) > 1)}"
     else:
         return
     raise DivergedError(

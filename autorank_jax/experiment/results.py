@@ -135,11 +135,20 @@ def _summarize_runs(runs: Sequence[Run], results: Results) -> dict[str, Any]:
             "probe": _mean([run.probe_flops for run in runs]),
             "slowest_client": _mean([c.slowest_client for c in costs]),
         },
+        "lost": {
+            "excluded": _mean([_share(run.rows, "excluded") for run in runs]),
+            "rounds": _mean([sum(row.reported == 0 for row in run.rows) for run in runs]),
+        },
         "seconds": {
             "compile": results.compile_seconds[runs[0].aggregator],
             "train": _mean([run.seconds for run in runs]),
         },
     }
+
+
+def _share(rows: Sequence[Row], count: str) -> float:
+    """Return a count of participants as a share of them, over all rounds."""
+    return sum(getattr(row, count) for row in rows) / max(1, sum(row.participants for row in rows))
 
 
 def _behind(results: Results, run: Run) -> float:

@@ -1,5 +1,6 @@
 """What an experiment begins with: examples, the clients and the model of every seed, and what happens in a round."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -67,6 +68,8 @@ def make_federations(experiment: Experiment, dataset: Dataset) -> list[Federatio
             task = make_task(experiment, dataset, model_key=keys["model"], adapter_key=keys["adapters"])
             stats = federated.client_stats(data, classes=dataset.classes)
             federations.append(Federation(seed, data, task, stats, keys))
+    except ConfigurationError:
+        raise
     except ValueError as error:
         raise ConfigurationError([str(error)]) from error
     return federations
@@ -88,7 +91,21 @@ def make_task(experiment: Experiment, dataset: Dataset, *, model_key: Key, adapt
     given = given * len(default) if len(given) == 1 else given
     dense = ("*/bias", "norms/*/scale") if experiment.model == "deep_cnn" else "*/bias"
     ranks = dict(zip(default, given, strict=True))
+    _check_ranks(model, ranks)
     return task_from_nnx(model, max_rank=ranks, train_dense=dense, key=adapter_key)
+
+
+def _check_ranks(model: nnx.Module, ranks: Mapping[str, int]) -> None:
+    """Refuse ranks above the longer side of a layer's matrix: from the shorter one on, they add nothing but cost."""
+    shapes = {"/".join(map(str, path)): value.shape for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    sides = {path: max(math.prod(shapes[f"{path}/kernel"][:-1]), shapes[f"{path}/kernel"][-1]) for path in ranks}
+    problems = [
+        f"max-ranks: expected at most {sides[path]} for layer {path}, the longer side of its weight, got {rank}"
+        for path, rank in ranks.items()
+        if rank > sides[path]
+    ]
+    if problems:
+        raise ConfigurationError(problems)
 
 
 def make_model(

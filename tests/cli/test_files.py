@@ -13,7 +13,8 @@ from rich.console import Console
 from autorank_jax import datasets
 from autorank_jax.cli import files as report
 from autorank_jax.cli.figures import SHOWN_CLIENTS, accuracy_figure, ranks_figure
-from autorank_jax.cli.files import FILES, ReportError, check_folder, write_results
+from autorank_jax.cli.files import write_results
+from autorank_jax.cli.folders import FILES, ReportError, check_folder
 from autorank_jax.cli.tables import comparison_tables, criteria_table, datasets_table, scores_table
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.results import (
@@ -91,6 +92,7 @@ def test_summary_worked_by_hand():
         "trained_parameters": 100.0,
         "bytes_per_round": {"up": 400.0, "down": 300.0},
         "train_flops": {"per_round": 1e6, "total": 8e6, "probe": 5e6, "slowest_client": 6e5},
+        "lost": {"excluded": 0.0, "rounds": 0.0},
         "seconds": {"compile": 1.5, "train": 1.5},
     }
     full = summary["policies"]["full"]

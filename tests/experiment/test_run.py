@@ -271,7 +271,13 @@ BAD = {
         12.5,
         "validation: expected a number of at least 0 and at most 0.5, got 12.5, probably a percentage: 0.125",
     ),
-    "drop_out": (300.0, "drop-out: expected a number of at least 0 and at most 1, got 300.0, probably a percentage"),
+    "drop_out": (300.0, "drop-out: expected a number of at least 0 and below 1, got 300.0, probably a percentage"),
+    "stragglers": (
+        2.0,
+        "stragglers: expected a number of at least 0 and at most 1, got 2.0, probably a percentage: 0.02",
+    ),
+    "clip_norm": (1e-300, "clip-norm: expected a number that float32 holds, 1.2e-38 to 3.4e+38, got 1e-300"),
+    "server_learning_rate": (1e300, "server-learning-rate: expected a number that float32 holds"),
     "max_ranks": ((1, 2, 3), "max-ranks: expected one number or one for each of 2 layers, got 3"),
     "hidden": ((0,), "hidden: expected a whole number of at least 1"),
     "seeds": (True, "seeds: expected a whole number"),
@@ -293,6 +299,12 @@ def test_bad_options(option):
     assert len(caught.value.problems) == 1
     assert message in str(caught.value)
     assert "\n" not in caught.value.problems[0]
+
+
+def test_shares_and_rates_that_leave_nothing_to_train():
+    for option, value in (("drop_out", 1.0), ("learning_rate", 1e-300)):
+        with pytest.raises(ConfigurationError, match=f"^{option.replace('_', '-')}: "):
+            dataclasses.replace(TINY, **{option: value}).validate()
 
 
 @pytest.mark.parametrize(("value", "hint"), [(2, ": 0.02"), (100, ": 1"), (101, ""), (float("inf"), "")])
@@ -319,6 +331,11 @@ def test_all_mistakes_are_named_at_once():
         ({"split": "staircase"}, "expected 10 clients for 10 classes"),
         ({"clients": 2000, "rank_policies": ("full",), "ratios": ()}, "at least one example for each of 2000 clients"),
         ({"model": "cnn", "hidden": (1, 1, 1, 1)}, "expected images of at least 16 pixels"),
+        (
+            {"max_ranks": (99999,)},
+            "max-ranks: expected at most 64 for layer layers/0, the longer side of its weight, got",
+        ),
+        ({"model": "cnn", "hidden": (2,), "max_ranks": (10, 1)}, "at most 9 for layer convs/0, the longer side of its"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):

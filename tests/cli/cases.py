@@ -1,0 +1,15 @@
+"""What the tests of the command line share."""
+
+from autorank_jax.cli import main as cli
+
+
+def fails(capsys, *arguments):
+    """Run a command that must fail with exit code 2, and return its complaint, one line per mistake."""
+    assert cli.main([str(a) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert lines
+    assert all(line.startswith("autorank-jax: ") for line in lines)
+    assert "Traceback" not in captured.err
+    return captured.err
