@@ -10,12 +10,14 @@ from typing import Annotated, Any, get_args, get_origin
 
 import tyro
 
-from autorank_jax.cli.commands import PROGRAM, Data, Ranks, Run
+from autorank_jax.cli.commands import PROGRAM, Compare, Data, Ranks, Run
 from autorank_jax.cli.files import read_config, read_run
 from autorank_jax.experiment.config import AGGREGATORS, POLICIES, ConfigurationError
 
+COMMANDS = ("run", "compare", "ranks", "data")
 
-def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
+
+def parse(arguments: Sequence[str]) -> Run | Compare | Ranks | Data:
     """Parse the command line.
 
     Raises:
@@ -28,6 +30,7 @@ def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
     explained = about_run() if "run" in arguments[:1] else None  # too long for the list of commands
     commands = (
         Annotated[Run, tyro.conf.subcommand("run", default=starting_point(arguments), description=explained)]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Ranks, tyro.conf.subcommand("ranks")]
         | Annotated[Data, tyro.conf.subcommand("data")]
     )
@@ -44,7 +47,7 @@ def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        command = " ".join([PROGRAM, *(word for word in arguments[:1] if word in ("run", "ranks", "data")), "--help"])
+        command = " ".join([PROGRAM, *(word for word in arguments[:1] if word in COMMANDS), "--help"])
         raise ConfigurationError([one_line(message.getvalue(), command)]) from stop
 
 
@@ -78,6 +81,8 @@ def comma_separated(info: Any) -> Any:
     if get_origin(info.type) is not tuple or len(arguments) != 2 or arguments[1] is not Ellipsis:
         return None
     item = arguments[0]
+    if item is Path:  # file names have commas
+        return None
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=f"{item.__name__.upper()},…",
