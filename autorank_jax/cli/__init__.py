@@ -2,7 +2,8 @@
 
 `main` turns mistakes into lines and exit codes, `parsing` words into a command, `commands`, `scoring` and `comparing`
 do what it says; `live` shows a run while it goes on, `tables` and `figures` show what it found on whatever `terminal`
-there is, `folders` and `files` keep what it leaves, `interrupts` lets it be stopped. All work is done by `autorank_jax.experiment` and below, which print nothing.
+there is, `folders` and `files` keep what it leaves, `interrupts` lets it be stopped. All work is done by
+`autorank_jax.experiment` and below, which print nothing.
 
 ```python
 from autorank_jax.cli.main import main
