@@ -9,14 +9,16 @@ import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 
+from autorank_jax.cli.comparing import Compare, compare
 from autorank_jax.cli.files import begin_folder, checkpoints_of, how_to_resume, save_results, write_results, write_run
 from autorank_jax.cli.folders import check_folder, default_folder, occupied
-from autorank_jax.cli.interrupts import Interrupted, Interruption
+from autorank_jax.cli.interrupts import INTERRUPTED, Interrupted, Interruption
 from autorank_jax.cli.live import Display
 from autorank_jax.cli.scoring import Ranks, score_table
 from autorank_jax.cli.tables import comparison_tables, datasets_table, footnotes, make_console
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
 from autorank_jax.experiment.config import ConfigurationError, Experiment, outside
+from autorank_jax.experiment.events import Event, Resumed, Stopped
 from autorank_jax.experiment.launch import Launch, is_first, start
 from autorank_jax.experiment.position import DivergedError
 from autorank_jax.experiment.results import Results
@@ -33,7 +35,8 @@ class Run:
         experiment: what to run
         launch: where to run it
         config: take the options from a run's config.json; others on the command line go before it
-        resume: folder of a run to go on with from its latest checkpoint
+        resume: folder of a run to go on with from its latest checkpoint; a run of one policy, rule and seed also beyond
+            its end, by more --rounds
         checkpoint_every: rounds between checkpoints, 0 = only when interrupted
         keep_checkpoints: how many of the latest checkpoints stay
         out: folder of the results; default runs/DATASET-SPLIT, with a number where that is taken
@@ -91,11 +94,13 @@ class Data:
     )
 
 
-def execute(command: Run | Ranks | Data) -> None:
+def execute(command: Run | Compare | Ranks | Data) -> None:
     """Do what a command says."""
     match command:
         case Run():
             run(command)
+        case Compare():
+            compare(command)
         case Ranks():
             score_table(command)
         case Data(Fetch() as fetch):
@@ -137,22 +142,36 @@ def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
     if not command.resume:
         begin_folder(folder, experiment, checkpoints)
     console = make_console(quiet=command.quiet)
+    partial: list[Results] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Stopped):
+            partial.append(event.results)
+        if isinstance(event, Resumed):  # by now the checkpoint was found to fit
+            write_run(folder, experiment, checkpoints)
+        display(event)
+
     try:
         with Interruption() as interruption, Display(console, experiment) as display:
             results = run_experiment(
                 experiment,
                 mesh=mesh,
-                on_event=interruption.watch(display),
+                on_event=interruption.watch(listen),
                 on_round=interruption.on_round,
                 checkpoints=checkpoints,
             )
-    except Interrupted as stop:
-        write_run(folder, experiment, checkpoints)
-        raise Interrupted(f"{stop}; go on with: {how_to_resume(folder)}", stop.code) from None
     except DivergedError as error:
         if error.results:
             write_results(folder, error.results, overwrite=True)
         raise
+    except KeyboardInterrupt as stop:
+        for results in partial:
+            write_results(folder, results, overwrite=True)
+        rounds = f"the rounds so far are in {folder}" if partial else "nothing was written"
+        if not isinstance(stop, Interrupted):  # in the middle of a round
+            raise Interrupted(f"interrupted; {rounds}", INTERRUPTED) from None
+        write_run(folder, experiment, checkpoints)
+        raise Interrupted(f"{stop}; {rounds}; go on with: {how_to_resume(folder)}", stop.code) from None
     paths, problem = save_results(folder, results)
     show(console, experiment, results, paths)
     if problem:

@@ -21,6 +21,8 @@ from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
 from autorank_jax.experiment.results import Results, client_rows, summarize
 
+MOST_BYTES = 2**28
+"""Of a file that is read whole."""
 RUN_FILE = "run.json"
 """The file in there that says what is run."""
 
@@ -150,7 +152,7 @@ def read_run(folder: Path) -> tuple[Experiment, int, int]:
             [f"resume: expected the folder of a run with checkpoints, got {folder} without {CHECKPOINTS}/{RUN_FILE}; "
              "probably another folder, or a run without --checkpoint-every"]
         )  # fmt: skip
-    content = _read_json("resume", path)
+    content = read_json("resume", path)
     try:
         return experiment_from(content["experiment"]), int(content["every"]), int(content["keep"])
     except (TypeError, KeyError) as error:
@@ -163,14 +165,21 @@ def read_config(path: Path) -> Experiment:
     Raises:
         ConfigurationError: for a file that cannot be read, or holds anything else; all mistakes at once.
     """
-    return experiment_from(_read_json("config", path.expanduser()))
+    return experiment_from(read_json("config", path.expanduser()))
 
 
-def _read_json(option: str, path: Path) -> Any:
+def read_json(option: str, path: Path) -> Any:
+    """Read a file that an option names.
+
+    Raises:
+        ConfigurationError: if that cannot be done.
+    """
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES >> 20} MB")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         problem = f"{path}, got: {error.strerror or error}"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problem = f"JSON in {path}, got: {error}"
     raise ConfigurationError([f"{option}: expected {problem}"])

@@ -23,14 +23,14 @@ EXPLAINED = ("covered", "uniform", "uniform_bytes", "by_size_bytes")
 
 def make_console(*, quiet: bool = False) -> Console:
     """Return a console of standard output that knows its encoding."""
-    return Console(file=sys.stdout, quiet=quiet, highlight=False)
+    return Console(file=sys.stdout, quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
 def scores_table(scores: Scores) -> Table:
     """Show criteria, CRITIC weights, closeness, and the ratio and ranks of AutoRank (else of the first policy)."""
     policy = "autorank" if "autorank" in scores.ratios else next(iter(scores.ratios))
     ranks, meaning = _shown_ranks(scores.ranks[policy])
-    table = _table(f"Clients under seed {scores.seed}, ranks by {policy}", padding=0)  # to fit 80 columns
+    table = make_table(f"Clients under seed {scores.seed}, ranks by {policy}", padding=0)  # to fit 80 columns
     table.add_column("client", justify="right")
     for name in (*scores.criteria, "closeness", "ratio", "ranks"):
         table.add_column(name.replace("_", "\n"), justify="right")
@@ -65,13 +65,13 @@ def criteria_table(
     clients: Sequence[str], weights: Mapping[str, float], closeness: np.ndarray, ratios: np.ndarray, ranks: np.ndarray
 ) -> Iterator[Table]:
     """Show the weights of criteria, then closeness, ratio and rank of every client."""
-    first = _table("CRITIC weights")
+    first = make_table("CRITIC weights")
     first.add_column("criterion")
     first.add_column("weight", justify="right")
     for name, weight in weights.items():
         first.add_row(name, f"{weight:.4f}")
     yield first
-    second = _table("Ranks")
+    second = make_table("Ranks")
     second.add_column("client", overflow="fold")
     for name in ("closeness", "ratio", "rank"):
         second.add_column(name, justify="right")
@@ -87,7 +87,7 @@ def comparison_tables(results: Results) -> Iterator[Table]:
     for begin in range(0, len(names), POLICIES_PER_TABLE):
         chosen = names[begin : begin + POLICIES_PER_TABLE]
         seeds = len(results.scores)
-        table = _table("Comparison" + (f", mean ± sd over {seeds} seeds" if seeds > 1 else ""))
+        table = make_table("Comparison" + (f", mean ± sd over {seeds} seeds" if seeds > 1 else ""))
         table.add_column("")
         for name in chosen:
             table.add_column(name.replace("+", "\n+ "), justify="right")
@@ -122,18 +122,18 @@ _MEASURED = {
 
 def _lines(results: Results, policies: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Any], str], bool]]:
     """Yield the lines of the comparison: label, contents, whether a section ends."""
-    yield "final accuracy", lambda p: _percent(p["final_accuracy"]), False
-    yield "best accuracy", lambda p: _percent(p["best_accuracy"]), False
+    yield "final accuracy", lambda p: percent(p["final_accuracy"]), False
+    yield "best accuracy", lambda p: percent(p["best_accuracy"]), False
     targets = [f"{target:g}" for target in results.config["targets"]]
-    yield "area under the curve", lambda p: _percent(p["area_under_curve"]), not targets
+    yield "area under the curve", lambda p: percent(p["area_under_curve"]), not targets
     for target in targets:
         show = lambda p, key=target: "–" if p["rounds_to"][key] is None else f"{p['rounds_to'][key]:.3g}"  # noqa: E731
         yield f"rounds to {100 * float(target):g} %", show, target == targets[-1]
     for what, label in _MEASURED.items():
         if all(what in p.get("clients", {}) for p in policies.values()):
-            show = lambda p, key=what: _percent(p["clients"][key]["mean"])  # noqa: E731
+            show = lambda p, key=what: percent(p["clients"][key]["mean"])  # noqa: E731
             yield f"{label}, mean over clients", show, False
-            show = lambda p, key=what: _percent(p["clients"][key]["worst"])  # noqa: E731
+            show = lambda p, key=what: percent(p["clients"][key]["worst"])  # noqa: E731
             yield "  of the worst client", show, what == "after" and not _lost(policies)
     if _lost(policies):
         yield "  without diverged clients", lambda p: f"{p['clients']['after']['diverged']['mean']:.3g}", True
@@ -158,7 +158,8 @@ def _lost(policies: Mapping[str, Any]) -> bool:
     return any(p.get("clients", {}).get("after", {}).get("diverged", {}).get("mean") for p in policies.values())
 
 
-def _percent(spread: Mapping[str, Any]) -> str:
+def percent(spread: Mapping[str, Any]) -> str:
+    """Show mean and deviation of shares."""
     if spread["mean"] is None:
         return "–"
     deviation = f" ± {100 * spread['sd']:.1f}" if len(spread["values"]) > 1 else ""
@@ -167,7 +168,7 @@ def _percent(spread: Mapping[str, Any]) -> str:
 
 def datasets_table(rows: Sequence[DatasetInfo]) -> Table:
     """Show the datasets, whether each is there and a whole file, and in which file."""
-    table = _table("Datasets")
+    table = make_table("Datasets")
     for name in ("name", "there", "file", "what"):
         table.add_column(name, overflow="fold")
     for row in rows:
@@ -176,7 +177,8 @@ def datasets_table(rows: Sequence[DatasetInfo]) -> Table:
     return table
 
 
-def _table(title: str, padding: int = 1) -> Table:
+def make_table(title: str, padding: int = 1) -> Table:
+    """Return an empty table in the style of all."""
     return Table(
         title=title,
         title_justify="left",

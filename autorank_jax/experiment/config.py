@@ -61,29 +61,30 @@ class Experiment:
         hidden: widths of the hidden layers or channels of the convolutions; default 200,200 for mlp, 16,32 for cnn,
             32,32,64,64,128,128 for deep_cnn
         max_ranks: maximum rank of every layer, one number for all or one each; default 160,160,100 for the default mlp
-        rank_policies: what gives the clients their ranks, each tried in turn; the top of this help explains them
+        rank_policies: what gives the clients their ranks, each tried in turn; the end of this help explains them
         ratios: rank ratio of every client, for the policy 'manual'
         min_ratio: smallest rank ratio, of the least complex client
         criteria: columns of the decision matrix: size, classes, label_entropy, gini_simpson, loss_entropy
         probe_epochs: epochs of the probe behind the criterion loss_entropy
         rerank_every: rounds after which ranks are set anew, 0 = set once
-        aggregators: aggregation rules, each tried in turn, rbla for the paper's own; the top of this help explains them
+        aggregators: aggregation rules, each tried in turn, rbla for the paper's own; the end of this help explains them
         rounds: rounds of federated training
         local_epochs: passes over its data that a client makes each round
         batch_size: examples per local step
-        optimizer: of the clients: sgd, adam, adamw
-        learning_rate: of the clients
-        momentum: of sgd
+        optimizer: what the clients train with: sgd, adam, adamw
+        learning_rate: of the clients' optimizer
+        momentum: of the optimizer sgd
         participation: share of the clients that take part in a round
-        sampling: how these are chosen: uniform, by_size (larger clients more often), independent (cohorts vary in size)
+        sampling: how those that take part are chosen: uniform, by_size (larger clients more often), independent
+            (cohorts vary in size)
         drop_out: share of the participants that drop out of each round and send nothing
         stragglers: share of the participants that only get straggler-steps done in each round
         straggler_steps: local steps of a straggler
         clip_norm: largest norm of what a client sends, longer updates are shrunk; 0 = any
         server_learning_rate: step of the server towards the clients' mean; 1 = all the way
-        server_momentum: of that step
+        server_momentum: of the server's step
         seeds: how many seeds to run
-        first_seed: the first of them
+        first_seed: the first of the seeds
         eval_every: rounds between evaluations on the test set; the last round always is
         targets: accuracies whose first round is reported
         validation: share of the training examples that takes the place of the test set, for choosing options without it

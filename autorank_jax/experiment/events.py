@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from autorank_jax.experiment.results import Row, Run, Scores
+from autorank_jax.experiment.results import Results, Row, Run, Scores
 
 
 class Compiled(NamedTuple):
@@ -48,5 +48,11 @@ class Finished(NamedTuple):
     run: Run
 
 
-Event = Compiled | Scored | Resumed | Started | RoundDone | Finished
+class Stopped(NamedTuple):
+    """Event: the experiment ends before its time, by what is raised next."""
+
+    results: Results  # so far, whole rounds
+
+
+Event = Compiled | Scored | Resumed | Started | RoundDone | Finished | Stopped
 OnEvent = Callable[[Event], None]

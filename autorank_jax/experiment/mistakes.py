@@ -22,8 +22,9 @@ def unknown(option: str, words: Iterable[str], allowed: Iterable[str]) -> Iterab
     names = list(allowed)
     for word in words:
         if word not in names:
-            close = difflib.get_close_matches(word, names, n=1)
-            hint = f", probably {close[0]!r}" if close else ""
+            longer = [name for name in names if word and name.startswith(word)]
+            close = longer or difflib.get_close_matches(word, names, n=1)
+            hint = f", probably {' or '.join(map(repr, close[:3]))}" if close else ""
             yield f"{option}: expected one of {', '.join(names)}, got {word!r}{hint}"
 
 

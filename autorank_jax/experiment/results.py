@@ -81,6 +81,7 @@ class Results(NamedTuple):
     compile_seconds: Mapping[str, float]  # by aggregator
     device: str
     versions: Mapping[str, str]
+    stopped: str = ""  # why it ended before its time, if it did
 
 
 def run_names(results: Results) -> dict[str, list[Run]]:
@@ -108,14 +109,14 @@ def summarize(results: Results) -> dict[str, Any]:
         "device": results.device,
         "versions": dict(results.versions),
         "config": dict(results.config),
-    }
+    } | ({"stopped": results.stopped} if results.stopped else {})
 
 
 def _summarize_runs(runs: Sequence[Run], results: Results) -> dict[str, Any]:
     curves = [[accuracy for _, accuracy in accuracies(run)] for run in runs]
     costs = [run.costs for run in runs]
     total = [run.rows[-1].train_flops for run in runs]
-    measured = {what: list(row) for what, row in runs[0].clients.items()}
+    measured = {what: list(row) for what, row in runs[0].clients.items() if all(what in run.clients for run in runs)}
     clients = {what: {k: spread([r.clients[what][k] for r in runs]) for k in kinds} for what, kinds in measured.items()}
     return ({"clients": clients} if clients else {}) | {
         "final_accuracy": spread([curve[-1] if curve else None for curve in curves]),

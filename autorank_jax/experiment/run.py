@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from autorank_jax.evaluation import make_evaluate
 from autorank_jax.experiment.checkpoints import Checkpoints, Save, last_good, make_save, restore_position
 from autorank_jax.experiment.config import Experiment, make_aggregator
 from autorank_jax.experiment.costs import CostFn, expected_costs, make_round_cost
-from autorank_jax.experiment.events import Compiled, Finished, OnEvent, Resumed, RoundDone, Scored, Started
+from autorank_jax.experiment.events import Compiled, Finished, OnEvent, Resumed, RoundDone, Scored, Started, Stopped
 from autorank_jax.experiment.launch import compile_round, describe_machine, is_first
 from autorank_jax.experiment.personal import Measure, make_measure
 from autorank_jax.experiment.position import (
@@ -86,7 +86,7 @@ def run_experiment(
             them call this function and get the results, and the first saves.
         on_event: called with what happens, as it happens.
         on_round: called after every round with its row, its information and the state; True ends that run early.
-            Whatever it raises leaves through here, after a checkpoint.
+            Whatever it raises leaves through here, after a checkpoint and the event `Stopped`.
         checkpoints: where to save and how often. If the folder holds checkpoints of this experiment, it goes on from
             the latest: results are bit for bit those of an experiment that was never interrupted.
 
@@ -114,8 +114,8 @@ def run_experiment(
     runs: list[Run] = []
 
     def results() -> Results:
-        options = dataclasses.asdict(experiment)
-        return Results(options, tuple(scores), tuple(runs), dict(position.seconds), **machine)
+        config, seconds = dataclasses.asdict(experiment), dict(position.seconds)
+        return Results(config, tuple(scores), tuple(runs), seconds, **machine)
 
     for name in experiment.aggregators:
         rule = make_aggregator(name, experiment)
@@ -150,12 +150,31 @@ def run_experiment(
                     position = run_rounds(
                         experiment, federation, seen, position, program=program, ranking=ranking, hooks=hooks
                     )
-            except DivergedError as error:
-                runs.append(finish_run(error.record, seen, costs, charged_flops(seen, policy)))
-                raise DivergedError(f"{error}; {last_good(checkpoints)}", error.record, results()) from None
+            except _Halted as halt:
+                if halt.record.rows:
+                    runs.append(finish_run(halt.record, seen, costs, charged_flops(seen, policy)))
+                end_early(halt.error, results(), hooks, last_good(checkpoints, halt.record))
             runs.append(finish_run(position.records[len(runs)], seen, costs, charged_flops(seen, policy)))
             on_event(Finished(runs[-1]))
     return results()
+
+
+class _Halted(BaseException):  # it never leaves
+    """What went wrong or stopped a run, with the rounds until then."""
+
+    def __init__(self, error: BaseException, record: Record) -> None:
+        self.error = error
+        self.record = record
+
+
+def end_early(error: BaseException, found: Results, hooks: Hooks, good: str) -> NoReturn:
+    """Hand over what an experiment found, and raise what it ends with before its time."""
+    if isinstance(error, DivergedError):
+        message = f"{error}; {good}"
+        raise DivergedError(message, error.record, found._replace(stopped=message)) from None
+    if found.runs:
+        hooks.on_event(Stopped(found._replace(stopped=str(error).partition("\n")[0] or type(error).__name__)))
+    raise error from error.__cause__
 
 
 def needs_program(position: Position, experiment: Experiment, name: str) -> bool:
@@ -231,31 +250,34 @@ def run_rounds(
     """Run what is left of the last record's run: all its rounds, or those that a checkpoint did not hold.
 
     Raises:
-        DivergedError: naming run and round, if the loss is no number any more.
+        _Halted: of whatever was raised; a `DivergedError`, if the loss is no number any more.
     """
     record, state, key = position.records[-1], position.state, federation.keys["training"]
     spent = charged_flops(scores, record.policy)
-    while not record.over:
-        assert state is not None
-        cost = program.cost(key, state, federation.data)
-        tested = is_evaluated(experiment, record.aggregator, record.round + 1)
-        state, measured = run_round(program, federation, state, tested=tested)
-        row = next_row(record, measured, cost, probe_flops=spent)
-        record = record._replace(rows=(*record.rows, row))
-        hooks.on_event(RoundDone(row, float(measured.info.examples)))
-        check_progress(record, experiment)
-        if experiment.rerank_every and record.round % experiment.rerank_every == 0:
-            state = rank_again(ranking, federation, record.policy, state)
-        try:
-            stop = hooks.on_round(RoundEnd(row, measured.info, state))
-        except BaseException:
-            hooks.save(position.update(record, state), True)
-            raise
-        record = record._replace(over=bool(stop) or record.round >= experiment.rounds)
-        if record.over and program.measure:
-            record = record._replace(clients=program.measure(federation, state))
-        position = position.update(record, state)
-        hooks.save(position, False)
+    try:
+        while not record.over:
+            assert state is not None
+            cost = program.cost(key, state, federation.data)
+            tested = is_evaluated(experiment, record.aggregator, record.round + 1)
+            state, measured = run_round(program, federation, state, tested=tested)
+            row = next_row(record, measured, cost, probe_flops=spent)
+            record = record._replace(rows=(*record.rows, row))
+            hooks.on_event(RoundDone(row, float(measured.info.examples)))
+            check_progress(record, experiment)
+            if experiment.rerank_every and record.round % experiment.rerank_every == 0:
+                state = rank_again(ranking, federation, record.policy, state)
+            try:
+                stop = hooks.on_round(RoundEnd(row, measured.info, state))
+            except BaseException:
+                hooks.save(position.update(record, state), True)
+                raise
+            record = record._replace(over=bool(stop) or record.round >= experiment.rounds)
+            if record.over and program.measure:
+                record = record._replace(clients=program.measure(federation, state))
+            position = position.update(record, state)
+            hooks.save(position, False)
+    except BaseException as error:
+        raise _Halted(error, record) from None
     return position
 
 

@@ -55,6 +55,13 @@ def make_federations(experiment: Experiment, dataset: Dataset) -> list[Federatio
     Raises:
         ConfigurationError: if examples, clients and model do not fit together.
     """
+    if experiment.split == "staircase" and experiment.clients != dataset.classes:
+        raise ConfigurationError(
+            [
+                f"--clients must be {dataset.classes} on the staircase split, one for each class, not "
+                f"{experiment.clients}; use --split dirichlet_lognormal for any number"
+            ]
+        )
     inputs, targets = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train)
     options = {name: getattr(experiment, name) for name in ("alpha", "sigma", "classes_per_client")}
     federations = []

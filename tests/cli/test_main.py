@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+import autorank_jax
 from autorank_jax.cli import main as cli
 from autorank_jax.cli.folders import FILES, default_folder
 from autorank_jax.experiment import config as configuration
@@ -127,6 +128,10 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
         ("--round 3", "expected options that exist, got --round, probably --rounds (see autorank-jax run --help)"),
         ("--sedes 3 --round=3", "got --sedes, --round, probably --seeds, --rounds (see autorank-jax run --help)"),
         ("--learning-rat 0.1 --nothing-like-it", "got --learning-rat, --nothing-like-it, probably --learning-rate ("),
+        ("--lr 0.1", "got --lr, probably --learning-rate (see autorank-jax run --help)"),
+        ("--policy full", "got --policy, probably --rank-policies (see"),
+        ("--dataset fashion", "got 'fashion', probably 'fashion_mnist_mini' or 'fashion_mnist'"),
+        ("--tyro-print-completion bash", "got one of tyro"),
         ("--rounds 3 word", "expected options that exist, got word (see"),
         ("--config a.json --config=b.json", "config: expected it once, got it 2 times"),
         ("--resume a --resume a", "resume: expected it once, got it 2 times"),
@@ -140,7 +145,7 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
         ("--drop-out 1", "drop-out: expected a number of at least 0 and below 1, got 1.0"),
         ("--learning-rate 1e-300", "learning-rate: expected a number that float32 holds"),
         ("--clients 5000", "probably too many clients for this dataset"),
-        ("--split staircase --clients 7", "expected 10 clients for 10 classes"),
+        ("--split staircase --clients 7", "--clients must be 10 on the staircase split"),
         ("--dataset cinic10", "expected a file at"),
         ("--dataset ../etc", "dataset: expected one of"),
     ],
@@ -181,10 +186,11 @@ def test_all_mistakes_come_at_once(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Expected one of {run, ranks, data}"),
-        (["frobnicate"], "expected one of run, ranks, data, got frobnicate (see autorank-jax --help)"),
+        ([], "Expected one of {run, compare, ranks, data}"),
+        (["frobnicate"], "expected one of run, compare, ranks, data, got frobnicate (see autorank-jax --help)"),
         (["ranks"], "expected --criteria, got none (see autorank-jax ranks --help)"),
         (["ranks", "--criterria", "x.csv"], "expected --criteria, got --criterria (see autorank-jax ranks --help)"),
+        (["completion"], "completion: expected one shell out of bash, zsh, fish, tcsh, got none"),
         (["data", "--all"], "expected one of list, fetch, got --all (see autorank-jax data --help)"),
     ],
 )
@@ -202,17 +208,45 @@ def test_help(arguments, capsys):
     assert "autorank-jax" in capsys.readouterr().out
 
 
+def help_on_run(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", *words])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_fits_two_screens(capsys):
+    lines = help_on_run(capsys, "--rounds", "3", "--help").splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 80
+    titles = [line for line in lines if line.isalpha()]
+    assert titles == ["data", "model", "federation", "ranks", "training", "output", "devices"]
+    assert any(line.startswith("  --learning-rate X ") and line.endswith(" [0.01]") for line in lines)
+    assert "--clip-norm" not in "".join(lines)
+
+
 def test_help_explains_every_option(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["run", "--help"])
-    text = capsys.readouterr().out
+    text = help_on_run(capsys, "--help-all")
     commands = importlib.import_module("autorank_jax.cli.commands")
-    for name in commands.Experiment.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')} " in text
-    assert "default:autorank,by_size,uniform,full)" in "".join(text.split())
+    for kind in (commands.Experiment, commands.Launch, commands.Run):
+        for name in kind.__dataclass_fields__:
+            assert name in ("experiment", "launch") or re.search(f"^  --{name.replace('_', '-')} .*[a-z]", text, re.M)
+    assert "[autorank,by_size,uniform,full]" in "".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
     for words in (configuration.POLICIES, configuration.AGGREGATORS):
         for name in words:
             assert re.search(rf"^  {name} +\w", text, re.MULTILINE), f"{name} is explained"
+
+
+def test_version_and_completion(capsys):
+    for words, expected in (
+        (["--version"], rf"^autorank-jax {re.escape(autorank_jax.__version__)}, jax \d"),
+        (["completion", "bash"], "autorank-jax(.|\n)*--learning-rate"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        assert stop.value.code in (0, None)
+        assert re.search(expected, capsys.readouterr().out)
 
 
 def test_the_list_of_commands_is_short(capsys):
