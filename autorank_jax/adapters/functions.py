@@ -88,11 +88,11 @@ def task_from_function(
 
 
 def _stacks(values: Mapping[str, Array], patterns: str | tuple[str, ...]) -> set[str]:
-    """Return the names of the leaves that are stacked matrices; patterns may match scales and biases beside them."""
+    """Return the names of the leaves that are stacked: matrices, and vectors where patterns take those as well."""
     stacks: set[str] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        found = {name for name in values if fnmatchcase(name, pattern) and values[name].ndim == 3}
-        if not found:
+        found = {name for name in values if fnmatchcase(name, pattern)}
+        if not any(values[name].ndim == 3 for name in found):
             raise ValueError(
                 f"expected stacked patterns that match a leaf (layers, d_in, d_out), got {pattern!r}, probably a "
                 f"misspelt path: the leaves are { {name: value.shape for name, value in values.items()} }"
