@@ -39,6 +39,7 @@ EFFECTS_ELSEWHERE = {
     "engine.flops": "asks the compiler for FLOPs",
     "engine.probe": "compiles the one round that it runs",
     "models.bert": "reads pretrained weights",
+    "models.causal_checkpoint": "likewise",
     "ranks.policies": "autorank_ranks compiles what it does as one program",
     "ranks.table_file": "reads a table",
     "testing": "compiles the rounds by which it checks a rule",

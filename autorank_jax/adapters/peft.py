@@ -2,15 +2,17 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax.types import Adapter, Array, Server, Task
 
+T = TypeVar("T")
 Names = Callable[[str], str | None]
 """Path of a layer -> name of the module in PyTorch, None for what the PyTorch model does not have."""
 
@@ -37,8 +39,9 @@ def export_peft(
             `trainable`.
         ranks: by adapter path, the rank in 1..max_rank to which the factors are cut, as a client trains them:
             `{path: ranks[client] for path, ranks in state.ranks.items()}`. Whole where None.
-        names: module names in PyTorch, such as `text.bert_name`; the path with dots where None. Where it gives None for
-            a layer that was trained whole, that is left out.
+        names: module names in PyTorch, such as `models.bert.bert_name`; the path with dots where None. Where it gives
+            None for a layer that was trained whole, that is left out. Of stacked layers, the name with `{}` where the
+            number of the layer goes, such as `models.causal_name`.
         base_model: name or path of the base model, for the config.
 
     Returns:
@@ -57,15 +60,16 @@ def export_peft(
     _check(task, server)
     server = server if ranks is None else _cut(server, ranks)
     modules = _module_names(server, names or (lambda layer: layer.replace("/", ".")))
-    tensors, pattern = {}, {}
+    tensors, pattern, targets = {}, {}, []
     for layer, adapter in server.trainable.adapters.items():
-        module = modules[layer]
-        tensors.update(_factors(f"base_model.model.{module}", adapter, task.origin, layer))
-        pattern[f"^{re.escape(module)}"] = adapter.lora_a.shape[-1]
+        for module, one in _unstack(modules[layer], adapter):
+            targets.append(module)
+            tensors.update(_factors(f"base_model.model.{module}", one, task.origin, layer))
+            pattern[f"^{re.escape(module)}"] = adapter.lora_a.shape[-1]
     dense = _dense(server, names or (lambda layer: layer.replace("/", ".")))
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    config = _config(sorted(modules.values()), pattern, any(name.endswith("bias") for name in dense), base_model)
+    config = _config(sorted(targets), pattern, any(name.endswith("bias") for name in dense), base_model)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(tensors | dense, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     return folder
@@ -108,8 +112,19 @@ def _module_names(server: Server, names: Names) -> dict[str, str]:
         module = names(layer)
         if not module or module in modules.values():
             raise ValueError(f"expected one module name for each adapted layer, got {module!r} for {layer!r}")
+        if ("{}" in module) != (server.trainable.adapters[layer].lora_a.ndim == 3):
+            raise ValueError(f"expected a name with {{}} for stacked layers alone, got {module!r} for {layer!r}")
         modules[layer] = module
     return modules
+
+
+def _unstack(name: str, tree: T) -> Iterator[tuple[str, T]]:
+    """Return the names of stacked layers, `{}` being their number, with what each of them has."""
+    if "{}" not in name:
+        yield name, tree
+        return
+    for number in range(jax.tree.leaves(tree)[0].shape[0]):
+        yield name.format(number), jax.tree.map(lambda leaf, n=number: leaf[n], tree)
 
 
 def _factors(prefix: str, adapter: Adapter, origin: Any, layer: str) -> dict[str, np.ndarray]:
@@ -134,25 +149,30 @@ def _dense(server: Server, names: Names) -> dict[str, np.ndarray]:
     """Return what was trained whole under the names of the base model."""
     tensors = {}
     for path, value in server.trainable.dense.items():
-        layer, _, leaf = path.rpartition("/")
+        layer = path.rpartition("/")[0]
         module = names(layer)
         if module is None:
             continue
-        array = np.asarray(value, np.float32)
-        if leaf == "kernel" and array.ndim == 2:
-            leaf, array = "weight", array.T
-        elif leaf in ("scale", "embedding"):
-            leaf = "weight"
-        elif leaf == "bias":
-            array = array.reshape(-1)
-        else:
-            raise ValueError(
-                f"expected kernels of linear layers, embeddings, scales and biases among what is trained whole, got "
-                f"{path!r}: let names return None for {layer!r}, or use merge"
-            )
         inner = "base_layer." if layer in server.trainable.adapters else ""
-        tensors[f"base_model.model.{module}.{inner}{leaf}"] = np.ascontiguousarray(array)
+        for name, one in _unstack(module, value):
+            leaf_name, array = _as_torch(path, np.asarray(one, np.float32))
+            tensors[f"base_model.model.{name}.{inner}{leaf_name}"] = np.ascontiguousarray(array)
     return tensors
+
+
+def _as_torch(path: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    """Return a parameter as PyTorch names it and lays it out."""
+    layer, _, leaf = path.rpartition("/")
+    if leaf == "kernel" and array.ndim == 2:
+        return "weight", array.T
+    if leaf in ("scale", "embedding"):
+        return "weight", array
+    if leaf == "bias":
+        return "bias", array.reshape(-1)
+    raise ValueError(
+        f"expected kernels of linear layers, embeddings, scales and biases among what is trained whole, got {path!r}: "
+        f"let names return None for {layer!r}, or use merge"
+    )
 
 
 def _config(modules: list[str], ranks: dict[str, int], biases: bool, base_model: str | None) -> dict[str, Any]:

@@ -127,7 +127,8 @@ def join(path: str, name: str) -> str:
 
 def _start(key: Key, form: Form, rank: int) -> Adapter:
     """Draw an adapter; rows of an embedding's `lora_a` are looked up one at a time, so their fan-in is 1."""
-    return init_adapter(key, form.d_in, form.d_out, rank, fan_in=1 if form.kind == "embed" else None)
+    fan_in = 1 if form.kind == "embed" else None
+    return init_adapter(key, form.d_in, form.d_out, rank, fan_in=fan_in, layers=form.layers)
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from autorank_jax.adapters.lora import over_columns, over_rows
 from autorank_jax.types import (
     Adapter,
     Aggregator,
@@ -45,7 +46,7 @@ class Values(NamedTuple):
 
     dense: PyTree
     adapters: dict[str, Adapter]
-    matrices: dict[str, Array]  # by path, (d_in, d_out): products of adapters, or kernels of the base
+    matrices: dict[str, Array]  # by path, (..., d_in, d_out): products of adapters, or kernels of the base
 
 
 def no_state(server: Server) -> AggState:  # noqa: ARG001
@@ -90,10 +91,12 @@ def sum_owners(update: ClientUpdate) -> dict[str, Array]:
 
 
 def sum_products(update: ClientUpdate, shares: Mapping[str, Array] | None = None) -> dict[str, Array]:
-    """Return `w_k A_k diag(share) B_k` of one client, `(d_in, d_out)` each; shares are 1 where None."""
+    """Return `w_k A_k diag(share) B_k` of one client, `(..., d_in, d_out)` each; shares are 1 where None."""
     products = {}
     for path, (a, b) in update.trained.adapters.items():
-        share = update.client.weight if shares is None else update.client.weight * shares[path][None, :]
+        share = update.client.weight
+        if shares is not None:
+            share = share * over_columns(shares[path], a)
         products[path] = (a * share.astype(a.dtype)) @ b
     return products
 
@@ -131,15 +134,16 @@ def padded_mean(old: Adapter, total: Adapter, owners: Array, weight: Array) -> A
     """Return `Σ_k w_k A_k diag(m_k) / Σ_k w_k`, likewise of `B`; positions without owners keep the server's value."""
     share = jnp.where(owners > 0, divide(owners, weight), 1).astype(old.lora_a.dtype)
     return Adapter(
-        old.lora_a * share[None, :] + divide(total.lora_a, weight),
-        old.lora_b * share[:, None] + divide(total.lora_b, weight),
+        old.lora_a * over_columns(share, old.lora_a) + divide(total.lora_a, weight),
+        old.lora_b * over_rows(share, old.lora_b) + divide(total.lora_b, weight),
     )
 
 
 def owner_mean(old: Adapter, total: Adapter, owners: Array) -> Adapter:
     """Return `Σ_k m_kj w_k A_k[:, j] / Σ_k m_kj w_k`, likewise of `B`; positions without owners keep the server's."""
     return Adapter(
-        old.lora_a + divide(total.lora_a, owners[None, :]), old.lora_b + divide(total.lora_b, owners[:, None])
+        old.lora_a + divide(total.lora_a, over_columns(owners, old.lora_a)),
+        old.lora_b + divide(total.lora_b, over_rows(owners, old.lora_b)),
     )
 
 
@@ -157,9 +161,9 @@ def mean_product(old: Adapter, total: Array, weight: Array) -> Array:
     return jnp.where(weight > 0, divide(total, weight), old.lora_a @ old.lora_b)
 
 
-def owned(owners: Array) -> Adapter:
+def owned(owners: Array, like: Adapter) -> Adapter:
     """Return which values of two factors somebody reported, as bools that broadcast against them."""
-    return Adapter(owners[None, :] > 0, owners[:, None] > 0)
+    return Adapter(over_columns(owners, like.lora_a) > 0, over_rows(owners, like.lora_b) > 0)
 
 
 def reported(tree: PyTree, weight: Array) -> PyTree:

@@ -10,6 +10,7 @@ from itertools import pairwise
 import jax.numpy as jnp
 import numpy as np
 
+from autorank_jax.adapters.lora import over_columns
 from autorank_jax.aggregators.base import ClientSums, divide, sum_dense, sum_products
 from autorank_jax.types import Array, ClientUpdate, Plan, Server
 
@@ -72,4 +73,4 @@ def owner_product(server: Server, sums: ClientSums, path: str) -> Array:
     """Return the owner-weighted product; positions without owners contribute the server's own product."""
     lora_a, lora_b = server.trainable.adapters[path]
     unowned = (sums.owners[path] == 0).astype(lora_a.dtype)
-    return sums.products[path] + (lora_a * unowned[None, :]) @ lora_b
+    return sums.products[path] + (lora_a * over_columns(unowned, lora_a)) @ lora_b

@@ -4,12 +4,14 @@ The SVD is that of the dense `(d_in, d_out)` sum. Stacking factors and a QR of t
 columns in the sums, which then grow with the cohort and depend on who sits where in it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
 
+from autorank_jax.adapters.lora import per_layer
 from autorank_jax.aggregators.base import (
     ClientSums,
     Values,
@@ -137,8 +139,8 @@ def lora_fair(*, ridge: float = 0.01, owners: bool = False) -> Aggregator:
         means, seen = mean_factors(server, sums, owners=owners), {}
         for path, (a, b) in means.items():
             product = mean_product(server.trainable.adapters[path], sums.products[path], sums.weight)
-            means[path] = Adapter(a, b + _correction(a, product - a @ b, ridge))
-            seen[path] = Adapter(owned(sums.owners[path]).lora_a, sums.weight > 0)
+            means[path] = Adapter(a, b + per_layer(functools.partial(_correction, ridge=ridge), a, product - a @ b))
+            seen[path] = Adapter(owned(sums.owners[path], means[path]).lora_a, sums.weight > 0)
         dense = mean_dense(server, sums)
         return Values(dense, means, {}), Values(reported(dense, sums.weight), seen, {})
 
@@ -177,9 +179,9 @@ def _svd_step(average: Products, sigma: Sigma, keep: Keep | None = None) -> Serv
         return values, reported(values, sums.weight)
 
     def write(key: Key, values: Values, state: AggState, server: Server) -> Server:  # noqa: ARG001
+        split = functools.partial(split_product, sigma=sigma, keep=keep)
         adapters = {
-            path: split_product(values.matrices[path], old, sigma=sigma, keep=keep)
-            for path, old in server.trainable.adapters.items()
+            path: per_layer(split, values.matrices[path], old) for path, old in server.trainable.adapters.items()
         }
         return server._replace(trainable=Trainable(adapters, values.dense))
 

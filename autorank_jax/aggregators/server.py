@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from autorank_jax.aggregators.base import anything, choose
+from autorank_jax.adapters.lora import nonzero_positions
+from autorank_jax.aggregators.base import anything, choose, owned
 from autorank_jax.engine.checks import check_rule
 from autorank_jax.types import (
     Adapter,
@@ -103,17 +104,14 @@ def _aim_of_update(rule: Aggregator, key: Key, sums: Sums, state: AggState, serv
             "rule that merges: give it a ServerStep"
         )
     old, new = server.trainable, after.trainable
-    adapters = {
-        path: Adapter(_moved(new.adapters[path], adapter)[None, :], _moved(new.adapters[path], adapter)[:, None])
-        for path, adapter in old.adapters.items()
-    }
+    adapters = {path: owned(_moved(new.adapters[path], adapter), adapter) for path, adapter in old.adapters.items()}
     dense = jax.tree.map(lambda n, o: jnp.any(n != o), new.dense, old.dense)
     return _Aim(new, Trainable(adapters, dense), lambda values: server._replace(trainable=values), advanced)
 
 
 def _moved(new: Adapter, old: Adapter) -> Array:
     """Return at which rank positions anything differs, `(r,)`."""
-    return jnp.any(new.lora_a != old.lora_a, axis=0) | jnp.any(new.lora_b != old.lora_b, axis=1)
+    return nonzero_positions(Adapter(new.lora_a != old.lora_a, new.lora_b != old.lora_b))
 
 
 def _frozen(

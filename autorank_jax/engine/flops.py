@@ -41,7 +41,7 @@ def training_flops(task: Task, data: FederatedData, *, batch_size: int = 8) -> F
 
     def flops(ranks: Mapping[str, int]) -> float:
         adapters = {
-            path: Adapter(a.lora_a[:, : ranks.get(path, 0)], a.lora_b[: ranks.get(path, 0)])
+            path: Adapter(a.lora_a[..., : ranks.get(path, 0)], a.lora_b[..., : ranks.get(path, 0), :])
             for path, a in trainable.adapters.items()
         }
         gradient = jax.grad(lambda t: jnp.sum(task.loss(task.server.frozen, t, batch, key)))

@@ -2,7 +2,8 @@
 
 `vision`: `MLP`, `CNN`, `DeepCNN` (six convolutions, group normalisation). `convolution`: a convolution that stays one
 product under `vmap`. `transformer`: encoder, decoder and classifier of one `Size`. `bert`: a BERT-style encoder with
-pretrained weights from safetensors, and its tokenizer (extra `text`).
+pretrained weights from safetensors, and its tokenizer (extra `text`). `causal_lm`: Llama, SmolLM2, Mistral, Qwen 2 and
+3 as Hugging Face publishes them, `load_causal_lm(folder)`; federate one with `ar.task_from_causal_lm`.
 
 ```python
 import autorank_jax as ar
@@ -17,17 +18,29 @@ print(len(language_task.server.trainable.adapters) > 3)
 ```
 """
 
+from autorank_jax.models.causal_checkpoint import causal_name, load_causal_lm
+from autorank_jax.models.causal_config import CausalConfig, Rope
+from autorank_jax.models.causal_lm import ByteTokenizer, CausalLM, Scored, Tokens, init_causal_lm
 from autorank_jax.models.transformer import Decoder, Encoder, Size, TextClassifier, Transformer
 from autorank_jax.models.vision import CNN, MLP, DeepCNN, max_pool
 
 __all__ = [
     "CNN",
     "MLP",
+    "ByteTokenizer",
+    "CausalConfig",
+    "CausalLM",
     "Decoder",
     "DeepCNN",
     "Encoder",
+    "Rope",
+    "Scored",
     "Size",
     "TextClassifier",
+    "Tokens",
     "Transformer",
+    "causal_name",
+    "init_causal_lm",
+    "load_causal_lm",
     "max_pool",
 ]
