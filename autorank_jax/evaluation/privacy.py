@@ -9,7 +9,8 @@ import functools
 from typing import Any
 
 _LEAST_NOISE = 0.2
-"""Below it a privacy loss distribution needs much memory to tell that hardly anything is protected."""
+_LARGEST = 30.0
+"""A privacy loss distribution of a larger ε needs much time and memory to tell that hardly anything is protected."""
 
 _ORDERS = tuple(range(2, 256))
 """Of the Rényi divergences that bracket the noise."""
@@ -25,7 +26,7 @@ def spent_epsilon(
     clients: int | None = None,
     release: float | None = None,
 ) -> float:
-    """Return ε after some rounds; an upper bound where a noise multiplier is below 0.2.
+    """Return ε after some rounds; a looser upper bound, by Rényi divergences, where it is above 30.
 
     Args:
         noise_multiplier: σ of the noise over the clipping norm; ε is infinite where it is 0.
@@ -50,10 +51,8 @@ def spent_epsilon(
     events = [] if release is None else [_gaussian(release, clients)]
     if rounds:
         events.append(_library().SelfComposedDpEvent(_round(noise_multiplier, rate, clients), rounds))
-    precise = min(noise_multiplier if rounds else 1.0, 1.0 if release is None else release) >= _LEAST_NOISE
-    accountant = _accountant(clients, precise=precise)
-    accountant.compose(_library().ComposedDpEvent(events))
-    return float(accountant.get_epsilon(delta))
+    bound = _epsilon(_renyi(clients), events, delta)
+    return bound if clients is not None or bound > _LARGEST else _epsilon(_library().pld.PLDAccountant(), events, delta)
 
 
 def calibrated_noise(
@@ -91,15 +90,15 @@ def calibrated_noise(
     def search(make: Any, bracket: Any) -> float:
         return float(library.calibrate_dp_mechanism(make, event, epsilon, delta, bracket, tol=1e-3))
 
-    loosest = _renyi(clients)
-    loosest.compose(event(_LEAST_NOISE))
-    if loosest.get_epsilon(delta) <= epsilon:
+    if _epsilon(_renyi(clients), [event(_LEAST_NOISE)], delta) <= epsilon:
         return _LEAST_NOISE
     try:
         bound = search(lambda: _renyi(clients), library.LowerEndpointAndGuess(_LEAST_NOISE, 1.0))
-        if clients is not None:
+        if clients is not None or epsilon > _LARGEST:
             return bound
-        return search(_accountant, library.ExplicitBracketInterval(max(_LEAST_NOISE, 0.7 * bound), bound + 0.01))
+        return search(
+            library.pld.PLDAccountant, library.ExplicitBracketInterval(max(_LEAST_NOISE, 0.7 * bound), bound + 0.01)
+        )
     except library.mechanism_calibration.NoBracketIntervalFoundError:
         raise ValueError(
             f"epsilon: expected a budget that noise can keep, got {epsilon} for {rounds} rounds: too small"
@@ -140,18 +139,16 @@ def _library() -> Any:
     return dp_accounting
 
 
-def _accountant(clients: int | None = None, *, precise: bool = True) -> Any:
-    library = _library()
-    if clients is None and precise:
-        return library.pld.PLDAccountant()
-    return _renyi(clients)
+def _epsilon(accountant: Any, events: list[Any], delta: float) -> float:
+    accountant.compose(_library().ComposedDpEvent(events))
+    return float(accountant.get_epsilon(delta))
 
 
 def _renyi(clients: int | None) -> Any:
     library = _library()
     if clients is None:
         return library.rdp.RdpAccountant(_ORDERS)
-    return library.rdp.RdpAccountant(neighboring_relation=library.NeighboringRelation.REPLACE_ONE)
+    return library.rdp.RdpAccountant(_ORDERS, neighboring_relation=library.NeighboringRelation.REPLACE_ONE)
 
 
 def _gaussian(noise_multiplier: float, clients: int | None) -> Any:

@@ -15,8 +15,10 @@ from autorank_jax.experiment.results import Scores
 from autorank_jax.experiment.setup import Federation
 from autorank_jax.ranks import budgets, complexity_matrix, controls, policies
 from autorank_jax.ranks.criteria import NEEDS_LOSSES
+from autorank_jax.ranks.private import private_counts
 from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy, State, Task
 
+_RELEASE = 0x72656C65  # fold_in tag of the noise on label counts
 PROBE_POLICIES = ("autorank", "covered", "shuffled", "reversed")
 """Policies that are charged for the probe, because each client's ratio comes from its score."""
 
@@ -97,6 +99,10 @@ def score_clients(
     stats = federation.stats
     if curves is not None:
         stats = stats._replace(epoch_losses=curves[0], epochs=curves[1])
+    if experiment.privacy and experiment.privacy.release is not None:
+        key = jax.random.fold_in(federation.keys["policy"], _RELEASE)
+        noise = experiment.privacy.release
+        stats = private_counts(key, stats, clip=experiment.dp_count_clip, noise_multiplier=noise)
     ranked, info = ranking(federation.keys["policy"], stats)
     criteria = tuple(c for c in experiment.criteria if c not in NEEDS_LOSSES or experiment.probed)
     weights = closeness = None
@@ -109,8 +115,8 @@ def score_clients(
     return Scores(
         seed=federation.seed,
         criteria=criteria,
-        size=np.asarray(stats.size),
-        label_counts=np.asarray(stats.label_counts),
+        size=np.asarray(federation.stats.size),
+        label_counts=np.asarray(federation.stats.label_counts),
         matrix=matrix,
         weights=weights,
         closeness=closeness,

@@ -26,6 +26,7 @@ class Row(NamedTuple):
     train_flops: float  # spent so far, with the probe, by all that trained: excluded clients too, dropped ones not
     bytes: float  # sent so far, down to all participants and up from those that did not drop out
     seconds: float  # training of this round
+    epsilon: float | None = None  # of the clients' differential privacy, spent so far; None where there is none
 
 
 class Costs(NamedTuple):
@@ -140,6 +141,7 @@ def _summarize_runs(runs: Sequence[Run], results: Results) -> dict[str, Any]:
             "excluded": _mean([_share(run.rows, "excluded") for run in runs]),
             "rounds": _mean([sum(row.reported == 0 for row in run.rows) for run in runs]),
         },
+        "epsilon": runs[0].rows[-1].epsilon,
         "seconds": {
             "compile": results.compile_seconds[runs[0].aggregator],
             "train": _mean([run.seconds for run in runs]),

@@ -253,14 +253,15 @@ def run_rounds(
         _Halted: of whatever was raised; a `DivergedError`, if the loss is no number any more.
     """
     record, state, key = position.records[-1], position.state, federation.keys["training"]
-    spent = charged_flops(scores, record.policy)
+    spent, privacy = charged_flops(scores, record.policy), experiment.privacy
     try:
         while not record.over:
             assert state is not None
             cost = program.cost(key, state, federation.data)
             tested = is_evaluated(experiment, record.aggregator, record.round + 1)
             state, measured = run_round(program, federation, state, tested=tested)
-            row = next_row(record, measured, cost, probe_flops=spent)
+            epsilon = privacy.spent(record.round + 1) if privacy else None
+            row = next_row(record, measured, cost, probe_flops=spent, epsilon=epsilon)
             record = record._replace(rows=(*record.rows, row))
             hooks.on_event(RoundDone(row, float(measured.info.examples)))
             check_progress(record, experiment)
@@ -271,7 +272,8 @@ def run_rounds(
             except BaseException:
                 hooks.save(position.update(record, state), True)
                 raise
-            record = record._replace(over=bool(stop) or record.round >= experiment.rounds)
+            used_up = privacy is not None and privacy.spent(record.round + 1) > privacy.epsilon
+            record = record._replace(over=bool(stop) or record.round >= experiment.rounds or used_up)
             if record.over and program.measure:
                 record = record._replace(clients=program.measure(federation, state))
             position = position.update(record, state)

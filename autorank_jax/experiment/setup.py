@@ -12,6 +12,7 @@ from flax import nnx
 
 from autorank_jax import datasets, federated, models
 from autorank_jax.adapters import max_ranks, task_from_nnx
+from autorank_jax.aggregators import set_expected_owners
 from autorank_jax.datasets import Dataset
 from autorank_jax.engine import choose_lanes, init_state
 from autorank_jax.experiment.config import WHOLE_RULES, WIDTHS, ConfigurationError, Experiment
@@ -151,7 +152,7 @@ def start_state(
 ) -> State:
     """Make the state before the first round, at full rank unless ranks are given."""
     clients = federation.data.size.shape[0]
-    return init_state(
+    state = init_state(
         federation.task.server,
         rule,
         full_ranks(federation.task, clients) if ranks is None else ranks,
@@ -160,6 +161,9 @@ def start_state(
         max_epochs=max(experiment.local_epochs, experiment.probe_epochs),
         clients=clients,
     )
+    if experiment.privacy and federation.task.server.trainable.adapters:
+        return set_expected_owners(state, experiment.privacy.rate)
+    return state
 
 
 def make_optimizer(experiment: Experiment) -> Callable[[Mapping[str, Array]], optax.GradientTransformation]:
