@@ -323,7 +323,7 @@ def _joint_problems(e: Experiment) -> Iterable[str]:
     yield from _idle_problems(e)
     if e.dp_epsilon:
         problems = list(_privacy_problems(e))
-        yield from problems or _budget_problems(e)
+        yield from problems if problems or e.dp_ranks not in privacy.RANKS else _budget_problems(e)
 
 
 def _privacy_problems(e: Experiment) -> Iterable[str]:
