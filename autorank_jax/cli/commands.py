@@ -16,9 +16,11 @@ from autorank_jax.cli.interrupts import INTERRUPTED, Interrupted, Interruption
 from autorank_jax.cli.live import Display
 from autorank_jax.cli.scoring import Ranks, score_table
 from autorank_jax.cli.tables import comparison_tables, datasets_table, footnotes, make_console
+from autorank_jax.cli.terminal import tell
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
 from autorank_jax.experiment.config import ConfigurationError, Experiment, outside
-from autorank_jax.experiment.events import Event, Resumed, Stopped
+from autorank_jax.experiment.doubts import doubts
+from autorank_jax.experiment.events import Event, Resumed, Scored, Stopped
 from autorank_jax.experiment.launch import Launch, is_first, start
 from autorank_jax.experiment.position import DivergedError
 from autorank_jax.experiment.results import Results
@@ -147,6 +149,9 @@ def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
         if isinstance(event, Resumed):  # by now the checkpoint was found to fit
             write_run(folder, experiment, checkpoints)
         display(event)
+        if isinstance(event, Scored) and event.scores.seed == experiment.first_seed and not command.quiet:
+            for line in doubts(event.scores):
+                tell(line)
 
     try:
         with Interruption() as interruption, Display(console, experiment) as display:
