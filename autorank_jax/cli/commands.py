@@ -14,11 +14,14 @@ from autorank_jax.cli.files import begin_folder, checkpoints_of, how_to_resume, 
 from autorank_jax.cli.folders import check_folder, default_folder, occupied
 from autorank_jax.cli.interrupts import INTERRUPTED, Interrupted, Interruption
 from autorank_jax.cli.live import Display
+from autorank_jax.cli.logs import Logs, log_problems
 from autorank_jax.cli.scoring import Ranks, score_table
 from autorank_jax.cli.tables import comparison_tables, datasets_table, footnotes, make_console
+from autorank_jax.cli.terminal import tell
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
 from autorank_jax.experiment.config import ConfigurationError, Experiment, outside
-from autorank_jax.experiment.events import Event, Resumed, Stopped
+from autorank_jax.experiment.doubts import doubts
+from autorank_jax.experiment.events import Event, Resumed, Scored, Stopped
 from autorank_jax.experiment.launch import Launch, is_first, start
 from autorank_jax.experiment.position import DivergedError
 from autorank_jax.experiment.results import Results
@@ -41,6 +44,7 @@ class Run:
         keep_checkpoints: how many of the latest checkpoints stay
         out: folder of the results; default runs/DATASET-SPLIT, with a number where that is taken
         overwrite: replace the run that the folder holds
+        log: write every round as it happens: jsonl, tensorboard, or both
         quiet: print nothing but errors
     """
 
@@ -52,6 +56,7 @@ class Run:
     keep_checkpoints: int = 3
     out: Path | None = None
     overwrite: bool = False
+    log: tuple[str, ...] = ()
     quiet: bool = False
 
 
@@ -150,9 +155,13 @@ def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
         if isinstance(event, Resumed):  # by now the checkpoint was found to fit
             write_run(folder, experiment, checkpoints)
         display(event)
+        logs(event)
+        if isinstance(event, Scored) and event.scores.seed == experiment.first_seed and not command.quiet:
+            for line in doubts(event.scores):
+                tell(line)
 
     try:
-        with Interruption() as interruption, Display(console, experiment) as display:
+        with Interruption() as interruption, Logs(command.log, folder) as logs, Display(console, experiment) as display:
             results = run_experiment(
                 experiment,
                 mesh=mesh,
@@ -187,6 +196,7 @@ def check_run(command: Run) -> None:
     problems = [
         *outside("checkpoint_every", command.checkpoint_every, 0, whole=True),
         *outside("keep_checkpoints", command.keep_checkpoints, 1, whole=True),
+        *log_problems(command.log),
     ]
     if command.resume and command.out:
         problems.append("out: expected none beside --resume, got one: a run goes on in its own folder")

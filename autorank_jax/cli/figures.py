@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from autorank_jax.cli.tables import EQUAL
 from autorank_jax.experiment.results import Results, Run, Scores, accuracies, run_names, si
 
 # Okabe and Ito: told apart with every common colour blindness.
@@ -32,7 +33,6 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 SHOWN_CLIENTS = 30
-EQUAL = {"uniform": "uniform\n(equal FLOPs)", "uniform_bytes": "uniform\n(equal bytes)"}
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 
 

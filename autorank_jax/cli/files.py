@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from autorank_jax.cli.figures import accuracy_figure, ranks_figure
 from autorank_jax.cli.folders import CHECKPOINTS, FILES, ReportError, check_folder
+from autorank_jax.cli.report import html_report
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
 from autorank_jax.experiment.results import Results, client_rows, summarize
@@ -75,8 +76,11 @@ def _contents(results: Results) -> Iterator[bytes]:
         history = [{name: value for name, value in row.items() if name != "epsilon"} for row in history]
     yield to_json(history)
     yield to_csv(history)
-    yield to_png(accuracy_figure(results))
-    yield to_png(ranks_figure(results.scores[0], seeds=len(results.scores)))
+    accuracy = to_png(accuracy_figure(results))
+    yield accuracy
+    ranks = to_png(ranks_figure(results.scores[0], seeds=len(results.scores)))
+    yield ranks
+    yield html_report(results, {"Accuracy": accuracy, "Clients and their ranks": ranks})
     yield to_json(summarize(results))
 
 

@@ -13,10 +13,12 @@ except ImportError:  # on Windows two runs into one folder are not noticed
     fcntl = None  # type: ignore[assignment]
 
 FILES = (
-    "config.json", "criteria.csv", "history.json", "history.csv", "accuracy.png", "ranks.png", "summary.json",
+    "config.json", "criteria.csv", "history.json", "history.csv", "accuracy.png", "ranks.png", "report.html",
+    "summary.json",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"
 """The folder within a run's folder that holds its checkpoints."""
+LOG_FILE = "log.jsonl"
 ROOM = 2**20
 """Bytes that must be free: more than the files of a run take, without checkpoints."""
 
@@ -56,7 +58,7 @@ def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
 
 def held_of_a_run(folder: Path) -> list[str]:
     """Return what a folder holds of a run."""
-    return [name for name in (*FILES, CHECKPOINTS) if (folder / name).exists()]
+    return [name for name in (*FILES, CHECKPOINTS, LOG_FILE) if (folder / name).exists()]
 
 
 def default_folder(name: str, *, overwrite: bool) -> Path:

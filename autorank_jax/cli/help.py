@@ -40,7 +40,7 @@ GROUPS = (
     Group("training", ("local_epochs", "batch_size", "optimizer", "learning_rate"), ("momentum", "lanes")),
     Group(
         "output",
-        ("out", "overwrite", "quiet", "config", "resume", "checkpoint_every"),
+        ("out", "overwrite", "quiet", "config", "resume", "checkpoint_every", "log"),
         ("keep_checkpoints", "eval_every", "targets", "personal"),
     ),
     Group("devices", ("devices",), ("distributed", "coordinator", "num_processes", "process_id")),

@@ -14,6 +14,7 @@ from autorank_jax.cli.folders import ReportError
 from autorank_jax.cli.tables import criteria_table, make_console
 from autorank_jax.cli.terminal import tell
 from autorank_jax.experiment.config import ConfigurationError, outside, unknown
+from autorank_jax.experiment.doubts import little_variation
 from autorank_jax.ranks import mcda, policies
 from autorank_jax.ranks.table_file import STANDARD_INPUT, read_criteria
 
@@ -60,6 +61,9 @@ def score_table(command: Ranks) -> None:
     table = read_criteria(command.criteria, cost=command.cost, columns=command.columns)
     for remark in table.remarks:
         tell(remark)
+    little = little_variation(table.criteria, table.matrix)
+    if little:
+        tell(f"{little}; probably give all clients one rank")
     with jax.enable_x64(True):
         weights = mcda.critic_weights(table.matrix, benefit=table.benefit)
         closeness = mcda.topsis(table.matrix, weights, benefit=table.benefit, normalization=command.normalization)

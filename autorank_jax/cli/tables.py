@@ -17,6 +17,8 @@ from autorank_jax.experiment.results import Results, Scores, si, summarize
 SHOWN_CLIENTS = 20
 SHOWN_LAYERS = 3
 POLICIES_PER_TABLE = 4
+EQUAL = {"uniform": "uniform\n(equal FLOPs)", "uniform_bytes": "uniform\n(equal bytes)"}
+"""What the policies of one rank for all have in common with AutoRank, written where their names are."""
 EXPLAINED = ("covered", "uniform", "uniform_bytes", "by_size_bytes")
 """Policies whose names do not say what they hold equal."""
 
@@ -47,7 +49,8 @@ def scores_table(scores: Scores) -> Table:
             "/".join(str(rank[client]) for rank in ranks),
         )
     more = len(scores.size) - SHOWN_CLIENTS
-    table.caption = meaning + (f" {more} more clients in criteria.csv." if more > 0 else "")
+    table.caption = f"{meaning} More of a criterion means more complex data."
+    table.caption += f" {more} more clients in criteria.csv." if more > 0 else ""
     return table
 
 
@@ -90,7 +93,8 @@ def comparison_tables(results: Results) -> Iterator[Table]:
         table = make_table("Comparison" + (f", mean ± sd over {seeds} seeds" if seeds > 1 else ""))
         table.add_column("")
         for name in chosen:
-            table.add_column(name.replace("+", "\n+ "), justify="right")
+            policy, *rule = name.split("+")
+            table.add_column("\n+ ".join([EQUAL.get(policy, policy), *rule]), justify="right")
         for label, show, ends in _lines(results, summary):
             table.add_row(label, *(show(summary[name]) for name in chosen), end_section=ends)
         yield table
