@@ -159,7 +159,7 @@ def causal_hidden(config: CausalConfig, params: Params, inputs: Any, *, checkpoi
     if segments is not None:
         seen = seen & (segments[:, :, None] == segments[:, None, :])
         position = position - lax.cummax(jnp.where(_begins(segments), position, 0), axis=1)
-    seen = jnp.broadcast_to(seen, (ids.shape[0], *seen.shape[-2:]))[:, None]
+    seen = seen[:, None, None]
     angles = position[..., None].astype(jnp.float32) * rope_frequencies(config.rope, config.head_dim)[None, None, :]
     layers = {name.removeprefix("layers/"): value for name, value in params.items() if name.startswith("layers/")}
 
@@ -187,7 +187,10 @@ def _attend(config: CausalConfig, weights: Mapping[str, Any], x: Array, angles: 
     if config.qk_norm:
         q = rms_norm(q, weights["self_attn/q_norm/scale"], config.norm_eps)
         k = rms_norm(k, weights["self_attn/k_norm/scale"], config.norm_eps)
-    attended = jax.nn.dot_product_attention(rotate(q, angles), rotate(k, angles), v, mask=seen)
+    grouped = rotate(q, angles).reshape(*x.shape[:2], config.kv_heads, -1, config.head_dim)
+    scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, rotate(k, angles), preferred_element_type=jnp.float32)
+    scores = jnp.where(seen, scores * config.head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    attended = jnp.einsum("bhgqk,bkhd->bqhgd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
     return _linear(weights, "self_attn/o_proj", attended.reshape(*x.shape[:2], -1))
 
 
