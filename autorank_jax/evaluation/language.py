@@ -8,8 +8,7 @@ from jax import lax
 
 from autorank_jax.adapters.lora import cut, max_ranks, rank_masks
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
-from autorank_jax.models.causal_lm import Scored
-from autorank_jax.types import Array, EvaluateFn, FederatedData, PyTree, Server, State, Task
+from autorank_jax.types import Array, EvaluateFn, FederatedData, PyTree, Scored, Server, State, Task
 
 
 def make_evaluate_language(task: Task, inputs: PyTree, targets: PyTree, *, batch_size: int = 8) -> EvaluateFn:

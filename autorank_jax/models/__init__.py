@@ -20,7 +20,7 @@ print(len(language_task.server.trainable.adapters) > 3)
 
 from autorank_jax.models.causal_checkpoint import causal_name, load_causal_lm
 from autorank_jax.models.causal_config import CausalConfig, Rope
-from autorank_jax.models.causal_lm import ByteTokenizer, CausalLM, Scored, Tokens, init_causal_lm
+from autorank_jax.models.causal_lm import ByteTokenizer, CausalLM, init_causal_lm
 from autorank_jax.models.transformer import Decoder, Encoder, Size, TextClassifier, Transformer
 from autorank_jax.models.vision import CNN, MLP, DeepCNN, max_pool
 
@@ -34,10 +34,8 @@ __all__ = [
     "DeepCNN",
     "Encoder",
     "Rope",
-    "Scored",
     "Size",
     "TextClassifier",
-    "Tokens",
     "Transformer",
     "causal_name",
     "init_causal_lm",

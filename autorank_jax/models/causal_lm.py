@@ -14,32 +14,13 @@ import numpy as np
 from jax import lax
 
 from autorank_jax.models.causal_config import CausalConfig, rope_frequencies, rotate
-from autorank_jax.types import Array, Key
+from autorank_jax.types import Array, Key, Scored, Tokens
 
 Params = dict[str, Any]
 """Arrays by name."""
 
 CHUNK = 128
 """Positions whose logits exist at a time."""
-
-
-class Tokens(NamedTuple):
-    """Texts as a decoder takes them: several may lie in one row, one behind the other."""
-
-    ids: Array  # (b, length) int32
-    segments: Array  # (b, length) int32: 1, 2, ... for the texts of a row, 0 where padded
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return `(b, length)`."""
-        return self.ids.shape
-
-
-class Scored(NamedTuple):
-    """What a decoder is given where losses are wanted in place of logits."""
-
-    inputs: Any  # ids (b, length), or `Tokens`
-    targets: Array  # (b, length) integers, the token that follows; negative: not counted
 
 
 class CausalLM(NamedTuple):

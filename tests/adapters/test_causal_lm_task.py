@@ -7,8 +7,7 @@ import pytest
 
 import autorank_jax as ar
 from autorank_jax.adapters.lora import cut, max_ranks, rank_masks
-from autorank_jax.models.causal_lm import Scored, Tokens
-from autorank_jax.types import Batch
+from autorank_jax.types import Batch, Scored, Tokens
 from tests.models.causal_cases import TINY, tiny
 
 RNG = np.random.default_rng(0)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from autorank_jax.models.causal_checkpoint import causal_name, read_safetensors
-from autorank_jax.models.causal_lm import Scored, Tokens, causal_losses
+from autorank_jax.models.causal_lm import causal_losses
+from autorank_jax.types import Scored, Tokens
 from tests.models.causal_cases import write_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
