@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from autorank_jax.models.causal_config import CausalConfig, rope_frequencies, rotate
-from autorank_jax.types import Array, Key, Scored, Tokens
+from autorank_jax.types import Array, Scored, Tokens
 
 Params = dict[str, Any]
 """Arrays by name."""
@@ -62,25 +62,21 @@ def param_shapes(config: CausalConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def init_causal_lm(
-    config: CausalConfig, *, key: Key | int = 0, dtype: Any = jnp.float32, tokenizer: Any = None
-) -> CausalLM:
-    """Draw a decoder: matrices `N(0, 0.02²)`, scales 1, biases 0.
+def init_causal_lm(config: CausalConfig, *, seed: int = 0, dtype: Any = jnp.float32, tokenizer: Any = None) -> CausalLM:
+    """Draw a decoder: matrices `N(0, 1 / width)`, scales 1, biases 0.
 
     Args:
         config: sizes and switches.
-        key: random key, or its seed.
+        seed: of the numbers.
         dtype: of the parameters, and so of the arithmetic.
         tokenizer: kept with the model.
     """
-    key = jax.random.key(key) if isinstance(key, int) else key
-    params = {}
-    for number, (name, shape) in enumerate(param_shapes(config).items()):
+    rng, params = np.random.default_rng(seed), {}  # NumPy: nothing is compiled
+    for name, shape in param_shapes(config).items():
         leaf = name.rpartition("/")[2]
-        if leaf in ("scale", "bias"):
-            params[name] = jnp.full(shape, float(leaf == "scale"), dtype)
-        else:
-            params[name] = 0.02 * jax.random.normal(jax.random.fold_in(key, number), shape, dtype)
+        fixed = {"scale": np.ones(shape), "bias": np.zeros(shape)}
+        value = fixed[leaf] if leaf in fixed else rng.standard_normal(shape) * config.width**-0.5
+        params[name] = jnp.asarray(value.astype(dtype))
     return CausalLM(config, params, tokenizer)
 
 
