@@ -88,6 +88,25 @@ class Batch(NamedTuple):
     weight: Array  # (b,) 0 or 1
 
 
+class Tokens(NamedTuple):
+    """Texts as a decoder takes them: several may lie in one row, one behind the other."""
+
+    ids: Array  # (b, length) int32
+    segments: Array  # (b, length) int32: 1, 2, ... for the texts of a row, 0 where padded
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return `(b, length)`."""
+        return self.ids.shape
+
+
+class Scored(NamedTuple):
+    """What a decoder is given where losses are wanted in place of logits."""
+
+    inputs: PyTree  # ids (b, length), or `Tokens`
+    targets: Array  # (b, length) integers, the token that follows; negative: not counted
+
+
 class Penalised(NamedTuple):
     """What a local loss with a penalty returns: training minimises the mean of `losses` plus `penalty`."""
 

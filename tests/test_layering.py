@@ -45,7 +45,7 @@ EFFECTS_ELSEWHERE = {
     "testing": "compiles the rounds by which it checks a rule",
 }
 ENGINE_KNOWS_NOTHING_OF = {"aggregators", "evaluation", "models", "ranks"}
-OPTIONAL = {"dp_accounting", "matplotlib", "PIL", "rich", "safetensors", "tensorboardX", "tokenizers", "tyro"}
+OPTIONAL = {"dp_accounting", "jinja2", "matplotlib", "PIL", "rich", "safetensors", "tensorboardX", "tokenizers", "tyro"}
 OPTIONAL |= {"requests", "tensorflow", "tensorflow_datasets", "tqdm"}  # of the extra tfds
 MOST_LINES = {".py": 400, "README.md": 150}
 MOST_RESULTS = 30

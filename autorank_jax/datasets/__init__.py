@@ -25,6 +25,9 @@ answer is given up after seconds, and what is interrupted leaves no file behind.
 CINIC-10 has three parts of 90,000 images: `train` is split over the clients, `test` is the test set, `valid` is left alone,
 so that hyper-parameters can be chosen on it [D].
 
+Instructions for language models are files of JSON lines, or the embedded `instructions_mini`: `load_instructions`.
+`ar.text_clients` makes clients of them, `chat` says how they become tokens.
+
 ```python
 import autorank_jax as ar
 
@@ -51,6 +54,7 @@ from autorank_jax.datasets.base import (
 )
 from autorank_jax.datasets.files import check_writable, read_dataset, save_dataset
 from autorank_jax.datasets.folders import FOLDERS, PARTS, are_image_folders, read_image_folders
+from autorank_jax.datasets.instructions import Instructions, load_instructions, split_instructions
 from autorank_jax.datasets.made import BUILT_IN, synthetic
 from autorank_jax.datasets.progress import Bar, OnProgress, Progress
 from autorank_jax.datasets.tables import is_table, read_table
@@ -63,6 +67,7 @@ __all__ = [
     "Dataset",
     "DatasetError",
     "DatasetInfo",
+    "Instructions",
     "Known",
     "Progress",
     "available_datasets",
@@ -70,10 +75,12 @@ __all__ = [
     "fetch_dataset",
     "how_to_get",
     "load_dataset",
+    "load_instructions",
     "read_dataset",
     "read_image_folders",
     "read_table",
     "save_dataset",
+    "split_instructions",
     "synthetic",
 ]
 

@@ -14,32 +14,13 @@ import numpy as np
 from jax import lax
 
 from autorank_jax.models.causal_config import CausalConfig, rope_frequencies, rotate
-from autorank_jax.types import Array, Key
+from autorank_jax.types import Array, Scored, Tokens
 
 Params = dict[str, Any]
 """Arrays by name."""
 
 CHUNK = 128
 """Positions whose logits exist at a time."""
-
-
-class Tokens(NamedTuple):
-    """Texts as a decoder takes them: several may lie in one row, one behind the other."""
-
-    ids: Array  # (b, length) int32
-    segments: Array  # (b, length) int32: 1, 2, ... for the texts of a row, 0 where padded
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return `(b, length)`."""
-        return self.ids.shape
-
-
-class Scored(NamedTuple):
-    """What a decoder is given where losses are wanted in place of logits."""
-
-    inputs: Any  # ids (b, length), or `Tokens`
-    targets: Array  # (b, length) integers, the token that follows; negative: not counted
 
 
 class CausalLM(NamedTuple):
@@ -81,25 +62,21 @@ def param_shapes(config: CausalConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def init_causal_lm(
-    config: CausalConfig, *, key: Key | int = 0, dtype: Any = jnp.float32, tokenizer: Any = None
-) -> CausalLM:
-    """Draw a decoder: matrices `N(0, 0.02²)`, scales 1, biases 0.
+def init_causal_lm(config: CausalConfig, *, seed: int = 0, dtype: Any = jnp.float32, tokenizer: Any = None) -> CausalLM:
+    """Draw a decoder: matrices `N(0, 1 / width)`, scales 1, biases 0.
 
     Args:
         config: sizes and switches.
-        key: random key, or its seed.
+        seed: of the numbers.
         dtype: of the parameters, and so of the arithmetic.
         tokenizer: kept with the model.
     """
-    key = jax.random.key(key) if isinstance(key, int) else key
-    params = {}
-    for number, (name, shape) in enumerate(param_shapes(config).items()):
+    rng, params = np.random.default_rng(seed), {}  # NumPy: nothing is compiled
+    for name, shape in param_shapes(config).items():
         leaf = name.rpartition("/")[2]
-        if leaf in ("scale", "bias"):
-            params[name] = jnp.full(shape, float(leaf == "scale"), dtype)
-        else:
-            params[name] = 0.02 * jax.random.normal(jax.random.fold_in(key, number), shape, dtype)
+        fixed = {"scale": np.ones(shape), "bias": np.zeros(shape)}
+        value = fixed[leaf] if leaf in fixed else rng.standard_normal(shape) * config.width**-0.5
+        params[name] = jnp.asarray(value.astype(dtype))
     return CausalLM(config, params, tokenizer)
 
 
@@ -159,7 +136,7 @@ def causal_hidden(config: CausalConfig, params: Params, inputs: Any, *, checkpoi
     if segments is not None:
         seen = seen & (segments[:, :, None] == segments[:, None, :])
         position = position - lax.cummax(jnp.where(_begins(segments), position, 0), axis=1)
-    seen = jnp.broadcast_to(seen, (ids.shape[0], *seen.shape[-2:]))[:, None]
+    seen = seen[:, None, None]
     angles = position[..., None].astype(jnp.float32) * rope_frequencies(config.rope, config.head_dim)[None, None, :]
     layers = {name.removeprefix("layers/"): value for name, value in params.items() if name.startswith("layers/")}
 
@@ -187,7 +164,10 @@ def _attend(config: CausalConfig, weights: Mapping[str, Any], x: Array, angles: 
     if config.qk_norm:
         q = rms_norm(q, weights["self_attn/q_norm/scale"], config.norm_eps)
         k = rms_norm(k, weights["self_attn/k_norm/scale"], config.norm_eps)
-    attended = jax.nn.dot_product_attention(rotate(q, angles), rotate(k, angles), v, mask=seen)
+    grouped = rotate(q, angles).reshape(*x.shape[:2], config.kv_heads, -1, config.head_dim)
+    scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, rotate(k, angles), preferred_element_type=jnp.float32)
+    scores = jnp.where(seen, scores * config.head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    attended = jnp.einsum("bhgqk,bkhd->bqhgd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
     return _linear(weights, "self_attn/o_proj", attended.reshape(*x.shape[:2], -1))
 
 

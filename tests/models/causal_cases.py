@@ -28,9 +28,9 @@ CONFIG = {
 }
 
 
-def tiny(config=TINY, seed=0, scale=15.0):
+def tiny(config=TINY, seed=0, scale=1.5):
     """Return a decoder whose logits differ visibly."""
-    model = init_causal_lm(config, key=seed)
+    model = init_causal_lm(config, seed=seed)
     params = {n: v * (1 if n.endswith("scale") else scale) for n, v in model.params.items()}
     return model._replace(params=params)
 

@@ -9,7 +9,8 @@ import pytest
 
 from autorank_jax.models.causal_checkpoint import load_causal_lm
 from autorank_jax.models.causal_config import CausalConfig, Rope, parse_config, rope_frequencies
-from autorank_jax.models.causal_lm import ByteTokenizer, Scored, Tokens, causal_losses
+from autorank_jax.models.causal_lm import ByteTokenizer, causal_losses
+from autorank_jax.types import Scored, Tokens
 from tests.models.causal_cases import CONFIG, TINY, tensors_of, tiny, write_folder
 
 SMALL = parse_config(CONFIG)

@@ -1,12 +1,15 @@
 """`transformers` as an oracle: logits and gradients of tiny random decoders of every family that is read."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from autorank_jax.models.causal_checkpoint import causal_name, read_safetensors
-from autorank_jax.models.causal_lm import Scored, Tokens, causal_losses
+from autorank_jax.models.causal_lm import causal_losses
+from autorank_jax.types import Scored, Tokens
 from tests.models.causal_cases import write_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -97,6 +100,28 @@ def test_texts_in_one_row_do_not_see_each_other(pair):
     _, ours = pair
     row = Tokens(jnp.asarray(IDS.reshape(1, -1)), jnp.asarray(np.repeat([[1, 2]], 11, axis=1)))
     np.testing.assert_allclose(ours(row)[0], ours(jnp.asarray(IDS)).reshape(22, -1), atol=1e-4)
+
+
+def test_peft_gives_the_same_logits(pair, tmp_path):
+    import autorank_jax as ar  # noqa: PLC0415
+
+    peft = pytest.importorskip("peft", reason=reason)
+    base, ours = pair
+    task = ar.task_from_causal_lm(ours, max_rank={"*/q_proj": 3, "*_proj": 5}, train_dense="*layernorm/scale")
+    rng = np.random.default_rng(3)
+    moved = jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype), task.server.trainable
+    )
+    server = task.server._replace(trainable=moved)
+    folder = ar.export_peft(tmp_path, task, server, names=ar.models.causal_name)
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
+    with torch.no_grad():
+        theirs = adapted(torch.tensor(IDS)).logits.numpy()
+        plain = base(torch.tensor(IDS)).logits.numpy()
+    logits = task.predict(server.frozen, server.trainable, jnp.asarray(IDS))
+    assert np.abs(theirs - plain).max() > 1
+    np.testing.assert_allclose(logits, theirs, atol=2e-4 * np.abs(theirs).max())
+    assert ar.merge(task, server)(jnp.asarray(IDS)).shape == theirs.shape
 
 
 def test_half_precision_is_read_as_it_is(tmp_path):
