@@ -81,11 +81,12 @@ def make_round(
             raise ValueError(f"expected one weight of every client, {data.size.shape}, got shape {weights.shape}")
         weights = jnp.where((data.size > 0) & (weights > 0) & jnp.isfinite(weights), weights, 0)
         weight = jnp.where(cohort.present, weights[cohort.row], 0)
+        prepared = aggregator.prepare(server_step, state.aggregator, state.server)
 
         def train(weight: Array) -> Totals:
             mine = jnp.array(True) if mesh is None else own_clients(program, state, data, cohort, weight)
             queue = make_queue(training, state, data, cohort, jnp.where(mine, weight, 0), program=program)
-            plan = make_plan(state, cohort, weight, jnp.sum(weights))
+            plan = make_plan(state, cohort, weight, jnp.sum(weights))._replace(prepared=prepared)
             totals = run_queue(program, Round(state, data, queue, plan))
             return totals if mesh is None else add_up(totals, state, cohort.row, mine)
 
