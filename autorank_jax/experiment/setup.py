@@ -13,6 +13,7 @@ from autorank_jax import datasets, federated, models
 from autorank_jax.adapters import max_ranks, task_from_nnx
 from autorank_jax.datasets import Dataset
 from autorank_jax.engine import choose_lanes, init_state
+from autorank_jax.experiment.compiling import jit_once
 from autorank_jax.experiment.config import WHOLE_RULES, WIDTHS, ConfigurationError, Experiment
 from autorank_jax.federated import everyone, faults, partition, sample_by_size, sample_independently, sample_uniformly
 from autorank_jax.federated.participation import Participation
@@ -73,7 +74,7 @@ def make_start(experiment: Experiment, dataset: Dataset) -> Callable[[Key], tupl
     """Return the function of a seed's key that derives its keys and makes its model, in one program for all seeds."""
     made: list[Task] = []
 
-    @jax.jit
+    @jit_once
     def draw(key: Key) -> tuple[dict[str, Key], Server]:
         names = ("model", "adapters", "training", "probe", "policy")
         keys = {name: jax.random.fold_in(key, number) for number, name in enumerate(names)}
