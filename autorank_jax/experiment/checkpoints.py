@@ -43,7 +43,12 @@ def make_save(
         if not (due or last_chance):
             return
         records = [r._asdict() | {"rows": [row._asdict() for row in r.rows]} for r in position.records]
-        extra = {"records": records, "seconds": dict(position.seconds), "about": dict(machine)}
+        extra = {
+            "records": records,
+            "seconds": dict(position.seconds),
+            "levels": list(position.levels),
+            "about": dict(machine),
+        }
         arrays = {"state": position.state, "probes": position.probes}
         save_state(checkpoints.folder, arrays, step=position.rounds, config=config, extra=extra, keep=checkpoints.keep)
 
@@ -82,7 +87,8 @@ def restore_position(
     restored = restore_state(checkpoints.folder, like, config=config).state
     then, now = _flat(extra["about"]), _flat(machine)
     differences = tuple(f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name])
-    return Position(records, restored["state"], restored["probes"], extra["seconds"]), differences
+    levels = tuple(extra.get("levels", ()))
+    return Position(records, restored["state"], restored["probes"], extra["seconds"], levels), differences
 
 
 def _with_rounds(records: tuple[Record, ...], experiment: Experiment, before: int) -> tuple[Record, ...]:

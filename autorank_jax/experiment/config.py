@@ -97,7 +97,7 @@ class Experiment:
         validation: share of the training examples that takes the place of the test set, for choosing options without it
         personal: measure every client's own accuracy after the last round, before and after local training
         lanes: clients trained side by side, or auto
-        rank_levels: adapter widths that are compiled; more of them save work and cost compile time
+        rank_levels: adapter widths that are compiled, or auto: as many as save more seconds than they cost
     """
 
     dataset: str = "fashion_mnist_mini"
@@ -143,7 +143,7 @@ class Experiment:
     validation: float = 0.0
     personal: bool = False
     lanes: int | Literal["auto"] = "auto"
-    rank_levels: int = 4
+    rank_levels: int | Literal["auto"] = "auto"
 
     def validate(self) -> None:
         """Check every option.
@@ -224,7 +224,7 @@ def experiment_from(config: Any) -> Experiment:
                 problems.append(f"{name.replace('_', '-')}: expected a list of {_words(kind)}, got {value!r}")
                 continue
             value = tuple(float(item) if "float" in str(field.type) else item for item in value)
-        elif isinstance(default, str) and name != "lanes" and not isinstance(value, str):
+        elif isinstance(default, str) and name not in ("lanes", "rank_levels") and not isinstance(value, str):
             problems.append(f"{name.replace('_', '-')}: expected a name, got {value!r}")
             continue
         elif isinstance(default, bool) and not isinstance(value, bool):
@@ -273,7 +273,7 @@ def _number_problems(e: Experiment) -> Iterable[str]:
     """Check the options that are numbers."""
     for option in ("clients", "classes_per_client", "rounds", "local_epochs", "probe_epochs", "batch_size", "seeds"):
         yield from outside(option, getattr(e, option), 1, whole=True)
-    for option in ("eval_every", "rank_levels", "straggler_steps"):
+    for option in ("eval_every", "straggler_steps"):
         yield from outside(option, getattr(e, option), 1, whole=True)
     for option in ("rerank_every", "first_seed"):
         yield from outside(option, getattr(e, option), 0, whole=True)
@@ -296,8 +296,8 @@ def _number_problems(e: Experiment) -> Iterable[str]:
     for option, cause in (("ratios", "a rank or a percentage"), ("targets", "a percentage")):
         for value in getattr(e, option):
             yield from outside(option, value, 0, 1, open_start=True, cause=cause)
-    if e.lanes != "auto":
-        yield from outside("lanes", e.lanes, 1, whole=True)
+    for option in (name for name in ("lanes", "rank_levels") if getattr(e, name) != "auto"):
+        yield from outside(option, getattr(e, option), 1, whole=True)
 
 
 def _joint_problems(e: Experiment) -> Iterable[str]:

@@ -37,6 +37,7 @@ class Position(NamedTuple):
     state: State | None = None  # of the last record's run; None where there is no run yet
     probes: tuple[tuple[Array, Array], ...] = ()  # (epoch_losses, epochs) of every seed, where there was a probe
     seconds: Mapping[str, float] = {}  # spent compiling, by aggregation rule
+    levels: tuple[Mapping[str, int], ...] = ()  # rank levels: widths by path, ascending; empty until they are chosen
 
     @property
     def rounds(self) -> int:

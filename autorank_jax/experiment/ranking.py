@@ -34,9 +34,9 @@ Ranking = Callable[[Key, ClientStats], tuple[dict[str, Ranked], RankInfo | None]
 """`(key, stats) -> (what every policy gives, by name; AutoRank's scores where a policy needs them)`."""
 
 
-def rank_policy(name: str, experiment: Experiment) -> RankPolicy:
-    """Make a rank policy by name."""
-    scored = policies.autorank(criteria=experiment.criteria, min_ratio=experiment.min_ratio)
+def rank_policy(name: str, experiment: Experiment, scored: RankPolicy | None = None) -> RankPolicy:
+    """Make a rank policy by name, around AutoRank's where it is given."""
+    scored = scored or policies.autorank(criteria=experiment.criteria, min_ratio=experiment.min_ratio)
     makers: dict[str, Callable[[], RankPolicy]] = {
         "autorank": lambda: scored,
         "covered": lambda: budgets.with_coverage(scored),
@@ -66,16 +66,16 @@ def by_size_at_mean(policy: RankPolicy, min_ratio: float) -> RankPolicy:
 
 def make_ranking(experiment: Experiment, task: Task) -> Ranking:
     """Compile all policies of an experiment together, with the rounding to integer ranks."""
-    made = {name: rank_policy(name, experiment) for name in experiment.rank_policies}
-    scored = rank_policy("autorank", experiment) if experiment.scored else None
+    scored = rank_policy("autorank", experiment)
     widest = max_ranks(task.server.trainable)
 
     def rank(key: Key, stats: ClientStats) -> tuple[dict[str, Ranked], RankInfo | None]:
-        ranked = {}
-        for name, policy in made.items():
+        ranked, found = {}, scored(key, stats) if experiment.scored else None
+        for name in experiment.rank_policies:
+            policy = rank_policy(name, experiment, (lambda *_: found) if found else scored)  # scored once
             ratios, _ = policy(key, stats)
             ranked[name] = Ranked(ratios, policies.ranks_from_ratios(ratios, widest))
-        return ranked, scored(key, stats)[1] if scored else None
+        return ranked, found[1] if found else None
 
     return jax.jit(rank)
 

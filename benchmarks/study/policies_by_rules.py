@@ -109,7 +109,14 @@ def experiment_of(plan: Plan, rule: str, setting: str, split: str) -> Experiment
     ):  # what changes criteria alone is compared with all criteria, the rest with a uniform rank as well
         wanted = PAIR[:1] if setting in CRITERIA_ALONE else PAIR
         policies = tuple(p for p in policies if p in wanted)
-    options = {"eval_every": 2, "local_epochs": 1, **SPLITS[split], **SETTINGS[setting], **plan.options}
+    options = {
+        "eval_every": 2,
+        "local_epochs": 1,
+        "rank_levels": 4,
+        **SPLITS[split],
+        **SETTINGS[setting],
+        **plan.options,
+    }
     return Experiment(dataset=plan.dataset, rank_policies=policies, aggregators=(rule,), **options)
 
 
