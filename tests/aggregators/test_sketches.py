@@ -14,9 +14,12 @@ from autorank_jax.adapters.lora import cut
 from autorank_jax.aggregators import sketches
 from autorank_jax.aggregators.base import ClientSums
 from autorank_jax.aggregators.products import split_product
+from autorank_jax.engine.round import make_round
+from autorank_jax.engine.sharding import client_mesh, replicate
+from autorank_jax.engine.simulation import init_state
 from autorank_jax.types import Adapter, Server, Trainable
 from tests import reference
-from tests.aggregators.cases import FAST, Cohorts, aggregate
+from tests.aggregators.cases import FAST, Cohorts, aggregate, fake_training, make_data
 from tests.reference import products
 from tests.reference.sketches import approximate
 
@@ -201,7 +204,7 @@ def test_the_correction_of_a_product_that_is_known_whole(ridge, owners):
 
 @pytest.mark.slow
 @in_64_bit
-@pytest.mark.parametrize(("tau", "kept"), [(0.72, 4), (0.6, 3), (0.4, 2)])
+@pytest.mark.parametrize(("tau", "kept"), [(0.72, 4), (0.4, 2)])
 def test_energy_beside_the_sketch_counts_for_the_threshold(tau, kept):
     """Of 100, four positions hold 40, 20, 10, 5; 72 % of what the approximation alone holds is in three of them."""
     rng, rule = np.random.default_rng(5), aggregators.florist(tau=tau, exact=False)
@@ -272,3 +275,23 @@ def test_wrappers_that_need_whole_products_prepare_nothing():
     assert prepared(aggregators.with_diagnostics(aggregators.with_norm_clipping(rule, 1.0))) == {"tall", "like"}
     assert prepared(aggregators.keep_local(rule, "like")) == {"tall"}
     assert prepared(optimised(rule)) == prepared(aggregators.raflora(exact=True)) == set()
+
+
+@pytest.mark.slow
+@in_64_bit
+@pytest.mark.parametrize("broken", [False, True])
+def test_rounds_on_two_devices_are_those_of_one(broken):
+    """Test matrices are the same on every device, and of the same round everywhere."""
+    rule, server = aggregators.raflora(exact=False), make_server(first=True)
+    ranks = {path: jnp.asarray(RANKS[:6]) for path in LAYERS}
+    state = init_state(server, rule, ranks, broken=np.array([0, 0, float(broken), 0, 0, 0]))
+    ends = []
+    for mesh, lanes, levels in ((None, 1, 1), (client_mesh(), 2, 2)):
+        run = jax.jit(make_round(fake_training(), rule, lanes=lanes, rank_levels=levels, mesh=mesh))
+        given = (jax.random.key(1), state, make_data())
+        key, now, data = given if mesh is None else replicate(given, mesh)
+        for _ in range(2):
+            now, info = run(key, now, data)
+        assert int(info.excluded) == broken
+        ends.append({path: np.matmul(*factors) for path, factors in to_numpy(now.server).items()})
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-9), *ends)
