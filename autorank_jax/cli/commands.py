@@ -1,6 +1,7 @@
 """The commands of the command line: their options, and what each of them does."""
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from autorank_jax.cli.comparing import Compare, compare
-from autorank_jax.cli.files import begin_folder, checkpoints_of, how_to_resume, save_results, write_results, write_run
+from autorank_jax.cli.files import checkpoints_of, how_to_resume, save_results, write_results, write_run
 from autorank_jax.cli.folders import check_folder, default_folder, occupied
 from autorank_jax.cli.interrupts import INTERRUPTED, Interrupted, Interruption
 from autorank_jax.cli.live import Display
@@ -21,7 +22,7 @@ from autorank_jax.cli.terminal import tell
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
 from autorank_jax.experiment.config import ConfigurationError, Experiment, outside
 from autorank_jax.experiment.doubts import doubts
-from autorank_jax.experiment.events import Event, Resumed, Scored, Stopped
+from autorank_jax.experiment.events import Compiled, Event, Resumed, Scored, Stopped
 from autorank_jax.experiment.launch import Launch, is_first, start
 from autorank_jax.experiment.position import DivergedError
 from autorank_jax.experiment.results import Results
@@ -144,15 +145,17 @@ def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
     """Run an experiment in its folder."""
     experiment = command.experiment
     checkpoints = checkpoints_of(folder, every=command.checkpoint_every, keep=command.keep_checkpoints)
-    if not command.resume:
-        begin_folder(folder, experiment, checkpoints)
+    if not command.resume:  # an older run's would be gone on with
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
     console = make_console(quiet=command.quiet)
     partial: list[Results] = []
 
     def listen(event: Event) -> None:
         if isinstance(event, Stopped):
             partial.append(event.results)
-        if isinstance(event, Resumed):  # by now the checkpoint was found to fit
+        if checkpoints.every and isinstance(
+            event, Compiled | Resumed
+        ):  # by now options and checkpoint are found to fit
             write_run(folder, experiment, checkpoints)
         display(event)
         logs(event)

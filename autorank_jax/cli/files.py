@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shlex
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -127,15 +126,8 @@ def checkpoints_of(folder: Path, *, every: int, keep: int) -> Checkpoints:
     return Checkpoints(folder / CHECKPOINTS, every, keep)
 
 
-def begin_folder(folder: Path, experiment: Experiment, checkpoints: Checkpoints) -> None:
-    """Forget what an older run left in a folder, and note there what is run, so that it can be taken up again."""
-    shutil.rmtree(checkpoints.folder, ignore_errors=True)
-    if checkpoints.every:
-        write_run(folder, experiment, checkpoints)
-
-
 def write_run(folder: Path, experiment: Experiment, checkpoints: Checkpoints) -> None:
-    """Note what is run."""
+    """Note in a folder what is run there, so that it can be taken up again."""
     checkpoints.folder.mkdir(parents=True, exist_ok=True)
     content = {"experiment": dataclasses.asdict(experiment), "every": checkpoints.every, "keep": checkpoints.keep}
     write_file(folder / CHECKPOINTS / RUN_FILE, to_json(content))

@@ -230,8 +230,11 @@ def experiment_from(config: Any) -> Experiment:
         elif isinstance(default, bool) and not isinstance(value, bool):
             problems.append(f"{name.replace('_', '-')}: expected true or false, got {value!r}")
             continue
+        elif isinstance(default, (int, float)) and not isinstance(value, (int, float)):
+            problems.append(f"{name.replace('_', '-')}: expected a number, got {value!r}")
+            continue
         elif isinstance(default, float) and type(value) is int:
-            value = float(value)
+            value = float(value) if abs(value) < 1e300 else math.inf
         values[name] = value
     if problems:
         raise ConfigurationError(problems)
@@ -271,10 +274,10 @@ def _name_problems(e: Experiment) -> Iterable[str]:
 
 def _number_problems(e: Experiment) -> Iterable[str]:
     """Check the options that are numbers."""
-    for option in ("clients", "classes_per_client", "rounds", "local_epochs", "probe_epochs", "batch_size", "seeds"):
+    for option in ("clients", "classes_per_client", "rounds", "batch_size", "eval_every", "straggler_steps"):
         yield from outside(option, getattr(e, option), 1, whole=True)
-    for option in ("eval_every", "straggler_steps"):
-        yield from outside(option, getattr(e, option), 1, whole=True)
+    for option, most in (("local_epochs", 10_000), ("probe_epochs", 10_000), ("seeds", 1000)):
+        yield from outside(option, getattr(e, option), 1, most, whole=True)
     for option in ("rerank_every", "first_seed"):
         yield from outside(option, getattr(e, option), 0, whole=True)
     for option in ("alpha", "learning_rate", "server_learning_rate", "dp_delta", "dp_clip", "dp_count_clip"):

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+MOST = 2**31 - 1
+"""The largest whole number of int32."""
+
 
 class ConfigurationError(ValueError):
     """Options that make no experiment: one line per mistake, all of them."""
@@ -42,6 +45,7 @@ def outside(
     """Yield a line if a number is not in its range or not whole."""
     kind = "a whole number" if whole else "a number"
     right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    high = MOST if whole and right_type and high == math.inf and value > MOST else high
     above = right_type and (value > low if open_start else value >= low)
     if right_type and above and (value < high if open_end else value <= high) and value < math.inf:
         return

@@ -1,6 +1,7 @@
 """What an experiment begins with: examples, the clients and the model of every seed, and what happens in a round."""
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ from autorank_jax.experiment.config import WHOLE_RULES, WIDTHS, ConfigurationErr
 from autorank_jax.federated import everyone, faults, partition, sample_by_size, sample_independently, sample_uniformly
 from autorank_jax.federated.participation import Participation
 from autorank_jax.types import Aggregator, Array, ClientStats, FederatedData, Key, Server, State, Task, Trainable
+
+WIDE = 4096
+"""Narrower layers fit everywhere."""
 
 
 class Federation(NamedTuple):
@@ -108,6 +112,7 @@ def make_task(experiment: Experiment, dataset: Dataset, *, model_key: Key, adapt
     Raises:
         ValueError: if the model does not fit the shape of the examples.
     """
+    _check_memory(experiment, dataset)
     rngs = nnx.Rngs(params=model_key)
     model, default = make_model(experiment, dataset.x_train.shape[1:], dataset.classes, rngs=rngs)
     if set(experiment.aggregators) & set(WHOLE_RULES):
@@ -118,6 +123,28 @@ def make_task(experiment: Experiment, dataset: Dataset, *, model_key: Key, adapt
     ranks = dict(zip(default, given, strict=True))
     _check_ranks(model, ranks)
     return task_from_nnx(model, max_rank=ranks, train_dense=dense, key=adapter_key)
+
+
+def _check_memory(experiment: Experiment, dataset: Dataset) -> None:
+    """Refuse models that no memory holds, before they are made."""
+    widths = experiment.hidden or WIDTHS[experiment.model]
+    if max(widths) < WIDE or not hasattr(os, "sysconf"):
+        return
+    shape, classes = dataset.x_train.shape[1:], dataset.classes
+    sizes = [int(np.prod(shape)), *widths, classes]
+    whole = set(experiment.aggregators) & set(WHOLE_RULES)
+    ranks = experiment.max_ranks or [width // 2 for width in (*widths, widths[-1])]
+    ranks = [0 if whole else rank for rank in (ranks * len(sizes) if len(ranks) == 1 else ranks)]
+    layers = zip(sizes, sizes[1:], ranks, strict=False)
+    needed = 4 * sum(into * out + rank * (into + out) for into, out, rank in layers)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory / 4:  # gradients, momentum and the sums of clients beside the model
+        raise ConfigurationError(
+            [
+                f"hidden: expected a model that fits {memory / 2**30:.0f} GB of memory with its training, got "
+                f"{needed / 2**30:.3g} GB of weights and adapters, probably too wide layers or too large --max-ranks"
+            ]
+        )
 
 
 def _check_ranks(model: nnx.Module, ranks: Mapping[str, int]) -> None:

@@ -178,6 +178,12 @@ def test_more_devices_than_cores(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_refused_run_leaves_nothing_to_resume(capsys, tmp_path):
+    complaint = fails(capsys, *TINY, "--clients", "5000", "--checkpoint-every", "1", "--out", tmp_path / "out")
+    assert "probably too many clients" in complaint
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_all_mistakes_come_at_once(capsys):
     complaint = fails(capsys, "run", "--rounds", "0", "--split", "stairs", "--seeds", "0")
     assert [line.split(": ")[1] for line in complaint.splitlines()] == ["split", "rounds", "seeds"]

@@ -287,6 +287,11 @@ BAD = {
     "eval_every": (0, "eval-every"),
     "lanes": (0, "lanes: expected"),
     "rank_levels": (0, "rank-levels: expected"),
+    "first_seed": (
+        2**40,
+        "first-seed: expected a whole number of at least 0 and at most 2147483647, got 10",
+    ),
+    "probe_epochs": (10**6, "probe-epochs: expected a whole number of at least 1 and at most 10000"),
     "rerank_every": (-1, "rerank-every: expected"),
 }
 
@@ -338,6 +343,8 @@ def test_all_mistakes_are_named_at_once():
             {"max_ranks": (99999,)},
             "max-ranks: expected at most 64 for layer layers/0, the longer side of its weight, got",
         ),
+        ({"hidden": (10**6,)}, "hidden: expected a model that fits"),
+        ({"seeds": 10**6}, "seeds: expected a whole number of at least 1 and at most 1000"),
         ({"model": "cnn", "hidden": (2,), "max_ranks": (10, 1)}, "at most 9 for layer convs/0, the longer side of its"),
     ],
 )
