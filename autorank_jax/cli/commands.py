@@ -13,6 +13,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from autorank_jax.cli import cache
 from autorank_jax.cli.files import (
     begin_folder,
     check_folder,
@@ -51,6 +52,7 @@ class Run:
         out: folder of the results; default runs/DATASET-SPLIT, with a number where that is taken
         overwrite: replace the run that the folder holds
         quiet: print nothing but errors
+        no_cache: compile anew, and keep no compiled programs for the next run
     """
 
     experiment: tyro.conf.OmitArgPrefixes[Experiment] = dataclasses.field(default_factory=Experiment)
@@ -62,6 +64,7 @@ class Run:
     out: Path | None = None
     overwrite: bool = False
     quiet: bool = False
+    no_cache: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +124,24 @@ class Data:
     )
 
 
-def execute(command: Run | Ranks | Data) -> None:
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Say what is kept of compiled programs, from which later runs start at once, or empty the folder.
+
+    Attributes:
+        clear: delete all of them
+    """
+
+    clear: bool = False
+
+
+def execute(command: Run | Ranks | Data | Cache) -> None:
     """Do what a command says."""
     match command:
+        case Cache(clear):
+            found = cache.empty() if clear else cache.held()
+            what = f"{found.programs} compiled programs, {found.bytes / 1e6:.1f} MB, in {cache.program_folder()}"
+            Console().print(f"Deleted {what}" if clear else what, soft_wrap=True, highlight=False)
         case Run():
             run(command)
         case Ranks():
@@ -146,6 +164,9 @@ def run(command: Run) -> None:
     """Run an experiment, or what is left of it, show it, and write its files."""
     experiment = command.experiment
     check_run(command)
+    refused = None if command.no_cache else cache.use_cache()
+    if refused:
+        sys.stderr.write(f"{PROGRAM}: {refused}\n")
     mesh = start(command.launch, cohort=experiment.cohort)
     if not is_first():
         checkpoints = checkpoints_of(command.resume, every=0, keep=1) if command.resume else None

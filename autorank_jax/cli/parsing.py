@@ -10,12 +10,12 @@ from typing import Annotated, Any, get_args, get_origin
 
 import tyro
 
-from autorank_jax.cli.commands import PROGRAM, Data, Ranks, Run
+from autorank_jax.cli.commands import PROGRAM, Cache, Data, Ranks, Run
 from autorank_jax.cli.files import read_config, read_run
 from autorank_jax.experiment.config import AGGREGATORS, POLICIES, ConfigurationError
 
 
-def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
+def parse(arguments: Sequence[str]) -> Run | Ranks | Data | Cache:
     """Parse the command line.
 
     Raises:
@@ -30,6 +30,7 @@ def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
         Annotated[Run, tyro.conf.subcommand("run", default=starting_point(arguments), description=explained)]
         | Annotated[Ranks, tyro.conf.subcommand("ranks")]
         | Annotated[Data, tyro.conf.subcommand("data")]
+        | Annotated[Cache, tyro.conf.subcommand("cache")]
     )
     message = io.StringIO()
     try:
@@ -44,7 +45,9 @@ def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        command = " ".join([PROGRAM, *(word for word in arguments[:1] if word in ("run", "ranks", "data")), "--help"])
+        command = " ".join(
+            [PROGRAM, *(word for word in arguments[:1] if word in ("run", "ranks", "data", "cache")), "--help"]
+        )
         raise ConfigurationError([one_line(message.getvalue(), command)]) from stop
 
 
