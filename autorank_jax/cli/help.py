@@ -41,7 +41,7 @@ GROUPS = (
     Group(
         "output",
         ("out", "overwrite", "quiet", "config", "resume", "checkpoint_every", "log"),
-        ("keep_checkpoints", "eval_every", "targets", "personal"),
+        ("keep_checkpoints", "eval_every", "targets", "personal", "no_cache"),
     ),
     Group("devices", ("devices",), ("distributed", "coordinator", "num_processes", "process_id")),
 )  # fmt: skip
