@@ -52,7 +52,7 @@ def test_schemas(finished):
         ("autorank", 1), ("autorank", 2), ("full", 1), ("full", 2),
     ]  # fmt: skip
     for row in history:
-        assert tuple(row) == Row._fields
+        assert (*row, "epsilon") == Row._fields
         assert isinstance(row["accuracy"], float)
         assert row["excluded"] == 0
         assert row["participants"] == 4
