@@ -57,10 +57,10 @@ def accuracy_figure(results: Results) -> Figure:
         )
         for name, runs in run_names(results).items()
     ]
-    return curves_figure(curves, _caption(results))
+    return curves_figure(curves, _caption(results), score="R²" if results.score == "r2" else "accuracy")
 
 
-def curves_figure(curves: Sequence[Curve], caption: str) -> Figure:
+def curves_figure(curves: Sequence[Curve], caption: str, *, score: str = "accuracy") -> Figure:
     """Draw curves against rounds and against training FLOPs."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 4.6), layout="constrained")
@@ -76,8 +76,12 @@ def curves_figure(curves: Sequence[Curve], caption: str) -> Figure:
                     low, high = np.clip(mean - deviation, 0, 1), np.clip(mean + deviation, 0, 1)
                     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             handles.append(Line2D([], [], color=colour, linestyle=dash, linewidth=2, label=name))
-        by_round.set(xlabel="round", ylabel="test accuracy", title="Accuracy by round")
-        by_flops.set(xlabel="training FLOPs of all clients, probe included", title="Accuracy by training cost")
+        title = score[:1].upper() + score[1:]
+        by_round.set(xlabel="round", ylabel=f"test {score}", title=f"{title} by round")
+        by_flops.set(
+            xlabel="training FLOPs of all clients, probe included",
+            title=f"{title} by training cost",
+        )
         last = max((row.round for curve in curves for run in curve.runs for row in run.rows), default=1)
         by_round.set_xlim(0, last + max(0.3, last / 20))  # also where there is one round
         by_flops.set_xlim(left=0)

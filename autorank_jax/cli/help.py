@@ -37,7 +37,11 @@ GROUPS = (
         ("rank_policies", "max_ranks", "min_ratio", "criteria"),
         ("ratios", "probe_epochs", "rerank_every", "rank_levels"),
     ),
-    Group("training", ("local_epochs", "batch_size", "optimizer", "learning_rate"), ("momentum", "lanes")),
+    Group(
+        "training",
+        ("local_epochs", "batch_size", "optimizer", "learning_rate"),
+        ("rate_schedule", "momentum", "lanes"),
+    ),
     Group(
         "output",
         ("out", "overwrite", "quiet", "config", "resume", "checkpoint_every", "log"),

@@ -51,7 +51,7 @@ class Display:
         self.moving = console.is_terminal and not console.is_dumb_terminal
         rounds = experiment.rounds * experiment.seeds
         self.bars = {self._name(p, a): Bar(rounds) for a in experiment.aggregators for p in experiment.rank_policies}
-        self.stage = ""
+        self.stage, self.score = "", "accuracy"
         self.training = False
         self.since = self.latest = time.monotonic()
         self.measured: list[float] = []  # seconds of every round of this process, evaluation included
@@ -90,7 +90,8 @@ class Display:
                 self._print(f"Going on after {rounds} rounds of an earlier process.")
                 for difference in differences:
                     self._print(f"Since then: {difference}; results are equal up to rounding only.")
-            case Started(policy, aggregator, _, done):
+            case Started(policy, aggregator, _, done, score):
+                self.score = score
                 self._enter("")
                 self.training, self.latest = True, time.monotonic()
                 self.bars[self._name(policy, aggregator)].done += done
@@ -98,7 +99,7 @@ class Display:
                 self._advance(row, examples)
             case Finished(run) if not self.moving:
                 curve = accuracies(run)
-                last = f"accuracy {100 * curve[-1][1]:.1f} %" if curve else "no accuracy"
+                last = f"{self.score} {100 * curve[-1][1]:.1f} %" if curve else f"no {self.score}"
                 name = self._name(run.policy, run.aggregator)
                 what = f"{name}, seed {run.seed}: {last} after {len(run.rows)} rounds, {run.seconds:.1f} s"
                 self._print(", ".join([what, *faults_of(run.rows)]))

@@ -109,6 +109,8 @@ def footnotes(results: Results) -> Iterator[str]:
         "* Share of all examples that the clients of the highest ratio hold. Rules that average a rank position over "
         "its owners, such as rbla, leave the last positions to these clients alone."
     )
+    if results.score == "r2":
+        yield "R²: share of the test targets' variance that is explained; history and summary call it accuracy."
     promise = Experiment(**results.config).privacy
     if promise:
         yield promise.promise
@@ -129,8 +131,9 @@ _MEASURED = {
 
 def _lines(results: Results, policies: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Any], str], bool]]:
     """Yield the lines of the comparison: label, contents, whether a section ends."""
-    yield "final accuracy", lambda p: percent(p["final_accuracy"]), False
-    yield "best accuracy", lambda p: percent(p["best_accuracy"]), False
+    score = "R²" if results.score == "r2" else "accuracy"
+    yield f"final {score}", lambda p: percent(p["final_accuracy"]), False
+    yield f"best {score}", lambda p: percent(p["best_accuracy"]), False
     if results.config.get("dp_epsilon"):
         yield f"ε spent, at δ = {results.config['dp_delta']:g}", lambda p: f"{p['epsilon']:.3g}", False
     targets = [f"{target:g}" for target in results.config["targets"]]

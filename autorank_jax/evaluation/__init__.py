@@ -25,6 +25,7 @@ from autorank_jax.evaluation.metrics import (
     classification_metrics,
     label_weighted_accuracy,
     make_evaluate,
+    regression_metrics,
     summarise_clients,
     with_personal_scores,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "make_evaluate",
     "make_evaluate_language",
     "privacy",
+    "regression_metrics",
     "summarise_clients",
     "with_personal_scores",
 ]

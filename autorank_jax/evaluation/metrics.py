@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from autorank_jax.adapters.lora import cut, level_widths, max_ranks, rank_level, rank_masks
-from autorank_jax.adapters.losses import check_outputs
+from autorank_jax.adapters.losses import check_outputs, regression_loss
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
 from autorank_jax.types import (
     Aggregator,
@@ -43,6 +44,25 @@ def classification_metrics(logits: Array, labels: Array) -> dict[str, Array]:
         "accuracy": (jnp.argmax(logits, axis=-1) == labels).astype(log_p.dtype),
         "loss": -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0],
     }
+
+
+def regression_metrics(targets: ArrayLike) -> Metrics:
+    """Make the metrics of a regression: the share of variance explained (`r2`), and the mean squared error (`loss`).
+
+    `r2 = 1 - Σ (y - ŷ)² / Σ (y - ȳ)²`, the mean of what each example contributes.
+
+    Args:
+        targets: `(n,)` or `(n, outputs)` of the whole test set, not all equal: mean and variance are theirs.
+    """
+    y = jnp.asarray(targets)
+    y = y.reshape(y.shape[0], -1)
+    variance = jnp.mean(jnp.square(y - jnp.mean(y, axis=0, keepdims=True)))
+
+    def metrics(outputs: Array, targets: PyTree) -> dict[str, Array]:
+        loss = regression_loss(outputs, targets)
+        return {"r2": 1 - loss / variance, "loss": loss}
+
+    return metrics
 
 
 def make_evaluate(

@@ -107,6 +107,10 @@ def _with_rounds(records: tuple[Record, ...], experiment: Experiment, before: in
     if len(records) > 1:
         first = f"{records[0].policy} with {records[0].aggregator}, seed {records[0].seed}"
         problem = f"{before} as before, as the state of {first} is not kept: only one policy, rule and seed can go on"
+    elif experiment.rate_schedule != "constant":
+        problem = f"{before} as before, as --rate-schedule {experiment.rate_schedule} goes by all rounds"
+    elif experiment.dp_epsilon and not experiment.dp_noise:
+        problem = f"{before} as before, for which the noise of --dp-epsilon is found"
     elif rounds <= last.round:
         problem = f"more than the {last.round} that are done"
     elif last.round == before and before % experiment.eval_every:

@@ -30,6 +30,7 @@ MODELS: Mapping[str, str] = {
 WIDTHS: Mapping[str, tuple[int, ...]] = {"mlp": (200, 200), "cnn": (16, 32), "deep_cnn": (32, 32, 64, 64, 128, 128)}
 """Hidden layers, or channels of the convolutions, of every model where none are given."""
 OPTIMIZERS = ("sgd", "adam", "adamw")
+RATE_SCHEDULES = ("constant", "cosine", "step", "warm_up")
 POLICIES: Mapping[str, str] = {
     "autorank": "ratio grows with the complexity of the client's data: CRITIC and TOPSIS on the criteria",
     "covered": "AutoRank's ratios, the highest cut until clients with half of all examples have them, for rbla",
@@ -74,6 +75,8 @@ class Experiment:
         batch_size: examples per local step
         optimizer: what the clients train with: sgd, adam, adamw
         learning_rate: of the clients' optimizer
+        rate_schedule: of the learning rate over rounds: constant; cosine, to 0; step, a tenth after half and again
+            after three quarters; warm_up, from a tenth over the first tenth
         momentum: of the optimizer sgd
         participation: share of the clients that take part in a round
         sampling: how those that take part are chosen: uniform, by_size (larger clients more often), independent
@@ -121,6 +124,7 @@ class Experiment:
     batch_size: int = 64
     optimizer: str = "sgd"
     learning_rate: float = 0.01
+    rate_schedule: str = "constant"
     momentum: float = 0.9
     participation: float = 1.0
     sampling: str = "uniform"
@@ -257,6 +261,7 @@ def _name_problems(e: Experiment) -> Iterable[str]:
         )
     yield from unknown("split", [e.split], partition.SPLITS)
     yield from unknown("model", [e.model], MODELS)
+    yield from unknown("rate-schedule", [e.rate_schedule], RATE_SCHEDULES)
     yield from unknown("optimizer", [e.optimizer], OPTIMIZERS)
     yield from unknown("sampling", [e.sampling], SAMPLINGS)
     yield from unknown("dp-ranks", [e.dp_ranks], privacy.RANKS)

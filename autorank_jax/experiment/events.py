@@ -48,6 +48,7 @@ class Started(NamedTuple):
     aggregator: str
     seed: int
     done: int = 0
+    score: str = "accuracy"  # what rows call so: accuracy, or R²
 
 
 class RoundDone(NamedTuple):

@@ -99,7 +99,7 @@ def next_row(record: Record, measured: Measured, cost: RoundCost, *, probe_flops
         aggregator=record.aggregator,
         seed=record.seed,
         round=record.round + 1,
-        accuracy=_number(metrics.get("accuracy")),
+        accuracy=_number(metrics.get("accuracy", metrics.get("r2"))),
         loss=_number(metrics.get("loss")),
         train_loss=_number(info.loss) if info.examples > 0 else None,
         participants=participants,

@@ -15,7 +15,7 @@ class Row(NamedTuple):
     aggregator: str
     seed: int
     round: int  # counted from 1
-    accuracy: float | None  # on the test set; None in rounds without evaluation, and where it is not finite
+    accuracy: float | None  # on the test set, or R²; None in rounds without evaluation, and where it is not finite
     loss: float | None  # on the test set, likewise
     train_loss: float | None  # mean over the examples seen in this round
     participants: int  # clients that were to train
@@ -82,6 +82,7 @@ class Results(NamedTuple):
     compile_seconds: Mapping[str, float]  # by aggregator
     device: str
     versions: Mapping[str, str]
+    score: str = "accuracy"  # what accuracies are: accuracy, or "r2", the share of variance explained
     stopped: str = ""  # why it ended before its time, if it did
 
 
@@ -107,6 +108,7 @@ def summarize(results: Results) -> dict[str, Any]:
         "policies": {name: _summarize_runs(runs, results) for name, runs in run_names(results).items()},
         "critic_weights": dict(zip(results.scores[0].criteria, mean_weights, strict=False)),
         "clients": [row for scores in results.scores for row in client_rows(scores)],
+        "score": results.score,
         "device": results.device,
         "versions": dict(results.versions),
         "config": dict(results.config),

@@ -59,6 +59,7 @@ from autorank_jax.experiment.setup import (
     make_federations,
     make_optimizer,
     make_participation,
+    metrics_of,
     start_state,
 )
 from autorank_jax.federated import by_examples, equally
@@ -147,7 +148,8 @@ def run_experiment(
 
     def results() -> Results:
         config, seconds = dataclasses.asdict(experiment), dict(position.seconds)
-        return Results(config, tuple(scores), tuple(runs), seconds, **machine)
+        score = "accuracy" if dataset.classes else "r2"
+        return Results(config, tuple(scores), tuple(runs), seconds, score=score, **machine)
 
     for name in experiment.aggregators:
         rule = make_aggregator(name, experiment)
@@ -172,7 +174,7 @@ def run_experiment(
                     start = start._replace(epoch_losses=losses, epochs=epochs)
                 position = position.begin(Record(policy, name, federation.seed), start)
             record = position.records[len(runs)]
-            on_event(Started(policy, name, federation.seed, record.round))
+            on_event(Started(policy, name, federation.seed, record.round, "accuracy" if dataset.classes else "R²"))
             try:
                 if program and not record.over:
                     position = run_rounds(
@@ -260,7 +262,7 @@ def make_program(
 ) -> Program:
     """Compile an evaluation for an aggregation rule, beside its round."""
     rule = make_aggregator(name, experiment)
-    evaluate = make_evaluate(federation.task, dataset.x_test, dataset.y_test)
+    evaluate = make_evaluate(federation.task, dataset.x_test, dataset.y_test, metrics=metrics_of(dataset))
     tested = jax.jit(evaluate).lower(start_state(experiment, federation, rule)).compile()
     measure = make_measure(experiment, name, federation, dataset) if experiment.personal else None
     return Program(compiled.run, tested, measure, cost)

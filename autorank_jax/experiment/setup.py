@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -12,10 +13,11 @@ import optax
 from flax import nnx
 
 from autorank_jax import datasets, federated, models
-from autorank_jax.adapters import max_ranks, task_from_nnx
+from autorank_jax.adapters import classification_loss, max_ranks, regression_loss, task_from_nnx
 from autorank_jax.aggregators import set_expected_owners
 from autorank_jax.datasets import Dataset
 from autorank_jax.engine import choose_lanes, init_state
+from autorank_jax.evaluation.metrics import Metrics, classification_metrics, regression_metrics
 from autorank_jax.experiment.compiling import jit_once
 from autorank_jax.experiment.config import WHOLE_RULES, WIDTHS, ConfigurationError, Experiment
 from autorank_jax.federated import everyone, faults, partition, sample_by_size, sample_independently, sample_uniformly
@@ -24,6 +26,10 @@ from autorank_jax.types import Aggregator, Array, ClientStats, FederatedData, Ke
 
 WIDE = 4096
 """Narrower layers fit everywhere."""
+
+
+BINS = 10
+"""Of the targets of a regression, which stand for classes in splits and criteria."""
 
 
 class Federation(NamedTuple):
@@ -61,22 +67,25 @@ def make_federations(experiment: Experiment, dataset: Dataset) -> list[Federatio
     Raises:
         ConfigurationError: if examples, clients and model do not fit together.
     """
-    if experiment.split == "staircase" and experiment.clients != dataset.classes:
+    if not dataset.classes and experiment.personal:
+        raise ConfigurationError([f"personal: expected a dataset with classes, got {dataset.name}, a regression"])
+    if experiment.split == "staircase" and experiment.clients != (dataset.classes or BINS):
         raise ConfigurationError(
             [
-                f"--clients must be {dataset.classes} on the staircase split, one for each class, not "
+                f"--clients must be {dataset.classes or BINS} on the staircase split, one for each class, not "
                 f"{experiment.clients}; use --split dirichlet_lognormal for any number"
             ]
         )
-    inputs, targets = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train)
+    inputs, targets, classes = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train), dataset.classes or None
+    labels = dataset.y_train if classes else partition.bins(dataset.y_train)
     options = {name: getattr(experiment, name) for name in ("alpha", "sigma", "classes_per_client")}
     federations, start = [], make_start(experiment, dataset)
     try:
         for seed in experiment.all_seeds:
-            parts = partition.partition(experiment.split, dataset.y_train, experiment.clients, seed=seed, **options)
-            data = federated.from_parts(inputs, targets, parts, classes=dataset.classes)
+            parts = partition.partition(experiment.split, labels, experiment.clients, seed=seed, **options)
+            data = federated.from_parts(inputs, targets, parts, classes=classes)
             keys, task = start(jax.random.key(seed))
-            stats = federated.client_stats(data, classes=dataset.classes)
+            stats = federated.client_stats(data, groups=labels, classes=classes)
             federations.append(Federation(seed, data, task, stats, keys))
     except ConfigurationError:
         raise
@@ -114,15 +123,26 @@ def make_task(experiment: Experiment, dataset: Dataset, *, model_key: Key, adapt
     """
     _check_memory(experiment, dataset)
     rngs = nnx.Rngs(params=model_key)
-    model, default = make_model(experiment, dataset.x_train.shape[1:], dataset.classes, rngs=rngs)
+    model, default = make_model(experiment, dataset.x_train.shape[1:], outputs_of(dataset), rngs=rngs)
+    loss = classification_loss if dataset.classes else regression_loss
     if set(experiment.aggregators) & set(WHOLE_RULES):
-        return task_from_nnx(model, max_rank={}, train_dense="*", key=adapter_key)
+        return task_from_nnx(model, max_rank={}, train_dense="*", loss=loss, key=adapter_key)
     given = experiment.max_ranks or tuple(default.values())
     given = given * len(default) if len(given) == 1 else given
     dense = ("*/bias", "norms/*/scale") if experiment.model == "deep_cnn" else "*/bias"
     ranks = dict(zip(default, given, strict=True))
     _check_ranks(model, ranks)
-    return task_from_nnx(model, max_rank=ranks, train_dense=dense, key=adapter_key)
+    return task_from_nnx(model, max_rank=ranks, train_dense=dense, loss=loss, key=adapter_key)
+
+
+def outputs_of(dataset: Dataset) -> int:
+    """Return how many numbers a model gives for an example: a logit per class, or what is to be predicted."""
+    return dataset.classes or math.prod(dataset.y_train.shape[1:])
+
+
+def metrics_of(dataset: Dataset) -> Metrics:
+    """Return what the server is tested by: accuracy, or the share of variance explained."""
+    return classification_metrics if dataset.classes else regression_metrics(dataset.y_test)
 
 
 def _check_memory(experiment: Experiment, dataset: Dataset) -> None:
@@ -130,7 +150,7 @@ def _check_memory(experiment: Experiment, dataset: Dataset) -> None:
     widths = experiment.hidden or WIDTHS[experiment.model]
     if max(widths) < WIDE or not hasattr(os, "sysconf"):
         return
-    shape, classes = dataset.x_train.shape[1:], dataset.classes
+    shape, classes = dataset.x_train.shape[1:], outputs_of(dataset)
     sizes = [int(np.prod(shape)), *widths, classes]
     whole = set(experiment.aggregators) & set(WHOLE_RULES)
     ranks = experiment.max_ranks or [width // 2 for width in (*widths, widths[-1])]
@@ -200,7 +220,7 @@ def start_state(
         federation.task.server,
         rule,
         full_ranks(federation.task, clients) if ranks is None else ranks,
-        learning_rate=experiment.learning_rate,
+        learning_rate=learning_rates(experiment),
         local_epochs=experiment.local_epochs,
         max_epochs=max(experiment.local_epochs, experiment.probe_epochs),
         clients=clients,
@@ -208,6 +228,22 @@ def start_state(
     if experiment.privacy and federation.task.server.trainable.adapters:
         return set_expected_owners(state, experiment.privacy.rate)
     return state
+
+
+def learning_rates(experiment: Experiment) -> float | Callable[[Array], Array]:
+    """Return the clients' learning rate, or a schedule of the round from 0."""
+    if experiment.rate_schedule == "constant":
+        return experiment.learning_rate
+    return _schedule(experiment.rate_schedule, experiment.learning_rate, experiment.rounds)
+
+
+@lru_cache  # one function each, as another one is another program
+def _schedule(kind: str, rate: float, rounds: int) -> Callable[[Array], Array]:
+    if kind == "cosine":
+        return optax.cosine_decay_schedule(rate, rounds)
+    if kind == "step":
+        return optax.piecewise_constant_schedule(rate, {rounds // 2: 0.1, rounds * 3 // 4: 0.1})
+    return optax.linear_schedule(rate / 10, rate, max(1, rounds // 10))
 
 
 def make_optimizer(experiment: Experiment) -> Callable[[Mapping[str, Array]], optax.GradientTransformation]:

@@ -238,6 +238,29 @@ def partition(name: str, labels: ArrayLike, clients: int, *, seed: Seed, **optio
     return split.function(labels, clients, seed=seed, **{key: options[key] for key in split.options if key in options})
 
 
+def bins(targets: ArrayLike, count: int = 10) -> np.ndarray:
+    """Return for every example in which of equally filled bins its target lies, for splits where there are no labels.
+
+    Args:
+        targets: `(n,)` finite numbers, or `(n, outputs)`, of which the mean counts.
+        count: of bins, ≥ 1; fewer come out where many targets are equal.
+
+    Returns:
+        `(n,)` int32 from 0 on, without gaps.
+
+    Raises:
+        ValueError: for numbers that are not finite, or no bin.
+    """
+    values = np.asarray(targets, float)
+    if count < 1 or values.ndim not in (1, 2) or not np.isfinite(values).all():
+        raise ValueError(
+            f"expected finite targets (n,) or (n, outputs) and at least one bin, got {values.shape}, {count}"
+        )
+    values = values if values.ndim == 1 else values.mean(axis=1)
+    edges = np.unique(np.quantile(values, np.arange(1, count) / count))
+    return np.unique(np.searchsorted(edges, values, side="right"), return_inverse=True)[1].astype(np.int32)
+
+
 def holdout(parts: Sequence[ArrayLike], fraction: float, *, seed: Seed) -> tuple[Parts, Parts]:
     """Hold out a random share of every client's examples: `floor(fraction · n_i)` of them, so at least one stays.
 
