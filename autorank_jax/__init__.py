@@ -37,6 +37,7 @@ from autorank_jax.adapters import (
     max_ranks,
     merge,
     regression_loss,
+    task_from_causal_lm,
     task_from_function,
     task_from_linen,
     task_from_nnx,
@@ -44,7 +45,7 @@ from autorank_jax.adapters import (
 )
 from autorank_jax.aggregators import keep_local, with_server_optimizer
 from autorank_jax.checkpoint import restore_state, save_state
-from autorank_jax.datasets import load_dataset
+from autorank_jax.datasets import load_dataset, load_instructions
 from autorank_jax.engine import (
     History,
     init_state,
@@ -68,6 +69,8 @@ from autorank_jax.federated import (
     sample_by_size,
     sample_independently,
     sample_uniformly,
+    text_clients,
+    text_rows,
 )
 from autorank_jax.models import Decoder
 from autorank_jax.ranks import (
@@ -99,11 +102,13 @@ from autorank_jax.types import (
     Plan,
     RankInfo,
     RoundInfo,
+    Scored,
     Server,
     ServerStep,
     Setting,
     State,
     Task,
+    Tokens,
     Traffic,
     Trainable,
     Trains,
@@ -129,11 +134,13 @@ __all__ = [
     "Plan",
     "RankInfo",
     "RoundInfo",
+    "Scored",
     "Server",
     "ServerStep",
     "Setting",
     "State",
     "Task",
+    "Tokens",
     "Traffic",
     "Trainable",
     "Trains",
@@ -162,6 +169,7 @@ __all__ = [
     "label_entropy",
     "label_weighted_accuracy",
     "load_dataset",
+    "load_instructions",
     "loss_entropy",
     "make_evaluate",
     "make_local_training",
@@ -183,10 +191,13 @@ __all__ = [
     "scale_updates",
     "sharding",
     "simulate",
+    "task_from_causal_lm",
     "task_from_function",
     "task_from_linen",
     "task_from_nnx",
     "testing",
+    "text_clients",
+    "text_rows",
     "token_loss",
     "topsis",
     "training_flops",

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from autorank_jax.adapters.lora import over_columns, over_rows
 from autorank_jax.engine import init_state, make_round
 from autorank_jax.engine.checks import check_rule
 from autorank_jax.federated.participation import Cohort
@@ -155,8 +156,8 @@ def _move(hparams: Hparams, setting: Setting, state: LocalState, batch: Batch, k
 
     adapters = {
         path: Adapter(
-            moved(a, setting.client.masks[path][None, :], trains.lora_a),
-            moved(b, setting.client.masks[path][:, None], trains.lora_b),
+            moved(a, over_columns(setting.client.masks[path], a), trains.lora_a),
+            moved(b, over_rows(setting.client.masks[path], b), trains.lora_b),
         )
         for path, (a, b) in state.params.adapters.items()
     }

@@ -1,6 +1,7 @@
 """Tasks from a bare function and its parameter tree."""
 
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ def task_from_function(
     compute_dtype: Any = None,
     train_apply: Callable[..., PyTree] | None = None,
     materialize: bool = True,
+    stacked: str | tuple[str, ...] = (),
 ) -> Task:
     """Make a task of `apply(params, inputs)`: adapters on the matching matrices of `params`, the rest frozen.
 
@@ -47,18 +49,21 @@ def task_from_function(
         compute_dtype: of the arithmetic; see `task_from_nnx`.
         train_apply: `(params, inputs, key) -> outputs` in training, for functions with dropout; `apply` where None.
         materialize: whether to form `W + A B`.
+        stacked: patterns of leaves `(layers, d_in, d_out)` that hold one matrix for each of several layers, such as
+            those a function scans over. Each gets one stacked adapter, whose layers share one rank.
 
     Returns:
         The task. Its `server.frozen` is a `Base`; `merge` gives the parameter tree.
 
     Raises:
-        ValueError: if a pattern matches no matrix or no leaf.
+        ValueError: if a pattern matches no matrix or no leaf, or a `stacked` one matches no leaf of three axes.
     """
     key = jax.random.key(key) if isinstance(key, int) else key
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     values = {name: jnp.asarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
-    fit = {n: v for n, v in values.items() if v.ndim == 2 and jnp.issubdtype(v.dtype, jnp.floating)}
+    stacks = _stacks(values, stacked)
+    fit = {n: v for n, v in values.items() if v.ndim == 2 + (n in stacks) and jnp.issubdtype(v.dtype, jnp.floating)}
     ranks = choose_ranks(fit, {n: v for n, v in values.items() if n not in fit}, max_rank, where)
     dense = choose_parameters([name for name in names if name not in ranks], train_dense)
 
@@ -73,12 +78,27 @@ def task_from_function(
             return train_apply(params, inputs, key)
         return apply(params, inputs)
 
-    forms = {path: linear_form(values[path].shape) for path in ranks}
+    forms = {path: linear_form(values[path].shape, stacked=int(path in stacks)) for path in ranks}
     model = Model(values, {path: path for path in ranks}, forms, run, rebuild)
-    wide = [n for n, v in values.items() if v.ndim > 2 and jnp.issubdtype(v.dtype, jnp.floating) and n not in dense]
+    floats = [n for n, v in values.items() if jnp.issubdtype(v.dtype, jnp.floating)]
+    wide = [n for n in floats if values[n].ndim > 2 and n not in dense and n not in fit]
     unadapted = why_unadapted({n: values[n] for n in wide}, [f"{n}/" for n in wide], (), wanted=(max_rank, where))
     reading = Reading(loss, preprocess, compute_dtype)
     return make_task(model, ranks, dense, key=key, reading=reading, unadapted=unadapted)
+
+
+def _stacks(values: Mapping[str, Array], patterns: str | tuple[str, ...]) -> set[str]:
+    """Return the names of the leaves that are stacked: matrices, and vectors where patterns take those as well."""
+    stacks: set[str] = set()
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        found = {name for name in values if fnmatchcase(name, pattern)}
+        if not any(values[name].ndim == 3 for name in found):
+            raise ValueError(
+                f"expected stacked patterns that match a leaf (layers, d_in, d_out), got {pattern!r}, probably a "
+                f"misspelt path: the leaves are { {name: value.shape for name, value in values.items()} }"
+            )
+        stacks |= found
+    return stacks
 
 
 def _materialized(weight: Array, lora_a: Array, lora_b: Array) -> Array:

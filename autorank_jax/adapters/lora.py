@@ -7,7 +7,7 @@ training truncated ones, and ranks are data that never change a shape.
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -19,7 +19,14 @@ T = TypeVar("T")
 
 
 def init_adapter(
-    key: Key, d_in: int, d_out: int, max_rank: int, dtype: jnp.dtype | None = None, *, fan_in: int | None = None
+    key: Key,
+    d_in: int,
+    d_out: int,
+    max_rank: int,
+    dtype: jnp.dtype | None = None,
+    *,
+    fan_in: int | None = None,
+    layers: tuple[int, ...] = (),
 ) -> Adapter:
     """Draw the start of one adapter: `lora_a ~ U(-1/√d_in, 1/√d_in)`, `lora_b = 0`.
 
@@ -32,13 +39,15 @@ def init_adapter(
         max_rank: rank positions.
         dtype: of the factors, JAX's default float where None.
         fan_in: inputs that are non-zero at a time, in place of `d_in` in the bound: 1 for an embedding.
+        layers: leading axes of stacked layers.
 
     Returns:
-        An adapter of shapes `(d_in, max_rank)` and `(max_rank, d_out)` whose product is zero.
+        An adapter of shapes `(*layers, d_in, max_rank)` and `(*layers, max_rank, d_out)` whose product is zero.
     """
     dtype = dtype or jnp.result_type(float)
     bound = 1.0 / math.sqrt(fan_in or d_in)
-    return Adapter(jax.random.uniform(key, (d_in, max_rank), dtype, -bound, bound), jnp.zeros((max_rank, d_out), dtype))
+    lora_a = jax.random.uniform(key, (*layers, d_in, max_rank), dtype, -bound, bound)
+    return Adapter(lora_a, jnp.zeros((*layers, max_rank, d_out), dtype))
 
 
 def key_of(key: Key, path: str) -> Key:
@@ -89,11 +98,29 @@ def rank_masks(ranks: Mapping[str, Array], widths: Mapping[str, int]) -> dict[st
     return {p: (jnp.arange(widths[p], dtype=jnp.int32) < ranks[p]).astype(jnp.result_type(float)) for p in ranks}
 
 
+def over_columns(values: Array, lora_a: Array) -> Array:
+    """Shape a number per rank position, `(r,)`, to broadcast over the columns of `lora_a`, `(..., d_in, r)`."""
+    return values.reshape((1,) * (lora_a.ndim - 1) + values.shape)
+
+
+def over_rows(values: Array, lora_b: Array) -> Array:
+    """Shape a number per rank position, `(r,)`, to broadcast over the rows of `lora_b`, `(..., r, d_out)`."""
+    return values.reshape((1,) * (lora_b.ndim - 2) + (*values.shape, 1))
+
+
+def per_layer(function: Callable[..., T], *operands: PyTree) -> T:
+    """Apply a function of one layer's matrices to those of stacked layers, `(*layers, rows, columns)` each."""
+    for _ in range(jax.tree.leaves(operands)[0].ndim - 2):
+        function = jax.vmap(function)
+    return function(*operands)
+
+
 def cut(trainable: Trainable, masks: Mapping[str, Array]) -> Trainable:
     """Zero the rank positions of both factors that a client does not own; dense parameters stay."""
     adapters = {
         p: Adapter(
-            a.lora_a * masks[p].astype(a.lora_a.dtype)[None, :], a.lora_b * masks[p].astype(a.lora_b.dtype)[:, None]
+            a.lora_a * over_columns(masks[p].astype(a.lora_a.dtype), a.lora_a),
+            a.lora_b * over_rows(masks[p].astype(a.lora_b.dtype), a.lora_b),
         )
         for p, a in trainable.adapters.items()
     }
@@ -124,6 +151,13 @@ def product(adapter: Adapter) -> Array:
     return adapter.lora_a @ adapter.lora_b
 
 
+def nonzero_positions(adapter: Adapter) -> Array:
+    """Return at which rank positions any number of either factor is not 0, `(r,)` bools."""
+    others = tuple(range(adapter.lora_a.ndim - 2))
+    of_a = jnp.any(adapter.lora_a != 0, axis=(*others, -2))
+    return of_a | jnp.any(adapter.lora_b != 0, axis=(*others, -1))
+
+
 def check_mergeable(server: Server, rule: str) -> None:
     """Raise `ValueError` unless every adapter has a base kernel into which its product can be added."""
     kernels = server.frozen.kernels if isinstance(server.frozen, Base) else {}
@@ -136,7 +170,7 @@ def check_mergeable(server: Server, rule: str) -> None:
 
 
 def merge_products(server: Server, deltas: Mapping[str, Array]) -> Server:
-    """Add `(d_in, d_out)` updates to the base kernels of a server whose `frozen` is a `Base`."""
+    """Add `(..., d_in, d_out)` updates to the base kernels of a server whose `frozen` is a `Base`."""
     base: Base = server.frozen
     merged = {p: k + deltas[p].astype(k.dtype) if p in deltas else k for p, k in base.kernels.items()}
     return server._replace(frozen=base._replace(kernels=merged))

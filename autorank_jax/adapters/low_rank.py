@@ -16,12 +16,13 @@ from autorank_jax.types import Array
 
 
 class Form(NamedTuple):
-    """How the weight of a layer is read as a matrix."""
+    """How the weight of a layer, or the stacked weights of several, is read as a matrix, or a batch of matrices."""
 
     kind: str  # "linear", "conv" or "embed"
-    shape: tuple[int, ...]  # of the weight, as the layer stores it
+    shape: tuple[int, ...]  # of one layer's weight, as the layer stores it
     order: tuple[int, ...]  # its axes, those of the inputs first
     inputs: int  # how many of them are inputs
+    layers: tuple[int, ...] = ()  # leading axes over which layers are stacked
 
     @property
     def d_in(self) -> int:
@@ -34,18 +35,23 @@ class Form(NamedTuple):
         return math.prod(self.shape[axis] for axis in self.order[self.inputs :])
 
     def matrix(self, weight: Array) -> Array:
-        """Read a weight as a matrix `(d_in, d_out)`."""
-        return weight.transpose(self.order).reshape(self.d_in, self.d_out)
+        """Read a weight `(*layers, *shape)` as a matrix `(*layers, d_in, d_out)`."""
+        return weight.transpose(self._axes(self.order)).reshape(*self.layers, self.d_in, self.d_out)
 
     def weight(self, matrix: Array) -> Array:
         """Write a matrix as the layer stores its weight: the inverse of `matrix`."""
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return matrix.reshape([self.shape[axis] for axis in self.order]).transpose(back)
+        return matrix.reshape(*self.layers, *(self.shape[axis] for axis in self.order)).transpose(self._axes(back))
+
+    def _axes(self, order: Sequence[int]) -> tuple[int, ...]:
+        stacked = len(self.layers)
+        return (*range(stacked), *(axis + stacked for axis in order))
 
 
-def linear_form(shape: Sequence[int], inputs: int = 1) -> Form:
-    """Return the form of a kernel `(*inputs, *outputs)`."""
-    return Form("linear", tuple(shape), tuple(range(len(shape))), inputs)
+def linear_form(shape: Sequence[int], inputs: int = 1, *, stacked: int = 0) -> Form:
+    """Return the form of a kernel `(*layers, *inputs, *outputs)`, the first `stacked` axes of which are layers."""
+    layers, one = tuple(shape[:stacked]), tuple(shape[stacked:])
+    return Form("linear", one, tuple(range(len(one))), inputs, layers)
 
 
 def conv_form(shape: Sequence[int]) -> Form:
@@ -235,18 +241,19 @@ def _unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 class LowRank:
     """A matrix `W + A B` that is never formed: `x @ m` is `x W + (x A) B`.
 
-    A function whose parameters hold one in place of an array pays, for every client, for the factors alone.
+    A function whose parameters hold one in place of an array pays, for every client, for the factors alone. One that
+    scans over stacked layers is handed those of one layer after the other.
     """
 
     __array_ufunc__ = None  # NumPy arrays on the left defer to it
 
     def __init__(self, weight: Array, lora_a: Array, lora_b: Array) -> None:
-        """Hold a weight `(d_in, d_out)` and its factors."""
+        """Hold a weight `(..., d_in, d_out)` and its factors."""
         self.weight, self.lora_a, self.lora_b = weight, lora_a, lora_b
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return `(d_in, d_out)`."""
+        """Return `(..., d_in, d_out)`."""
         return self.weight.shape
 
     def __rmatmul__(self, inputs: Array) -> Array:

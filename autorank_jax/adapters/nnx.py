@@ -12,7 +12,7 @@ from autorank_jax.adapters.losses import as_float, classification_loss
 from autorank_jax.adapters.low_rank import Form
 from autorank_jax.adapters.nnx_layers import ADAPTED, Factor
 from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, why_unadapted
-from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task
+from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task, without_values
 from autorank_jax.types import Adapter, Array, Key, PyTree, Task
 
 __all__ = ["as_float", "classification_loss", "match_layers", "task_from_nnx"]
@@ -34,6 +34,8 @@ def task_from_nnx(
     """Make a task of an unmodified NNX model: adapters on matching layers, the rest frozen or trained whole.
 
     Adapted are `nnx.Linear`, `LinearGeneral` (hence `MultiHeadAttention`), `Einsum`, `Conv` and `Embed`, tied or not.
+    Layers stacked by `nnx.vmap` along axis 0, and run by `nnx.vmap` or `nnx.scan`, get one stacked adapter each, of one
+    rank; the transformation must take every kind of variable along axis 0, as it does by default.
 
     Args:
         model: any `nnx.Module` that maps one pytree of inputs to outputs; it is not changed.
@@ -72,7 +74,8 @@ def task_from_nnx(
         _compute_in(adapted, compute_dtype)
     _checkpoint(adapted, checkpoint)
     run = _runner(adapted, frozen_statistics)
-    built = Model(values, weights, forms, run, lambda flat: nnx.merge(plain[0], _state(plain[1], flat)))
+    shapes = without_values(plain[1])
+    built = Model(values, weights, forms, run, lambda flat: nnx.merge(plain[0], _state(shapes, flat)))
     matrices = [n for n in names if values[n].ndim > 1 and n not in weights.values() and n not in dense]
     modules = {_name(path): module for path, module in nnx.iter_modules(model)}
     unadapted = why_unadapted(modules, matrices, tuple(ADAPTED), wanted=(max_rank, where))
@@ -98,9 +101,10 @@ def _insert_adapters(
         if name not in ranks:
             continue
         swapped = ADAPTED[type(module)]
-        _check_unstacked(name, module, getattr(module, swapped.weight).shape)
+        shape = getattr(module, swapped.weight).shape
+        layers = shape[: len(shape) - _own_axes(module)]
         try:
-            forms[name] = swapped.form(module)
+            forms[name] = swapped.form(_first(module, swapped.weight, len(layers)))._replace(layers=layers)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
         weights[name] = join(name, swapped.weight)
@@ -116,19 +120,23 @@ def _insert_adapters(
     return weights, forms
 
 
-def _check_unstacked(name: str, layer: Any, shape: tuple[int, ...]) -> None:
-    """Raise `ValueError` for a layer whose weight has more axes than the layer itself says."""
+def _own_axes(layer: Any) -> int:
+    """Return the axes of one layer's weight; those before them are of layers stacked by `nnx.vmap`."""
     if isinstance(layer, nnx.LinearGeneral):
-        axes = len(layer.in_features) + len(layer.out_features) + len(layer.batch_axis)
-    elif isinstance(layer, nnx.Einsum):
-        axes = len(layer.kernel_shape)
-    else:
-        axes = len(layer.kernel_size) + 2 if isinstance(layer, nnx.Conv) else 2
-    if len(shape) != axes:
-        raise ValueError(
-            f"layer {name!r}: expected a weight of {axes} axes, got shape {shape}, probably a layer stacked by "
-            "nnx.vmap or nnx.scan: make a list of layers, or leave it out of `where`"
-        )
+        return len(layer.in_features) + len(layer.out_features) + len(layer.batch_axis)
+    if isinstance(layer, nnx.Einsum):
+        return len(layer.kernel_shape)
+    return len(layer.kernel_size) + 2 if isinstance(layer, nnx.Conv) else 2
+
+
+def _first(layer: nnx.Module, weight: str, stacked: int) -> nnx.Module:
+    """Return a layer, or the first of stacked ones."""
+    if not stacked:
+        return layer
+    one = nnx.clone(layer)
+    variable = getattr(one, weight)
+    variable.set_value(variable[...][(0,) * stacked])
+    return one
 
 
 def _runner(model: nnx.Module, frozen_statistics: bool) -> Callable[..., PyTree]:

@@ -2,21 +2,29 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax.types import Adapter, Server, Task
+from autorank_jax.types import Adapter, Array, Server, Task
 
+T = TypeVar("T")
 Names = Callable[[str], str | None]
 """Path of a layer -> name of the module in PyTorch, None for what the PyTorch model does not have."""
 
 
 def export_peft(
-    path: str | Path, task: Task, server: Server, *, names: Names | None = None, base_model: str | None = None
+    path: str | Path,
+    task: Task,
+    server: Server,
+    *,
+    ranks: Mapping[str, int | Array] | None = None,
+    names: Names | None = None,
+    base_model: str | None = None,
 ) -> Path:
     """Write the adapters as `adapter_model.safetensors` and `adapter_config.json`, as Hugging Face PEFT reads them.
 
@@ -27,9 +35,13 @@ def export_peft(
     Args:
         path: of a folder, made where it does not exist.
         task: made of an NNX model with linear, convolutional and embedding layers.
-        server: the global model, such as `state.server`.
-        names: module names in PyTorch, such as `text.bert_name`; the path with dots where None. Where it gives None for
-            a layer that was trained whole, that is left out.
+        server: the global model, such as `state.server`; for a model of a client's own, `state.server` with its
+            `trainable`.
+        ranks: by adapter path, the rank in 1..max_rank to which the factors are cut, as a client trains them:
+            `{path: ranks[client] for path, ranks in state.ranks.items()}`. Whole where None.
+        names: module names in PyTorch, such as `models.bert.bert_name`; the path with dots where None. Where it gives
+            None for a layer that was trained whole, that is left out. Of stacked layers, the name with `{}` where the
+            number of the layer goes, such as `models.causal_name`.
         base_model: name or path of the base model, for the config.
 
     Returns:
@@ -38,7 +50,7 @@ def export_peft(
     Raises:
         ImportError: without the package safetensors.
         ValueError: if the task was built by hand, if the rule has changed the base weights, if two layers get one name,
-            or if a parameter trained whole has no counterpart.
+            if a parameter trained whole has no counterpart, or for ranks of other layers or out of range.
     """
     try:
         from safetensors.numpy import save_file  # noqa: PLC0415  optional
@@ -46,16 +58,18 @@ def export_peft(
         message = "expected the package 'safetensors' for this, got none: pip install 'autorank-jax[text]'"
         raise ImportError(message) from error
     _check(task, server)
+    server = server if ranks is None else _cut(server, ranks)
     modules = _module_names(server, names or (lambda layer: layer.replace("/", ".")))
-    tensors, ranks = {}, {}
+    tensors, pattern, targets = {}, {}, []
     for layer, adapter in server.trainable.adapters.items():
-        module = modules[layer]
-        tensors.update(_factors(f"base_model.model.{module}", adapter, task.origin, layer))
-        ranks[f"^{re.escape(module)}"] = adapter.lora_a.shape[-1]
+        for module, one in _unstack(modules[layer], adapter):
+            targets.append(module)
+            tensors.update(_factors(f"base_model.model.{module}", one, task.origin, layer))
+            pattern[f"^{re.escape(module)}"] = adapter.lora_a.shape[-1]
     dense = _dense(server, names or (lambda layer: layer.replace("/", ".")))
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    config = _config(sorted(modules.values()), ranks, any(name.endswith("bias") for name in dense), base_model)
+    config = _config(sorted(targets), pattern, any(name.endswith("bias") for name in dense), base_model)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(tensors | dense, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     return folder
@@ -75,14 +89,42 @@ def _check(task: Task, server: Server) -> None:
         )
 
 
+def _cut(server: Server, ranks: Mapping[str, int | Array]) -> Server:
+    """Leave the first rank positions of every adapter."""
+    adapters = server.trainable.adapters
+    if ranks.keys() != adapters.keys():
+        raise ValueError(f"ranks: expected one for each of {sorted(adapters)}, got {sorted(ranks)}")
+    cut = {}
+    for layer, adapter in adapters.items():
+        rank, largest = np.asarray(ranks[layer]), adapter.lora_a.shape[-1]
+        if rank.shape or not np.issubdtype(rank.dtype, np.integer) or not 1 <= rank <= largest:
+            raise ValueError(
+                f"ranks[{layer!r}]: expected a whole number in 1..{largest}, got {ranks[layer]}, probably the ranks of "
+                "all clients, or a ratio"
+            )
+        cut[layer] = Adapter(adapter.lora_a[..., : int(rank)], adapter.lora_b[..., : int(rank), :])
+    return server._replace(trainable=server.trainable._replace(adapters=cut))
+
+
 def _module_names(server: Server, names: Names) -> dict[str, str]:
     modules: dict[str, str] = {}
     for layer in sorted(server.trainable.adapters):
         module = names(layer)
         if not module or module in modules.values():
             raise ValueError(f"expected one module name for each adapted layer, got {module!r} for {layer!r}")
+        if ("{}" in module) != (server.trainable.adapters[layer].lora_a.ndim == 3):
+            raise ValueError(f"expected a name with {{}} for stacked layers alone, got {module!r} for {layer!r}")
         modules[layer] = module
     return modules
+
+
+def _unstack(name: str, tree: T) -> Iterator[tuple[str, T]]:
+    """Return the names of stacked layers, `{}` being their number, with what each of them has."""
+    if "{}" not in name:
+        yield name, tree
+        return
+    for number in range(jax.tree.leaves(tree)[0].shape[0]):
+        yield name.format(number), jax.tree.map(lambda leaf, n=number: leaf[n], tree)
 
 
 def _factors(prefix: str, adapter: Adapter, origin: Any, layer: str) -> dict[str, np.ndarray]:
@@ -107,25 +149,30 @@ def _dense(server: Server, names: Names) -> dict[str, np.ndarray]:
     """Return what was trained whole under the names of the base model."""
     tensors = {}
     for path, value in server.trainable.dense.items():
-        layer, _, leaf = path.rpartition("/")
+        layer = path.rpartition("/")[0]
         module = names(layer)
         if module is None:
             continue
-        array = np.asarray(value, np.float32)
-        if leaf == "kernel" and array.ndim == 2:
-            leaf, array = "weight", array.T
-        elif leaf in ("scale", "embedding"):
-            leaf = "weight"
-        elif leaf == "bias":
-            array = array.reshape(-1)
-        else:
-            raise ValueError(
-                f"expected kernels of linear layers, embeddings, scales and biases among what is trained whole, got "
-                f"{path!r}: let names return None for {layer!r}, or use merge"
-            )
         inner = "base_layer." if layer in server.trainable.adapters else ""
-        tensors[f"base_model.model.{module}.{inner}{leaf}"] = np.ascontiguousarray(array)
+        for name, one in _unstack(module, value):
+            leaf_name, array = _as_torch(path, np.asarray(one, np.float32))
+            tensors[f"base_model.model.{name}.{inner}{leaf_name}"] = np.ascontiguousarray(array)
     return tensors
+
+
+def _as_torch(path: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    """Return a parameter as PyTorch names it and lays it out."""
+    layer, _, leaf = path.rpartition("/")
+    if leaf == "kernel" and array.ndim == 2:
+        return "weight", array.T
+    if leaf in ("scale", "embedding"):
+        return "weight", array
+    if leaf == "bias":
+        return "bias", array.reshape(-1)
+    raise ValueError(
+        f"expected kernels of linear layers, embeddings, scales and biases among what is trained whole, got {path!r}: "
+        f"let names return None for {layer!r}, or use merge"
+    )
 
 
 def _config(modules: list[str], ranks: dict[str, int], biases: bool, base_model: str | None) -> dict[str, Any]:

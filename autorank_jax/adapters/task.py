@@ -57,6 +57,7 @@ def make_task(
     kernels = {p: model.forms[p].matrix(model.values[model.weights[p]]) for p in adapters}  # rules merge into them
     rest = {n: cast(v, dtype) for n, v in model.values.items() if n not in adapted and n not in dense}
     server = Server(Trainable(adapters, {n: model.values[n] for n in sorted(dense)}), Base(kernels, rest))
+    model = model._replace(values=without_values(model.values))  # the task's functions hold no second copy
 
     def apply(training: bool, frozen: Base, trainable: Trainable, inputs: PyTree, key: Key | None) -> PyTree:
         kernels = cast(frozen.kernels, dtype)
@@ -113,6 +114,11 @@ def merge(task: Task, server: Server) -> Any:
     return task.origin.merge(server)
 
 
+def without_values(tree: Any) -> Any:
+    """Return the shapes and dtypes of a tree of arrays."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
 def cast(tree: PyTree, dtype: Any) -> PyTree:
     """Cast floating-point leaves to a dtype; leave everything where it is None."""
     if dtype is None:
@@ -127,7 +133,8 @@ def join(path: str, name: str) -> str:
 
 def _start(key: Key, form: Form, rank: int) -> Adapter:
     """Draw an adapter; rows of an embedding's `lora_a` are looked up one at a time, so their fan-in is 1."""
-    return init_adapter(key, form.d_in, form.d_out, rank, fan_in=1 if form.kind == "embed" else None)
+    fan_in = 1 if form.kind == "embed" else None
+    return init_adapter(key, form.d_in, form.d_out, rank, fan_in=fan_in, layers=form.layers)
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from autorank_jax.adapters.lora import over_columns, over_rows
+from autorank_jax.aggregators.sketches import sketch_product
 from autorank_jax.types import (
     Adapter,
     Aggregator,
@@ -37,7 +39,7 @@ class ClientSums(NamedTuple):
     dense: PyTree  # Σ w_k (dense_k - start)
     owners: dict[str, Array]  # by path, (r,) Σ w_k m_kj
     adapters: dict[str, Adapter]  # Σ w_k (A_k - A_start), likewise B
-    products: dict[str, Array]  # Σ w_k A_k B_k
+    products: dict[str, Any]  # Σ w_k A_k B_k, a matrix or its `Sketch`
 
 
 class Values(NamedTuple):
@@ -45,7 +47,7 @@ class Values(NamedTuple):
 
     dense: PyTree
     adapters: dict[str, Adapter]
-    matrices: dict[str, Array]  # by path, (d_in, d_out): products of adapters, or kernels of the base
+    matrices: dict[str, Array]  # by path, (..., d_in, d_out): products of adapters, or kernels of the base
 
 
 def no_state(server: Server) -> AggState:  # noqa: ARG001
@@ -89,12 +91,15 @@ def sum_owners(update: ClientUpdate) -> dict[str, Array]:
     return {path: update.client.weight.astype(mask.dtype) * mask for path, mask in update.client.masks.items()}
 
 
-def sum_products(update: ClientUpdate, shares: Mapping[str, Array] | None = None) -> dict[str, Array]:
-    """Return `w_k A_k diag(share) B_k` of one client, `(d_in, d_out)` each; shares are 1 where None."""
-    products = {}
+def sum_products(
+    update: ClientUpdate, server: Server, plan: Plan, shares: Mapping[str, Array] | None = None
+) -> dict[str, Any]:
+    """Return `w_k A_k diag(share) B_k` of one client, shares 1 where None: whole, or a sketch where there are maps."""
+    products, prepared = {}, dict(plan.prepared)
     for path, (a, b) in update.trained.adapters.items():
-        share = update.client.weight if shares is None else update.client.weight * shares[path][None, :]
-        products[path] = (a * share.astype(a.dtype)) @ b
+        share = update.client.weight if shares is None else update.client.weight * over_columns(shares[path], a)
+        left, maps, old = a * share.astype(a.dtype), prepared.get(path), server.trainable.adapters[path]
+        products[path] = left @ b if maps is None else sketch_product(left, b, maps, old)
     return products
 
 
@@ -104,13 +109,13 @@ def make_summand(
 ) -> Callable[[ClientUpdate, Server, Plan], ClientSums]:
     """Make the summand of rules that weigh every client by its weight alone."""
 
-    def summand(update: ClientUpdate, server: Server, plan: Plan) -> ClientSums:  # noqa: ARG001
+    def summand(update: ClientUpdate, server: Server, plan: Plan) -> ClientSums:
         return ClientSums(
             weight=update.client.weight,
             dense=sum_dense(update),
             owners=sum_owners(update),
             adapters=sum_factors(update) if factors else {},
-            products=sum_products(update) if products else {},
+            products=sum_products(update, server, plan) if products else {},
         )
 
     return summand
@@ -131,15 +136,16 @@ def padded_mean(old: Adapter, total: Adapter, owners: Array, weight: Array) -> A
     """Return `Σ_k w_k A_k diag(m_k) / Σ_k w_k`, likewise of `B`; positions without owners keep the server's value."""
     share = jnp.where(owners > 0, divide(owners, weight), 1).astype(old.lora_a.dtype)
     return Adapter(
-        old.lora_a * share[None, :] + divide(total.lora_a, weight),
-        old.lora_b * share[:, None] + divide(total.lora_b, weight),
+        old.lora_a * over_columns(share, old.lora_a) + divide(total.lora_a, weight),
+        old.lora_b * over_rows(share, old.lora_b) + divide(total.lora_b, weight),
     )
 
 
 def owner_mean(old: Adapter, total: Adapter, owners: Array) -> Adapter:
     """Return `Σ_k m_kj w_k A_k[:, j] / Σ_k m_kj w_k`, likewise of `B`; positions without owners keep the server's."""
     return Adapter(
-        old.lora_a + divide(total.lora_a, owners[None, :]), old.lora_b + divide(total.lora_b, owners[:, None])
+        old.lora_a + divide(total.lora_a, over_columns(owners, old.lora_a)),
+        old.lora_b + divide(total.lora_b, over_rows(owners, old.lora_b)),
     )
 
 
@@ -157,9 +163,9 @@ def mean_product(old: Adapter, total: Array, weight: Array) -> Array:
     return jnp.where(weight > 0, divide(total, weight), old.lora_a @ old.lora_b)
 
 
-def owned(owners: Array) -> Adapter:
+def owned(owners: Array, like: Adapter) -> Adapter:
     """Return which values of two factors somebody reported, as bools that broadcast against them."""
-    return Adapter(owners[None, :] > 0, owners[:, None] > 0)
+    return Adapter(over_columns(owners, like.lora_a) > 0, over_rows(owners, like.lora_b) > 0)
 
 
 def reported(tree: PyTree, weight: Array) -> PyTree:

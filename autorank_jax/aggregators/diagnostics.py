@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from autorank_jax.adapters.lora import per_layer
 from autorank_jax.aggregators.base import ClientSums, make_summand, mean_factors, mean_product
 from autorank_jax.engine.checks import check_rule
 from autorank_jax.types import Adapter, Aggregator, AggState, Array, ClientUpdate, Key, Plan, Server, Sums
@@ -19,7 +20,8 @@ class Diagnosed(NamedTuple):
 def with_diagnostics(rule: Aggregator) -> Aggregator:
     """Report what a rule does to each adapter, by path, at the price of summing products too and an SVD per round.
 
-    - `energy/PATH`: `‖A[:, j]‖² ‖B[j]‖²` of the server after the round, `(max_rank,)`
+    - `energy/PATH`: `‖A[:, j]‖² ‖B[j]‖²` of the server after the round, `(max_rank,)`; of stacked layers, here and
+      below, for each of them
     - `effective_rank/PATH`: `exp(-Σ_i p_i ln p_i)`, `p_i = σ_i / Σ σ`, of the server's `A B` after the round (Roy and
       Vetterli 2007), 0 where it vanishes
     - `gap/PATH`: `‖P - Ā B̄‖_F / ‖P‖_F` between the clients' mean product and the product of their (padded) mean
@@ -29,7 +31,8 @@ def with_diagnostics(rule: Aggregator) -> Aggregator:
     inspect = make_summand(factors=True, products=True)
 
     def summand(update: ClientUpdate, server: Server, plan: Plan) -> Diagnosed:
-        return Diagnosed(rule.summand(update, server, plan), inspect(update, server, plan))
+        whole = plan._replace(prepared=())  # whatever the rule sums, diagnostics look at whole products
+        return Diagnosed(rule.summand(update, server, plan), inspect(update, server, whole))
 
     def update(key: Key, sums: Diagnosed, state: AggState, server: Server) -> tuple[Server, AggState]:
         return rule.update(key, sums.rule, state, server)
@@ -40,8 +43,8 @@ def with_diagnostics(rule: Aggregator) -> Aggregator:
         for path, adapter in after.trainable.adapters.items():
             product = mean_product(before.trainable.adapters[path], sums.clients.products[path], sums.clients.weight)
             numbers[f"energy/{path}"] = position_energy(adapter)
-            numbers[f"effective_rank/{path}"] = effective_rank(adapter.lora_a @ adapter.lora_b)
-            numbers[f"gap/{path}"] = relative_gap(product, means[path].lora_a @ means[path].lora_b)
+            numbers[f"effective_rank/{path}"] = per_layer(effective_rank, adapter.lora_a @ adapter.lora_b)
+            numbers[f"gap/{path}"] = per_layer(relative_gap, product, means[path].lora_a @ means[path].lora_b)
         return numbers
 
     inner = rule.step
@@ -50,8 +53,8 @@ def with_diagnostics(rule: Aggregator) -> Aggregator:
 
 
 def position_energy(adapter: Adapter) -> Array:
-    """Return `‖A[:, j]‖² ‖B[j]‖²` of each rank position, `(r,)`."""
-    return jnp.sum(jnp.square(adapter.lora_a), axis=0) * jnp.sum(jnp.square(adapter.lora_b), axis=1)
+    """Return `‖A[:, j]‖² ‖B[j]‖²` of each rank position, `(..., r)`."""
+    return jnp.sum(jnp.square(adapter.lora_a), axis=-2) * jnp.sum(jnp.square(adapter.lora_b), axis=-1)
 
 
 def effective_rank(product: Array) -> Array:

@@ -37,7 +37,7 @@ def factor_step(
     def mean(sums: ClientSums, state: AggState, server: Server) -> tuple[Values, Values]:
         gates, means, seen = averages(state), mean_factors(server, sums, owners=owners), {}
         for path, old in server.trainable.adapters.items():
-            new, anyone = means[path], owned(sums.owners[path])
+            new, anyone = means[path], owned(sums.owners[path], old)
             means[path] = Adapter(
                 jnp.where(gates.lora_a, new.lora_a, old.lora_a), jnp.where(gates.lora_b, new.lora_b, old.lora_b)
             )

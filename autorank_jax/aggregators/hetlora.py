@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from autorank_jax.adapters.lora import cut, max_ranks
+from autorank_jax.adapters.lora import cut, max_ranks, nonzero_positions, over_columns, over_rows
 from autorank_jax.aggregators.base import (
     Values,
     assemble,
@@ -119,7 +119,7 @@ def with_tail_penalty(loss: LocalLoss, shrink: float, strength: float) -> LocalL
     def penalised(frozen: PyTree, trainable: Trainable, start: Trainable, batch: Batch, key: Key) -> Penalised:
         value = with_penalty(loss(frozen, trainable, start, batch, key), jnp.zeros(()))
         for path, (a, b) in start.adapters.items():
-            rank = jnp.sum(jnp.any(a != 0, axis=0) | jnp.any(b != 0, axis=1), dtype=jnp.int32)
+            rank = jnp.sum(nonzero_positions(Adapter(a, b)), dtype=jnp.int32)
             value = with_penalty(value, strength * _tail_score(trainable.adapters[path], rank, shrink))
         return value
 
@@ -137,11 +137,16 @@ def _tail_start(rank: Array, shrink: float) -> Array:
 
 
 def _tail_score(adapter: Adapter, rank: Array, shrink: float) -> Array:
-    """Return `‖A[:, t:r]‖_F ‖B[t:r]‖_F` with `t = max(1, ⌊γ r⌋)`; its gradient is 0 where a norm is."""
+    """Return `‖A[:, t:r]‖_F ‖B[t:r]‖_F` with `t = max(1, ⌊γ r⌋)`, summed over stacked layers.
+
+    Its gradient is 0 where a norm is.
+    """
     position = jnp.arange(adapter.lora_a.shape[-1], dtype=jnp.int32)
     tail = (position >= _tail_start(rank, shrink)) & (position < rank)
-    a, b = jnp.where(tail[None, :], adapter.lora_a, 0), jnp.where(tail[:, None], adapter.lora_b, 0)
-    return _norm(jnp.sum(jnp.square(a))) * _norm(jnp.sum(jnp.square(b)))
+    a = jnp.where(over_columns(tail, adapter.lora_a), adapter.lora_a, 0)
+    b = jnp.where(over_rows(tail, adapter.lora_b), adapter.lora_b, 0)
+    norm_a, norm_b = (_norm(jnp.sum(jnp.square(factor), axis=(-2, -1))) for factor in (a, b))
+    return jnp.sum(norm_a * norm_b)
 
 
 def _norm(squares: Array) -> Array:
@@ -191,7 +196,7 @@ def _sum(update: ClientUpdate, per: Literal["model", "layer"]) -> HetSums:
 
 def _squared_norm(adapter: Adapter) -> Array:
     """Return `‖A B‖_F² = tr((AᵀA)(BBᵀ))`, from matrices of the size of the rank."""
-    gram_a, gram_b = adapter.lora_a.T @ adapter.lora_a, adapter.lora_b @ adapter.lora_b.T
+    gram_a, gram_b = adapter.lora_a.mT @ adapter.lora_a, adapter.lora_b @ adapter.lora_b.mT
     return jnp.maximum(jnp.sum(gram_a * gram_b), 0).astype(jnp.result_type(float))
 
 
@@ -209,7 +214,7 @@ def _step() -> ServerStep:
             by_norm, by_size = sums.by_norm[path], sums.by_size[path]
             used = jax.tree.map(lambda n, s, some=by_norm.weight > 0: jnp.where(some, n, s), by_norm, by_size)
             means[path] = padded_mean(old, used.factors, used.owners, used.weight)
-            seen[path] = owned(used.owners)
+            seen[path] = owned(used.owners, old)
         dense = mean_dense(server, sums)
         return Values(dense, means, {}), Values(reported(dense, sums.weight), seen, {})
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from autorank_jax.adapters.lora import over_columns, over_rows
 from autorank_jax.adapters.selection import choose_parts, leave_out
 from autorank_jax.aggregators.personal import merge_owned
 from autorank_jax.aggregators.server import step_taken
@@ -78,12 +79,15 @@ def keep_local(rule: Aggregator, patterns: str | tuple[str, ...]) -> Aggregator:
         new, memory = rule.update(key, sums, state, less(server))
         return whole(server, new), memory
 
+    def prepare(key: Key, state: AggState, server: Server) -> PyTree:
+        return rule.prepare(key, state, less(server))
+
     def keep(update: ClientUpdate, server: Server) -> tuple[PyTree, Trainable]:
         trained, (_, before), masks = own(update.trained), update.client.state, update.client.masks
         adapters = {
             path: Adapter(
-                merge_owned(masks[path][None, :], a, before.adapters[path].lora_a),
-                merge_owned(masks[path][:, None], b, before.adapters[path].lora_b),
+                merge_owned(over_columns(masks[path], a), a, before.adapters[path].lora_a),
+                merge_owned(over_rows(masks[path], b), b, before.adapters[path].lora_b),
             )
             for path, (a, b) in trained.adapters.items()
         }
@@ -104,6 +108,7 @@ def keep_local(rule: Aggregator, patterns: str | tuple[str, ...]) -> Aggregator:
         report=lambda sums, before, after: rule.report(sums, less(before), less(after)),
         traffic=rule.traffic._replace(kept=(*rule.traffic.kept, *globs)),
         client_ranks=client_ranks,
+        prepare=prepare,
     )
 
 

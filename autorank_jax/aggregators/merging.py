@@ -114,7 +114,7 @@ def fedex_lora(*, owners: bool = False) -> Aggregator:
         for path, (a, b) in means.items():
             residual = mean_product(server.trainable.adapters[path], sums.products[path], sums.weight) - a @ b
             kernels[path] = kernels[path] + jnp.where(sums.weight > 0, residual, 0).astype(kernels[path].dtype)
-            seen[path] = owned(sums.owners[path])
+            seen[path] = owned(sums.owners[path], means[path])
         values = Values(dense, means, kernels)
         return values, reported(values, sums.weight)._replace(adapters=seen)
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from autorank_jax.adapters.lora import over_columns, over_rows
 from autorank_jax.aggregators.base import (
     Values,
     assemble,
@@ -56,7 +57,7 @@ def fedsa_lora(*, owners: bool = True) -> Aggregator:
     def keep(update: ClientUpdate, server: Server) -> dict[str, Array]:  # noqa: ARG001
         kept = {}
         for path, adapter in update.trained.adapters.items():
-            mask = update.client.masks[path][:, None]
+            mask = over_rows(update.client.masks[path], adapter.lora_b)
             kept[path] = merge_owned(mask, adapter.lora_b, update.client.state[path])
         return kept
 
@@ -88,7 +89,7 @@ def local_only() -> Aggregator:
         for path, (a, b) in update.trained.adapters.items():
             mask, before = update.client.masks[path], update.client.state.adapters[path]
             adapters[path] = Adapter(
-                merge_owned(mask[None, :], a, before.lora_a), merge_owned(mask[:, None], b, before.lora_b)
+                merge_owned(over_columns(mask, a), a, before.lora_a), merge_owned(over_rows(mask, b), b, before.lora_b)
             )
         return Trainable(adapters, update.trained.dense)
 

@@ -68,16 +68,19 @@ class Listing:
 
 @dataclasses.dataclass(frozen=True)
 class Fetch:
-    """Convert a dataset into the folder of datasets, once: from TensorFlow Datasets, or from a folder of images.
+    """Convert a dataset into the folder of datasets, once: from TensorFlow Datasets, a folder of images, or a table.
 
     Attributes:
         name: of TensorFlow Datasets, such as mnist or cifar100; any name for a folder of images
-        source: folder of images {train,test}/CLASS/*.png, as CINIC-10 has it, or of archives that need no download
+        source: folder of images {train,test}/CLASS/*.png, as CINIC-10 has it, or of archives that need no download,
+            or a table FILE.csv
+        target: column of the table to predict, the last if not given
         overwrite: replace the file that is there
     """
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
     source: Path | None = None
+    target: str | None = None
     overwrite: bool = False
 
 
@@ -107,7 +110,7 @@ def execute(command: Run | Compare | Ranks | Data) -> None:
         case Ranks():
             score_table(command)
         case Data(Fetch() as fetch):
-            path = fetch_dataset(fetch.name, source=fetch.source, overwrite=fetch.overwrite)
+            path = fetch_dataset(fetch.name, source=fetch.source, target=fetch.target, overwrite=fetch.overwrite)
             make_console().print(f"{path} is complete", soft_wrap=True)
         case Data():
             console = make_console()

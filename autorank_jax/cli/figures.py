@@ -102,9 +102,10 @@ def _curve(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
 def _caption(results: Results) -> str:
     config = results.config
     seeds = f"mean ± sd of {config['seeds']} seeds" if config["seeds"] > 1 else f"seed {config['first_seed']}"
+    private = f" · ε = {config['dp_epsilon']:g}" if config.get("dp_epsilon") else ""
     return (
         f"{config['dataset']} · {config['split']} · {config['clients']} clients · {config['model']} · "
-        f"local epochs {config['local_epochs']} · {seeds}"
+        f"local epochs {config['local_epochs']} · {seeds}{private}"
     )
 
 

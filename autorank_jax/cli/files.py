@@ -71,6 +71,8 @@ def _contents(results: Results) -> Iterator[bytes]:
     yield to_json(results.config)
     yield to_csv([row for scores in results.scores for row in client_rows(scores)])
     history = [row._asdict() for run in results.runs for row in run.rows]
+    if not results.config.get("dp_epsilon"):
+        history = [{name: value for name, value in row.items() if name != "epsilon"} for row in history]
     yield to_json(history)
     yield to_csv(history)
     accuracy = to_png(accuracy_figure(results))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autorank_jax.datasets import DatasetInfo
-from autorank_jax.experiment.config import POLICIES
+from autorank_jax.experiment.config import POLICIES, Experiment
 from autorank_jax.experiment.results import Results, Scores, si, summarize
 
 SHOWN_CLIENTS = 20
@@ -109,6 +109,9 @@ def footnotes(results: Results) -> Iterator[str]:
         "* Share of all examples that the clients of the highest ratio hold. Rules that average a rank position over "
         "its owners, such as rbla, leave the last positions to these clients alone."
     )
+    promise = Experiment(**results.config).privacy
+    if promise:
+        yield promise.promise
     if any(row.excluded or not row.reported for run in results.runs for row in run.rows):
         yield (
             "** What is not finite is left out, probably as the learning rate is too large; a round in which nobody "
@@ -128,6 +131,8 @@ def _lines(results: Results, policies: Mapping[str, Any]) -> Iterator[tuple[str,
     """Yield the lines of the comparison: label, contents, whether a section ends."""
     yield "final accuracy", lambda p: percent(p["final_accuracy"]), False
     yield "best accuracy", lambda p: percent(p["best_accuracy"]), False
+    if results.config.get("dp_epsilon"):
+        yield f"ε spent, at δ = {results.config['dp_delta']:g}", lambda p: f"{p['epsilon']:.3g}", False
     targets = [f"{target:g}" for target in results.config["targets"]]
     yield "area under the curve", lambda p: percent(p["area_under_curve"]), not targets
     for target in targets:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from autorank_jax.adapters.lora import over_columns, over_rows
 from autorank_jax.engine.checks import check_losses
 from autorank_jax.engine.optimizers import (
     Optimizer,
@@ -205,8 +206,8 @@ def _mask(updates: Trainable, masks: dict[str, Array], trains: Trains) -> Traina
 
     adapters = {
         p: Adapter(
-            gate(a.lora_a * masks[p].astype(a.lora_a.dtype)[None, :], trains.lora_a),
-            gate(a.lora_b * masks[p].astype(a.lora_b.dtype)[:, None], trains.lora_b),
+            gate(a.lora_a * over_columns(masks[p].astype(a.lora_a.dtype), a.lora_a), trains.lora_a),
+            gate(a.lora_b * over_rows(masks[p].astype(a.lora_b.dtype), a.lora_b), trains.lora_b),
         )
         for p, a in updates.adapters.items()
     }

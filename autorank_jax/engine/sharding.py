@@ -5,6 +5,7 @@ Every device trains its share of the cohort by itself, then everything is added 
 the only communication is one sum at the end of training.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -74,8 +75,8 @@ def step_cost(trainable: Trainable, widths: dict[str, int]) -> float:
     """
     total = 0.0
     for path, (lora_a, lora_b) in trainable.adapters.items():
-        d_in, d_out = lora_a.shape[-2], lora_b.shape[-1]
-        total += 4 * d_in * d_out + 6 * widths[path] * (d_in + d_out)
+        d_in, d_out, layers = lora_a.shape[-2], lora_b.shape[-1], math.prod(lora_a.shape[:-2])
+        total += layers * (4 * d_in * d_out + 6 * widths[path] * (d_in + d_out))
     return max(total, 1.0)
 
 

@@ -1,5 +1,6 @@
 """What a round costs each client: parameters, bytes in either direction, FLOPs. Numbers on the host, in NumPy."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -51,9 +52,8 @@ def client_costs(
     own = {path: np.asarray(rank, np.float64) for path, rank in ranks.items()}
     adapters = server.trainable.adapters
     dense = sum(float(leaf.size) for leaf in jax.tree.leaves(server.trainable.dense))
-    parameters = dense + sum(
-        (own[p] * (a.lora_a.shape[0] + a.lora_b.shape[1]) for p, a in adapters.items()), np.zeros_like(examples)
-    )
+    per_rank = {path: sum(_numbers(adapter)) for path, adapter in adapters.items()}
+    parameters = dense + sum((own[path] * each for path, each in per_rank.items()), np.zeros_like(examples))
     present = np.broadcast_to(np.asarray(attendance, np.float64), examples.shape)
     travelling = server._replace(trainable=leave_out(server.trainable, traffic.kept))
     up, down = (sent_bytes(way, travelling, own, present) for way in (traffic.up, traffic.down))
@@ -66,17 +66,27 @@ def sent_bytes(sent: Travels, server: Server, ranks: Mapping[str, np.ndarray], a
     dense = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(server.trainable.dense))
     total = np.full(attendance.shape, float(sent.dense * dense))
     for path, adapter in server.trainable.adapters.items():
-        (d_in, _), (_, d_out) = adapter.lora_a.shape, adapter.lora_b.shape
-        of_a, of_b = d_in * adapter.lora_a.dtype.itemsize, d_out * adapter.lora_b.dtype.itemsize
-        positions = np.minimum(ranks[path], _live(adapter)) if sent.live else ranks[path]
+        of_a, of_b = (each * factor.dtype.itemsize for each, factor in zip(_numbers(adapter), adapter, strict=True))
+        positions = _live(adapter, ranks[path]) if sent.live else ranks[path]
         total += positions * (sent.lora_a * of_a + sent.lora_b * of_b)
         if sent.kernels:
-            whole, stacked = d_in * of_b, float(np.sum(attendance * ranks[path])) * (of_a + of_b)
+            whole, stacked = adapter.lora_a.shape[-2] * of_b, float(np.sum(attendance * ranks[path])) * (of_a + of_b)
             total += min(whole, stacked) if sent.stack else whole
     return total
 
 
-def _live(adapter: Adapter) -> int:
-    """Count the positions at which `lora_b` is not zero; all of them at the start, where it is zero everywhere."""
-    live = int(np.count_nonzero(np.any(np.asarray(adapter.lora_b, np.float32) != 0, axis=1)))
-    return live or adapter.lora_b.shape[0]
+def _numbers(adapter: Adapter) -> tuple[int, int]:
+    """Return how many numbers of each factor belong to one rank position, of all stacked layers together."""
+    layers = math.prod(adapter.lora_a.shape[:-2])
+    return layers * adapter.lora_a.shape[-2], layers * adapter.lora_b.shape[-1]
+
+
+def _live(adapter: Adapter, ranks: np.ndarray) -> np.ndarray:
+    """Count positions below ranks at which `lora_b` is not zero, the mean over stacked layers.
+
+    At the start, where it is zero everywhere, all count.
+    """
+    width = adapter.lora_b.shape[-2]
+    flat = np.asarray(adapter.lora_b, np.float32).reshape(-1, width, adapter.lora_b.shape[-1])
+    live = np.count_nonzero(np.any(flat != 0, axis=-1), axis=-1)
+    return np.mean([np.minimum(ranks, each or width) for each in live], axis=0)

@@ -43,7 +43,12 @@ def make_save(
         if not (due or last_chance):
             return
         records = [r._asdict() | {"rows": [row._asdict() for row in r.rows]} for r in position.records]
-        extra = {"records": records, "seconds": dict(position.seconds), "about": dict(machine)}
+        extra = {
+            "records": records,
+            "seconds": dict(position.seconds),
+            "levels": list(position.levels),
+            "about": dict(machine),
+        }
         arrays = {"state": position.state, "probes": position.probes}
         save_state(checkpoints.folder, arrays, step=position.rounds, config=config, extra=extra, keep=checkpoints.keep)
 
@@ -72,7 +77,7 @@ def restore_position(
     records = tuple(Record(**r | {"rows": tuple(Row(**row) for row in r["rows"])}) for r in about.extra["records"])
     if about.config == json.loads(json.dumps(config | {"rounds": about.config.get("rounds")})):
         config["rounds"] = about.config["rounds"]
-        records = _with_rounds(records, experiment, config["rounds"])
+        records = with_rounds(records, experiment, config["rounds"])
     extra = read_about(checkpoints.folder, config=config).extra
     federation = next(f for f in federations if f.seed == records[-1].seed)
     rule = make_aggregator(records[-1].aggregator, experiment)
@@ -82,10 +87,11 @@ def restore_position(
     restored = restore_state(checkpoints.folder, like, config=config).state
     then, now = _flat(extra["about"]), _flat(machine)
     differences = tuple(f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name])
-    return Position(records, restored["state"], restored["probes"], extra["seconds"]), differences
+    levels = tuple(extra.get("levels", ()))
+    return Position(records, restored["state"], restored["probes"], extra["seconds"], levels), differences
 
 
-def _with_rounds(records: tuple[Record, ...], experiment: Experiment, before: int) -> tuple[Record, ...]:
+def with_rounds(records: tuple[Record, ...], experiment: Experiment, before: int) -> tuple[Record, ...]:
     """Return the records of an experiment whose number of rounds is another than before.
 
     Of runs that are over, the state is there of the last only. Nothing that happens in a round depends on how many
@@ -103,6 +109,8 @@ def _with_rounds(records: tuple[Record, ...], experiment: Experiment, before: in
         problem = f"{before} as before, as the state of {first} is not kept: only one policy, rule and seed can go on"
     elif rounds <= last.round:
         problem = f"more than the {last.round} that are done"
+    elif experiment.dp_epsilon:
+        problem = f"{before} as before, for which --dp-epsilon was shared out"
     elif last.round == before and before % experiment.eval_every:
         problem = f"{before} as before, which is tested as the last, and would not be with --eval-every"
     if problem:

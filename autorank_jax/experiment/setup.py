@@ -13,12 +13,14 @@ from flax import nnx
 
 from autorank_jax import datasets, federated, models
 from autorank_jax.adapters import max_ranks, task_from_nnx
+from autorank_jax.aggregators import set_expected_owners
 from autorank_jax.datasets import Dataset
 from autorank_jax.engine import choose_lanes, init_state
+from autorank_jax.experiment.compiling import jit_once
 from autorank_jax.experiment.config import WHOLE_RULES, WIDTHS, ConfigurationError, Experiment
 from autorank_jax.federated import everyone, faults, partition, sample_by_size, sample_independently, sample_uniformly
 from autorank_jax.federated.participation import Participation
-from autorank_jax.types import Aggregator, Array, ClientStats, FederatedData, Key, State, Task
+from autorank_jax.types import Aggregator, Array, ClientStats, FederatedData, Key, Server, State, Task, Trainable
 
 WIDE = 4096
 """Narrower layers fit everywhere."""
@@ -68,15 +70,12 @@ def make_federations(experiment: Experiment, dataset: Dataset) -> list[Federatio
         )
     inputs, targets = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train)
     options = {name: getattr(experiment, name) for name in ("alpha", "sigma", "classes_per_client")}
-    federations = []
+    federations, start = [], make_start(experiment, dataset)
     try:
         for seed in experiment.all_seeds:
             parts = partition.partition(experiment.split, dataset.y_train, experiment.clients, seed=seed, **options)
             data = federated.from_parts(inputs, targets, parts, classes=dataset.classes)
-            key = jax.random.key(seed)
-            names = ("model", "adapters", "training", "probe", "policy")
-            keys = {name: jax.random.fold_in(key, number) for number, name in enumerate(names)}
-            task = make_task(experiment, dataset, model_key=keys["model"], adapter_key=keys["adapters"])
+            keys, task = start(jax.random.key(seed))
             stats = federated.client_stats(data, classes=dataset.classes)
             federations.append(Federation(seed, data, task, stats, keys))
     except ConfigurationError:
@@ -84,6 +83,25 @@ def make_federations(experiment: Experiment, dataset: Dataset) -> list[Federatio
     except ValueError as error:
         raise ConfigurationError([str(error)]) from error
     return federations
+
+
+def make_start(experiment: Experiment, dataset: Dataset) -> Callable[[Key], tuple[dict[str, Key], Task]]:
+    """Return the function of a seed's key that derives its keys and makes its model, in one program for all seeds."""
+    made: list[Task] = []
+
+    @jit_once
+    def draw(key: Key) -> tuple[dict[str, Key], Server]:
+        names = ("model", "adapters", "training", "probe", "policy")
+        keys = {name: jax.random.fold_in(key, number) for number, name in enumerate(names)}
+        task = make_task(experiment, dataset, model_key=keys["model"], adapter_key=keys["adapters"])
+        made.append(task._replace(server=Server(Trainable({}, ()), ())))  # the functions alone leave the trace
+        return keys, task.server
+
+    def start(key: Key) -> tuple[dict[str, Key], Task]:
+        keys, server = draw(key)
+        return keys, made[0]._replace(server=server)
+
+    return start
 
 
 def make_task(experiment: Experiment, dataset: Dataset, *, model_key: Key, adapter_key: Key) -> Task:
@@ -178,7 +196,7 @@ def start_state(
 ) -> State:
     """Make the state before the first round, at full rank unless ranks are given."""
     clients = federation.data.size.shape[0]
-    return init_state(
+    state = init_state(
         federation.task.server,
         rule,
         full_ranks(federation.task, clients) if ranks is None else ranks,
@@ -187,6 +205,9 @@ def start_state(
         max_epochs=max(experiment.local_epochs, experiment.probe_epochs),
         clients=clients,
     )
+    if experiment.privacy and federation.task.server.trainable.adapters:
+        return set_expected_owners(state, experiment.privacy.rate)
+    return state
 
 
 def make_optimizer(experiment: Experiment) -> Callable[[Mapping[str, Array]], optax.GradientTransformation]:

@@ -3,6 +3,7 @@
 - `FederatedData`: all clients' examples, flat; `from_parts(inputs, targets, parts)` or `from_client_ids(inputs, targets, ids)`
   make it of arrays or pytrees of arrays. Nothing is padded to the largest client.
 - `ClientStats`: what rank policies may look at; `client_stats(data, classes=...)`, or `groups=` where there are no labels.
+- `text_clients(instructions, tokenizer, length=..., clients_by="category")`: clients of instructions, texts packed into rows.
 - `partition`: splits: IID, Dirichlet, shards, quantity, staircase, Dirichlet × log-normal.
 - participation: `everyone`, `sample_uniformly`, `sample_by_size`, `sample_independently`; `by_examples` and `equally` weigh.
 - `faults`: drop-out, stragglers, broken clients.
@@ -29,8 +30,11 @@ from autorank_jax.federated.participation import (
     sample_independently,
     sample_uniformly,
 )
+from autorank_jax.federated.texts import TextClients, TextReport, text_clients, text_rows
 
 __all__ = [
+    "TextClients",
+    "TextReport",
     "by_examples",
     "client_stats",
     "equally",
@@ -40,4 +44,6 @@ __all__ = [
     "sample_by_size",
     "sample_independently",
     "sample_uniformly",
+    "text_clients",
+    "text_rows",
 ]

@@ -34,15 +34,6 @@ class Mixed(nnx.Module):
         return self.foreign(self.own(self.drop(self.known(x))))
 
 
-class Stacked(nnx.Module):
-    def __init__(self):
-        make = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs), in_axes=0, out_axes=0)
-        self.layers = make(nnx.Rngs(0).split(3))
-
-    def __call__(self, x):
-        return nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(self.layers, x).sum(0)
-
-
 def test_layers_without_an_adapter_are_told():
     with pytest.warns(
         UserWarning, match="'foreign' because Foreign is no layer.*'own' because Own is a subclass of Lin"
@@ -66,13 +57,6 @@ def test_linen_and_functions_tell_too():
     params = {"w": jnp.ones((4, 3)), "cube": jnp.ones((2, 2, 2))}
     task = ar.task_from_function(lambda p, x: x @ p["w"], params, max_rank=1)
     assert task.report.unadapted == {"cube": "it has 3 axes, and a function is given adapters on matrices alone"}
-
-
-def test_stacked_layers_are_refused():
-    with pytest.raises(
-        ValueError, match=r"'layers': expected a weight of 2 axes, got shape \(3, 4, 4\), probably.*vmap"
-    ):
-        ar.task_from_nnx(Stacked(), max_rank=2)
 
 
 def test_predict_with_a_key_is_training():

@@ -11,7 +11,7 @@ from autorank_jax import datasets, engine, evaluation
 from autorank_jax.engine import local, simulation
 from autorank_jax.experiment import run as run_module
 from autorank_jax.experiment.config import ConfigurationError, Experiment, make_aggregator, outside
-from autorank_jax.experiment.run import Compiled, Finished, RoundDone, Scored, Started, run_experiment
+from autorank_jax.experiment.run import Compiled, Finished, RoundDone, Scored, Stage, Started, run_experiment
 from autorank_jax.experiment.setup import make_federations
 from autorank_jax.ranks.criteria import CRITERIA
 
@@ -59,8 +59,11 @@ def runs_of(results, policy):
 
 def test_events_tell_the_whole_story(tiny):
     results, events = tiny
-    kinds = [type(event) for event in events]
-    assert kinds[:3] == [Compiled, Scored, Scored]
+    assert [event.name for event in events if isinstance(event, Stage)] == [
+        "reading synthetic", "building clients and model", "compiling", "probing", "ranking",
+    ]  # fmt: skip
+    kinds = [type(event) for event in events if not isinstance(event, Stage)]
+    assert kinds[:3] == [Scored, Scored, Compiled]
     assert kinds[3:] == [Started, RoundDone, RoundDone, Finished] * 2 * len(TINY.rank_policies)
     assert [event.row for event in events if isinstance(event, RoundDone)] == [
         r for run in results.runs for r in run.rows

@@ -1,0 +1,127 @@
+"""From conversations to tokens: chat templates, and which tokens are a model's own words.
+
+A model brings its template, Jinja source in `tokenizer_config.json`. Where there is none, or for `template="plain"`:
+
+    <bos>System: ...
+    User: ...
+    Assistant: ...<eos>
+
+with a line for each turn; what the assistant says, and the token that ends it, is what is learnt.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn, Protocol
+
+from autorank_jax.datasets.instructions import Example, Message
+
+Piece = tuple[str, bool]  # a text, and whether it is learnt
+
+
+class Tokenizer(Protocol):
+    """What turns texts into tokens."""
+
+    bos: str  # the token that begins a text, as text; may be empty
+    eos: str
+    chat_template: str | None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text, special tokens only where it spells them out."""
+
+
+def make_chat(
+    tokenizer: Tokenizer, template: Literal["own", "plain"] = "own"
+) -> Callable[[Example], tuple[list[int], list[bool]]]:
+    """Make the function that turns an example into tokens, and which of them are learnt.
+
+    Args:
+        tokenizer: of the model.
+        template: "own" is the tokenizer's chat template where it has one; "plain" the format of this module.
+
+    Returns:
+        `example -> (ids, learnt)`. It raises `ValueError` where the template cannot render the example.
+
+    Raises:
+        ImportError: without the package jinja2, where a chat template needs it.
+        ValueError: for another `template`, or one that is no Jinja.
+    """
+    if template not in ("own", "plain"):
+        raise ValueError(f"expected the template 'own' or 'plain', got {template!r}")
+    render = None
+    if template == "own" and tokenizer.chat_template:
+        render = _compile(tokenizer.chat_template, tokenizer)
+
+    def tokenize(example: Example) -> tuple[list[int], list[bool]]:
+        if example.raw:
+            prompt, completion = (message.content for message in example.messages)
+            pieces = [(tokenizer.bos + prompt, False), (completion + tokenizer.eos, True)]
+        elif render is None:
+            pieces = _plain(example.messages, tokenizer)
+        else:
+            pieces = _split(example.messages, render)
+        ids: list[int] = []
+        learnt: list[bool] = []
+        for text, own in pieces:
+            tokens = tokenizer.encode(text)
+            ids += tokens
+            learnt += [own] * len(tokens)
+        return ids, learnt
+
+    return tokenize
+
+
+def _plain(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Piece]:
+    pieces = [(tokenizer.bos, False)]
+    for role, content in messages:
+        pieces.append((f"{role.capitalize()}: ", False))
+        own = role == "assistant"
+        pieces += [(content + tokenizer.eos, True), ("\n", False)] if own else [(f"{content}\n", False)]
+    return pieces[:-1]  # nothing follows the last answer
+
+
+def _split(messages: Sequence[Message], render: Callable[[Sequence[Message], bool], str]) -> list[Piece]:
+    """Take a rendered conversation apart: what comes before each answer, and the answer."""
+    pieces: list[Piece] = []
+    done = ""
+    for number, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        before, after = render(messages[:number], True), render(messages[: number + 1], False)
+        if not before.startswith(done) or not after.startswith(before):
+            raise ValueError("a conversation whose earlier turns the chat template changes, split it into several")
+        pieces += [(before.removeprefix(done), False), (after.removeprefix(before), True)]
+        done = after
+    return pieces
+
+
+def _compile(source: str, tokenizer: Tokenizer) -> Callable[[Sequence[Message], bool], str]:
+    """Compile a chat template as `transformers` does, in Jinja's sandbox: templates are foreign code."""
+    try:
+        from jinja2 import TemplateError  # noqa: PLC0415  optional
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError(
+            "expected the package 'jinja2' for the tokenizer's chat template, got none: pip install "
+            "'autorank-jax[text]', or template='plain'"
+        ) from error
+
+    def refuse(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = refuse
+    try:
+        compiled = environment.from_string(source)
+    except TemplateError as error:
+        raise ValueError(f"expected a chat template in Jinja, got {error!s:.100}") from error
+    named: dict[str, Any] = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "tools": None}
+
+    def render(messages: Sequence[Message], prompt: bool) -> str:
+        told = [message._asdict() for message in messages]
+        try:
+            return compiled.render(messages=told, add_generation_prompt=prompt, **named)
+        except TemplateError as error:
+            raise ValueError(f"a conversation that the chat template refuses ({error!s:.100})") from error
+
+    return render

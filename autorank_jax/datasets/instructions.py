@@ -1,0 +1,189 @@
+"""Instructions and their answers from JSON lines, in the three forms in use."""
+
+import importlib.resources
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from autorank_jax.datasets.base import DatasetError
+
+MINI = "instructions_mini"
+"""Seventy-four instructions of six kinds, made for this package."""
+
+_FORMS = (
+    (("instruction", "output"), ("input",)),
+    (("instruction", "response"), ("context",)),
+    (("messages",), ()),
+    (("prompt", "completion"), ()),
+)
+_ROLES = ("system", "user", "assistant")
+
+
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
+class Example(NamedTuple):
+    """A conversation whose answers are to be learnt, or a bare prompt with its completion."""
+
+    messages: tuple[Message, ...]
+    raw: bool = False  # a bare prompt and its completion, which no template goes around
+
+
+class Instructions(NamedTuple):
+    """Examples in the order of their lines, and what else the lines say."""
+
+    examples: tuple[Example, ...]
+    fields: dict[str, tuple[Any, ...]]  # by name, of each example; None where its line has none
+    lines: tuple[int, ...]  # the number of each example's line, from 1 on
+    problems: tuple[str, ...] = ()  # lines that gave no example, and why
+
+    def take(self, numbers: Sequence[int]) -> "Instructions":
+        """Return the examples of these numbers."""
+        fields = {name: tuple(values[n] for n in numbers) for name, values in self.fields.items()}
+        examples, lines = tuple(self.examples[n] for n in numbers), tuple(self.lines[n] for n in numbers)
+        return Instructions(examples, fields, lines)
+
+
+def load_instructions(path: str | Path = MINI, *, skip: bool = False) -> Instructions:
+    r"""Read instructions from a file of JSON lines, each an object in one of these forms.
+
+    - `{"instruction": ..., "input": ..., "output": ...}`, `input` may be missing; or `instruction, context, response`
+    - `{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}`, any number of turns
+    - `{"prompt": ..., "completion": ...}`: texts that no template goes around, or lists of messages
+
+    Further fields are kept, such as `category`: clients can be made of them.
+
+    Args:
+        path: of the file, or "instructions_mini", which comes with the package.
+        skip: leave lines out that cannot be read and tell them in `problems`; they are an error where False.
+
+    Returns:
+        The instructions. Empty lines are told in `problems` in either case.
+
+    Raises:
+        DatasetError: in one line, for a missing file, one without examples, and lines that cannot be read, by number.
+    """
+    if path == MINI:
+        raw = (importlib.resources.files("autorank_jax.datasets") / "embedded" / f"{MINI}.jsonl").read_bytes()
+    else:
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise DatasetError(f"expected a file of JSON lines, got none at {str(file)!r}")
+        raw = file.read_bytes()
+    examples, others, lines, bad, empty = [], [], [], [], []
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        if not line.strip():
+            empty.append(f"line {number}: empty")
+            continue
+        try:
+            example, other = parse_line(line)
+        except ValueError as error:
+            bad.append(f"line {number}: {error}")
+            continue
+        examples.append(example)
+        others.append(other)
+        lines.append(number)
+    if bad and not skip:
+        raise DatasetError(
+            f"expected instructions in each line of {str(path)!r}, got {_few(bad)}; skip=True omits them"
+        )
+    if not examples:
+        raise DatasetError(f"expected instructions in {str(path)!r}, got none in {len(bad) + len(empty)} lines")
+    names = sorted({name for other in others for name in other})
+    fields = {name: tuple(other.get(name) for other in others) for name in names}
+    return Instructions(tuple(examples), fields, tuple(lines), (*bad, *empty))
+
+
+def _few(problems: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more
+
+
+def parse_line(line: bytes) -> tuple[Example, dict[str, Any]]:
+    """Read one line: the example, and the fields that are no part of it.
+
+    Raises:
+        ValueError: for a line that is no example, saying why.
+
+    Example:
+        >>> parse_line(b'{"prompt": "1 + 1 =", "completion": " 2", "category": "sums"}')[1]
+        {'category': 'sums'}
+    """
+    try:
+        told = json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise ValueError("no UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(told, dict):
+        raise ValueError(f"a {type(told).__name__} in place of an object")
+    for needed, optional in _FORMS:
+        if all(name in told for name in needed):
+            other = {name: value for name, value in told.items() if name not in (*needed, *optional)}
+            return _example(told, needed, optional), other
+    raise ValueError(f"fields {sorted(told)!s:.80} in place of instruction/output, messages or prompt/completion")
+
+
+def _example(told: Mapping[str, Any], needed: tuple[str, ...], optional: tuple[str, ...]) -> Example:
+    if needed == ("messages",):
+        return Example(_messages(told["messages"], "messages"))
+    first, last = (told[name] for name in needed)
+    if isinstance(first, list) and isinstance(last, list):
+        return Example(_messages([*first, *last], needed[0]))
+    asked, answer = _text(first, needed[0]), _text(last, needed[1])
+    if needed == ("prompt", "completion"):
+        return Example((Message("user", asked), Message("assistant", answer)), raw=True)
+    more = told.get(optional[0])
+    question = f"{asked}\n\n{_text(more, optional[0])}" if more else asked
+    return Example((Message("user", question), Message("assistant", answer)))
+
+
+def _messages(told: Any, name: str) -> tuple[Message, ...]:
+    if not isinstance(told, list) or not all(isinstance(each, dict) for each in told):
+        raise ValueError(f"{name} that are no list of objects")
+    for each in told:
+        odd = sorted(key for key, value in each.items() if value and key not in ("role", "content"))
+        if odd or each.get("role") not in _ROLES:
+            raise ValueError(f"a message with {odd or ['role ' + repr(each.get('role'))]} in place of role and content")
+    messages = tuple(Message(each["role"], _text(each.get("content"), "content")) for each in told)
+    if not messages or messages[-1].role != "assistant":
+        raise ValueError(f"{name} that do not end with the assistant's answer")
+    return messages
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} of type {type(value).__name__} in place of a text")
+    if not value.strip():
+        raise ValueError(f"{name} without text")
+    return value
+
+
+def split_instructions(
+    instructions: Instructions, *, test: float = 0.1, seed: int = 0
+) -> tuple[Instructions, Instructions]:
+    """Split instructions at random into those to train on and those to test with.
+
+    Args:
+        instructions: at least two.
+        test: share of the test, above 0 and below 1; at least one example on either side.
+        seed: of the split.
+
+    Raises:
+        ValueError: for another share, or a single example.
+    """
+    count = len(instructions.examples)
+    if not 0 < test < 1 or count < 2:
+        raise ValueError(f"expected a share above 0 and below 1 of at least two examples, got {test} of {count}")
+    order = np.random.default_rng(seed).permutation(count)
+    first = min(max(1, round(test * count)), count - 1)
+    return instructions.take(sorted(order[first:])), instructions.take(sorted(order[:first]))

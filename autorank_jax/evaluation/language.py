@@ -1,0 +1,94 @@
+"""How well a language model knows the completions of a test set, and those of each client."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from autorank_jax.adapters.lora import cut, max_ranks, rank_masks
+from autorank_jax.federated.batches import steps_per_epoch, take_batch
+from autorank_jax.types import Array, EvaluateFn, FederatedData, PyTree, Scored, Server, State, Task
+
+
+def make_evaluate_language(task: Task, inputs: PyTree, targets: PyTree, *, batch_size: int = 8) -> EvaluateFn:
+    """Make the evaluation of the server model on completions.
+
+    Args:
+        task: made by `task_from_causal_lm`.
+        inputs: ids `(n, length)` or `Tokens`.
+        targets: `(n, length)`, negative where a token is not counted.
+        batch_size: rows at a time, which bounds memory.
+
+    Returns:
+        `state -> {"loss": nats per counted token, "perplexity": its exponential}`.
+
+    Raises:
+        ValueError: if inputs and targets differ in length, or no token is counted.
+    """
+    inputs, targets = jax.tree.map(jnp.asarray, (inputs, targets))
+    rows = {leaf.shape[0] for leaf in jax.tree.leaves((inputs, targets))}
+    if len(rows) != 1 or 0 in rows:
+        raise ValueError(f"expected inputs and targets of one length >= 1, got {sorted(rows)}")
+    total = jnp.sum(targets >= 0)
+    if not isinstance(total, jax.core.Tracer) and total == 0:
+        raise ValueError("expected targets that count some token, got none, probably rows of padding alone")
+
+    def evaluate(state: State) -> dict[str, Array]:
+        nats = _nats(task, state.server)
+        padded = jax.tree.map(lambda leaf: _whole_batches(leaf, batch_size), Scored(inputs, targets))
+        count = jnp.arange(padded.targets.shape[0] * padded.targets.shape[1]).reshape(padded.targets.shape[:2])
+        real = count < targets.shape[0]
+        sums = lax.map(lambda part: jnp.sum(jnp.where(part[1][:, None], nats(part[0]), 0)), (padded, real))
+        loss = jnp.sum(sums) / jnp.maximum(total, 1).astype(sums.dtype)
+        return {"loss": loss, "perplexity": jnp.exp(loss)}
+
+    return evaluate
+
+
+def client_perplexities(task: Task, state: State, data: FederatedData, *, batch_size: int = 8) -> Array:
+    """Return the perplexity of the server, cut to each client's ranks, on that client's completions, `(clients,)`.
+
+    Args:
+        task: made by `task_from_causal_lm`.
+        state: for the server and the ranks.
+        data: of all clients in the state's order; what they did not train on tells more.
+        batch_size: rows at a time.
+
+    Returns:
+        `(clients,)`; 1 for clients without a counted token.
+
+    Raises:
+        ValueError: for data of other clients than the state's.
+    """
+    clients = data.size.shape[0]
+    if state.epochs.shape != (clients,):
+        raise ValueError(f"expected data of the state's {state.epochs.shape[0]} clients, got {clients}")
+    widths = max_ranks(state.server)
+
+    def one(row: Array) -> Array:
+        masks = rank_masks({path: ranks[row] for path, ranks in state.ranks.items()}, widths)
+        nats = _nats(task, state.server._replace(trainable=cut(state.server.trainable, masks)))
+
+        def add(step: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            batch, _ = take_batch(data, row, jnp.zeros(2, jnp.uint32), step, batch_size)
+            counted = (batch.targets >= 0) & (batch.weight > 0)[:, None]
+            lost = jnp.sum(jnp.where(counted, nats(Scored(batch.inputs, batch.targets)), 0))
+            return sums[0] + lost.astype(sums[0].dtype), sums[1] + jnp.sum(counted, dtype=jnp.int32)
+
+        nothing = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+        lost, counted = lax.fori_loop(0, steps_per_epoch(data.size[row], batch_size), add, nothing)
+        return jnp.exp(lost / jnp.maximum(counted, 1).astype(lost.dtype))
+
+    return lax.map(one, jnp.arange(clients, dtype=jnp.int32))
+
+
+def _nats(task: Task, server: Server) -> Callable[[Scored], Array]:
+    return lambda scored: task.predict(server.frozen, server.trainable, scored)
+
+
+def _whole_batches(leaf: Array, batch_size: int) -> Array:
+    """Return `(batches, batch_size, ...)`, filled up with the first rows."""
+    batches = -(-leaf.shape[0] // batch_size)
+    index = jnp.arange(batches * batch_size) % leaf.shape[0]
+    return leaf[index].reshape(batches, batch_size, *leaf.shape[1:])

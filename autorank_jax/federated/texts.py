@@ -1,0 +1,190 @@
+"""Clients of instructions: tokens in rows of one length, several texts to a row, completions as targets."""
+
+import bisect
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from autorank_jax.datasets.chat import Tokenizer, make_chat
+from autorank_jax.datasets.instructions import Instructions
+from autorank_jax.federated.data import client_stats, from_parts
+from autorank_jax.federated.partition import dirichlet
+from autorank_jax.types import ClientStats, FederatedData, Tokens
+
+
+class TextReport(NamedTuple):
+    """What became of the texts; `print` shows it."""
+
+    texts: int
+    rows: int
+    tokens: int  # of all texts, as far as they are kept
+    learnt: int  # of them, in completions
+    padding: float  # share of the rows that holds no text
+    cut: tuple[str, ...]  # lines longer than a row, and how long they were
+
+    def __str__(self) -> str:
+        """Return a line of numbers and one for each text that was cut."""
+        counts = f"{self.texts} texts in {self.rows} rows: {self.tokens} tokens, {self.learnt} learnt"
+        return "\n".join([f"{counts}, {self.padding:.1%} padding", *self.cut])
+
+
+class TextClients(NamedTuple):
+    """Clients of instructions."""
+
+    data: FederatedData  # inputs are `Tokens`, targets the tokens that follow in completions, else -1
+    names: tuple[str, ...]  # of the clients
+    stats: ClientStats  # sizes in rows, label counts in texts of each value of the field
+    report: TextReport
+
+
+class _Row(NamedTuple):
+    """Texts that share a row."""
+
+    room: int
+    members: tuple[int, ...]
+
+
+def text_clients(
+    instructions: Instructions,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    clients_by: str,
+    clients: int | None = None,
+    alpha: float = 0.3,
+    seed: int = 0,
+    template: Literal["own", "plain"] = "own",
+    pack: bool = True,
+) -> TextClients:
+    """Make clients of instructions: one for each value of a field, or so many by Dirichlet shares of its values.
+
+    Args:
+        instructions: at least one for each client.
+        tokenizer: of the model.
+        length: tokens per row. A longer text is cut, and told: its completion to what the prompt leaves, but no less
+            than half a row, its prompt to its end.
+        clients_by: a field of every line, such as "category".
+        clients: how many clients share each value in Dirichlet proportions; a client is a value where None.
+        alpha: concentration of these proportions; small is uneven.
+        seed: of the split.
+        template: as in `make_chat`.
+        pack: put several texts of a client into one row, where none sees another; one text a row where False.
+
+    Returns:
+        The clients, in the order of their names.
+
+    Raises:
+        ValueError: in one line, for lines without the field or that a template refuses, by number, or a length below 2.
+    """
+    if clients_by not in instructions.fields:
+        known = sorted(instructions.fields)
+        raise ValueError(f"expected clients_by to be a field of the lines, one of {known}, got {clients_by!r}")
+    values = instructions.fields[clients_by]
+    without = [str(n) for n, value in zip(instructions.lines, values, strict=True) if value is None]
+    if without:
+        raise ValueError(f"expected the field {clients_by!r} in every line, got none in line {', '.join(without[:5])}")
+    kinds, label = np.unique([str(value) for value in values], return_inverse=True)
+    owner, names = label, tuple(kinds.tolist())
+    if clients is not None:
+        owner = np.empty(len(label), np.int64)
+        for number, part in enumerate(dirichlet(label, clients, alpha=alpha, seed=seed)):
+            owner[part] = number
+        names = tuple(f"client {number}" for number in range(clients))
+    tokens, targets, owners, report = text_rows(
+        instructions, tokenizer, length=length, owner=owner, template=template, pack=pack
+    )
+    parts = [np.flatnonzero(owners == number) for number in range(len(names))]
+    data = from_parts(tokens, targets, parts)
+    counts = np.zeros((len(names), len(kinds)), np.int32)
+    np.add.at(counts, (owner, label), 1)
+    stats = client_stats(data, groups=np.zeros(len(owners), np.int32))._replace(label_counts=jnp.asarray(counts))
+    return TextClients(data, names, stats, report)
+
+
+def text_rows(
+    instructions: Instructions,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    owner: Sequence[int] | np.ndarray | None = None,
+    template: Literal["own", "plain"] = "own",
+    pack: bool = True,
+) -> tuple[Tokens, np.ndarray, np.ndarray, TextReport]:
+    """Turn instructions into rows of tokens, for a test set for instance.
+
+    Args:
+        instructions: at least one.
+        tokenizer: of the model.
+        length: as in `text_clients`, as are `template` and `pack`.
+        owner: of each example; only texts of one owner share a row.
+        template: of chats.
+        pack: several texts to a row.
+
+    Returns:
+        Inputs, targets `(rows, length)`, the owner of each row, and what became of the texts.
+
+    Raises:
+        ValueError: for lines that a template refuses, by number, or a length below 2.
+    """
+    if length < 2:
+        raise ValueError(f"expected rows of at least 2 tokens, got length {length}")
+    owners = np.zeros(len(instructions.examples), np.int64) if owner is None else np.asarray(owner)
+    texts, cut = _tokenize(instructions, make_chat(tokenizer, template), length)
+    sizes = np.array([len(ids) for ids, _ in texts])
+    rows: list[tuple[int, tuple[int, ...]]] = []
+    for each in np.unique(owners):
+        mine = np.flatnonzero(owners == each)
+        packed = _pack(sizes, mine, length) if pack else [(int(n),) for n in mine]
+        rows += [(int(each), members) for members in packed]
+    ids, segments = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
+    targets = np.full((len(rows), length), -1, np.int32)
+    for number, (_, members) in enumerate(rows):
+        begin = 0
+        for segment, member in enumerate(members, 1):
+            text, learnt = texts[member]
+            end = begin + len(text)
+            ids[number, begin:end], segments[number, begin:end] = text, segment
+            targets[number, begin : end - 1] = np.where(learnt[1:], text[1:], -1)
+            begin = end
+    total = int(sizes.sum())
+    report = TextReport(
+        len(texts), len(rows), total, int((targets >= 0).sum()), 1 - total / max(1, len(rows) * length), tuple(cut)
+    )
+    return Tokens(jnp.asarray(ids), jnp.asarray(segments)), targets, np.array([each for each, _ in rows]), report
+
+
+def _tokenize(
+    instructions: Instructions, chat: Callable[..., tuple[list[int], list[bool]]], length: int
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[str]]:
+    """Return tokens and what is learnt of each example, cut to the length, and which were cut."""
+    texts, cut, bad = [], [], []
+    for line, example in zip(instructions.lines, instructions.examples, strict=True):
+        try:
+            ids, learnt = chat(example)
+        except ValueError as error:
+            bad.append(f"line {line}: {error}")
+            continue
+        if len(ids) > length:
+            cut.append(f"line {line}: {len(ids)} tokens cut to {length}")
+            first = learnt.index(True)  # every example has an answer
+            prompt = min(first, max(length - (len(ids) - first), length // 2))
+            begin = first - prompt
+            ids, learnt = ids[begin : begin + length], learnt[begin : begin + length]
+        texts.append((np.array(ids, np.int32), np.array(learnt, bool)))
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise ValueError(f"expected conversations that the template takes, got {'; '.join(bad[:5])}{more}")
+    return texts, cut
+
+
+def _pack(sizes: np.ndarray, members: np.ndarray, length: int) -> list[tuple[int, ...]]:
+    """Put texts into rows, the longest first, each where it leaves the least room (best fit decreasing)."""
+    open_rows: list[_Row] = []  # by room
+    for member in sorted(members.tolist(), key=lambda n: (-sizes[n], n)):
+        size = int(sizes[member])
+        place = bisect.bisect_left(open_rows, _Row(size, ()))
+        row = open_rows.pop(place) if place < len(open_rows) else _Row(length, ())
+        bisect.insort(open_rows, _Row(row.room - size, (*row.members, member)))
+    return sorted(row.members for row in open_rows)

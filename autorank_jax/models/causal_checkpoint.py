@@ -1,0 +1,231 @@
+"""Pretrained causal decoders: the folder that Hugging Face's `save_pretrained` writes, read without PyTorch."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from autorank_jax.models.causal_config import CausalConfig, parse_config
+from autorank_jax.models.causal_lm import CausalLM, param_shapes
+from autorank_jax.types import Array
+
+_DTYPES: Mapping[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def load_causal_lm(folder: str | Path, *, dtype: Any = None) -> CausalLM:
+    """Load a causal decoder: Llama 2 and 3, SmolLM2, Mistral without sliding windows, Qwen 2 and 3.
+
+    Args:
+        folder: with `config.json`, `model.safetensors` or several files with their index, `tokenizer.json` and, where
+            there is one, `tokenizer_config.json` with the chat template.
+        dtype: of the weights, and so of the arithmetic, such as `jnp.bfloat16`; as the files have it where None.
+
+    Returns:
+        The model: `model(ids)` gives logits.
+
+    Raises:
+        ImportError: without the package tokenizers.
+        ValueError: in one line, for missing and damaged files, other families, settings that are not honoured, and
+            weights that are not those of the configuration.
+    """
+    folder = Path(folder).expanduser()
+    config = parse_config(_read_json(folder, "config.json"), where=str(folder / "config.json"))
+    tensors = read_weights(folder)
+    params = {name: _parameter(tensors, name, shape, dtype, folder) for name, shape in param_shapes(config).items()}
+    _refuse_others(tensors, config, folder)
+    return CausalLM(config, params, load_text_tokenizer(folder, config))
+
+
+def causal_name(path: str) -> str:
+    """Return Hugging Face's name of a module, with `{}` where the number of the block goes.
+
+    Args:
+        path: such as "layers/self_attn/q_proj".
+
+    Example:
+        >>> causal_name("layers/self_attn/q_proj"), causal_name("norm"), causal_name("lm_head")
+        ('model.layers.{}.self_attn.q_proj', 'model.norm', 'lm_head')
+    """
+    if path == "lm_head":
+        return path
+    return "model." + path.replace("layers/", "layers/{}/").replace("/", ".")
+
+
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """Map the tensors of all safetensors files of a folder into memory, by name.
+
+    Raises:
+        ValueError: for missing or damaged files, and numbers that are no floats of 16 bits or more.
+    """
+    if not (folder / _INDEX).is_file():
+        if not (folder / _SINGLE).is_file():
+            others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".gguf", ".pt", ".pth"))
+            raise ValueError(
+                f"expected {_SINGLE} or {_INDEX} in {str(folder)!r}, got neither"
+                + (f" but {', '.join(others[:3])}: convert it to safetensors" if others else "")
+            )
+        return read_safetensors(folder / _SINGLE)
+    weight_map = _read_json(folder, _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"expected a weight_map in {str(folder / _INDEX)!r}, got none, probably a damaged file")
+    tensors: dict[str, np.ndarray] = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"expected the file {name!r}, which {_INDEX} names, in {str(folder)!r}, got none there")
+        tensors |= read_safetensors(folder / name)
+    return tensors
+
+
+def read_safetensors(file: Path) -> dict[str, np.ndarray]:
+    """Map the tensors of one safetensors file into memory, by name; nothing is read before it is used.
+
+    The format: eight bytes with the length of a JSON header, the header, and the numbers.
+
+    Raises:
+        ValueError: for a damaged file, and numbers that are no floats of 16 bits or more.
+    """
+    try:
+        raw = np.memmap(file, np.uint8, "r")
+        begin = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+        header = json.loads(raw[8:begin].tobytes())
+        tensors = {}
+        for name, told in header.items():
+            if name == "__metadata__":
+                continue
+            first, last = told["data_offsets"]
+            tensors[name] = (told["dtype"], told["shape"], raw[begin + first : begin + last])
+        odd = {name: told[0] for name, told in tensors.items() if told[0] not in _DTYPES}
+        if odd:
+            raise ValueError(f"numbers of type {odd[min(odd)]} in {min(odd)}, probably a quantised checkpoint")
+        return {name: part.view(_DTYPES[dtype]).reshape(shape) for name, (dtype, shape, part) in tensors.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError, OverflowError) as error:
+        raise ValueError(
+            f"expected a complete file of float safetensors at {str(file)!r}, got {error!s:.100}"
+        ) from error
+
+
+def _parameter(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: Any, folder: Path) -> Array:
+    """Return one parameter, stacked over the blocks."""
+    path, _, leaf = name.rpartition("/")
+    theirs = f"{causal_name(path)}.{'bias' if leaf == 'bias' else 'weight'}"
+    stacked = "{}" in theirs
+    one = shape[1:] if stacked else shape
+    expected = one[::-1] if leaf == "kernel" else one
+    names = [theirs.format(number) for number in range(shape[0])] if stacked else [theirs]
+    for each in names:
+        if each not in tensors:
+            raise ValueError(f"expected the tensor {each!r} in {str(folder)!r}, got none, probably another config.json")
+        if tensors[each].shape != expected:
+            raise ValueError(f"expected {each!r} of shape {expected}, as config.json has it, got {tensors[each].shape}")
+    dtype = tensors[names[0]].dtype if dtype is None else dtype
+    whole = np.empty((len(names), *one), dtype)
+    for number, each in enumerate(names):
+        whole[number] = tensors[each].T if leaf == "kernel" else tensors[each]
+    return jnp.asarray(whole if stacked else whole[0])
+
+
+def _refuse_others(tensors: Mapping[str, np.ndarray], config: CausalConfig, folder: Path) -> None:
+    """Refuse weights that no layer takes: they would change what the model computes."""
+    taken = {"lm_head.weight"}  # of a tied model: a copy
+    for name in param_shapes(config):
+        path, _, leaf = name.rpartition("/")
+        theirs = f"{causal_name(path)}.{'bias' if leaf == 'bias' else 'weight'}"
+        taken |= {theirs.format(number) for number in range(config.depth)}
+    others = sorted(name for name in set(tensors) - taken if not name.endswith("rotary_emb.inv_freq"))
+    if others:
+        raise ValueError(
+            f"expected the tensors of a {config.family} alone in {str(folder)!r}, got {', '.join(others[:3])} besides, "
+            "probably of another architecture, or adapters"
+        )
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    file = folder / name
+    if not file.is_file():
+        raise ValueError(f"expected {name} in {str(folder)!r}, got no such file, probably not the folder of a model")
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected JSON in {str(file)!r}, got {error!s:.100}") from error
+    if not isinstance(told, dict):
+        raise ValueError(f"expected an object in {str(file)!r}, got a {type(told).__name__}")
+    return told
+
+
+class TextTokenizer:
+    """A tokenizer of the `tokenizers` library, with what a chat needs to know."""
+
+    def __init__(self, library: Any, *, bos: str = "", eos: str = "", chat_template: str | None = None) -> None:
+        """Wrap a tokenizer.
+
+        Args:
+            library: of the `tokenizers` library.
+            bos: the token that begins a text, as text; empty where there is none.
+            eos: the token that ends one.
+            chat_template: Jinja source, None where there is none.
+        """
+        library.no_truncation()
+        library.no_padding()
+        self.library, self.bos, self.eos, self.chat_template = library, bos, eos, chat_template
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text; special tokens are those that it spells out."""
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Any) -> str:
+        """Return the text of tokens, special ones spelt out."""
+        return self.library.decode([int(i) for i in np.asarray(ids)], skip_special_tokens=False)
+
+
+def load_text_tokenizer(folder: str | Path, config: CausalConfig | None = None) -> TextTokenizer:
+    """Load `tokenizer.json` and what `tokenizer_config.json` and `chat_template.jinja` say.
+
+    Args:
+        folder: of the files; only the first is needed.
+        config: of the model, whose vocabulary must hold the tokens, and which may know the token that ends a text.
+
+    Raises:
+        ImportError: without the package tokenizers.
+        ValueError: for missing or damaged files, or more tokens than the model has.
+    """
+    try:
+        from tokenizers import Tokenizer  # noqa: PLC0415  optional
+    except ImportError as error:
+        raise ImportError("expected the package 'tokenizers', got none: pip install 'autorank-jax[text]'") from error
+    folder = Path(folder)
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"expected tokenizer.json in {str(folder)!r}, got no such file")
+    try:
+        library = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"expected a tokenizer in {str(file)!r}, got {error!s:.100}") from error
+    largest = max(library.get_vocab().values(), default=0)
+    if config is not None and largest >= config.vocabulary:
+        raise ValueError(
+            f"expected tokens below the model's {config.vocabulary}, got up to {largest} in {str(file)!r}, probably "
+            "the tokenizer of another model"
+        )
+    about = _read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    eos = _token(about.get("eos_token"))
+    if not eos and config is not None and config.end:
+        eos = library.id_to_token(config.end[0]) or ""
+    return TextTokenizer(library, bos=_token(about.get("bos_token")), eos=eos, chat_template=_template(folder, about))
+
+
+def _token(told: Any) -> str:
+    return (told.get("content") if isinstance(told, dict) else told) or ""
+
+
+def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = about.get("chat_template")
+    if isinstance(template, list):  # several by name
+        return {each["name"]: each["template"] for each in template}.get("default")
+    return template

@@ -1,0 +1,99 @@
+"""Clients of instructions: rows of tokens, targets of completions, packing, cutting."""
+
+import numpy as np
+import pytest
+
+import autorank_jax as ar
+from autorank_jax.datasets.instructions import Example, Instructions, Message, load_instructions
+from autorank_jax.federated.texts import text_clients, text_rows
+from autorank_jax.models.causal_lm import ByteTokenizer
+
+BYTES = ByteTokenizer()
+
+
+def texts(*pairs, **fields):
+    examples = tuple(Example((Message("user", q), Message("assistant", a)), raw=True) for q, a in pairs)
+    return Instructions(examples, fields, tuple(range(1, len(pairs) + 1)))
+
+
+def spelled(tokens, targets):
+    """Return by text what its ids say, and what its targets ask for."""
+    found = []
+    for ids, segments, wanted in zip(*map(np.asarray, (tokens.ids, tokens.segments, targets)), strict=True):
+        for segment in range(1, segments.max() + 1):
+            mine = segments == segment
+            found.append((BYTES.decode(ids[mine]), BYTES.decode(wanted[mine & (wanted >= 0)])))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_rows_hold_every_text_once(pack):
+    pairs = [("ab", "c"), ("d", "efgh"), ("i" * 9, "j"), ("k", "l")]
+    tokens, targets, owners, report = text_rows(texts(*pairs), BYTES, length=14, owner=[0, 0, 1, 0], pack=pack)
+    expected = sorted((f"<s>{q}{a}</s>", f"{a}</s>") for q, a in pairs)
+    assert spelled(tokens, targets) == expected
+    sizes = [len(q + a) + 2 for q, a in pairs]
+    rows = 3 if pack else 4  # of the first owner 7 + 5 and 4, of the second 12
+    assert report[:4] == (4, rows, sum(sizes), sum(len(a) + 1 for _, a in pairs))
+    assert report.padding == pytest.approx(1 - sum(sizes) / (rows * 14))
+    assert sorted(owners.tolist()) == [0] * (rows - 1) + [1]
+    np.testing.assert_array_equal(np.asarray(tokens.ids)[np.asarray(tokens.segments) == 0], 0)
+
+
+@pytest.mark.parametrize(
+    ("pair", "ids", "wanted"),
+    [
+        (("abc", "e" * 100_000), "<s>abceeee", "eeee"),
+        (("a" * 100_000, "bc"), "aaaaabc</s>", "bc</s>"),
+        (("a" * 9 + "xyz", "e" * 9), "axyzeeee", "eeee"),
+    ],
+)
+def test_long_texts_are_cut_and_told(pair, ids, wanted):
+    tokens, targets, _, report = text_rows(texts(("u", "v"), pair), BYTES, length=8, pack=False)
+    assert (ids, wanted) in spelled(tokens, targets)
+    assert report.cut == (f"line 2: {sum(map(len, pair)) + 2} tokens cut to 8",)
+    assert "line 2" in str(report)
+
+
+def test_clients_are_values_of_a_field():
+    made = text_clients(load_instructions(), BYTES, length=128, clients_by="category")
+    assert made.names == ("capitals", "colours", "greetings", "opposites", "plurals", "sums")
+    np.testing.assert_array_equal(made.stats.label_counts, np.diag([8, 2, 4, 12, 6, 42]))
+    np.testing.assert_array_equal(made.stats.size, made.data.size)
+    assert made.report.texts == 74
+    first = np.asarray(made.data.order)[: int(made.data.size[0])]
+    assert all("capital" in BYTES.decode(ids) for ids in np.asarray(made.data.inputs.ids)[first])
+
+
+def test_clients_share_values_in_dirichlet_proportions():
+    made = text_clients(load_instructions(), BYTES, length=128, clients_by="category", clients=5, alpha=0.5, seed=3)
+    counts = np.asarray(made.stats.label_counts)
+    assert counts.shape == (5, 6)
+    np.testing.assert_array_equal(counts.sum(0), [8, 2, 4, 12, 6, 42])
+    assert counts.sum(1).min() >= 1
+    assert made.names[4] == "client 4"
+
+
+def test_a_realistic_mix_is_hardly_padded():
+    rng = np.random.default_rng(0)
+    sizes = np.minimum(rng.lognormal(3.5, 0.8, 400).astype(int) + 1, 250)
+    mix = texts(*(("q", "a" * size) for size in sizes), kind=tuple(rng.choice(8, 400, p=np.arange(1, 9) / 36).tolist()))
+    made = text_clients(mix, BYTES, length=256, clients_by="kind")
+    assert made.report.padding < 0.15
+    assert text_clients(mix, BYTES, length=256, clients_by="kind", pack=False).report.padding > 0.7
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"clients_by": "topic"}, "one of ['kind'], got 'topic'"),
+        ({"clients_by": "kind"}, "got none in line 2"),
+        ({"clients_by": "kind", "length": 1}, "got none in line 2"),
+    ],
+)
+def test_odd_requests_are_refused(options, said):
+    with pytest.raises(ValueError, match="expected") as caught:
+        ar.text_clients(texts(("a", "b"), ("c", "d"), kind=("x", None)), BYTES, **({"length": 8} | options))
+    assert said in str(caught.value)
+    with pytest.raises(ValueError, match="rows of at least 2 tokens"):
+        text_rows(texts(("a", "b")), BYTES, length=1)

@@ -1,0 +1,187 @@
+"""The causal decoder: what is read, what is refused, packed rows, losses in chunks."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from autorank_jax.models.causal_checkpoint import load_causal_lm
+from autorank_jax.models.causal_config import CausalConfig, Rope, parse_config, rope_frequencies
+from autorank_jax.models.causal_lm import ByteTokenizer, causal_losses
+from autorank_jax.types import Scored, Tokens
+from tests.models.causal_cases import CONFIG, TINY, tensors_of, tiny, write_folder
+
+SMALL = parse_config(CONFIG)
+
+
+def test_losses_in_chunks_are_those_of_whole_logits():
+    model, rng = tiny(), np.random.default_rng(0)
+    ids = jnp.asarray(rng.integers(0, 61, (2, 10)), jnp.int32)
+    targets = jnp.asarray(rng.integers(-20, 61, (2, 10)), jnp.int32)
+    inputs = Tokens(ids, jnp.asarray([[1] * 4 + [2] * 4 + [0] * 2, [1] * 10]))
+
+    def whole(params):
+        log_p = jax.nn.log_softmax(model._replace(params=params)(inputs))
+        chosen = jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+        return jnp.where(targets >= 0, -chosen, 0)
+
+    def chunked(params):
+        return causal_losses(TINY, params, Scored(inputs, targets), checkpoint=True, chunk=4)
+
+    ours, theirs = jax.jit(lambda p: (chunked(p), whole(p)))(model.params)
+    assert jnp.max(theirs) > 1
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_no_array_of_all_logits_is_formed():
+    model, scored = tiny(), Scored(jnp.zeros((2, 64), jnp.int32), jnp.zeros((2, 64), jnp.int32))
+    gradient = jax.grad(lambda p: jnp.sum(causal_losses(TINY, p, scored, checkpoint=True, chunk=8)))
+    text = str(jax.make_jaxpr(gradient)(model.params))
+    assert "f32[2,8,61]" in text
+    assert "2,64,61]" not in text
+
+
+def test_a_text_does_not_see_its_neighbours_or_the_future():
+    model = tiny()
+    ids = jnp.arange(12, dtype=jnp.int32).reshape(1, 12)
+    run = jax.jit(lambda ids, segments: model(Tokens(ids, segments)))
+    whole = jnp.ones_like(ids)
+    packed = run(ids, jnp.asarray([[1] * 5 + [2] * 5 + [0] * 2]))
+    np.testing.assert_allclose(packed[:, :5], run(ids, whole)[:, :5], atol=1e-4)
+    moved = run(jnp.roll(ids, -5, axis=1), whole)  # the second text at the beginning of its row
+    np.testing.assert_allclose(packed[:, 5:10], moved[:, :5], atol=1e-4)
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_folders_are_read(tmp_path, files):
+    model = tiny(SMALL)
+    loaded = load_causal_lm(write_folder(tmp_path, model, CONFIG, files=files))
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, dict(model.params))
+    assert loaded.config == SMALL
+    assert loaded.tokenizer.encode("ab c") == [3, 4, 6, 5]
+    half = load_causal_lm(tmp_path, dtype=jnp.bfloat16)
+    assert {value.dtype for value in half.params.values()} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model_type": "gemma2"}, "model_type to be one of llama"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "got 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "got 'dynamic'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}}, "beta_fast"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"quantization_config": {"quant_method": "awq"}}, "probably a quantised checkpoint"),
+        ({"model_type": "mistral", "sliding_window": 32}, "without sliding windows"),
+        ({"model_type": "mistral"}, "sliding_window to be told"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "without sliding windows"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "full attention in every layer"),
+        ({"attention_dropout": 0.1}, "no dropout of attention"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ({"num_key_value_heads": 3}, "groups of one size"),
+        ({"rms_norm_eps": None}, "rms_norm_eps as a number"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers as a whole number"),
+        ({"head_dim": 5}, "even head_dim"),
+    ],
+)
+def test_settings_that_are_not_honoured_are_refused(changed, said):
+    with pytest.raises(ValueError, match=r"config\.json: expected") as caught:
+        parse_config(CONFIG | changed)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_changes_nothing_is_accepted():
+    told = CONFIG | {
+        "sliding_window": 4,
+        "use_sliding_window": False,
+        "model_type": "qwen2",
+        "quantization_config": None,
+    }
+    assert parse_config(told) == SMALL._replace(qkv_bias=True, family="qwen2")
+    assert parse_config(CONFIG | {"model_type": "mistral", "sliding_window": 64}).family == "mistral"
+
+
+def test_frequencies_follow_their_definitions():
+    plain = 10000.0 ** -(np.arange(4) / 4)
+    np.testing.assert_allclose(rope_frequencies(Rope(), 8), plain, rtol=1e-6)
+    np.testing.assert_allclose(rope_frequencies(Rope(kind="linear", factor=4.0), 8), plain / 4, rtol=1e-6)
+    scaled = rope_frequencies(Rope(kind="llama3", factor=8.0, length=32), 8)
+    assert scaled[0] == np.float32(plain[0])  # a short wave stays
+    np.testing.assert_allclose(scaled[1:], plain[1:] / 8, rtol=1e-6)  # long waves are stretched
+
+
+def _without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def _damage(name, size):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def _tensors(**changed):
+    def write(folder):
+        from safetensors.numpy import save_file  # noqa: PLC0415
+
+        tensors = tensors_of(tiny(SMALL))
+        for name, value in changed.items():
+            tensors.pop(name) if value is None else tensors.update({name: value})
+        save_file(tensors, str(folder / "model.safetensors"))
+
+    return write
+
+
+LAYER = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_without("config.json"), "expected config.json in"),
+        (_without("model.safetensors"), "got neither"),
+        (_without("tokenizer.json"), "expected tokenizer.json in"),
+        (_damage("config.json", 20), "expected JSON in"),
+        (_damage("model.safetensors", 3000), "expected a complete file"),
+        (_damage("model.safetensors", 5), "expected a complete file"),
+        (_damage("tokenizer.json", 20), "expected a tokenizer in"),
+        (_tensors(**{LAYER: None}), f"expected the tensor '{LAYER}'"),
+        (_tensors(**{LAYER: np.zeros((16, 24), np.float32)}), "of shape (24, 16)"),
+        (_tensors(**{LAYER: np.zeros((24, 16), np.int8)}), "probably a quantised checkpoint"),
+        (_tensors(**{"model.layers.0.self_attn.q_norm.weight": np.zeros(4, np.float32)}), "q_norm.weight besides"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../x"}}'),
+            "expected the file '../x'",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 3})),
+            "of shape (3, 16)",
+        ),
+    ],
+)
+def test_odd_folders_are_refused_in_a_line(tmp_path, spoil, said):
+    spoil(write_folder(tmp_path, tiny(SMALL), CONFIG))
+    with pytest.raises(ValueError, match="expected") as caught:
+        load_causal_lm(tmp_path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_are_tokens():
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode("<s>Grüße, 世界</s>")
+    assert ids[0] == 256
+    assert ids[-1] == 257
+    assert tokenizer.decode(ids) == "<s>Grüße, 世界</s>"
+    assert max(ids) < tokenizer.vocabulary
+
+
+def test_shapes_follow_the_switches():
+    config = CausalConfig(7, 8, 2, 2, 1, 6, 12, out_bias=True, feed_bias=True, qk_norm=True)
+    names = tiny(config).params
+    assert names["layers/self_attn/q_proj/kernel"].shape == (2, 8, 12)
+    assert names["layers/self_attn/k_norm/scale"].shape == (2, 6)
+    assert "layers/mlp/up_proj/bias" in names
+    assert "lm_head/kernel" not in names
