@@ -93,17 +93,22 @@ def make_prepare(*, exact: bool | str) -> Callable[[Key, AggState, Server], dict
     return prepare
 
 
-def draw_maps(key: Key, old: Adapter) -> Maps:
+def draw_maps(key: Key, old: Adapter, columns: int | None = None) -> Maps:
     """Draw the test matrices of a layer beside the server's directions.
 
     A position of the server that is zero, as all of `lora_b` are before the first round, gives a random direction.
     Stacked layers have maps of their own, stacked likewise.
+
+    Args:
+        key: of this layer and round.
+        old: the server's adapter.
+        columns: `k`, from `r` to `min(d_in, d_out) - r`; `sketch_columns` where None.
     """
     if old.lora_a.ndim > 2:
-        return jax.vmap(draw_maps)(jax.random.split(key, old.lora_a.shape[0]), old)
-    one, two = jax.random.split(key)
-    left = _beside(one, old.lora_a.T, _CORE * sketch_columns(old))
-    return Maps(left, _beside(two, old.lora_b, _CORE * sketch_columns(old)).T)
+        keys = jax.random.split(key, old.lora_a.shape[0])
+        return jax.vmap(lambda key, old: draw_maps(key, old, columns))(keys, old)
+    count, (one, two) = _CORE * (columns or sketch_columns(old)), jax.random.split(key)
+    return Maps(_beside(one, old.lora_a.T, count), _beside(two, old.lora_b, count).T)
 
 
 def _beside(key: Key, directions: Array, count: int) -> Array:
@@ -130,7 +135,8 @@ def sketch_product(a: Array, b: Array, maps: Maps, old: Adapter) -> Sketch:
 
 @jax.default_matmul_precision("highest")
 def _sketch_layer(a: Array, b: Array, maps: Maps, old: Adapter) -> Sketch:
-    (rank, _), columns, dtype = _sizes(old), sketch_columns(old), maps.left.dtype
+    rank, dtype = _sizes(old)[0], maps.left.dtype
+    columns = (maps.left.shape[0] - rank) // _CORE
     a, b = a.astype(dtype), b.astype(dtype)
     left, right = maps.left @ a, b @ maps.right  # (r + c, w), (w, r + c)
     return Sketch(a @ right[:, :columns], left[:columns] @ b, left[rank:] @ right[:, rank:])

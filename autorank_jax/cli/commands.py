@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 
+from autorank_jax.cli import cache
 from autorank_jax.cli.comparing import Compare, compare
 from autorank_jax.cli.files import checkpoints_of, how_to_resume, save_results, write_results, write_run
 from autorank_jax.cli.folders import check_folder, default_folder, occupied
@@ -47,6 +49,7 @@ class Run:
         overwrite: replace the run that the folder holds
         log: write every round as it happens: jsonl, tensorboard, or both
         quiet: print nothing but errors
+        no_cache: compile anew, and keep no compiled programs for the next run
     """
 
     experiment: tyro.conf.OmitArgPrefixes[Experiment] = dataclasses.field(default_factory=Experiment)
@@ -59,6 +62,7 @@ class Run:
     overwrite: bool = False
     log: tuple[str, ...] = ()
     quiet: bool = False
+    no_cache: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +104,24 @@ class Data:
     )
 
 
-def execute(command: Run | Compare | Ranks | Data) -> None:
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Say what is kept of compiled programs, from which later runs start at once, or empty the folder.
+
+    Attributes:
+        clear: delete all of them
+    """
+
+    clear: bool = False
+
+
+def execute(command: Run | Compare | Ranks | Data | Cache) -> None:
     """Do what a command says."""
     match command:
+        case Cache(clear):
+            found = cache.empty() if clear else cache.held()
+            what = f"{found.programs} compiled programs, {found.bytes / 1e6:.1f} MB, in {cache.program_folder()}"
+            make_console().print(f"Deleted {what}" if clear else what, soft_wrap=True)
         case Run():
             run(command)
         case Compare():
@@ -126,6 +145,9 @@ def run(command: Run) -> None:
     """Run an experiment, or what is left of it, show it, and write its files."""
     experiment = command.experiment
     check_run(command)
+    refused = None if command.no_cache else cache.use_cache()
+    if refused:
+        sys.stderr.write(f"{PROGRAM}: {refused}\n")
     mesh = start(command.launch, cohort=experiment.cohort)
     if not is_first():
         checkpoints = checkpoints_of(command.resume, every=0, keep=1) if command.resume else None

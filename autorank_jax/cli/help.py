@@ -31,7 +31,7 @@ GROUPS = (
         ("first_seed", "sampling", "drop_out", "stragglers", "straggler_steps", "clip_norm", "server_learning_rate",
          "server_momentum"),
     ),
-    Group("privacy", ("dp_epsilon",), ("dp_delta", "dp_clip", "dp_noise", "dp_ranks", "dp_count_clip")),
+    Group("privacy", (), ("dp_epsilon", "dp_delta", "dp_clip", "dp_noise", "dp_ranks", "dp_count_clip")),
     Group(
         "ranks",
         ("rank_policies", "max_ranks", "min_ratio", "criteria"),
@@ -41,7 +41,7 @@ GROUPS = (
     Group(
         "output",
         ("out", "overwrite", "quiet", "config", "resume", "checkpoint_every", "log"),
-        ("keep_checkpoints", "eval_every", "targets", "personal"),
+        ("keep_checkpoints", "eval_every", "targets", "personal", "no_cache"),
     ),
     Group("devices", ("devices",), ("distributed", "coordinator", "num_processes", "process_id")),
 )  # fmt: skip
@@ -65,8 +65,9 @@ def help_on_run(*, everything: bool) -> str:
     lines = [f"usage: {PROGRAM} run [OPTIONS]", "", *textwrap.wrap(summary, WIDTH)]
     explained, fields = explanations(), _fields()
     for group in GROUPS:
-        lines += ["", group.title]
-        for name in (*group.first, *(group.more if everything else ())):
+        shown = (*group.first, *(group.more if everything else ()))
+        lines += ["", group.title] if shown else []
+        for name in shown:
             lines += _option(name, explained[name], fields[name], everything)
     if everything:
         lines += list(_names())

@@ -12,12 +12,12 @@ from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import tyro
 
-from autorank_jax.cli.commands import PROGRAM, Compare, Data, Ranks, Run
+from autorank_jax.cli.commands import PROGRAM, Cache, Compare, Data, Ranks, Run
 from autorank_jax.cli.files import read_config, read_run
 from autorank_jax.cli.help import GROUPS, NEARBY, help_on_run
 from autorank_jax.experiment.config import ConfigurationError
 
-COMMANDS = ("run", "compare", "ranks", "data")
+COMMANDS = ("run", "compare", "ranks", "data", "cache")
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 DESCRIPTION = (
     "Federated LoRA with a rank for every client, chosen by AutoRank.\n\n"
@@ -26,7 +26,7 @@ DESCRIPTION = (
 )
 
 
-def parse(arguments: Sequence[str]) -> Run | Compare | Ranks | Data:
+def parse(arguments: Sequence[str]) -> Run | Compare | Ranks | Data | Cache:
     """Parse the command line.
 
     Raises:
@@ -51,6 +51,7 @@ def parse(arguments: Sequence[str]) -> Run | Compare | Ranks | Data:
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Ranks, tyro.conf.subcommand("ranks")]
         | Annotated[Data, tyro.conf.subcommand("data")]
+        | Annotated[Cache, tyro.conf.subcommand("cache")]
     )
     message = io.StringIO()
     try:

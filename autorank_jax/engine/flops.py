@@ -20,7 +20,8 @@ def training_flops(task: Task, data: FederatedData, *, batch_size: int = 8) -> F
     """Count forward and backward FLOPs per example by lowering the gradient at rank 0 and at one rank per layer.
 
     XLA's own analysis does the counting, so any model will do; but it counts the body of a loop (`lax.scan`,
-    `lax.while_loop`) once, however often it runs: unroll such models for counting, or make a `FlopModel` by hand. Both
+    `lax.while_loop`) once, however often it runs: unroll such models for counting, or make a `FlopModel` by hand
+    (`evaluation.language_flops` for causal decoders). Both
     factors are taken to be trained. Optimiser and aggregation are left out: they do not grow with the examples.
 
     Args:

@@ -19,7 +19,7 @@ print(sorted(ar.make_evaluate(task, images.x_test, images.y_test)(state)))
 
 from autorank_jax.evaluation import privacy
 from autorank_jax.evaluation.costs import client_costs
-from autorank_jax.evaluation.language import client_perplexities, make_evaluate_language
+from autorank_jax.evaluation.language import client_perplexities, language_flops, make_evaluate_language
 from autorank_jax.evaluation.metrics import (
     class_accuracy,
     classification_metrics,
@@ -35,6 +35,7 @@ __all__ = [
     "client_costs",
     "client_perplexities",
     "label_weighted_accuracy",
+    "language_flops",
     "make_evaluate",
     "make_evaluate_language",
     "privacy",

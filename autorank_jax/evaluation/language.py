@@ -1,5 +1,6 @@
 """How well a language model knows the completions of a test set, and those of each client."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from autorank_jax.adapters.lora import cut, max_ranks, rank_masks
+from autorank_jax.engine.flops import FlopModel
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
+from autorank_jax.models.causal_config import CausalConfig
 from autorank_jax.types import Array, EvaluateFn, FederatedData, PyTree, Scored, Server, State, Task
 
 
@@ -92,3 +95,30 @@ def _whole_batches(leaf: Array, batch_size: int) -> Array:
     batches = -(-leaf.shape[0] // batch_size)
     index = jnp.arange(batches * batch_size) % leaf.shape[0]
     return leaf[index].reshape(batches, batch_size, *leaf.shape[1:])
+
+
+def language_flops(config: CausalConfig, task: Task, *, length: int) -> FlopModel:
+    """Count the FLOPs of training a causal decoder on one row, from its sizes.
+
+    `training_flops` would count one block, as XLA counts the body of a scan once. A frozen matrix counts twice two per
+    number and token (forward, gradient of its inputs), a factor three times two, attention
+    `12 · tokens² · heads · head_dim` a block (all pairs, as they are computed), logits as a frozen matrix. Norms,
+    rotations and what is computed again in the backward pass are left out.
+
+    Args:
+        config: of the decoder.
+        task: made of it, for the adapters.
+        length: tokens of a row.
+
+    Returns:
+        The linear model, per row.
+    """
+    blocks = config.depth * length
+    matrices = 2 * config.width * (config.heads + config.kv_heads) * config.head_dim + 3 * config.width * config.hidden
+    attention = 12 * config.depth * length**2 * config.heads * config.head_dim
+    base = 4.0 * (blocks * matrices + length * config.width * config.vocabulary) + attention
+    per_rank = {
+        path: 6.0 * length * math.prod(a.lora_a.shape[:-2]) * (a.lora_a.shape[-2] + a.lora_b.shape[-1])
+        for path, a in task.server.trainable.adapters.items()
+    }
+    return FlopModel(base, per_rank)

@@ -119,10 +119,10 @@ def _summarize_runs(runs: Sequence[Run], results: Results) -> dict[str, Any]:
     total = [run.rows[-1].train_flops for run in runs]
     measured = {what: list(row) for what, row in runs[0].clients.items() if all(what in run.clients for run in runs)}
     clients = {what: {k: spread([r.clients[what][k] for r in runs]) for k in kinds} for what, kinds in measured.items()}
-    spent = {"epsilon": runs[0].rows[-1].epsilon} if runs[0].rows[-1].epsilon is not None else {}
+    private = {} if runs[0].rows[-1].epsilon is None else {"epsilon": runs[0].rows[-1].epsilon}
     return (
         ({"clients": clients} if clients else {})
-        | spent
+        | private
         | {
             "final_accuracy": spread([curve[-1] if curve else None for curve in curves]),
             "best_accuracy": spread([max(curve, default=None) for curve in curves]),

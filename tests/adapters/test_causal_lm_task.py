@@ -7,6 +7,9 @@ import pytest
 
 import autorank_jax as ar
 from autorank_jax.adapters.lora import cut, max_ranks, rank_masks
+from autorank_jax.evaluation import language_flops
+from autorank_jax.models.causal_config import CausalConfig
+from autorank_jax.models.causal_lm import init_causal_lm
 from autorank_jax.types import Batch, Scored, Tokens
 from tests.models.causal_cases import TINY, tiny
 
@@ -99,3 +102,19 @@ def test_patterns_must_match(options, said):
     with pytest.raises(ValueError, match="expected") as caught:
         ar.task_from_causal_lm(tiny(TINY), **options)
     assert said in str(caught.value)
+
+
+def test_flops_are_those_that_xla_counts_block_by_block():
+    config = CausalConfig(vocabulary=128, width=64, depth=1, heads=4, kv_heads=2, head_dim=16, hidden=192)
+    tokens = jnp.zeros((2, 32), jnp.int32)
+    data = ar.from_parts(tokens, tokens, [[0, 1]])
+    task = ar.task_from_causal_lm(init_causal_lm(config), max_rank={"*/k_proj": 8}, checkpoint=False, chunk=32)
+    counted, ours = ar.training_flops(task, data, batch_size=2), language_flops(config, task, length=32)
+    assert 0.9 < ours.base / counted.base < 1.0  # XLA counts norms and rotations besides
+    for path, each in ours.per_rank.items():
+        assert each == pytest.approx(counted.per_rank[path], rel=0.02)
+    deep = config._replace(depth=5)
+    deeper = language_flops(deep, ar.task_from_causal_lm(init_causal_lm(deep), max_rank={"*/k_proj": 8}), length=32)
+    logits = 4 * 32 * 64 * 128
+    assert deeper.base - logits == pytest.approx(5 * (ours.base - logits))
+    assert deeper.per_rank == {path: 5 * each for path, each in ours.per_rank.items()}

@@ -58,11 +58,16 @@ RULES = {name: aggregators.make_rule(name) for name in aggregators.RULES} | {
 }
 
 
+USUAL = ("rbla", "raflora", "flora", "lora_fair", "hetlora", "local_only")
+
+
 def with_more(rule):
     return aggregators.with_diagnostics(rule)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "name", [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in RULES]
+)
 def test_a_stack_is_its_layers(name):
     rng = np.random.default_rng(1)
     rule = RULES[name] if name in ("keep_local", "local_only") else with_more(RULES[name])
