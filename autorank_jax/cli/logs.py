@@ -15,7 +15,7 @@ from autorank_jax.experiment.events import Event, RoundDone, Started
 from autorank_jax.experiment.mistakes import unknown
 from autorank_jax.experiment.results import Row
 
-SCALARS = ("accuracy", "loss", "train_loss", "excluded", "dropped", "reported", "train_flops", "bytes", "seconds")
+SCALARS = tuple(name for name in Row._fields if name not in ("policy", "aggregator", "seed", "round"))
 
 
 class Log(Protocol):

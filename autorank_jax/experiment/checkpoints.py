@@ -77,7 +77,7 @@ def restore_position(
     records = tuple(Record(**r | {"rows": tuple(Row(**row) for row in r["rows"])}) for r in about.extra["records"])
     if about.config == json.loads(json.dumps(config | {"rounds": about.config.get("rounds")})):
         config["rounds"] = about.config["rounds"]
-        records = _with_rounds(records, experiment, config["rounds"])
+        records = with_rounds(records, experiment, config["rounds"])
     extra = read_about(checkpoints.folder, config=config).extra
     federation = next(f for f in federations if f.seed == records[-1].seed)
     rule = make_aggregator(records[-1].aggregator, experiment)
@@ -91,7 +91,7 @@ def restore_position(
     return Position(records, restored["state"], restored["probes"], extra["seconds"], levels), differences
 
 
-def _with_rounds(records: tuple[Record, ...], experiment: Experiment, before: int) -> tuple[Record, ...]:
+def with_rounds(records: tuple[Record, ...], experiment: Experiment, before: int) -> tuple[Record, ...]:
     """Return the records of an experiment whose number of rounds is another than before.
 
     Of runs that are over, the state is there of the last only. Nothing that happens in a round depends on how many
@@ -113,6 +113,8 @@ def _with_rounds(records: tuple[Record, ...], experiment: Experiment, before: in
         problem = f"{before} as before, for which the noise of --dp-epsilon is found"
     elif rounds <= last.round:
         problem = f"more than the {last.round} that are done"
+    elif experiment.dp_epsilon:
+        problem = f"{before} as before, for which --dp-epsilon was shared out"
     elif last.round == before and before % experiment.eval_every:
         problem = f"{before} as before, which is tested as the last, and would not be with --eval-every"
     if problem:
