@@ -6,6 +6,7 @@ and renamed when all of it is on the disk, so that a process killed at any momen
 """
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -17,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from autorank_jax.types import Array, PyTree
 
@@ -210,8 +210,12 @@ def _write(target: Path, about: Mapping[str, Any], values: Iterable[np.ndarray])
         _sync(path)
 
 
-def _orbax() -> ocp.Checkpointer:
-    """Return Orbax for this process alone: arrays are whole in each, and only one of them may be writing."""
+def _orbax() -> Any:
+    """Return Orbax for this process alone: arrays are whole in each, and only one of them may be writing.
+
+    It takes a sixth of the time of all imports, so it is loaded when something is saved.
+    """
+    ocp = importlib.import_module("orbax.checkpoint")
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{me}")
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from autorank_jax.types import Adapter, Array, Batch, FederatedData, PyTree, Task, Trainable
+from autorank_jax.types import Adapter, Batch, FederatedData, Task
 
 
 class FlopModel(NamedTuple):
@@ -36,16 +36,14 @@ def training_flops(task: Task, data: FederatedData, *, batch_size: int = 8) -> F
         RuntimeError: where this version of XLA does not count for this device.
     """
     count = min(batch_size, jax.tree.leaves(data.inputs)[0].shape[0])
-    trained, frozen = task.server.trainable, task.server.frozen
-    inputs, targets = jax.tree.map(lambda leaf: _rows(leaf, count), (data.inputs, data.targets))
-    batch = Batch(inputs, targets, jnp.ones(count))
-
-    def total(trainable: Trainable, frozen: PyTree, batch: Batch) -> Array:
-        return jnp.sum(task.loss(frozen, trainable, batch, jax.random.key(0)))
+    blank = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape[1:]), leaf.dtype), (data.inputs, data.targets))
+    batch = Batch(blank[0], blank[1], jnp.ones(count))  # closed over: preparing inputs is no training
+    trained, key = task.server.trainable, jax.random.key(0)
 
     def flops(ranks: Mapping[str, int]) -> float:
         adapters = {path: _narrow(a, ranks.get(path, 0)) for path, a in trained.adapters.items()}
-        cost = jax.jit(jax.grad(total)).lower(trained._replace(adapters=adapters), frozen, batch).cost_analysis()
+        gradient = jax.grad(lambda t: jnp.sum(task.loss(task.server.frozen, t, batch, key)))
+        cost = jax.jit(gradient).lower(trained._replace(adapters=adapters)).cost_analysis()
         if not cost or "flops" not in cost:
             raise RuntimeError(
                 f"expected XLA to count the FLOPs of a gradient, got no count on {jax.default_backend()}, probably "
@@ -55,10 +53,6 @@ def training_flops(task: Task, data: FederatedData, *, batch_size: int = 8) -> F
 
     base = flops({})
     return FlopModel(base, {path: flops({path: 1}) - base for path in sorted(trained.adapters)})
-
-
-def _rows(leaf: Array, count: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype)
 
 
 def _narrow(adapter: Adapter, rank: int) -> Adapter:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from autorank_jax.types import Batch
-from benchmarks.speed import competitors, regression, rounds, rounds_report, workloads
+from benchmarks.speed import competitors, regression, rounds, rounds_report, startup, workloads
 from benchmarks.speed.peers import common, jax_network
 
 ROOT = Path(__file__).parents[2]
@@ -243,3 +243,16 @@ def test_scripts_run_quickly(script, tmp_path):
     assert content["rows"]
     assert {"jax", "python"} <= set(content["versions"])
     assert results.with_suffix(".png").stat().st_size > 0
+
+
+def test_start_up_is_compared_with_the_release():
+    def turn(factor):
+        stages = {"help": 1.0, "first table": 8.0, "end": 20.0, "user CPU": 30.0}
+        return {"empty": {s: v / factor for s, v in stages.items()}, "filled": {"end": 10.0 / factor}}
+
+    rows = startup.compare({"0.1.0": [turn(1.0)] * 3, "working tree": [turn(2.0), turn(4.0), turn(8.0)]})
+    ours = {(r["cache"], r["stage"]): r for r in rows if r["version"] == "working tree"}
+    assert list(ours) == [("empty", s) for s in ("help", "first table", "end", "user CPU")] + [("filled", "end")]
+    assert ours["empty", "first table"]["median"] == 2.0
+    assert {row["times faster"] for row in ours.values()} == {4.0}
+    assert "| working tree | filled cache | end | 2.5 |" in startup.tables({"rows": rows})["start-up, seconds"]

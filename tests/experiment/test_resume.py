@@ -16,6 +16,8 @@ import pytest
 
 from autorank_jax.checkpoint import saved_steps
 from autorank_jax.cli import main as cli
+from autorank_jax.engine import LevelChoice
+from autorank_jax.experiment import run as run_module
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.events import Resumed, Stopped
@@ -201,11 +203,13 @@ def test_a_run_that_diverges_stops_and_names_where(commands):
 
 
 @pytest.mark.slow
-def test_callbacks_log_stop_early_and_lose_nothing(tmp_path):
+def test_callbacks_log_stop_early_and_lose_nothing(tmp_path, monkeypatch):
     one = Experiment(
         dataset="synthetic", split="iid", clients=3, hidden=(4,), rank_policies=("full", "by_size"), rounds=5,
-        local_epochs=1, rank_levels=1, criteria=("size",),
+        local_epochs=1, criteria=("size",),
     )  # fmt: skip
+    two = LevelChoice(({"layers/0": 2, "layers/1": 1}, {"layers/0": 3, "layers/1": 2}), 1.0, 1.0)
+    monkeypatch.setattr(run_module, "levels_for", lambda *_: two)
     kept, seen, events = Checkpoints(tmp_path / "kept"), [], []
 
     def failing(end):
@@ -220,10 +224,12 @@ def test_callbacks_log_stop_early_and_lose_nothing(tmp_path):
     assert [event.results.stopped for event in events if isinstance(event, Stopped)] == ["the logger's disk is full"]
     assert [row.round for run in events[-1].results.runs for row in run.rows] == [1, 2, 3]
     events = []
+    monkeypatch.setattr(run_module, "levels_for", lambda *_: pytest.fail("levels are chosen once"))
     early = lambda end: end.row.policy == "full" and end.row.round == 4  # noqa: E731
     results = run_experiment(one, on_round=early, on_event=events.append, checkpoints=kept)
     assert [event for event in events if isinstance(event, Resumed)] == [Resumed(3, ())]
     assert [len(run.rows) for run in results.runs] == [4, 5]
+    monkeypatch.setattr(run_module, "levels_for", lambda *_: two)
     plain = run_experiment(one, on_round=early)
     without = lambda found: [row._replace(seconds=0) for run in found.runs for row in run.rows]  # noqa: E731
     assert without(results) == without(plain)
