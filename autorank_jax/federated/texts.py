@@ -76,7 +76,8 @@ def text_clients(
         hold_out: share of each client's texts, rounded down, that is kept from training, in [0, 1).
 
     Returns:
-        The clients, in the order of their names. The report is about the texts to train on.
+        The clients, in the order of their names. The report is about the texts to train on. `ar.probe` adds losses
+        to the statistics: `stats._replace(epoch_losses=probed.epoch_losses, epochs=probed.epochs)`.
 
     Raises:
         ValueError: in one line, for lines without the field or that a template refuses, by number, a length below 2, or
