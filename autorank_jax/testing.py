@@ -40,7 +40,7 @@ from autorank_jax.types import (
 
 _SIZES = (3, 1, 4, 2, 6)
 _RANKS = {"deep": (1, 2, 4, 3, 2), "wide": (2, 3, 1, 2, 1)}
-_SHAPES = {"deep": (7, 5, 4), "wide": (4, 6, 3)}  # d_in, d_out, max_rank
+_SHAPES = {"deep": (7, 5, 4), "wide": (24, 28, 3)}  # d_in, d_out, max_rank; of wide products can be sketched
 _SOMEONE = 3
 """The client that is away, or sends nonsense. It is not the only owner of any rank position."""
 

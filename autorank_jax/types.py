@@ -138,12 +138,18 @@ class ClientStats(NamedTuple):
     where: Array  # (clients,) bool; absent clients count nowhere
 
 
+@jax.tree_util.register_static
+class Names(tuple[str, ...]):
+    """Names that are part of a pytree's structure, so that they go through jit beside arrays."""
+
+
 class RankInfo(NamedTuple):
     """What a rank policy has to say about its ratios. Policies that do not score report zeros of width 0."""
 
     matrix: Array  # (clients, criteria)
     weights: Array  # (criteria,)
     closeness: Array  # (clients,)
+    criteria: Names = Names()  # of the columns
 
 
 RankPolicy = Callable[[Key, ClientStats], tuple[Array, RankInfo]]  # ratios (clients,) or (clients, layers) in (0, 1]
@@ -211,6 +217,7 @@ class Plan(NamedTuple):
     owners: dict[str, Array]  # by adapter path, (max_rank,) summed weight of the participants that own the position
     weight: Array  # () summed weight of all participants
     total: Array  # () summed weight of all clients, present or not
+    prepared: PyTree = ()  # what the rule's `prepare` made
 
 
 Sums = PyTree
@@ -264,6 +271,10 @@ def _same_ranks(ranks: dict[str, Array], clients: PyTree) -> dict[str, Array]:  
     return ranks
 
 
+def _prepare_nothing(key: Key, state: AggState, server: Server) -> PyTree:  # noqa: ARG001
+    return ()
+
+
 def _report_nothing(sums: Sums, before: Server, after: Server) -> dict[str, Array]:  # noqa: ARG001
     return {}
 
@@ -290,6 +301,9 @@ class Aggregator(NamedTuple):
     - `report(sums, before, after) -> {name: array}`: diagnostics of a round.
     - `traffic`: what travels, for costs; by default everything that is trained, both ways.
     - `client_ranks(ranks, clients) -> ranks`: at which clients train, of `State.ranks` and `State.clients`.
+    - `prepare(key, state, server) -> prepared`: what all summands of a round share, such as random matrices; made once
+      a round with the key of its `update`, and found in `plan.prepared`. A rule with a `step` must do without it too,
+      as under a server optimiser, whose values are whole.
     """
 
     init: Callable[[Server], AggState]
@@ -304,6 +318,7 @@ class Aggregator(NamedTuple):
     report: Callable[[Sums, Server, Server], dict[str, Array]] = _report_nothing
     traffic: Traffic = Traffic()
     client_ranks: Callable[[dict[str, Array], PyTree], dict[str, Array]] = _same_ranks
+    prepare: Callable[[Key, AggState, Server], PyTree] = _prepare_nothing
 
 
 class State(NamedTuple):

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from autorank_jax.cli.figures import PALETTE, PERCENT, STYLE
 from autorank_jax.experiment import Experiment, Results, Run, Scores, run_experiment
 
-OPTIONS = Experiment(rank_policies=("autorank", "uniform_bytes"), rounds=20, local_epochs=1, seeds=5)
+OPTIONS = Experiment(rank_policies=("autorank", "uniform_bytes"), rounds=20, local_epochs=1, seeds=5, rank_levels=4)
 NAMES = {"autorank": "AutoRank's ranks", "uniform_bytes": "one rank for all, same bytes"}
 TARGET = Path(__file__).parent / "readme.png"
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     experiment = OPTIONS
     if options.quick:
-        experiment = Experiment(rank_policies=OPTIONS.rank_policies, rounds=2, local_epochs=1, seeds=1)
+        experiment = Experiment(rank_policies=OPTIONS.rank_policies, rounds=2, local_epochs=1, seeds=1, rank_levels=4)
     results = run_experiment(experiment, on_round=lambda end: print(end.row.policy, end.row.seed, end.row.round))
     draw(results).savefig(options.png, dpi=130, facecolor="white")
 

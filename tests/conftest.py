@@ -14,9 +14,10 @@ os.environ.setdefault(
     " --xla_llvm_disable_expensive_passes=true",
 )
 os.environ.setdefault("MPLBACKEND", "Agg")
-if "AUTORANK_JAX_TEST_CACHE" not in os.environ:  # processes that tests start compile for themselves
+if "AUTORANK_JAX_TEST_CACHE" not in os.environ:
     os.environ["AUTORANK_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="autorank-jax-tests-")
     atexit.register(shutil.rmtree, os.environ["AUTORANK_JAX_TEST_CACHE"], ignore_errors=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["AUTORANK_JAX_TEST_CACHE"])  # also of processes started
 
 import jax
 import pytest

@@ -26,12 +26,13 @@ FLOORS = {  # a package imports from lower floors, and from itself
     6: "experiment testing",
     7: "cli",
     8: "__init__ __main__",
+    9: "manual",
 }
 FLOOR = {name: number for number, names in FLOORS.items() for name in names.split()}
 TOP = {"__init__", "__main__", "checkpoint", "testing", "types"}
 """The modules that lie in no package."""
 LONGEST_CHAIN = 8
-HOST = {"checkpoint", "cli", "datasets", "experiment"}
+HOST = {"checkpoint", "cli", "datasets", "experiment", "manual"}
 """Packages of the host: jit, logging and files. All others are pure functions of arrays, but for:"""
 EFFECTS_ELSEWHERE = {
     "adapters.peft": "writes files for Hugging Face",
@@ -44,7 +45,7 @@ EFFECTS_ELSEWHERE = {
     "testing": "compiles the rounds by which it checks a rule",
 }
 ENGINE_KNOWS_NOTHING_OF = {"aggregators", "evaluation", "models", "ranks"}
-OPTIONAL = {"dp_accounting", "jinja2", "matplotlib", "PIL", "rich", "safetensors", "tokenizers", "tyro"}
+OPTIONAL = {"dp_accounting", "jinja2", "matplotlib", "PIL", "rich", "safetensors", "tensorboardX", "tokenizers", "tyro"}
 OPTIONAL |= {"requests", "tensorflow", "tensorflow_datasets", "tqdm"}  # of the extra tfds
 MOST_LINES = {".py": 400, "README.md": 150}
 MOST_RESULTS = 30

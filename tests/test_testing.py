@@ -12,7 +12,7 @@ from autorank_jax.testing import check_aggregator
 from autorank_jax.types import Client
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
-CHEAP = ("raflora",)
+CHEAP = ("sketched",)
 WRAPPED = {
     "optimised": lambda: aggregators.with_server_optimizer(aggregators.rbla(), optax.sgd(0.5, momentum=0.9)),
     "optimised, by hand": lambda: aggregators.with_server_optimizer(
@@ -23,6 +23,13 @@ WRAPPED = {
     "kept": lambda: aggregators.keep_local(aggregators.raflora(), ("deep", "bias")),
     "kept of a rule that keeps": lambda: aggregators.keep_local(aggregators.fedsa_lora(), "wide/*"),
     "kept, merging": lambda: aggregators.keep_local(aggregators.fedex_lora(), "deep"),
+    "sketched": lambda: aggregators.raflora(exact=False),
+    "sketched, kept": lambda: aggregators.keep_local(aggregators.raflora(exact=False), ("deep", "bias")),
+    "sketched, diagnosed": lambda: aggregators.with_diagnostics(aggregators.flexlora(exact=False)),
+    "sketched, clipped": lambda: aggregators.with_norm_clipping(aggregators.florist(exact=False), 0.3),
+    "sketched, optimised": lambda: aggregators.with_server_optimizer(
+        aggregators.lora_fair(exact=False), optax.sgd(0.5, momentum=0.9)
+    ),
     "pruning": lambda: aggregators.hetlora(prune=0.5),
 }
 RULES = dict(aggregators.RULES) | WRAPPED

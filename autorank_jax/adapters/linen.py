@@ -88,7 +88,7 @@ def task_from_linen(
     layers = _find_layers(module, variables, preprocess(inputs), flags[False])
     fit = {path: layer for path, layer in layers.items() if type(layer) in WEIGHTS}
     ranks = choose_ranks(fit, {p: layer for p, layer in layers.items() if p not in fit}, max_rank, where)
-    weights = {path: join(join("params", path), WEIGHTS[type(fit[path])]) for path in ranks}
+    weights = {path: join("params", join(path, WEIGHTS[type(fit[path])])) for path in ranks}
     forms = {path: _form(path, fit[path], values[weights[path]]) for path in ranks}
     names = {n.removeprefix("params/"): n for n in values if n.startswith("params/") and n not in weights.values()}
     dense = {names[name] for name in choose_parameters(names, train_dense)}

@@ -12,7 +12,7 @@ from autorank_jax.adapters.losses import as_float, classification_loss
 from autorank_jax.adapters.low_rank import Form
 from autorank_jax.adapters.nnx_layers import ADAPTED, Factor
 from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, why_unadapted
-from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task
+from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task, without_values
 from autorank_jax.types import Adapter, Array, Key, PyTree, Task
 
 __all__ = ["as_float", "classification_loss", "match_layers", "task_from_nnx"]
@@ -74,7 +74,8 @@ def task_from_nnx(
         _compute_in(adapted, compute_dtype)
     _checkpoint(adapted, checkpoint)
     run = _runner(adapted, frozen_statistics)
-    built = Model(values, weights, forms, run, lambda flat: nnx.merge(plain[0], _state(plain[1], flat)))
+    shapes = without_values(plain[1])
+    built = Model(values, weights, forms, run, lambda flat: nnx.merge(plain[0], _state(shapes, flat)))
     matrices = [n for n in names if values[n].ndim > 1 and n not in weights.values() and n not in dense]
     modules = {_name(path): module for path, module in nnx.iter_modules(model)}
     unadapted = why_unadapted(modules, matrices, tuple(ADAPTED), wanted=(max_rank, where))

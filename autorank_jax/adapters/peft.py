@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax.types import Adapter, Server, Task
+from autorank_jax.types import Adapter, Array, Server, Task
 
 T = TypeVar("T")
 Names = Callable[[str], str | None]
@@ -18,7 +18,13 @@ Names = Callable[[str], str | None]
 
 
 def export_peft(
-    path: str | Path, task: Task, server: Server, *, names: Names | None = None, base_model: str | None = None
+    path: str | Path,
+    task: Task,
+    server: Server,
+    *,
+    ranks: Mapping[str, int | Array] | None = None,
+    names: Names | None = None,
+    base_model: str | None = None,
 ) -> Path:
     """Write the adapters as `adapter_model.safetensors` and `adapter_config.json`, as Hugging Face PEFT reads them.
 
@@ -29,7 +35,10 @@ def export_peft(
     Args:
         path: of a folder, made where it does not exist.
         task: made of an NNX model with linear, convolutional and embedding layers.
-        server: the global model, such as `state.server`.
+        server: the global model, such as `state.server`; for a model of a client's own, `state.server` with its
+            `trainable`.
+        ranks: by adapter path, the rank in 1..max_rank to which the factors are cut, as a client trains them:
+            `{path: ranks[client] for path, ranks in state.ranks.items()}`. Whole where None.
         names: module names in PyTorch, such as `models.bert.bert_name`; the path with dots where None. Where it gives
             None for a layer that was trained whole, that is left out. Of stacked layers, the name with `{}` where the
             number of the layer goes, such as `models.causal_name`.
@@ -41,7 +50,7 @@ def export_peft(
     Raises:
         ImportError: without the package safetensors.
         ValueError: if the task was built by hand, if the rule has changed the base weights, if two layers get one name,
-            or if a parameter trained whole has no counterpart.
+            if a parameter trained whole has no counterpart, or for ranks of other layers or out of range.
     """
     try:
         from safetensors.numpy import save_file  # noqa: PLC0415  optional
@@ -49,17 +58,18 @@ def export_peft(
         message = "expected the package 'safetensors' for this, got none: pip install 'autorank-jax[text]'"
         raise ImportError(message) from error
     _check(task, server)
+    server = server if ranks is None else _cut(server, ranks)
     modules = _module_names(server, names or (lambda layer: layer.replace("/", ".")))
-    tensors, ranks, targets = {}, {}, []
+    tensors, pattern, targets = {}, {}, []
     for layer, adapter in server.trainable.adapters.items():
         for module, one in _unstack(modules[layer], adapter):
             targets.append(module)
             tensors.update(_factors(f"base_model.model.{module}", one, task.origin, layer))
-            ranks[f"^{re.escape(module)}"] = adapter.lora_a.shape[-1]
+            pattern[f"^{re.escape(module)}"] = adapter.lora_a.shape[-1]
     dense = _dense(server, names or (lambda layer: layer.replace("/", ".")))
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    config = _config(sorted(targets), ranks, any(name.endswith("bias") for name in dense), base_model)
+    config = _config(sorted(targets), pattern, any(name.endswith("bias") for name in dense), base_model)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(tensors | dense, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     return folder
@@ -77,6 +87,23 @@ def _check(task: Task, server: Server) -> None:
             f"expected the base weights that the task began with, got others for {changed}, probably from a rule that "
             "merges into the base: the adapters alone are not the model, use merge"
         )
+
+
+def _cut(server: Server, ranks: Mapping[str, int | Array]) -> Server:
+    """Leave the first rank positions of every adapter."""
+    adapters = server.trainable.adapters
+    if ranks.keys() != adapters.keys():
+        raise ValueError(f"ranks: expected one for each of {sorted(adapters)}, got {sorted(ranks)}")
+    cut = {}
+    for layer, adapter in adapters.items():
+        rank, largest = np.asarray(ranks[layer]), adapter.lora_a.shape[-1]
+        if rank.shape or not np.issubdtype(rank.dtype, np.integer) or not 1 <= rank <= largest:
+            raise ValueError(
+                f"ranks[{layer!r}]: expected a whole number in 1..{largest}, got {ranks[layer]}, probably the ranks of "
+                "all clients, or a ratio"
+            )
+        cut[layer] = Adapter(adapter.lora_a[..., : int(rank)], adapter.lora_b[..., : int(rank), :])
+    return server._replace(trainable=server.trainable._replace(adapters=cut))
 
 
 def _module_names(server: Server, names: Names) -> dict[str, str]:

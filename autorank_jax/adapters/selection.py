@@ -16,6 +16,11 @@ MaxRank = int | Mapping[str, int]
 """One maximum rank, or one by path pattern, of which the first that matches counts."""
 
 
+def matches(path: str, pattern: str) -> bool:
+    """Say whether a path matches a glob; `*/bias` takes the `bias` of the model itself too."""
+    return fnmatchcase(path, pattern) or fnmatchcase(f"/{path}", pattern)
+
+
 def choose_ranks(
     layers: Mapping[str, Any], others: Mapping[str, Any], max_rank: MaxRank, where: Where
 ) -> dict[str, int]:
@@ -41,7 +46,7 @@ def choose_ranks(
         _check_match("max_rank", pattern, chosen, others)
     ranks = {}
     for path in sorted(chosen):
-        matching = [rank for pattern, rank in patterns.items() if fnmatchcase(path, pattern)]
+        matching = [rank for pattern, rank in patterns.items() if matches(path, pattern)]
         if matching:
             ranks[path] = matching[0]
     return ranks
@@ -56,13 +61,13 @@ def _chosen(layers: Mapping[str, Any], others: Mapping[str, Any], where: Where) 
     globs = (where,) if isinstance(where, str) else where
     for pattern in globs:
         _check_match("where", pattern, layers, others)
-    return [path for path in layers if any(fnmatchcase(path, pattern) for pattern in globs)]
+    return [path for path in layers if any(matches(path, pattern) for pattern in globs)]
 
 
 def _check_match(argument: str, pattern: str, paths: Collection[str], others: Mapping[str, Any]) -> None:
-    if any(fnmatchcase(path, pattern) for path in paths):
+    if any(matches(path, pattern) for path in paths):
         return
-    unfit = {path: layer for path, layer in others.items() if fnmatchcase(path, pattern)}
+    unfit = {path: layer for path, layer in others.items() if matches(path, pattern)}
     if unfit:
         raise ValueError(
             f"expected {argument} patterns of layers that can be adapted, got {pattern!r}, which matches "
@@ -92,12 +97,12 @@ def choose_parameters(names: Collection[str], patterns: str | tuple[str, ...], *
     """
     globs = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in globs:
-        if pattern != optional and not any(fnmatchcase(name, pattern) for name in names):
+        if pattern != optional and not any(matches(name, pattern) for name in names):
             raise ValueError(
                 f"expected train_dense patterns that match a parameter, got {pattern!r}, probably a misspelt path or "
                 f"the kernel of an adapted layer: the candidates are {sorted(names)}"
             )
-    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in globs)}
+    return {name for name in names if any(matches(name, pattern) for pattern in globs)}
 
 
 def dense_names(dense: PyTree) -> list[str]:
@@ -117,8 +122,8 @@ def choose_parts(trainable: Trainable, patterns: tuple[str, ...]) -> tuple[set[s
     """
     adapters, dense, names = set(), set(), dense_names(trainable.dense)
     for pattern in patterns:
-        layers = {p for p in trainable.adapters if fnmatchcase(p, pattern) or fnmatchcase(f"{p}/lora_a", pattern)}
-        parameters = {name for name in names if fnmatchcase(name, pattern)}
+        layers = {p for p in trainable.adapters if matches(p, pattern) or matches(f"{p}/lora_a", pattern)}
+        parameters = {name for name in names if matches(name, pattern)}
         if not layers and not parameters:
             raise ValueError(
                 f"expected patterns that match an adapter or a parameter trained whole, got {pattern!r}, probably a "
@@ -160,7 +165,7 @@ def why_unadapted(
     reasons, surprising = {}, []
     for path in sorted({name.rpartition("/")[0] for name in matrices}):
         layer = layers.get(path)
-        taken = all(any(fnmatchcase(path, glob) for glob in choice) for choice in (patterns, globs))
+        taken = all(any(matches(path, glob) for glob in choice) for choice in (patterns, globs))
         if type(layer) in known:
             reasons[path] = "no pattern takes it"
             continue

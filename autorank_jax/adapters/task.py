@@ -57,6 +57,7 @@ def make_task(
     kernels = {p: model.forms[p].matrix(model.values[model.weights[p]]) for p in adapters}  # rules merge into them
     rest = {n: cast(v, dtype) for n, v in model.values.items() if n not in adapted and n not in dense}
     server = Server(Trainable(adapters, {n: model.values[n] for n in sorted(dense)}), Base(kernels, rest))
+    model = model._replace(values=without_values(model.values))  # the task's functions hold no second copy
 
     def apply(training: bool, frozen: Base, trainable: Trainable, inputs: PyTree, key: Key | None) -> PyTree:
         kernels = cast(frozen.kernels, dtype)
@@ -111,6 +112,11 @@ def merge(task: Task, server: Server) -> Any:
     if task.origin is None:
         raise ValueError("expected a task made by a task_from_ function, got one built by hand, which has no model")
     return task.origin.merge(server)
+
+
+def without_values(tree: Any) -> Any:
+    """Return the shapes and dtypes of a tree of arrays."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def cast(tree: PyTree, dtype: Any) -> PyTree:

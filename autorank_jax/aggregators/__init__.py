@@ -16,10 +16,10 @@ around those whose sums have a bound.
 | `ffa_lora` | `lora_b`; `lora_a` stays | all clients (or owners) | adapters | yes, where all clients own a position | B | B | arXiv 2403.12313 |
 | `rolora` | `lora_b` and `lora_a` in turn | all clients (or owners) | adapters | as `ffa_lora` | A, B in turn | A, B in turn | arXiv 2502.01755 |
 | `fedsa_lora` | `lora_a`; `lora_b` stays with the client | owners (or all clients) | adapters | – | A | A | arXiv 2410.01463 |
-| `flexlora` | products | all clients | adapters, by SVD | up to the maximum rank | A + B | A + B | arXiv 2402.11505 |
-| `raflora` | products | owners per level | adapters, by SVD | owner-weighted, up to the maximum rank | A + B | A + B | arXiv 2602.13486 |
-| `florist` | products | all clients | adapters, by SVD to an energy threshold | up to the threshold | A + B | A + B of the kept positions | arXiv 2506.09199 |
-| `lora_fair` | factors and products | all clients (or owners) | adapters, `lora_b` corrected | nearly | A + B | A + B | arXiv 2411.14961 |
+| `flexlora` | products, or sketches | all clients | adapters, by SVD | up to the maximum rank | A + B | A + B | arXiv 2402.11505 |
+| `raflora` | products, or sketches | owners per level | adapters, by SVD | owner-weighted, up to the maximum rank | A + B | A + B | arXiv 2602.13486 |
+| `florist` | products, or sketches | all clients | adapters, by SVD to an energy threshold | up to the threshold | A + B | A + B of the kept positions | arXiv 2506.09199 |
+| `lora_fair` | factors and products, or sketches | all clients (or owners) | adapters, `lora_b` corrected | nearly | A + B | A + B | arXiv 2411.14961 |
 | `flora` | products | all clients | base weights, adapters restart | yes | A + B | M | arXiv 2409.05976 |
 | `owner_merge` | products | owners per level | base weights, adapters restart | owner-weighted | A + B | M | ours |
 | `fedex_lora` | factors and products | all clients (or owners) | adapters, residual into base weights | yes | A + B | A + B + M | arXiv 2410.09432 |
@@ -31,6 +31,12 @@ client's rank), `B` is `s r d_out`, `M` the merged update, per layer the cheaper
 Dense parameters travel besides, but under `local_only`; under `fedavg` they are the whole model. Restarted adapters come from a
 seed. `client_costs(..., traffic=rule.traffic)` counts what the table says; a test holds it against the arrays themselves.
 Clients that HetLoRA lets prune themselves cost their own ranks, `rule.client_ranks(state.ranks, state.clients)`.
+
+*Sketches*: a product is `d_in × d_out` for every lane, and its SVD takes seconds where layers are wide. By default
+(`exact="auto"`) four rules sum three linear sketches of a layer in its place, where these have at most a quarter of its numbers:
+wide layers of low rank; layers up to 784 × 200 at rank 16 never. What clients change to first order is kept exactly, the rest is
+approximated with random directions of the round's key (`aggregators/sketches.py`). `exact=True` sums products whole, `exact=False`
+sketches every layer that is wide enough. Under a server optimiser products are whole; diagnostics look at whole products too.
 
 ```python
 import autorank_jax as ar
@@ -88,7 +94,7 @@ from autorank_jax.aggregators.hetlora import hetlora, with_tail_penalty
 from autorank_jax.aggregators.kept import keep_local
 from autorank_jax.aggregators.merging import fedex_lora, flora, owner_merge
 from autorank_jax.aggregators.personal import fedsa_lora, local_only
-from autorank_jax.aggregators.privacy import expected_owners, with_differential_privacy
+from autorank_jax.aggregators.privacy import expected_owners, set_expected_owners, with_differential_privacy
 from autorank_jax.aggregators.products import flexlora, florist, lora_fair, raflora
 from autorank_jax.aggregators.server import with_norm_clipping, with_server_optimizer
 from autorank_jax.types import Aggregator
@@ -142,6 +148,7 @@ __all__ = [
     "raflora",
     "rbla",
     "rolora",
+    "set_expected_owners",
     "with_diagnostics",
     "with_differential_privacy",
     "with_norm_clipping",

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from autorank_jax.adapters.lora import over_columns, over_rows
+from autorank_jax.aggregators.sketches import sketch_product
 from autorank_jax.types import (
     Adapter,
     Aggregator,
@@ -38,7 +39,7 @@ class ClientSums(NamedTuple):
     dense: PyTree  # Σ w_k (dense_k - start)
     owners: dict[str, Array]  # by path, (r,) Σ w_k m_kj
     adapters: dict[str, Adapter]  # Σ w_k (A_k - A_start), likewise B
-    products: dict[str, Array]  # Σ w_k A_k B_k
+    products: dict[str, Any]  # Σ w_k A_k B_k, a matrix or its `Sketch`
 
 
 class Values(NamedTuple):
@@ -90,14 +91,15 @@ def sum_owners(update: ClientUpdate) -> dict[str, Array]:
     return {path: update.client.weight.astype(mask.dtype) * mask for path, mask in update.client.masks.items()}
 
 
-def sum_products(update: ClientUpdate, shares: Mapping[str, Array] | None = None) -> dict[str, Array]:
-    """Return `w_k A_k diag(share) B_k` of one client, `(..., d_in, d_out)` each; shares are 1 where None."""
-    products = {}
+def sum_products(
+    update: ClientUpdate, server: Server, plan: Plan, shares: Mapping[str, Array] | None = None
+) -> dict[str, Any]:
+    """Return `w_k A_k diag(share) B_k` of one client, shares 1 where None: whole, or a sketch where there are maps."""
+    products, prepared = {}, dict(plan.prepared)
     for path, (a, b) in update.trained.adapters.items():
-        share = update.client.weight
-        if shares is not None:
-            share = share * over_columns(shares[path], a)
-        products[path] = (a * share.astype(a.dtype)) @ b
+        share = update.client.weight if shares is None else update.client.weight * over_columns(shares[path], a)
+        left, maps, old = a * share.astype(a.dtype), prepared.get(path), server.trainable.adapters[path]
+        products[path] = left @ b if maps is None else sketch_product(left, b, maps, old)
     return products
 
 
@@ -107,13 +109,13 @@ def make_summand(
 ) -> Callable[[ClientUpdate, Server, Plan], ClientSums]:
     """Make the summand of rules that weigh every client by its weight alone."""
 
-    def summand(update: ClientUpdate, server: Server, plan: Plan) -> ClientSums:  # noqa: ARG001
+    def summand(update: ClientUpdate, server: Server, plan: Plan) -> ClientSums:
         return ClientSums(
             weight=update.client.weight,
             dense=sum_dense(update),
             owners=sum_owners(update),
             adapters=sum_factors(update) if factors else {},
-            products=sum_products(update) if products else {},
+            products=sum_products(update, server, plan) if products else {},
         )
 
     return summand

@@ -31,7 +31,8 @@ def with_diagnostics(rule: Aggregator) -> Aggregator:
     inspect = make_summand(factors=True, products=True)
 
     def summand(update: ClientUpdate, server: Server, plan: Plan) -> Diagnosed:
-        return Diagnosed(rule.summand(update, server, plan), inspect(update, server, plan))
+        whole = plan._replace(prepared=())  # whatever the rule sums, diagnostics look at whole products
+        return Diagnosed(rule.summand(update, server, plan), inspect(update, server, whole))
 
     def update(key: Key, sums: Diagnosed, state: AggState, server: Server) -> tuple[Server, AggState]:
         return rule.update(key, sums.rule, state, server)

@@ -79,6 +79,9 @@ def keep_local(rule: Aggregator, patterns: str | tuple[str, ...]) -> Aggregator:
         new, memory = rule.update(key, sums, state, less(server))
         return whole(server, new), memory
 
+    def prepare(key: Key, state: AggState, server: Server) -> PyTree:
+        return rule.prepare(key, state, less(server))
+
     def keep(update: ClientUpdate, server: Server) -> tuple[PyTree, Trainable]:
         trained, (_, before), masks = own(update.trained), update.client.state, update.client.masks
         adapters = {
@@ -105,6 +108,7 @@ def keep_local(rule: Aggregator, patterns: str | tuple[str, ...]) -> Aggregator:
         report=lambda sums, before, after: rule.report(sums, less(before), less(after)),
         traffic=rule.traffic._replace(kept=(*rule.traffic.kept, *globs)),
         client_ranks=client_ranks,
+        prepare=prepare,
     )
 
 

@@ -6,13 +6,16 @@ known before the sum, so that rules made of this set `exact_plan`.
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax.adapters.lora import over_columns
 from autorank_jax.aggregators.base import ClientSums, divide, sum_dense, sum_products
-from autorank_jax.types import Array, ClientUpdate, Plan, Server
+from autorank_jax.aggregators.sketches import Maps, sketch_product
+from autorank_jax.types import ClientUpdate, Plan, Server
 
 Levels = Sequence[int] | Mapping[str, Sequence[int]] | None
 """Rank levels of the configuration, `r_1 < ... < r_H`, for all adapters or by path; None: every rank is a level."""
@@ -64,13 +67,23 @@ def make_owner_summand(levels: Levels) -> Callable[[ClientUpdate, Server, Plan],
             total = jnp.take(plan.owners[path], last, mode="fill", fill_value=0)
             owners[path] = weight.astype(covered.dtype) * covered
             shares[path] = divide(covered, total)
-        return ClientSums(weight, sum_dense(update), owners, {}, sum_products(update, shares))
+        return ClientSums(weight, sum_dense(update), owners, {}, sum_products(update, server, plan, shares))
 
     return summand
 
 
-def owner_product(server: Server, sums: ClientSums, path: str) -> Array:
-    """Return the owner-weighted product; positions without owners contribute the server's own product."""
-    lora_a, lora_b = server.trainable.adapters[path]
-    unowned = (sums.owners[path] == 0).astype(lora_a.dtype)
-    return sums.products[path] + (lora_a * over_columns(unowned, lora_a)) @ lora_b
+def owner_product(server: Server, sums: ClientSums, path: str, maps: Maps | None = None) -> Any:
+    """Return the owner-weighted product; positions without owners contribute the server's own product.
+
+    Args:
+        server: before the round.
+        sums: over clients.
+        path: of the adapter.
+        maps: that the sums were sketched with, where they were; then a sketch is returned.
+    """
+    old = server.trainable.adapters[path]
+    unowned = (sums.owners[path] == 0).astype(old.lora_a.dtype)
+    rest = old.lora_a * over_columns(unowned, old.lora_a)
+    if maps is None:
+        return sums.products[path] + rest @ old.lora_b
+    return jax.tree.map(jnp.add, sums.products[path], sketch_product(rest, old.lora_b, maps, old))

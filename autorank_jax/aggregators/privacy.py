@@ -1,6 +1,7 @@
 """Central differential privacy at the level of clients, for rules that sum factors."""
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,30 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.aggregators.base import ClientSums, make_summand
-from autorank_jax.types import Aggregator, AggState, Array, ClientUpdate, Key, Plan, Server
+from autorank_jax.types import (
+    Aggregator,
+    AggState,
+    Array,
+    Client,
+    ClientUpdate,
+    Key,
+    Plan,
+    Server,
+    State,
+    Trainable,
+    Trains,
+)
 
 _NOISE = 0x6E6F6973  # folded into the round's key, so that noise shares no number with what a rule draws
+
+
+class PrivateState(NamedTuple):
+    """What a private rule remembers: what the rule does, and the fixed denominators, which are data."""
+
+    rule: AggState
+    owners: dict[str, Array]  # by adapter path, (max_rank,)
 
 
 def with_differential_privacy(
@@ -46,6 +67,7 @@ def with_differential_privacy(
         denominator: `N` > 0, the number of clients expected in a round.
         owners: by adapter path, `(max_rank,)`, the number of clients expected in a round that own each position, as
             `expected_owners` counts it from public ranks, for rules that average over owners; `denominator` where None.
+            `set_expected_owners` sets it later, in a state.
 
     Raises:
         ValueError: for a rule without a bound, or numbers out of range.
@@ -80,7 +102,18 @@ def with_differential_privacy(
         dense, adapters = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), moves)
         return sums._replace(dense=dense, adapters=adapters)
 
-    def update(key: Key, sums: ClientSums, state: AggState, server: Server) -> tuple[Server, AggState]:
+    def init(server: Server) -> PrivateState:
+        widths = max_ranks(server.trainable)
+        fixed = {path: _owners_of(path, widest, owners, denominator) for path, widest in widths.items()}
+        return PrivateState(rule.init(server), fixed)
+
+    def start(server: Server, state: PrivateState, client: Client) -> Trainable:
+        return rule.start(server, state.rule, client)
+
+    def trains(state: PrivateState) -> Trains:
+        return rule.trains(state.rule)
+
+    def update(key: Key, sums: ClientSums, state: PrivateState, server: Server) -> tuple[Server, PrivateState]:
         leaves, tree = jax.tree.flatten((sums.dense, sums.adapters))
         keys = jax.random.split(jax.random.fold_in(key, _NOISE), max(1, len(leaves)))
         scale = noise_multiplier * clip if noise_multiplier else 0.0
@@ -88,13 +121,34 @@ def with_differential_privacy(
             leaf + scale * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)
         ]
         dense, adapters = jax.tree.unflatten(tree, noisy)
-        fixed = {path: _owners_of(path, old, owners, denominator) for path, old in sums.owners.items()}
+        fixed = {path: state.owners[path].astype(old.dtype) for path, old in sums.owners.items()}
         weight = jnp.asarray(denominator, sums.weight.dtype)
-        return rule.update(
-            key, sums._replace(dense=dense, adapters=adapters, weight=weight, owners=fixed), state, server
-        )
+        private = sums._replace(dense=dense, adapters=adapters, weight=weight, owners=fixed)
+        server, inner = rule.update(key, private, state.rule, server)
+        return server, state._replace(rule=inner)
 
-    return rule._replace(summand=summand, update=update, step=None, report=_nothing)
+    return rule._replace(
+        init=init, start=start, trains=trains, summand=summand, update=update, step=None, report=_nothing
+    )
+
+
+def set_expected_owners(state: State, rate: float) -> State:
+    """Fix the denominators of a private rule to the owners that the state's public ranks let expect.
+
+    Args:
+        state: of a rule made by `with_differential_privacy` that averages over owners.
+        rate: share of the clients expected in a round, above 0 and at most 1.
+
+    Raises:
+        TypeError: for the state of another rule.
+        ValueError: for a rate out of range.
+    """
+    if not isinstance(state.aggregator, PrivateState):
+        raise TypeError("expected the state of a rule made by with_differential_privacy, got that of another rule")
+    owners = expected_owners(state.ranks, max_ranks(state.server.trainable), rate)
+    like = state.aggregator.owners
+    owners = {path: owners[path].astype(old.dtype) for path, old in like.items()}
+    return state._replace(aggregator=state.aggregator._replace(owners=owners))
 
 
 def expected_owners(ranks: Mapping[str, ArrayLike], max_ranks: Mapping[str, int], rate: float) -> dict[str, Array]:
@@ -116,14 +170,14 @@ def expected_owners(ranks: Mapping[str, ArrayLike], max_ranks: Mapping[str, int]
     }
 
 
-def _owners_of(path: str, like: Array, owners: Mapping[str, ArrayLike] | None, denominator: float) -> Array:
+def _owners_of(path: str, widest: int, owners: Mapping[str, ArrayLike] | None, denominator: float) -> Array:
     if owners is None:
-        return jnp.full(like.shape, denominator, like.dtype)
-    if path not in owners or jnp.shape(owners[path]) != like.shape:
+        return jnp.full(widest, denominator, jnp.result_type(float))
+    if path not in owners or jnp.shape(owners[path]) != (widest,):
         got = jnp.shape(owners[path]) if path in owners else "none"
-        raise ValueError(f"owners: expected {like.shape} numbers for {path!r}, got {got}, probably of another model")
-    return jnp.asarray(owners[path], like.dtype)
+        raise ValueError(f"owners: expected {(widest,)} numbers for {path!r}, got {got}, probably of another model")
+    return jnp.asarray(owners[path], jnp.result_type(float))
 
 
-def _nothing(sums: ClientSums, before: Server, after: Server) -> dict[str, Array]:  # noqa: ARG001
+def _nothing(sums: Any, before: Server, after: Server) -> dict[str, Array]:  # noqa: ARG001
     return {}

@@ -1,13 +1,15 @@
 """Rules that average products of adapters and go back to factors, by SVD or by least squares.
 
-The SVD is that of the dense `(d_in, d_out)` sum. Stacking factors and a QR of the stacks would need `cohort · max_rank`
-columns in the sums, which then grow with the cohort and depend on who sits where in it.
+A layer's products are summed whole, `(d_in, d_out)`, and split by a dense SVD; or, as `exact` says, as sketches of the
+size of factors (`aggregators.sketches`). Stacking factors and a QR of the stacks would need `cohort · max_rank` columns
+in the sums, which then grow with the cohort and depend on who sits where in it.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
 
@@ -16,6 +18,7 @@ from autorank_jax.aggregators.base import (
     ClientSums,
     Values,
     assemble,
+    divide,
     make_summand,
     mean_dense,
     mean_factors,
@@ -23,6 +26,7 @@ from autorank_jax.aggregators.base import (
     owned,
     read_trainable,
     reported,
+    update_with,
     write_trainable,
 )
 from autorank_jax.aggregators.owners import (
@@ -32,12 +36,15 @@ from autorank_jax.aggregators.owners import (
     make_owner_summand,
     owner_product,
 )
+from autorank_jax.aggregators.sketches import LowRank, Maps, Sketch, by_shape, make_prepare, reconstruct
 from autorank_jax.types import (
     Adapter,
     Aggregator,
     AggState,
     Array,
+    ClientUpdate,
     Key,
+    Plan,
     Server,
     ServerStep,
     Traffic,
@@ -50,11 +57,18 @@ Sigma = Literal["left", "right", "both"]
 
 _POWERS = {"left": (1.0, 0.0), "right": (0.0, 1.0), "both": (0.5, 0.5)}
 
-Products = Callable[[Server, ClientSums], dict[str, Array]]
-Keep = Callable[[Array], Array]  # singular values, descending -> () how many of them to keep
+Exact = bool | Literal["auto"]
+"""How products are summed: True, whole; False, as sketches wherever a layer's sides are at least twice `max_rank`;
+"auto", as sketches where they have at most a quarter of the numbers, `k (d_in + d_out) + 9 k²` with
+`k = max_rank + max(max_rank, 16)`. It is decided by shapes: small layers are summed whole.
+"""
+
+Products = Callable[[Server, ClientSums, dict[str, Maps]], dict[str, Any]]  # matrices, or sketches where there are maps
+Keep = Callable[[Array, Array], Array]  # singular values, descending; () least of Σ σ² -> () how many to keep
+MakeStep = Callable[[dict[str, Maps]], ServerStep]
 
 
-def flexlora(*, sigma: Sigma = "both") -> Aggregator:
+def flexlora(*, sigma: Sigma = "both", exact: Exact = "auto") -> Aggregator:
     """Split the mean product `Σ_k w_k A_k B_k / Σ_k w_k` by SVD (FlexLoRA, arXiv 2402.11505).
 
     Rank positions are sorted by singular value, so that clients of low rank get the strongest. The model moves by the
@@ -63,14 +77,16 @@ def flexlora(*, sigma: Sigma = "both") -> Aggregator:
     Args:
         sigma: where the singular values go. The authors' code has "right"; the gradient of `lora_a` then grows with Σ
             while `lora_a` itself is of length 1, and some runs end in guessing that do not with "both".
+        exact: whether products are summed whole. Of a layer that is sketched, the mean is exact in the directions of
+            the server's factors, approximated beside them, and split as if the approximation were the mean.
 
     Raises:
-        ValueError: for another `sigma`.
+        ValueError: for another `sigma` or `exact`.
     """
-    return assemble(make_summand(products=True), _svd_step(_mean_products, sigma))
+    return _product_rule(make_summand(products=True), _svd_steps(_mean_products, sigma), exact)
 
 
-def raflora(*, levels: Levels = None, sigma: Sigma = "both") -> Aggregator:
+def raflora(*, levels: Levels = None, sigma: Sigma = "both", exact: Exact = "auto") -> Aggregator:
     """Split the product whose rank positions are averaged over their owners by SVD (raFLoRA, arXiv 2602.13486).
 
     `P = Σ_h Σ_{k: r_k ≥ r_h} w_k A_k[:, r_{h-1}:r_h] B_k[r_{h-1}:r_h] / Σ_{k: r_k ≥ r_h} w_k`. Positions that nobody
@@ -80,9 +96,10 @@ def raflora(*, levels: Levels = None, sigma: Sigma = "both") -> Aggregator:
         levels: `r_1 < ... < r_H` of the configuration, for all adapters or by path; every rank its own level where
             None, which is the same for ranks that are levels.
         sigma: where the singular values go.
+        exact: whether products are summed whole, as in `flexlora`. Owners' shares are exact either way.
 
     Raises:
-        ValueError: for levels that do not increase or exceed an adapter, or another `sigma`.
+        ValueError: for levels that do not increase or exceed an adapter, or another `sigma` or `exact`.
     """
     check_levels(levels)
 
@@ -90,10 +107,11 @@ def raflora(*, levels: Levels = None, sigma: Sigma = "both") -> Aggregator:
         check_levels_fit(levels, server)
         return ()
 
-    return assemble(make_owner_summand(levels), _svd_step(owner_products, sigma), init=init, exact_plan=True)
+    steps = _svd_steps(owner_products, sigma)
+    return _product_rule(make_owner_summand(levels), steps, exact, init=init, exact_plan=True)
 
 
-def florist(*, tau: float = 0.99, sigma: Sigma = "both") -> Aggregator:
+def florist(*, tau: float = 0.99, sigma: Sigma = "both", exact: Exact = "auto") -> Aggregator:
     """Split the mean product by SVD and keep an energy threshold of it (FLoRIST, arXiv 2506.09199).
 
     Of each layer the first `p` positions are kept, `p` the least with `Σ_{i≤p} σ_i² ≥ τ Σ_i σ_i²`: one rank for all
@@ -102,24 +120,26 @@ def florist(*, tau: float = 0.99, sigma: Sigma = "both") -> Aggregator:
     Args:
         tau: share of the energy in (0, 1].
         sigma: where the singular values go; see `flexlora`.
+        exact: whether products are summed whole, as in `flexlora`. Of a layer that is sketched, all energy is known
+            but for that beside the directions of the server's factors, for which stands an unbiased estimate.
 
     Raises:
-        ValueError: for `tau` outside (0, 1], or another `sigma`.
+        ValueError: for `tau` outside (0, 1], or another `sigma` or `exact`.
     """
     if not 0 < tau <= 1:
         raise ValueError(f"expected an energy threshold tau in (0, 1], got {tau}")
 
-    def keep(values: Array) -> Array:
+    def keep(values: Array, whole: Array) -> Array:
         energy = jnp.cumsum(jnp.square(values))
-        enough = tau * energy[-1] * (1 - 4 * jnp.finfo(values.dtype).eps)
+        enough = tau * jnp.maximum(whole, energy[-1]) * (1 - 4 * jnp.finfo(values.dtype).eps)
         before = jnp.concatenate([jnp.zeros_like(energy[:1]), energy[:-1]])
         return jnp.sum(before < enough, dtype=jnp.int32)
 
-    step, traffic = _svd_step(_mean_products, sigma, keep), Traffic(down=Travels(live=True))
-    return assemble(make_summand(products=True), step, traffic=traffic)
+    steps, traffic = _svd_steps(_mean_products, sigma, keep), Traffic(down=Travels(live=True))
+    return _product_rule(make_summand(products=True), steps, exact, traffic=traffic)
 
 
-def lora_fair(*, ridge: float = 0.01, owners: bool = False) -> Aggregator:
+def lora_fair(*, ridge: float = 0.01, owners: bool = False, exact: Exact = "auto") -> Aggregator:
     """Average factors and correct `lora_b` towards the mean product P (LoRA-FAIR, arXiv 2411.14961).
 
     `ΔB = argmin ‖P - Ā (B̄ + ΔB)‖_F² + λ ‖ΔB‖_F²`, so `(ĀᵀĀ + λ I) ΔB = Āᵀ (P - Ā B̄)`. The paper takes gradient steps on
@@ -128,23 +148,54 @@ def lora_fair(*, ridge: float = 0.01, owners: bool = False) -> Aggregator:
     Args:
         ridge: λ ≥ 0; 0 gives the least-squares solution of least norm.
         owners: average factors over owners, as RBLA does; padded with zeros where False.
+        exact: whether products are summed whole. Of a layer that is sketched, factors are averaged exactly, and `P` in
+            the correction is exact in the directions of the server's factors and approximated beside them.
 
     Raises:
-        ValueError: if the ridge is negative.
+        ValueError: if the ridge is negative, or for another `exact`.
     """
     if ridge < 0:
         raise ValueError(f"expected ridge >= 0, got {ridge}")
 
-    def mean(sums: ClientSums, state: AggState, server: Server) -> tuple[Values, Values]:  # noqa: ARG001
-        means, seen = mean_factors(server, sums, owners=owners), {}
-        for path, (a, b) in means.items():
-            product = mean_product(server.trainable.adapters[path], sums.products[path], sums.weight)
-            means[path] = Adapter(a, b + per_layer(functools.partial(_correction, ridge=ridge), a, product - a @ b))
-            seen[path] = Adapter(owned(sums.owners[path], means[path]).lora_a, sums.weight > 0)
-        dense = mean_dense(server, sums)
-        return Values(dense, means, {}), Values(reported(dense, sums.weight), seen, {})
+    from_sketch = functools.partial(_correction_of_low_rank, ridge=ridge)
 
-    return assemble(make_summand(factors=True, products=True), ServerStep(read_trainable, mean, write_trainable))
+    def steps(maps: dict[str, Maps]) -> ServerStep:
+        def mean(sums: ClientSums, state: AggState, server: Server) -> tuple[Values, Values]:  # noqa: ARG001
+            means, seen = mean_factors(server, sums, owners=owners), {}
+            products = _mean_products(server, sums, maps)
+            sketched = by_shape(
+                functools.partial(per_layer, reconstruct),
+                {p: products[p] for p in maps},
+                maps,
+                server.trainable.adapters,
+            )
+            for path, (a, b) in means.items():
+                if path in sketched:
+                    correction = per_layer(from_sketch, Adapter(a, b), sketched[path])
+                else:
+                    correction = per_layer(functools.partial(_correction, ridge=ridge), a, products[path] - a @ b)
+                means[path] = Adapter(a, b + correction)
+                seen[path] = Adapter(owned(sums.owners[path], means[path]).lora_a, sums.weight > 0)
+            dense = mean_dense(server, sums)
+            return Values(dense, means, {}), Values(reported(dense, sums.weight), seen, {})
+
+        return ServerStep(read_trainable, mean, write_trainable)
+
+    return _product_rule(make_summand(factors=True, products=True), steps, exact)
+
+
+def _product_rule(
+    summand: Callable[[ClientUpdate, Server, Plan], ClientSums], steps: MakeStep, exact: Exact, **options: Any
+) -> Aggregator:
+    """Make a rule of its summand and its server step, which is made anew of each round's sketching maps."""
+    prepare = make_prepare(exact=exact)
+
+    def update(key: Key, sums: ClientSums, state: AggState, server: Server) -> tuple[Server, AggState]:
+        sketched = any(isinstance(total, Sketch) for total in sums.products.values())
+        maps = prepare(key, state, server) if sketched else {}
+        return update_with(steps(maps))(key, sums, state, server)
+
+    return assemble(summand, steps({}), prepare=prepare, **options)._replace(update=update)
 
 
 def _correction(a: Array, gap: Array, ridge: float) -> Array:
@@ -155,57 +206,78 @@ def _correction(a: Array, gap: Array, ridge: float) -> Array:
     return cho_solve(factor, a.T @ gap)
 
 
-def _mean_products(server: Server, sums: ClientSums) -> dict[str, Array]:
-    adapters = server.trainable.adapters
-    return {path: mean_product(adapters[path], total, sums.weight) for path, total in sums.products.items()}
+@jax.default_matmul_precision("highest")
+def _correction_of_low_rank(mean: Adapter, product: LowRank, ridge: float) -> Array:
+    """Solve the same in an orthonormal basis of `A`, with `AᵀP` of a product that is never formed."""
+    a, b = (factor.astype(product.core.dtype) for factor in mean)
+    q, upper = jnp.linalg.qr(a)
+    gap = ((q.T @ product.left) @ product.core) @ product.right - upper @ b
+    return _correction(upper, gap, ridge).astype(mean.lora_b.dtype)
 
 
-def owner_products(server: Server, sums: ClientSums) -> dict[str, Array]:
-    """Return the owner-weighted product of each adapter."""
-    return {path: owner_product(server, sums, path) for path in sums.products}
+def _mean_products(server: Server, sums: ClientSums, maps: dict[str, Maps]) -> dict[str, Any]:
+    def mean(path: str, total: Any) -> Any:
+        if path in maps:
+            return jax.tree.map(lambda leaf: divide(leaf, sums.weight), total)
+        return mean_product(server.trainable.adapters[path], total, sums.weight)
+
+    return {path: mean(path, total) for path, total in sums.products.items()}
 
 
-def _svd_step(average: Products, sigma: Sigma, keep: Keep | None = None) -> ServerStep:
-    """Make the server step that averages products and splits them by SVD."""
+def owner_products(server: Server, sums: ClientSums, maps: dict[str, Maps]) -> dict[str, Any]:
+    """Return the owner-weighted product of each adapter, sketched where there are maps."""
+    return {path: owner_product(server, sums, path, maps.get(path)) for path in sums.products}
+
+
+def _svd_steps(average: Products, sigma: Sigma, keep: Keep | None = None) -> MakeStep:
+    """Make what makes the server step that averages products and splits them by SVD, of a round's sketching maps."""
     if sigma not in _POWERS:
         raise ValueError(f"expected sigma to be one of {sorted(_POWERS)}, got {sigma!r}")
 
-    def read(server: Server) -> Values:
-        products = {path: a.lora_a @ a.lora_b for path, a in server.trainable.adapters.items()}
-        return Values(server.trainable.dense, {}, products)
+    def steps(maps: dict[str, Maps]) -> ServerStep:
+        def read(server: Server) -> Values:
+            products = {path: a.lora_a @ a.lora_b for path, a in server.trainable.adapters.items()}
+            return Values(server.trainable.dense, {}, products)
 
-    def mean(sums: ClientSums, state: AggState, server: Server) -> tuple[Values, Values]:  # noqa: ARG001
-        values = Values(mean_dense(server, sums), {}, average(server, sums))
-        return values, reported(values, sums.weight)
+        def mean(sums: ClientSums, state: AggState, server: Server) -> tuple[Values, Values]:  # noqa: ARG001
+            values = Values(mean_dense(server, sums), {}, average(server, sums, maps))
+            return values, reported(values, sums.weight)
 
-    def write(key: Key, values: Values, state: AggState, server: Server) -> Server:  # noqa: ARG001
-        split = functools.partial(split_product, sigma=sigma, keep=keep)
-        adapters = {
-            path: per_layer(split, values.matrices[path], old) for path, old in server.trainable.adapters.items()
-        }
-        return server._replace(trainable=Trainable(adapters, values.dense))
+        def write(key: Key, values: Values, state: AggState, server: Server) -> Server:  # noqa: ARG001
+            old, split = server.trainable.adapters, functools.partial(split_product, sigma=sigma, keep=keep)
 
-    return ServerStep(read, mean, write)
+            def from_sketch(sketch: Sketch, layer: Maps, a: Adapter) -> Adapter:
+                return split(reconstruct(sketch, layer, a), a)
+
+            sketches = {path: values.matrices[path] for path in maps}
+            sketched = by_shape(functools.partial(per_layer, from_sketch), sketches, maps, old)
+            adapters = {
+                p: sketched[p] if p in maps else per_layer(split, values.matrices[p], a) for p, a in old.items()
+            }
+            return server._replace(trainable=Trainable(adapters, values.dense))
+
+        return ServerStep(read, mean, write)
+
+    return steps
 
 
-def split_product(product: Array, old: Adapter, *, sigma: Sigma, keep: Keep | None = None) -> Adapter:
+def split_product(product: Array | LowRank, old: Adapter, *, sigma: Sigma, keep: Keep | None = None) -> Adapter:
     """Split `U Σ Vᵀ` into the factors of an adapter, positions in descending order of singular values.
 
     Positions of vanishing singular value (those beyond `min(d_in, d_out)` always) keep their old `lora_a` and get
     `lora_b = 0`: with both factors zero they would never train again.
 
     Args:
-        product: `(d_in, d_out)`.
+        product: `(d_in, d_out)`, or what a sketch tells of it; then the SVD is that of its core.
         old: the adapter that gives shapes, types and the `lora_a` that stays.
         sigma: where the singular values go.
         keep: how many positions to keep, of the singular values; all where None.
     """
-    wide = product.astype(jnp.promote_types(product.dtype, jnp.float32))  # no SVD in half precision
-    u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
+    u, s, vt, energy = _svd_of_low_rank(product) if isinstance(product, LowRank) else _svd(product)
     count = min(old.lora_a.shape[-1], s.shape[0])
-    live = s > max(product.shape) * jnp.finfo(s.dtype).eps * s[0]
+    live = s > max(u.shape[0], vt.shape[1]) * jnp.finfo(s.dtype).eps * s[0]
     if keep is not None:
-        live = live & (jnp.arange(s.shape[0], dtype=jnp.int32) < keep(s))
+        live = live & (jnp.arange(s.shape[0], dtype=jnp.int32) < keep(s, energy))
     live, (left, right) = live[:count], (s[:count] ** power for power in _POWERS[sigma])
     a, b = (
         (u[:, :count] * left[None, :]).astype(old.lora_a.dtype),
@@ -215,3 +287,16 @@ def split_product(product: Array, old: Adapter, *, sigma: Sigma, keep: Keep | No
         old.lora_a.at[:, :count].set(jnp.where(live[None, :], a, old.lora_a[:, :count])),
         jnp.zeros_like(old.lora_b).at[:count].set(jnp.where(live[:, None], b, 0)),
     )
+
+
+def _svd(product: Array) -> tuple[Array, Array, Array, Array]:
+    """Return `U, Σ, Vᵀ` of a matrix, and 0: there is no energy but that of `Σ`."""
+    wide = product.astype(jnp.promote_types(product.dtype, jnp.float32))  # no SVD in half precision
+    u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
+    return u, s, vt, jnp.zeros((), s.dtype)
+
+
+@jax.default_matmul_precision("highest")
+def _svd_of_low_rank(product: LowRank) -> tuple[Array, Array, Array, Array]:
+    u, s, vt = jnp.linalg.svd(product.core)
+    return product.left @ u, s, vt @ product.right, product.energy

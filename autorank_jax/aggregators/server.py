@@ -31,7 +31,8 @@ def with_server_optimizer(rule: Aggregator, optimizer: optax.GradientTransformat
     `values + optimizer(values - mean)`: FedAvgM is `optax.sgd(1.0, momentum=0.9)`, FedAdam `optax.adam(lr, eps=1e-3)`,
     FedYogi `optax.yogi(lr)`; `optax.sgd(1.0)` is the rule itself. Values are what the rule averages: factors, the
     products of an SVD rule (before the SVD), the kernels of a merging rule, and dense parameters. Where nobody
-    reported, at a rank position or at all, values and the optimiser's state stay as they were.
+    reported, at a rank position or at all, values and the optimiser's state stay as they were. Products are summed
+    whole here, even by rules that sketch them otherwise: the optimiser's state has their size anyway.
 
     Of a rule without a `step`, such as one made by hand, the values are factors and dense parameters as its `update`
     leaves them; a rank position that it leaves exactly as it was counts as one that nobody reported. That suits rules
@@ -53,6 +54,9 @@ def with_server_optimizer(rule: Aggregator, optimizer: optax.GradientTransformat
     read = rule.step.read if rule.step else lambda server: server.trainable
     aim = _aim_of_step if rule.step else _aim_of_update
 
+    def prepare(key: Key, state: AggState, server: Server) -> PyTree:
+        return () if rule.step else rule.prepare(key, state[0], server)  # a step's values are whole
+
     def update(key: Key, sums: Sums, state: AggState, server: Server) -> tuple[Server, AggState]:
         inner, memory = state
         values = read(server)
@@ -69,6 +73,7 @@ def with_server_optimizer(rule: Aggregator, optimizer: optax.GradientTransformat
         start=lambda server, state, client: rule.start(server, state[0], client),
         trains=lambda state: rule.trains(state[0]),
         update=update,
+        prepare=prepare,
         step=ServerStep(step_taken, step_taken, step_taken),
         traffic=rule.traffic._replace(down=rule.traffic.down._replace(stack=False)),  # factors do not tell the step
     )

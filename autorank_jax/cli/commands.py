@@ -1,38 +1,34 @@
 """The commands of the command line: their options, and what each of them does."""
 
 import dataclasses
-import itertools
-import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import jax
-import numpy as np
 import tyro
+from jax.sharding import Mesh
 from rich.console import Console
 
-from autorank_jax.cli.files import (
-    begin_folder,
-    check_folder,
-    checkpoints_of,
-    held_of_a_run,
-    how_to_resume,
-    write_results,
-    write_run,
-)
-from autorank_jax.cli.interrupts import Interrupted, Interruption
+from autorank_jax.cli import cache
+from autorank_jax.cli.comparing import Compare, compare
+from autorank_jax.cli.files import checkpoints_of, how_to_resume, save_results, write_results, write_run
+from autorank_jax.cli.folders import check_folder, default_folder, occupied
+from autorank_jax.cli.interrupts import INTERRUPTED, Interrupted, Interruption
 from autorank_jax.cli.live import Display
-from autorank_jax.cli.tables import comparison_tables, criteria_table, datasets_table, footnotes
+from autorank_jax.cli.logs import Logs, log_problems
+from autorank_jax.cli.scoring import Ranks, score_table
+from autorank_jax.cli.tables import comparison_tables, datasets_table, footnotes, make_console
+from autorank_jax.cli.terminal import tell
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
-from autorank_jax.experiment.config import ConfigurationError, Experiment, outside, unknown
+from autorank_jax.experiment.config import ConfigurationError, Experiment, outside
+from autorank_jax.experiment.doubts import doubts
+from autorank_jax.experiment.events import Compiled, Event, Resumed, Scored, Stopped
 from autorank_jax.experiment.launch import Launch, is_first, start
 from autorank_jax.experiment.position import DivergedError
 from autorank_jax.experiment.results import Results
 from autorank_jax.experiment.run import run_experiment
-from autorank_jax.ranks import mcda, policies
-from autorank_jax.ranks.table_file import read_criteria
 
 PROGRAM = "autorank-jax"
 
@@ -45,12 +41,15 @@ class Run:
         experiment: what to run
         launch: where to run it
         config: take the options from a run's config.json; others on the command line go before it
-        resume: folder of a run to go on with from its latest checkpoint
+        resume: folder of a run to go on with from its latest checkpoint; a run of one policy, rule and seed also beyond
+            its end, by more --rounds
         checkpoint_every: rounds between checkpoints, 0 = only when interrupted
         keep_checkpoints: how many of the latest checkpoints stay
         out: folder of the results; default runs/DATASET-SPLIT, with a number where that is taken
         overwrite: replace the run that the folder holds
+        log: write every round as it happens: jsonl, tensorboard, or both
         quiet: print nothing but errors
+        no_cache: compile anew, and keep no compiled programs for the next run
     """
 
     experiment: tyro.conf.OmitArgPrefixes[Experiment] = dataclasses.field(default_factory=Experiment)
@@ -61,28 +60,9 @@ class Run:
     keep_checkpoints: int = 3
     out: Path | None = None
     overwrite: bool = False
+    log: tuple[str, ...] = ()
     quiet: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranks:
-    """Score the clients of a table and give each its rank: for use with any other training stack.
-
-    Attributes:
-        criteria: CSV file with a header and one row per client; the first column may hold names
-        max_rank: rank of the most complex client
-        min_ratio: share of it that the least complex client gets
-        cost: columns of which less means more complex
-        normalization: of TOPSIS: vector or minmax
-        json: print JSON in place of tables
-    """
-
-    criteria: Path
-    max_rank: int = 64
-    min_ratio: float = 0.1
-    cost: tuple[str, ...] = ()
-    normalization: str = "vector"
-    json: bool = False
+    no_cache: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +72,19 @@ class Listing:
 
 @dataclasses.dataclass(frozen=True)
 class Fetch:
-    """Convert a dataset into the folder of datasets, once: from TensorFlow Datasets, or from a folder of images.
+    """Convert a dataset into the folder of datasets, once: from TensorFlow Datasets, a folder of images, or a table.
 
     Attributes:
         name: of TensorFlow Datasets, such as mnist or cifar100; any name for a folder of images
-        source: folder of images {train,test}/CLASS/*.png, as CINIC-10 has it, or of archives that need no download
+        source: folder of images {train,test}/CLASS/*.png, as CINIC-10 has it, or of archives that need no download,
+            or a table FILE.csv
+        target: column of the table to predict, the last if not given
         overwrite: replace the file that is there
     """
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
     source: Path | None = None
+    target: str | None = None
     overwrite: bool = False
 
 
@@ -121,24 +104,40 @@ class Data:
     )
 
 
-def execute(command: Run | Ranks | Data) -> None:
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Say what is kept of compiled programs, from which later runs start at once, or empty the folder.
+
+    Attributes:
+        clear: delete all of them
+    """
+
+    clear: bool = False
+
+
+def execute(command: Run | Compare | Ranks | Data | Cache) -> None:
     """Do what a command says."""
     match command:
+        case Cache(clear):
+            found = cache.empty() if clear else cache.held()
+            what = f"{found.programs} compiled programs, {found.bytes / 1e6:.1f} MB, in {cache.program_folder()}"
+            make_console().print(f"Deleted {what}" if clear else what, soft_wrap=True)
         case Run():
             run(command)
+        case Compare():
+            compare(command)
         case Ranks():
-            rank(command)
+            score_table(command)
         case Data(Fetch() as fetch):
-            path = fetch_dataset(fetch.name, source=fetch.source, overwrite=fetch.overwrite)
-            Console().print(f"{path} is complete", soft_wrap=True, highlight=False)
+            path = fetch_dataset(fetch.name, source=fetch.source, target=fetch.target, overwrite=fetch.overwrite)
+            make_console().print(f"{path} is complete", soft_wrap=True)
         case Data():
-            console = Console()
+            console = make_console()
             console.print(datasets_table(available_datasets()))
-            console.print(f"Files are looked for in {cache_folder()}", soft_wrap=True, highlight=False)
+            console.print(f"Files are looked for in {cache_folder()}", soft_wrap=True)
             console.print(
                 f"{PROGRAM} data fetch NAME gets what is not there, with --overwrite what is damaged",
                 soft_wrap=True,
-                highlight=False,
             )
 
 
@@ -146,6 +145,9 @@ def run(command: Run) -> None:
     """Run an experiment, or what is left of it, show it, and write its files."""
     experiment = command.experiment
     check_run(command)
+    refused = None if command.no_cache else cache.use_cache()
+    if refused:
+        sys.stderr.write(f"{PROGRAM}: {refused}\n")
     mesh = start(command.launch, cohort=experiment.cohort)
     if not is_first():
         checkpoints = checkpoints_of(command.resume, every=0, keep=1) if command.resume else None
@@ -154,29 +156,60 @@ def run(command: Run) -> None:
     if command.resume:
         folder = check_folder(command.resume, overwrite=True)
     else:
-        folder = command.out or default_folder(experiment, command.overwrite)
+        name = f"{experiment.dataset}-{experiment.split}"
+        folder = command.out or default_folder(name, overwrite=command.overwrite)
         folder = check_folder(folder, overwrite=command.overwrite)
+    with occupied(folder):
+        run_in(folder, command, mesh)
+
+
+def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
+    """Run an experiment in its folder."""
+    experiment = command.experiment
     checkpoints = checkpoints_of(folder, every=command.checkpoint_every, keep=command.keep_checkpoints)
-    if not command.resume:
-        begin_folder(folder, experiment, checkpoints)
-    console = Console(quiet=command.quiet, highlight=False)
+    if not command.resume:  # an older run's would be gone on with
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
+    console = make_console(quiet=command.quiet)
+    partial: list[Results] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Stopped):
+            partial.append(event.results)
+        if checkpoints.every and isinstance(
+            event, Compiled | Resumed
+        ):  # by now options and checkpoint are found to fit
+            write_run(folder, experiment, checkpoints)
+        display(event)
+        logs(event)
+        if isinstance(event, Scored) and event.scores.seed == experiment.first_seed and not command.quiet:
+            for line in doubts(event.scores):
+                tell(line)
+
     try:
-        with Interruption() as interruption, Display(console, experiment) as display:
+        with Interruption() as interruption, Logs(command.log, folder) as logs, Display(console, experiment) as display:
             results = run_experiment(
                 experiment,
                 mesh=mesh,
-                on_event=interruption.watch(display),
+                on_event=interruption.watch(listen),
                 on_round=interruption.on_round,
                 checkpoints=checkpoints,
             )
-    except Interrupted as stop:
-        write_run(folder, experiment, checkpoints)
-        raise Interrupted(f"{stop}; go on with: {how_to_resume(folder)}", stop.code) from None
     except DivergedError as error:
         if error.results:
             write_results(folder, error.results, overwrite=True)
         raise
-    show(console, experiment, results, write_results(folder, results, overwrite=True))
+    except KeyboardInterrupt as stop:
+        for results in partial:
+            write_results(folder, results, overwrite=True)
+        rounds = f"the rounds so far are in {folder}" if partial else "nothing was written"
+        if not isinstance(stop, Interrupted):  # in the middle of a round
+            raise Interrupted(f"interrupted; {rounds}", INTERRUPTED) from None
+        write_run(folder, experiment, checkpoints)
+        raise Interrupted(f"{stop}; {rounds}; go on with: {how_to_resume(folder)}", stop.code) from None
+    paths, problem = save_results(folder, results)
+    show(console, experiment, results, paths)
+    if problem:
+        raise problem
 
 
 def check_run(command: Run) -> None:
@@ -188,6 +221,7 @@ def check_run(command: Run) -> None:
     problems = [
         *outside("checkpoint_every", command.checkpoint_every, 0, whole=True),
         *outside("keep_checkpoints", command.keep_checkpoints, 1, whole=True),
+        *log_problems(command.log),
     ]
     if command.resume and command.out:
         problems.append("out: expected none beside --resume, got one: a run goes on in its own folder")
@@ -213,43 +247,3 @@ def show(console: Console, experiment: Experiment, results: Results, paths: Sequ
         )
     names = ", ".join(path.name for path in paths)
     console.print(f"Written to {paths[0].parent}: {names}", soft_wrap=True)
-
-
-def default_folder(experiment: Experiment, overwrite: bool) -> Path:
-    """Return `runs/DATASET-SPLIT`, with the first free number where it holds a run that is to be kept."""
-    base = Path("runs") / f"{experiment.dataset}-{experiment.split}"
-    numbered = (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))
-    return base if overwrite else next(path for path in itertools.chain([base], numbered) if not held_of_a_run(path))
-
-
-def rank(command: Ranks) -> None:
-    """Score the clients of a criteria file and print their ranks."""
-    problems = [
-        *outside("max_rank", command.max_rank, 1, whole=True),
-        *outside("min_ratio", command.min_ratio, 0, 1, open_start=True, cause="a percentage"),
-        *unknown("normalization", [command.normalization], mcda.NORMALIZATIONS),
-    ]
-    if problems:
-        raise ConfigurationError(problems)
-    table = read_criteria(command.criteria, cost=command.cost)
-    with jax.enable_x64(True):
-        weights = mcda.critic_weights(table.matrix, benefit=table.benefit)
-        closeness = mcda.topsis(table.matrix, weights, benefit=table.benefit, normalization=command.normalization)
-        ratios = policies.ratios_from_scores(closeness, min_ratio=command.min_ratio)
-        ranks = policies.ranks_from_ratios(ratios, {"rank": command.max_rank})["rank"]
-    columns = [np.asarray(column) for column in (closeness, ratios, ranks)]
-    named = dict(zip(table.criteria, np.asarray(weights).tolist(), strict=True))
-    if command.json:
-        keys = ("client", "closeness", "ratio", "rank")
-        rows = zip(table.clients, *(column.tolist() for column in columns), strict=True)
-        content = {
-            "weights": named,
-            "clients": [dict(zip(keys, row, strict=True)) for row in rows],
-            "max_rank": command.max_rank,
-            "min_ratio": command.min_ratio,
-        }
-        sys.stdout.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        return
-    console = Console(highlight=False)
-    for shown in criteria_table(table.clients, named, *columns):
-        console.print(shown)

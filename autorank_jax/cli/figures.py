@@ -1,7 +1,7 @@
 """Pictures of an experiment: accuracy against rounds and FLOPs, label mixes and ranks."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from autorank_jax.cli.tables import EQUAL
 from autorank_jax.experiment.results import Results, Run, Scores, accuracies, run_names, si
 
 # Okabe and Ito: told apart with every common colour blindness.
@@ -35,16 +36,37 @@ SHOWN_CLIENTS = 30
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 
 
+class Curve(NamedTuple):
+    """One line of a picture, and its band where there are several seeds."""
+
+    name: str
+    runs: Sequence[Run]  # a seed each
+    colour: str
+    dash: Any
+
+
 def accuracy_figure(results: Results) -> Figure:
     """Draw test accuracy against rounds, and against training FLOPs with the probe, with a band of ±1 sd over seeds."""
+    policies, aggregators = (list(results.config[key]) for key in ("rank_policies", "aggregators"))
+    curves = [
+        Curve(
+            name,
+            runs,
+            PALETTE[policies.index(runs[0].policy) % len(PALETTE)],
+            DASHES[aggregators.index(runs[0].aggregator) % len(DASHES)],
+        )
+        for name, runs in run_names(results).items()
+    ]
+    return curves_figure(curves, _caption(results))
+
+
+def curves_figure(curves: Sequence[Curve], caption: str) -> Figure:
+    """Draw curves against rounds and against training FLOPs."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 4.6), layout="constrained")
         by_round, by_flops = figure.subplots(1, 2, sharey=True)
         handles = []
-        policies, aggregators = (list(results.config[key]) for key in ("rank_policies", "aggregators"))
-        for name, runs in run_names(results).items():
-            colour = PALETTE[policies.index(runs[0].policy) % len(PALETTE)]
-            dash = DASHES[aggregators.index(runs[0].aggregator) % len(DASHES)]
+        for name, runs, colour, dash in curves:
             rounds, flops, mean, deviation = _curve(runs)
             for axes, x in ((by_round, rounds), (by_flops, flops)):
                 axes.plot(
@@ -56,11 +78,14 @@ def accuracy_figure(results: Results) -> Figure:
             handles.append(Line2D([], [], color=colour, linestyle=dash, linewidth=2, label=name))
         by_round.set(xlabel="round", ylabel="test accuracy", title="Accuracy by round")
         by_flops.set(xlabel="training FLOPs of all clients, probe included", title="Accuracy by training cost")
+        last = max((row.round for curve in curves for run in curve.runs for row in run.rows), default=1)
+        by_round.set_xlim(0, last + max(0.3, last / 20))  # also where there is one round
+        by_flops.set_xlim(left=0)
         by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
         by_round.yaxis.set_major_formatter(PERCENT)
         by_flops.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))
-        figure.suptitle(_caption(results), x=0.01, ha="left", fontsize=9, color="#555555")
+        figure.suptitle(caption, x=0.01, ha="left", fontsize=9, color="#555555")
     return figure
 
 
@@ -77,9 +102,10 @@ def _curve(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
 def _caption(results: Results) -> str:
     config = results.config
     seeds = f"mean ± sd of {config['seeds']} seeds" if config["seeds"] > 1 else f"seed {config['first_seed']}"
+    private = f" · ε = {config['dp_epsilon']:g}" if config.get("dp_epsilon") else ""
     return (
         f"{config['dataset']} · {config['split']} · {config['clients']} clients · {config['model']} · "
-        f"local epochs {config['local_epochs']} · {seeds}"
+        f"local epochs {config['local_epochs']} · {seeds}{private}"
     )
 
 
@@ -153,8 +179,8 @@ def _draw_ranks(axes: Any, scores: Scores, chosen: np.ndarray) -> None:
             colour = "white" if ratios[row, column] > 0.7 else "#222222"
             size = 9 if len(chosen) <= 20 else 7.5
             axes.text(column, row, str(rank), ha="center", va="center", color=colour, fontsize=size)
-    axes.set_yticks(range(len(policies)), policies)
-    axes.set_ylabel("rank of the\nwidest layer")
+    axes.set_yticks(range(len(policies)), [EQUAL.get(policy, policy) for policy in policies])
+    axes.set_ylabel("rank of the\nwidest layer,\nshade: ratio")
     axes.grid(visible=False)
     axes.tick_params(length=0)
     for side in axes.spines.values():

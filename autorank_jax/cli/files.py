@@ -7,64 +7,31 @@ import io
 import json
 import os
 import shlex
-import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from autorank_jax.cli.figures import accuracy_figure, ranks_figure
+from autorank_jax.cli.folders import CHECKPOINTS, FILES, ReportError, check_folder
+from autorank_jax.cli.report import html_report
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
 from autorank_jax.experiment.results import Results, client_rows, summarize
 
-FILES = (
-    "config.json", "criteria.csv", "history.json", "history.csv", "accuracy.png", "ranks.png", "summary.json",
-)  # fmt: skip
-
-CHECKPOINTS = "checkpoints"
-"""The folder within a run's folder that holds its checkpoints."""
+MOST_BYTES = 2**28
+"""Of a file that is read whole."""
 RUN_FILE = "run.json"
 """The file in there that says what is run."""
-
-
-class ReportError(ValueError):
-    """A folder that results cannot be written to. The message is one line."""
-
-
-def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Make sure, before any work and without making anything, that results can be written to a folder.
-
-    Raises:
-        ReportError: if it holds a run and may not be overwritten, or cannot be written.
-    """
-    folder = Path(folder).expanduser()
-    held = held_of_a_run(folder)
-    if held and not overwrite:
-        resume = f", --resume {folder}" if CHECKPOINTS in held else ""
-        raise ReportError(
-            f"out: expected a folder without a run, got {folder} with {held[0]}; "
-            f"give --overwrite{resume} or another --out"
-        )
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir():
-        raise ReportError(f"out: expected a folder, got {folder}, but {above} is a file")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ReportError(f"out: expected a folder that can be written, got {folder}; probably not yours")
-    return folder
-
-
-def held_of_a_run(folder: Path) -> list[str]:
-    """Return what a folder holds of a run."""
-    return [name for name in (*FILES, CHECKPOINTS) if (folder / name).exists()]
 
 
 def write_results(folder: str | Path, results: Results, *, overwrite: bool = False) -> list[Path]:
     """Write all files of a run.
 
-    Every file is made in memory first, then written under a temporary name and renamed, `summary.json` last: it is
-    there only if all others are.
+    Every file is made in memory, then written under a temporary name and renamed, `summary.json` last: it is there
+    only if all others are. Pictures come after all other numbers.
 
     Args:
         folder: is made if needed.
@@ -78,11 +45,10 @@ def write_results(folder: str | Path, results: Results, *, overwrite: bool = Fal
         ReportError: if the folder holds a run and may not be overwritten, or cannot be written.
     """
     folder = check_folder(folder, overwrite=overwrite)
-    contents = dict(zip(FILES, _contents(results), strict=True))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").unlink(missing_ok=True)
-        for name, content in contents.items():
+        for name, content in zip(FILES, _contents(results), strict=True):
             write_file(folder / name, content)
     except OSError as error:
         raise ReportError(
@@ -91,18 +57,30 @@ def write_results(folder: str | Path, results: Results, *, overwrite: bool = Fal
     return [folder / name for name in FILES]
 
 
-def _contents(results: Results) -> list[bytes]:
-    """Return the files in the order of `FILES`."""
+def save_results(folder: Path, results: Results) -> tuple[list[Path], ReportError | None]:
+    """Write all files of a run that took long: to a folder for temporary files if its own fails, and say so."""
+    try:
+        return write_results(folder, results, overwrite=True), None
+    except ReportError as error:
+        paths = write_results(tempfile.mkdtemp(prefix="autorank-jax-"), results)
+        return paths, ReportError(f"{error}; the results are in {paths[0].parent}")
+
+
+def _contents(results: Results) -> Iterator[bytes]:
+    """Yield the files in the order of `FILES`."""
+    yield to_json(results.config)
+    yield to_csv([row for scores in results.scores for row in client_rows(scores)])
     history = [row._asdict() for run in results.runs for row in run.rows]
-    return [
-        to_json(results.config),
-        to_csv([row for scores in results.scores for row in client_rows(scores)]),
-        to_json(history),
-        to_csv(history),
-        to_png(accuracy_figure(results)),
-        to_png(ranks_figure(results.scores[0], seeds=len(results.scores))),
-        to_json(summarize(results)),
-    ]
+    if not results.config.get("dp_epsilon"):
+        history = [{name: value for name, value in row.items() if name != "epsilon"} for row in history]
+    yield to_json(history)
+    yield to_csv(history)
+    accuracy = to_png(accuracy_figure(results))
+    yield accuracy
+    ranks = to_png(ranks_figure(results.scores[0], seeds=len(results.scores)))
+    yield ranks
+    yield html_report(results, {"Accuracy": accuracy, "Clients and their ranks": ranks})
+    yield to_json(summarize(results))
 
 
 def to_json(content: Any) -> bytes:
@@ -148,15 +126,8 @@ def checkpoints_of(folder: Path, *, every: int, keep: int) -> Checkpoints:
     return Checkpoints(folder / CHECKPOINTS, every, keep)
 
 
-def begin_folder(folder: Path, experiment: Experiment, checkpoints: Checkpoints) -> None:
-    """Forget what an older run left in a folder, and note there what is run, so that it can be taken up again."""
-    shutil.rmtree(checkpoints.folder, ignore_errors=True)
-    if checkpoints.every:
-        write_run(folder, experiment, checkpoints)
-
-
 def write_run(folder: Path, experiment: Experiment, checkpoints: Checkpoints) -> None:
-    """Note what is run."""
+    """Note in a folder what is run there, so that it can be taken up again."""
     checkpoints.folder.mkdir(parents=True, exist_ok=True)
     content = {"experiment": dataclasses.asdict(experiment), "every": checkpoints.every, "keep": checkpoints.keep}
     write_file(folder / CHECKPOINTS / RUN_FILE, to_json(content))
@@ -179,7 +150,7 @@ def read_run(folder: Path) -> tuple[Experiment, int, int]:
             [f"resume: expected the folder of a run with checkpoints, got {folder} without {CHECKPOINTS}/{RUN_FILE}; "
              "probably another folder, or a run without --checkpoint-every"]
         )  # fmt: skip
-    content = _read_json("resume", path)
+    content = read_json("resume", path)
     try:
         return experiment_from(content["experiment"]), int(content["every"]), int(content["keep"])
     except (TypeError, KeyError) as error:
@@ -192,14 +163,21 @@ def read_config(path: Path) -> Experiment:
     Raises:
         ConfigurationError: for a file that cannot be read, or holds anything else; all mistakes at once.
     """
-    return experiment_from(_read_json("config", path.expanduser()))
+    return experiment_from(read_json("config", path.expanduser()))
 
 
-def _read_json(option: str, path: Path) -> Any:
+def read_json(option: str, path: Path) -> Any:
+    """Read a file that an option names.
+
+    Raises:
+        ConfigurationError: if that cannot be done.
+    """
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES >> 20} MB")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         problem = f"{path}, got: {error.strerror or error}"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problem = f"JSON in {path}, got: {error}"
     raise ConfigurationError([f"{option}: expected {problem}"])

@@ -9,6 +9,9 @@ from typing import Any
 from autorank_jax.experiment.events import Event, OnEvent, Started
 from autorank_jax.experiment.position import RoundEnd
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
+
 
 class Interrupted(KeyboardInterrupt):
     """A run that was asked to stop and has saved where it stood. The message is one line."""

@@ -1,16 +1,44 @@
-"""What a run shows while it goes on: live bars on a terminal, a line per run elsewhere."""
+"""What a run shows while it goes on: one block that is updated in place on a terminal, a line per stage elsewhere."""
 
+import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.status import Status
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
 
 from autorank_jax.cli.tables import scores_table
+from autorank_jax.engine import LevelChoice
 from autorank_jax.experiment.config import Experiment
-from autorank_jax.experiment.events import Compiled, Event, Finished, Resumed, RoundDone, Scored, Started
+from autorank_jax.experiment.events import (
+    Compiled,
+    Event,
+    Finished,
+    Leveled,
+    Resumed,
+    RoundDone,
+    Scored,
+    Stage,
+    Started,
+)
 from autorank_jax.experiment.results import Row, accuracies
+
+NARROW = 76
+"""Columns below which speed and faults are not shown."""
+
+
+class Bar:
+    """How far one policy under one rule is, over all seeds."""
+
+    def __init__(self, total: int) -> None:
+        """Begin with no round done."""
+        self.total = total
+        self.done = 0
+        self.accuracy = self.speed = self.faults = ""
 
 
 class Display:
@@ -20,90 +48,150 @@ class Display:
         """Prepare to show an experiment on a console."""
         self.console = console
         self.experiment = experiment
-        self.status = Status("Preparing data, model and one compiled round …", console=console)
-        self.bars = Progress(
-            TextColumn("{task.description:<18}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[accuracy]:>8}"),
-            TextColumn("{task.fields[speed]:>16}"),
-            TextColumn("{task.fields[faults]}", markup=False),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=console,
-        )
-        self.tasks: dict[str, TaskID] = {}
-        self.last: Row | None = None
+        self.moving = console.is_terminal and not console.is_dumb_terminal
+        rounds = experiment.rounds * experiment.seeds
+        self.bars = {self._name(p, a): Bar(rounds) for a in experiment.aggregators for p in experiment.rank_policies}
+        self.stage = ""
+        self.training = False
+        self.since = self.latest = time.monotonic()
+        self.measured: list[float] = []  # seconds of every round of this process, evaluation included
+        self.spinner = Spinner("line" if console.options.ascii_only else "dots")
+        self.live = Live(console=console, get_renderable=self._view, refresh_per_second=5)
 
     def __enter__(self) -> "Display":
-        """Say that preparations begin."""
-        if self.console.is_terminal:
-            self.status.start()
+        """Begin to show."""
+        if self.moving:
+            self.live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the terminal as it was, the bars at where they stand."""
-        self._pause()
+        self._enter("")
+        if self.moving:
+            self.live.stop()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
         match event:
+            case Stage(name, number, total):
+                self._enter(f"{name} {number} of {total}" if total > 1 else name)
+            case Leveled(choice):
+                self._enter("")
+                self._print(about_levels(choice))
             case Compiled(aggregator, seconds):
-                self._pause()
-                self.console.print(f"Compiled one round of {aggregator} in {seconds:.1f} s; it serves every policy.")
+                self._enter("")
+                self._print(f"Compiled one round of {aggregator} in {seconds:.1f} s; it serves every policy.")
             case Scored(scores) if scores.seed == self.experiment.first_seed:
-                self._pause()
+                self._enter("")
                 self.console.print(scores_table(scores))
             case Resumed(rounds, differences):
-                self._pause()
-                self.console.print(f"Going on after {rounds} rounds of an earlier process.")
+                self._print(f"Going on after {rounds} rounds of an earlier process.")
                 for difference in differences:
-                    self.console.print(f"Since then: {difference}; results are equal up to rounding only.")
-            case Started():
-                self._begin(self._name(event.policy, event.aggregator), event.done)
+                    self._print(f"Since then: {difference}; results are equal up to rounding only.")
+            case Started(policy, aggregator, _, done):
+                self._enter("")
+                self.training, self.latest = True, time.monotonic()
+                self.bars[self._name(policy, aggregator)].done += done
             case RoundDone(row, examples):
                 self._advance(row, examples)
-            case Finished(run) if not self.console.is_terminal:
+            case Finished(run) if not self.moving:
                 curve = accuracies(run)
                 last = f"accuracy {100 * curve[-1][1]:.1f} %" if curve else "no accuracy"
                 name = self._name(run.policy, run.aggregator)
                 what = f"{name}, seed {run.seed}: {last} after {len(run.rows)} rounds, {run.seconds:.1f} s"
-                self.console.print(", ".join([what, *faults_of(run.rows)]))
+                self._print(", ".join([what, *faults_of(run.rows)]))
 
     def _name(self, policy: str, aggregator: str) -> str:
         return f"{policy}+{aggregator}" if len(self.experiment.aggregators) > 1 else policy
 
-    def _pause(self) -> None:
-        self.status.stop()
-        if self.bars.live.is_started:
-            self.bars.stop()
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False)
 
-    def _begin(self, name: str, done: int) -> None:
-        if not self.console.is_terminal:
-            return
-        self._pause()
-        self.bars.start()
-        if name not in self.tasks:
-            total = self.experiment.rounds * self.experiment.seeds
-            self.tasks[name] = self.bars.add_task(name, total=total, accuracy="", speed="", faults="")
-        self.bars.advance(self.tasks[name], done)
+    def _enter(self, stage: str) -> None:
+        """End a stage, with a line that stays where nothing moves, and begin another."""
+        now = time.monotonic()
+        if self.stage and not self.moving:
+            self._print(f"{self.stage}: {now - self.since:.1f} s")
+        self.stage, self.since = stage, now
 
     def _advance(self, row: Row, examples: float) -> None:
-        name = self._name(row.policy, row.aggregator)
+        name, now = self._name(row.policy, row.aggregator), time.monotonic()
+        self.measured.append(now - self.latest)
+        self.latest, self.stage = now, ""
         where = f"{name}, seed {row.seed}, round {row.round}"
         if row.excluded:
-            self.console.print(
+            self._print(
                 f"{where}: left out {row.excluded} of {row.participants} clients, "
                 "their updates were not finite; probably the learning rate is too large",
             )
         if not row.reported:
-            self.console.print(f"{where}: none of {row.participants} clients reported; the server stays as it was")
-        if name not in self.tasks:
-            return
-        known = {} if row.accuracy is None else {"accuracy": f"{100 * row.accuracy:.1f} %"}
-        speed = f"{examples / max(row.seconds, 1e-9):,.0f} samples/s"
-        self.bars.update(self.tasks[name], advance=1, speed=speed, faults=", ".join(faults_of([row])), **known)  # type: ignore[arg-type]
+            self._print(f"{where}: none of {row.participants} clients reported; the server stays as it was")
+        bar = self.bars[name]
+        bar.done += 1
+        bar.accuracy = bar.accuracy if row.accuracy is None else f"{100 * row.accuracy:.1f} %"
+        bar.speed = f"{examples / max(row.seconds, 1e-9):,.0f} samples/s"
+        bar.faults = ", ".join(faults_of([row]))
+        if self.moving:
+            self._say_round(row, bar)
+
+    def _say_round(self, row: Row, bar: Bar) -> None:
+        left = sum(bar.total - bar.done for bar in self.bars.values())
+        seconds = left * sum(self.measured) / len(self.measured)
+        accuracy = f", {bar.accuracy}" if bar.accuracy else ""
+        self.stage = f"round {row.round} of {self.experiment.rounds}{accuracy}, about {spoken(seconds)} left"
+
+    def _view(self) -> RenderableType:
+        """Return the block: what is done just now, and a bar for every policy once there are rounds."""
+        parts: list[RenderableType] = []
+        if self.stage:
+            elapsed = "" if self.stage.startswith("round ") else f" {time.monotonic() - self.since:.0f} s"
+            line = Table.grid(padding=(0, 1))
+            line.add_row(self.spinner, Text(self.stage + elapsed, no_wrap=True, overflow="ellipsis"))
+            parts.append(line)
+        if self.training:
+            parts.append(self._bars())
+        return Group(*parts)
+
+    def _bars(self) -> Table:
+        width = self.console.width
+        wide = width >= NARROW
+        longest = max(map(len, self.bars))
+        bar_width = 20 if wide else min(8, width - 18 - longest)  # names go before bars
+        name_width = 32 if wide else max(width - 17 - max(bar_width, 0), 4)
+        table = Table.grid(padding=(0, 1))
+        for right in (False, False, True, True, True, False)[: 6 if wide else 4]:
+            table.add_column(justify="right" if right else "left", no_wrap=True, overflow="ellipsis")
+        for name, bar in self.bars.items():
+            short = name if len(name) <= name_width else name[: max(name_width - 2, 1)] + ".."
+            drawn = ProgressBar(bar.total, bar.done, width=bar_width) if bar_width > 2 else ""
+            cells: list[RenderableType] = [Text(short), drawn]
+            texts = [f"{bar.done}/{bar.total}", bar.accuracy, bar.speed, bar.faults][: 4 if wide else 2]
+            table.add_row(*cells, *map(Text, texts))
+        return table
+
+
+def about_levels(choice: LevelChoice) -> str:
+    """Say which rank levels were chosen, and why."""
+    if len(choice.levels) > 1:
+        return (
+            f"{len(choice.levels)} rank levels: they save about {choice.saved:.0f} s of training and cost "
+            f"{choice.paid:.1f} s of compilation beside one."
+        )
+    if not choice.paid:
+        return "One rank level: there is one rank."
+    return (
+        f"One rank level: another would save about {choice.saved:.1f} s of training and cost {choice.paid:.1f} s of "
+        "compilation."
+    )
+
+
+def spoken(seconds: float) -> str:
+    """Return a duration in the unit that suits it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def faults_of(rows: Sequence[Row]) -> list[str]:

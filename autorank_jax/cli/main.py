@@ -12,6 +12,7 @@ from typing import NoReturn
 import jax
 
 from autorank_jax.checkpoint import CheckpointError
+from autorank_jax.cli.terminal import forgiving_streams, tell
 from autorank_jax.datasets import DatasetError
 from autorank_jax.experiment import ConfigurationError, DivergedError
 from autorank_jax.ranks.table_file import CriteriaError
@@ -32,11 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; those of the process where None.
 
     Returns:
-        Exit code: 0, 1 without the extra packages, 2 for a mistake of the user, 3 for a run that diverged, 130 after
-        an interrupt (143 after SIGTERM), 4 when another process was lost. XLA aborts a process that loses the first
-        one: it ends by SIGABRT.
+        Exit code: 0, 1 without the extra packages or where standard output fails, 2 for a mistake of the user, 3 for a
+        run that diverged, 130 after an interrupt (143 after SIGTERM), 4 when another process was lost. XLA aborts a
+        process that loses the first one: it ends by SIGABRT.
     """
-    words = sys.argv[1:] if arguments is None else arguments
+    with forgiving_streams() as out:
+        code = _watched(sys.argv[1:] if arguments is None else arguments)
+        out.flush()
+        if out.failure and not isinstance(out.failure, BrokenPipeError):  # nobody reads on: no mistake
+            code = _say(code or 1, [f"standard output: expected to print, got: {out.failure.strerror or out.failure}"])
+    return code
+
+
+def _watched(words: Sequence[str]) -> int:
     watcher = _watch() if "--distributed" in words else None
     try:
         code = _run(words)
@@ -89,7 +98,7 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         commands = importlib.import_module("autorank_jax.cli.commands")
         parsing = importlib.import_module("autorank_jax.cli.parsing")
-        files = importlib.import_module("autorank_jax.cli.files")
+        folders = importlib.import_module("autorank_jax.cli.folders")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise
@@ -98,7 +107,7 @@ def _run(arguments: Sequence[str]) -> int:
         commands.execute(parsing.parse(arguments))
     except ConfigurationError as error:
         return _say(2, error.problems)
-    except (CheckpointError, CriteriaError, DatasetError, files.ReportError) as error:
+    except (CheckpointError, CriteriaError, DatasetError, folders.ReportError) as error:
         return _say(2, [str(error)])
     except DivergedError as error:
         return _say(3, [str(error)])
@@ -109,5 +118,5 @@ def _run(arguments: Sequence[str]) -> int:
 
 def _say(code: int, lines: Sequence[str]) -> int:
     for line in lines:
-        sys.stderr.write(f"autorank-jax: {line}\n")
+        tell(line)
     return code

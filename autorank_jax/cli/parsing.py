@@ -1,21 +1,32 @@
 """From words to a command; what does not parse ends in one line."""
 
 import contextlib
+import difflib
 import io
 import itertools
-import textwrap
+import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import tyro
 
-from autorank_jax.cli.commands import PROGRAM, Data, Ranks, Run
+from autorank_jax.cli.commands import PROGRAM, Cache, Compare, Data, Ranks, Run
 from autorank_jax.cli.files import read_config, read_run
-from autorank_jax.experiment.config import AGGREGATORS, POLICIES, ConfigurationError
+from autorank_jax.cli.help import GROUPS, NEARBY, help_on_run
+from autorank_jax.experiment.config import ConfigurationError
+
+COMMANDS = ("run", "compare", "ranks", "data", "cache")
+SHELLS = ("bash", "zsh", "fish", "tcsh")
+DESCRIPTION = (
+    "Federated LoRA with a rank for every client, chosen by AutoRank.\n\n"
+    f"Also: {PROGRAM} --version, and {PROGRAM} completion SHELL, which prints a\n"
+    f"script for {', '.join(SHELLS)}."
+)
 
 
-def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
+def parse(arguments: Sequence[str]) -> Run | Compare | Ranks | Data | Cache:
     """Parse the command line.
 
     Raises:
@@ -23,45 +34,68 @@ def parse(arguments: Sequence[str]) -> Run | Ranks | Data:
             cannot be used.
         SystemExit: of code 0, after help.
     """
+    words = list(arguments)
+    if words[:1] == ["run"]:
+        for asked in (word for word in words if word in ("-h", "--help", "--help-all")):
+            print_and_leave(help_on_run(everything=asked == "--help-all"))
+    if words[:1] == ["--version"]:
+        print_and_leave(f"{PROGRAM} {version()}, jax {metadata.version('jax')}")
+    if words[:1] == ["completion"]:
+        words = ["--tyro-print-completion", shell(words[1:])]
+    elif any(word.startswith("--tyro-") for word in words):
+        raise ConfigurationError([f"expected options of {PROGRAM}, got one of tyro; try {PROGRAM} --help"])
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(comma_separated)
-    explained = about_run() if "run" in arguments[:1] else None  # too long for the list of commands
     commands = (
-        Annotated[Run, tyro.conf.subcommand("run", default=starting_point(arguments), description=explained)]
+        Annotated[Run, tyro.conf.subcommand("run", default=starting_point(words))]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Ranks, tyro.conf.subcommand("ranks")]
         | Annotated[Data, tyro.conf.subcommand("data")]
+        | Annotated[Cache, tyro.conf.subcommand("cache")]
     )
     message = io.StringIO()
     try:
         with registry, contextlib.redirect_stderr(message):
             return tyro.cli(
                 commands,
-                args=list(arguments),
+                args=words,
                 prog=PROGRAM,
-                description="Federated LoRA with a rank for every client, chosen by AutoRank.",
+                description=DESCRIPTION,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        command = " ".join([PROGRAM, *(word for word in arguments[:1] if word in ("run", "ranks", "data")), "--help"])
+        command = " ".join([PROGRAM, *(word for word in arguments[:1] if word in COMMANDS), "--help"])
         raise ConfigurationError([one_line(message.getvalue(), command)]) from stop
 
 
-def about_run() -> str:
-    """Return what the command `run` does, with a line for every rank policy and every aggregation rule."""
-    rules = {name: (rule.__doc__ or "").partition("\n")[0] for name, rule in AGGREGATORS.items()}
-    lines = [(Run.__doc__ or "").partition("\n")[0]]
-    for option, words in (("--rank-policies", POLICIES), ("--aggregators", rules)):
-        lines += ["", f"{option}:"]
-        for name, what in words.items():
-            lines.append(textwrap.fill(what, 80, initial_indent=f"  {name:<14} ", subsequent_indent=" " * 17))
-    return "\n".join(lines)
+def print_and_leave(text: str) -> NoReturn:
+    """Print help and end the program."""
+    sys.stdout.write(f"{text}\n")
+    raise SystemExit(0)
+
+
+def version() -> str:
+    """Return the version of the package, read from its metadata."""
+    return metadata.version("autorank-jax")
+
+
+def shell(words: Sequence[str]) -> str:
+    """Return the shell that a completion is asked for.
+
+    Raises:
+        ConfigurationError: for anything else.
+    """
+    if len(words) != 1 or words[0] not in SHELLS:
+        got = " ".join(words) or "none"
+        raise ConfigurationError([f"completion: expected one shell out of {', '.join(SHELLS)}, got {got}"])
+    return words[0]
 
 
 def starting_point(arguments: Sequence[str]) -> Run:
     """Return a run's defaults: those of the package, of a file of options, or of a run to be taken up again."""
-    if list(arguments[:1]) != ["run"] or "--help" in arguments:
+    if list(arguments[:1]) != ["run"]:
         return Run()
     config, resume = word_after(arguments, "--config"), word_after(arguments, "--resume")
     if config and resume:
@@ -78,6 +112,8 @@ def comma_separated(info: Any) -> Any:
     if get_origin(info.type) is not tuple or len(arguments) != 2 or arguments[1] is not Ellipsis:
         return None
     item = arguments[0]
+    if item is Path:  # file names have commas
+        return None
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=f"{item.__name__.upper()},…",
@@ -135,8 +171,24 @@ def _unknown(lines: Sequence[str]) -> str:
             about = line.removeprefix("Arguments similar to ").rstrip(":").partition("=")[0]
         elif line.startswith("--"):
             nearest.setdefault(about, line.split()[0])
+    if len(words) == 1 and nearest:
+        nearest = {words[0]: next(iter(nearest.values()))}
+    for word in words:
+        near = nearby(word) if word.startswith("--") and word not in nearest else ""
+        if near:
+            nearest[word] = near
     meant = [nearest[word] for word in sorted(nearest, key=lambda word: words.index(word) if word in words else 0)]
     return f"expected {known}, got {', '.join(words)}" + (f", probably {', '.join(meant)}" if meant else "")
+
+
+def nearby(word: str) -> str:
+    """Return the option of `run` that is meant by a word that other programs have, or by a part of its name."""
+    name = word.strip("-").replace("_", "-")
+    options = [field.replace("_", "-") for group in GROUPS for field in (*group.first, *group.more)]
+    parts = [option for option in options if name in option.split("-")] if len(name) > 2 else []
+    close = difflib.get_close_matches(name, options, n=1)
+    found = NEARBY.get(name) or (close or parts or [""])[0]
+    return f"--{found}" if found else ""
 
 
 def _missing(lines: Sequence[str]) -> str:

@@ -1,29 +1,38 @@
 """Tables for the terminal."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from autorank_jax.datasets import DatasetInfo
-from autorank_jax.experiment.config import POLICIES
+from autorank_jax.experiment.config import POLICIES, Experiment
 from autorank_jax.experiment.results import Results, Scores, si, summarize
 
 SHOWN_CLIENTS = 20
 SHOWN_LAYERS = 3
 POLICIES_PER_TABLE = 4
+EQUAL = {"uniform": "uniform\n(equal FLOPs)", "uniform_bytes": "uniform\n(equal bytes)"}
+"""What the policies of one rank for all have in common with AutoRank, written where their names are."""
 EXPLAINED = ("covered", "uniform", "uniform_bytes", "by_size_bytes")
 """Policies whose names do not say what they hold equal."""
+
+
+def make_console(*, quiet: bool = False) -> Console:
+    """Return a console of standard output that knows its encoding."""
+    return Console(file=sys.stdout, quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
 def scores_table(scores: Scores) -> Table:
     """Show criteria, CRITIC weights, closeness, and the ratio and ranks of AutoRank (else of the first policy)."""
     policy = "autorank" if "autorank" in scores.ratios else next(iter(scores.ratios))
     ranks, meaning = _shown_ranks(scores.ranks[policy])
-    table = _table(f"Clients under seed {scores.seed}, ranks by {policy}", padding=0)  # to fit 80 columns
+    table = make_table(f"Clients under seed {scores.seed}, ranks by {policy}", padding=0)  # to fit 80 columns
     table.add_column("client", justify="right")
     for name in (*scores.criteria, "closeness", "ratio", "ranks"):
         table.add_column(name.replace("_", "\n"), justify="right")
@@ -40,7 +49,8 @@ def scores_table(scores: Scores) -> Table:
             "/".join(str(rank[client]) for rank in ranks),
         )
     more = len(scores.size) - SHOWN_CLIENTS
-    table.caption = meaning + (f" {more} more clients in criteria.csv." if more > 0 else "")
+    table.caption = f"{meaning} More of a criterion means more complex data."
+    table.caption += f" {more} more clients in criteria.csv." if more > 0 else ""
     return table
 
 
@@ -58,13 +68,13 @@ def criteria_table(
     clients: Sequence[str], weights: Mapping[str, float], closeness: np.ndarray, ratios: np.ndarray, ranks: np.ndarray
 ) -> Iterator[Table]:
     """Show the weights of criteria, then closeness, ratio and rank of every client."""
-    first = _table("CRITIC weights")
+    first = make_table("CRITIC weights")
     first.add_column("criterion")
     first.add_column("weight", justify="right")
     for name, weight in weights.items():
         first.add_row(name, f"{weight:.4f}")
     yield first
-    second = _table("Ranks")
+    second = make_table("Ranks")
     second.add_column("client", overflow="fold")
     for name in ("closeness", "ratio", "rank"):
         second.add_column(name, justify="right")
@@ -80,10 +90,11 @@ def comparison_tables(results: Results) -> Iterator[Table]:
     for begin in range(0, len(names), POLICIES_PER_TABLE):
         chosen = names[begin : begin + POLICIES_PER_TABLE]
         seeds = len(results.scores)
-        table = _table("Comparison" + (f", mean ± sd over {seeds} seeds" if seeds > 1 else ""))
+        table = make_table("Comparison" + (f", mean ± sd over {seeds} seeds" if seeds > 1 else ""))
         table.add_column("")
         for name in chosen:
-            table.add_column(name.replace("+", "\n+ "), justify="right")
+            policy, *rule = name.split("+")
+            table.add_column("\n+ ".join([EQUAL.get(policy, policy), *rule]), justify="right")
         for label, show, ends in _lines(results, summary):
             table.add_row(label, *(show(summary[name]) for name in chosen), end_section=ends)
         yield table
@@ -98,6 +109,15 @@ def footnotes(results: Results) -> Iterator[str]:
         "* Share of all examples that the clients of the highest ratio hold. Rules that average a rank position over "
         "its owners, such as rbla, leave the last positions to these clients alone."
     )
+    promise = Experiment(**results.config).privacy
+    if promise:
+        yield promise.promise
+    if any(row.excluded or not row.reported for run in results.runs for row in run.rows):
+        yield (
+            "** What is not finite is left out, probably as the learning rate is too large; a round in which nobody "
+            "reports leaves the server as it was."
+        )
+    yield f"Seconds to compile: {', '.join(f'{s:.1f} for {rule}' for rule, s in results.compile_seconds.items())}."
 
 
 _MEASURED = {
@@ -109,21 +129,26 @@ _MEASURED = {
 
 def _lines(results: Results, policies: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Any], str], bool]]:
     """Yield the lines of the comparison: label, contents, whether a section ends."""
-    yield "final accuracy", lambda p: _percent(p["final_accuracy"]), False
-    yield "best accuracy", lambda p: _percent(p["best_accuracy"]), False
+    yield "final accuracy", lambda p: percent(p["final_accuracy"]), False
+    yield "best accuracy", lambda p: percent(p["best_accuracy"]), False
+    if results.config.get("dp_epsilon"):
+        yield f"ε spent, at δ = {results.config['dp_delta']:g}", lambda p: f"{p['epsilon']:.3g}", False
     targets = [f"{target:g}" for target in results.config["targets"]]
-    yield "area under the curve", lambda p: _percent(p["area_under_curve"]), not targets
+    yield "area under the curve", lambda p: percent(p["area_under_curve"]), not targets
     for target in targets:
         show = lambda p, key=target: "–" if p["rounds_to"][key] is None else f"{p['rounds_to'][key]:.3g}"  # noqa: E731
         yield f"rounds to {100 * float(target):g} %", show, target == targets[-1]
     for what, label in _MEASURED.items():
         if all(what in p.get("clients", {}) for p in policies.values()):
-            show = lambda p, key=what: _percent(p["clients"][key]["mean"])  # noqa: E731
+            show = lambda p, key=what: percent(p["clients"][key]["mean"])  # noqa: E731
             yield f"{label}, mean over clients", show, False
-            show = lambda p, key=what: _percent(p["clients"][key]["worst"])  # noqa: E731
+            show = lambda p, key=what: percent(p["clients"][key]["worst"])  # noqa: E731
             yield "  of the worst client", show, what == "after" and not _lost(policies)
     if _lost(policies):
         yield "  without diverged clients", lambda p: f"{p['clients']['after']['diverged']['mean']:.3g}", True
+    if any(p["lost"]["rounds"] or p["lost"]["excluded"] for p in policies.values()):
+        yield "participants excluded**", lambda p: f"{100 * p['lost']['excluded']:.3g} %", False
+        yield "rounds without any update**", lambda p: f"{p['lost']['rounds']:.3g}", True
     yield "mean ratio over clients", lambda p: f"{p['mean_ratio']['clients']:.3f}", False
     yield "mean ratio over examples", lambda p: f"{p['mean_ratio']['examples']:.3f}", False
     yield "examples at the highest ratio*", lambda p: f"{100 * p['examples_behind_highest_ratio']:.3g} %", False
@@ -134,7 +159,6 @@ def _lines(results: Results, policies: Mapping[str, Any]) -> Iterator[tuple[str,
     yield "  of the slowest client", lambda p: si(p["train_flops"]["slowest_client"]), False
     yield "  of the probe", lambda p: si(p["train_flops"]["probe"]), False
     yield "  in total, with the probe", lambda p: si(p["train_flops"]["total"]), True
-    yield "seconds to compile", lambda p: f"{p['seconds']['compile']:.1f}", False
     yield "seconds to train", lambda p: f"{p['seconds']['train']:.1f}", False
 
 
@@ -143,7 +167,8 @@ def _lost(policies: Mapping[str, Any]) -> bool:
     return any(p.get("clients", {}).get("after", {}).get("diverged", {}).get("mean") for p in policies.values())
 
 
-def _percent(spread: Mapping[str, Any]) -> str:
+def percent(spread: Mapping[str, Any]) -> str:
+    """Show mean and deviation of shares."""
     if spread["mean"] is None:
         return "–"
     deviation = f" ± {100 * spread['sd']:.1f}" if len(spread["values"]) > 1 else ""
@@ -152,7 +177,7 @@ def _percent(spread: Mapping[str, Any]) -> str:
 
 def datasets_table(rows: Sequence[DatasetInfo]) -> Table:
     """Show the datasets, whether each is there and a whole file, and in which file."""
-    table = _table("Datasets")
+    table = make_table("Datasets")
     for name in ("name", "there", "file", "what"):
         table.add_column(name, overflow="fold")
     for row in rows:
@@ -161,7 +186,8 @@ def datasets_table(rows: Sequence[DatasetInfo]) -> Table:
     return table
 
 
-def _table(title: str, padding: int = 1) -> Table:
+def make_table(title: str, padding: int = 1) -> Table:
+    """Return an empty table in the style of all."""
     return Table(
         title=title,
         title_justify="left",

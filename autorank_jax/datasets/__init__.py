@@ -1,6 +1,7 @@
 """Raw data sets: one checked file each, and where it comes from.
 
-A `Dataset` is `x_train, y_train, x_test, y_test` (uint8 images, integer labels) with its number of classes.
+A `Dataset` is `x_train, y_train, x_test, y_test` with its number of classes: uint8 images or float features, integer labels
+or, for regression, float targets and 0 classes.
 `load_dataset(name)` gives one, `fetch_dataset` gets it, `available_datasets` lists them; `DatasetError` says in one line
 what is wrong with a file, a folder, a name, a disk or a network.
 
@@ -8,11 +9,12 @@ what is wrong with a file, a folder, a name, a disk or a network.
 autorank-jax data                                      # what is there, and where files are looked for
 autorank-jax data fetch mnist                          # once, from TensorFlow Datasets: pip install "autorank-jax[tfds]"
 autorank-jax data fetch cinic10 --source CINIC-10      # from a folder of images {train,test}/CLASS/*.png
+autorank-jax data fetch wine --source wine.csv         # from a table; --target COLUMN is to be predicted, else the last
 autorank-jax data fetch mnist --source ARCHIVES        # without a network, out of archives downloaded elsewhere
 autorank-jax run --dataset mnist
 ```
 
-A dataset is one checked file `NAME.npz` with `x_train, y_train, x_test, y_test` (uint8 images, integer labels) in
+A dataset is one checked file `NAME.npz` with these four arrays in
 `$AUTORANK_JAX_DATA`, else `~/.cache/autorank_jax`; put your own there and it is a name like any other. A subset of
 Fashion-MNIST comes with the package. `fetch` takes any image classification set of
 [TensorFlow Datasets](https://www.tensorflow.org/datasets/catalog) whose images have one size, and any folder of images; in
@@ -55,6 +57,7 @@ from autorank_jax.datasets.folders import FOLDERS, PARTS, are_image_folders, rea
 from autorank_jax.datasets.instructions import Instructions, load_instructions, split_instructions
 from autorank_jax.datasets.made import BUILT_IN, synthetic
 from autorank_jax.datasets.progress import Bar, OnProgress, Progress
+from autorank_jax.datasets.tables import is_table, read_table
 from autorank_jax.datasets.tfds import UnknownNameError, read_from_tfds
 
 __all__ = [
@@ -75,6 +78,7 @@ __all__ = [
     "load_instructions",
     "read_dataset",
     "read_image_folders",
+    "read_table",
     "save_dataset",
     "split_instructions",
     "synthetic",
@@ -115,6 +119,7 @@ def fetch_dataset(
     name: str,
     *,
     source: str | Path | None = None,
+    target: str | None = None,
     cache: str | Path | None = None,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
@@ -126,7 +131,9 @@ def fetch_dataset(
         label each is prepared by TensorFlow Datasets (extra `tfds`), in its own data folder, which may be deleted
         afterwards.
       source: a folder of images `{train,test}/CLASS/*.png`, as CINIC-10 is published, or one that holds the archives
-        that TensorFlow Datasets would download, for computers without a network.
+        that TensorFlow Datasets would download, for computers without a network; or a table (`FILE.csv`), as
+        `read_table` reads it.
+      target: of a table, the column to predict; the last where None.
       cache: the cache folder; default as in `cache_folder`.
       overwrite: convert again and replace the file that is there.
       on_progress: called with what is being done; default a bar on standard error.
@@ -143,10 +150,18 @@ def fetch_dataset(
     if path.is_file() and not overwrite:
         read_dataset(path, name=name, expected=known)
         return path
-    folder = _source_folder(source)
+    table = None if source is None or not is_table(Path(source)) else Path(source)
+    if target is not None and table is None:
+        raise DatasetError(f"target: expected a table FILE.csv as source for column {target!r}, got {source}")
+    folder = None if table else _source_folder(source)
     check_writable(path, name)
     with Bar(name) as bar:
         report = bar if on_progress is None else on_progress
+        if table:
+            report(Progress("reading", 0, 0))
+            dataset = read_table(table, name=name, target=target)
+            report(Progress("writing", 0, 0))
+            return save_dataset(path, dataset, expected=known)
         if folder is not None and (name in FOLDERS or are_image_folders(folder)):
             dataset = read_image_folders(folder, name=name, expected=known, on_progress=report)
         elif name in FOLDERS:

@@ -16,13 +16,13 @@ class DatasetError(ValueError):
 
 
 class Dataset(NamedTuple):
-    """Labelled examples, split into training and test."""
+    """Examples with labels or with numbers to predict, split into training and test."""
 
-    x_train: np.ndarray  # (n, ...) uint8
-    y_train: np.ndarray  # (n,) int32 in 0 .. classes-1
-    x_test: np.ndarray  # (n_test, ...) uint8
-    y_test: np.ndarray  # (n_test,) int32
-    classes: int
+    x_train: np.ndarray  # (n, ...) uint8 images, or float32 features
+    y_train: np.ndarray  # (n,) int32 in 0 .. classes-1; float32 (n,) or (n, outputs) where there are no classes
+    x_test: np.ndarray  # (n_test, ...)
+    y_test: np.ndarray  # (n_test, ...)
+    classes: int  # 0 for regression
     name: str
 
 

@@ -1,11 +1,12 @@
 """Datasets in npz files: arrays `x_train, y_train, x_test, y_test`, read and written whole or not at all."""
 
 import contextlib
+import functools
 import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +17,8 @@ from autorank_jax.datasets.folders import FOLDERS
 
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 OBJECTS = "it holds Python objects"
-GAPS = 100  # times as many numbers as there are different labels: those do not count classes
+LARGEST = 1e6  # of features and targets: squares of larger ones say little in float32
+GAPS = 100  # times as many numbers as there are different labels do not count classes; as many targets are no labels
 STARTS = (b"PK", b"\x93NUMPY")  # of npz files and of single arrays
 
 
@@ -26,7 +28,8 @@ def read_dataset(file: str | Path | IO[bytes], *, name: str, expected: Known | N
     Args:
       file: path or open binary file.
       name: what the dataset is called, also in messages.
-      expected: published sizes to check against; without it the number of classes is the largest label plus one.
+      expected: published sizes to check against; without it the number of classes is the largest label plus one, and
+        0 where the targets are floats.
 
     Raises:
       DatasetError: damaged file, missing arrays, wrong dtype, shape, label range or number of examples.
@@ -34,12 +37,14 @@ def read_dataset(file: str | Path | IO[bytes], *, name: str, expected: Known | N
     where = f"dataset '{name}'" + (f" at {file}" if isinstance(file, (str, Path)) else "")
     arrays = _read_arrays(file, where, name)
     _check_arrays(arrays, where, expected)
-    largest = max(int(arrays["y_train"].max()), int(arrays["y_test"].max()))
+    labelled = arrays["y_train"].dtype.kind in "iu"
+    largest = max(int(arrays["y_train"].max()), int(arrays["y_test"].max())) if labelled else -1
+    kinds = (
+        arrays["x_train"].dtype if arrays["x_train"].dtype == np.uint8 else np.float32,
+        np.int32 if labelled else np.float32,
+    )
     return Dataset(
-        x_train=arrays["x_train"],
-        y_train=arrays["y_train"].astype(np.int32),
-        x_test=arrays["x_test"],
-        y_test=arrays["y_test"].astype(np.int32),
+        **{key: arrays[key].astype(kinds[key.startswith("y")], copy=False) for key in KEYS},
         classes=expected.classes if expected else largest + 1,
         name=name,
     )
@@ -62,7 +67,7 @@ def save_dataset(path: str | Path, dataset: Dataset, *, expected: Known | None =
     path = Path(path).expanduser()
     arrays = {key: np.asarray(getattr(dataset, key)) for key in KEYS}
     _check_arrays(arrays, f"dataset '{dataset.name}'", expected)
-    for key in ("y_train", "y_test"):
+    for key in ("y_train", "y_test") if dataset.classes else ():
         arrays[key] = arrays[key].astype(np.min_scalar_type(max(dataset.classes - 1, int(arrays[key].max()))))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -153,31 +158,68 @@ def _reason(error: BaseException) -> str:
 
 def _check_arrays(arrays: Mapping[str, np.ndarray], where: str, expected: Known | None) -> None:
     """Check dtypes, lengths, shapes, numbers of examples and label range."""
-
-    def refuse(what: str, got: Any, cause: str) -> None:
-        raise DatasetError(f"{where}: expected {what}, got {got}; probably {cause}")
-
+    refuse = functools.partial(_refuse, where)
+    labelled = expected is not None or arrays["y_train"].dtype.kind in "iu"
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if x.dtype != np.uint8:
-            refuse(f"x_{part} as uint8 in 0 .. 255", x.dtype, "already scaled: multiply by 255 and convert")
-        if y.ndim != 1 or y.dtype.kind not in "iu":
-            cause = "one-hot or a column: flatten it" if y.ndim != 1 else "whole numbers of another dtype: convert them"
-            refuse(f"y_{part} as a vector of integers", f"{y.dtype}{y.shape}", cause)
-        if x.ndim < 2 or len(x) != len(y) or not x.size:
+        if x.ndim < 2 or y.ndim < 1 or len(x) != len(y) or not x.size:
             got = f"x_{part}{x.shape} and y_{part}{y.shape}"
             refuse("as many examples as labels, at least one", got, "a partial conversion")
         if expected and x.shape != (getattr(expected, part), *expected.shape):
             shape = (getattr(expected, part), *expected.shape)
             refuse(f"x_{part} of shape {shape}", x.shape, "a partial conversion, or another dataset under this name")
-        last = expected.classes - 1 if expected else np.iinfo(np.int32).max - 1
-        if int(y.min()) < 0 or int(y.max()) > last:
-            cause = "examples without labels" if int(y.min()) < 0 else "labels that count from 1"
-            refuse(f"labels in 0 .. {last} in y_{part}", f"{y.min()} .. {y.max()}", cause)
-    labels = np.unique(np.concatenate([arrays["y_train"], arrays["y_test"]]))
-    if not expected and int(labels[-1]) >= GAPS * len(labels):
+        _check_inputs(x, f"x_{part}", refuse, images=expected is not None)
+        (_check_labels if labelled else _check_numbers)(y, f"y_{part}", refuse, expected)
+    for axis, what in (("x", "examples"), ("y", "targets")):
+        train, test = arrays[f"{axis}_train"], arrays[f"{axis}_test"]
+        if train.shape[1:] != test.shape[1:]:
+            got = f"{train.shape[1:]} and {test.shape[1:]}"
+            refuse(f"training and test {what} of one shape", got, "two datasets in one file")
+        if axis == "x" and (train.dtype == np.uint8) != (test.dtype == np.uint8):
+            refuse("images or features in both parts", f"{train.dtype} and {test.dtype}", "a part that is scaled")
+    if labelled and not expected:
+        _check_gaps(np.unique(np.concatenate([arrays["y_train"], arrays["y_test"]])), refuse)
+
+
+def _refuse(where: str, what: str, got: Any, cause: str) -> None:
+    raise DatasetError(f"{where}: expected {what}, got {got}; probably {cause}")
+
+
+def _check_inputs(x: np.ndarray, name: str, refuse: Callable[..., None], *, images: bool) -> None:
+    if images and x.dtype != np.uint8:
+        refuse(f"{name} as uint8 in 0 .. 255", x.dtype, "already scaled: multiply by 255 and convert")
+    if x.dtype != np.uint8 and x.dtype.kind != "f":
+        refuse(f"{name} as uint8 images or float features", x.dtype, "features as whole numbers: convert to float32")
+    if x.dtype.kind == "f" and not (np.abs(x) <= LARGEST).all():
+        refuse(
+            f"finite numbers of at most {LARGEST:g} in {name}", "others", "missing values, or features in huge units"
+        )
+
+
+def _check_labels(y: np.ndarray, name: str, refuse: Callable[..., None], expected: Known | None) -> None:
+    if y.ndim != 1 or y.dtype.kind not in "iu":
+        cause = "one-hot or a column: flatten it" if y.ndim != 1 else "whole numbers of another dtype: convert them"
+        refuse(f"{name} as a vector of integers", f"{y.dtype}{y.shape}", cause)
+    last = expected.classes - 1 if expected else np.iinfo(np.int32).max - 1
+    if int(y.min()) < 0 or int(y.max()) > last:
+        cause = "examples without labels" if int(y.min()) < 0 else "labels that count from 1"
+        refuse(f"labels in 0 .. {last} in {name}", f"{y.min()} .. {y.max()}", cause)
+
+
+def _check_numbers(y: np.ndarray, name: str, refuse: Callable[..., None], _: Known | None) -> None:
+    """Check what is to be predicted where there are no classes."""
+    if y.dtype.kind != "f" or y.ndim > 2:
+        refuse(f"{name} as integer labels or float targets (n,) or (n, outputs)", f"{y.dtype}{y.shape}", "text")
+    if not (np.abs(y) <= LARGEST).all():
+        refuse(f"finite numbers of at most {LARGEST:g} in {name}", "others", "missing values, or targets in huge units")
+    if (y == np.round(y)).all() and len(np.unique(y)) < GAPS:
+        cause = "one-hot labels" if y.ndim == 2 else "labels of another dtype"
+        refuse(f"{name} as a vector of integers", f"{y.dtype}{y.shape} of whole numbers", f"{cause}: convert them")
+    if len(y) > 1 and (y == y[:1]).all():
+        refuse(f"different numbers in {name}", f"{y.flat[0]:g} everywhere", "a constant column")
+
+
+def _check_gaps(labels: np.ndarray, refuse: Callable[..., None]) -> None:
+    if int(labels[-1]) >= GAPS * len(labels):
         got = f"{len(labels)} different ones up to {labels[-1]}"
         refuse("labels in 0 .. classes - 1", got, "numbers of another list: number the classes from 0 on")
-    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
-        got = f"{arrays['x_train'].shape[1:]} and {arrays['x_test'].shape[1:]}"
-        refuse("training and test examples of one shape", got, "two datasets in one file")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from autorank_jax.types import Adapter, Batch, FederatedData, Task
+from autorank_jax.types import Adapter, Array, Batch, FederatedData, PyTree, Task, Trainable
 
 
 class FlopModel(NamedTuple):
@@ -35,18 +35,17 @@ def training_flops(task: Task, data: FederatedData, *, batch_size: int = 8) -> F
     Raises:
         RuntimeError: where this version of XLA does not count for this device.
     """
-    examples = jax.tree.map(lambda leaf: leaf[:batch_size], (data.inputs, data.targets))
-    count = jax.tree.leaves(examples)[0].shape[0]
-    batch = Batch(examples[0], examples[1], jnp.ones(count))
-    trainable, key = task.server.trainable, jax.random.key(0)
+    count = min(batch_size, jax.tree.leaves(data.inputs)[0].shape[0])
+    trained, frozen = task.server.trainable, task.server.frozen
+    inputs, targets = jax.tree.map(lambda leaf: _rows(leaf, count), (data.inputs, data.targets))
+    batch = Batch(inputs, targets, jnp.ones(count))
+
+    def total(trainable: Trainable, frozen: PyTree, batch: Batch) -> Array:
+        return jnp.sum(task.loss(frozen, trainable, batch, jax.random.key(0)))
 
     def flops(ranks: Mapping[str, int]) -> float:
-        adapters = {
-            path: Adapter(a.lora_a[..., : ranks.get(path, 0)], a.lora_b[..., : ranks.get(path, 0), :])
-            for path, a in trainable.adapters.items()
-        }
-        gradient = jax.grad(lambda t: jnp.sum(task.loss(task.server.frozen, t, batch, key)))
-        cost = jax.jit(gradient).lower(trainable._replace(adapters=adapters)).cost_analysis()
+        adapters = {path: _narrow(a, ranks.get(path, 0)) for path, a in trained.adapters.items()}
+        cost = jax.jit(jax.grad(total)).lower(trained._replace(adapters=adapters), frozen, batch).cost_analysis()
         if not cost or "flops" not in cost:
             raise RuntimeError(
                 f"expected XLA to count the FLOPs of a gradient, got no count on {jax.default_backend()}, probably "
@@ -55,4 +54,14 @@ def training_flops(task: Task, data: FederatedData, *, batch_size: int = 8) -> F
         return float(cost["flops"]) / count
 
     base = flops({})
-    return FlopModel(base, {path: flops({path: 1}) - base for path in sorted(trainable.adapters)})
+    return FlopModel(base, {path: flops({path: 1}) - base for path in sorted(trained.adapters)})
+
+
+def _rows(leaf: Array, count: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype)
+
+
+def _narrow(adapter: Adapter, rank: int) -> Adapter:
+    lora_a, lora_b = adapter
+    shapes = (*lora_a.shape[:-1], rank), (*lora_b.shape[:-2], rank, lora_b.shape[-1])
+    return Adapter(*(jax.ShapeDtypeStruct(s, leaf.dtype) for s, leaf in zip(shapes, adapter, strict=True)))  # type: ignore[arg-type]

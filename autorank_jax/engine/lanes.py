@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from autorank_jax.adapters.lora import cut, narrow, pad_like, rank_level, rank_masks
+from autorank_jax.adapters.lora import cut, max_ranks, narrow, pad_like, rank_level, rank_masks
+from autorank_jax.engine.levels import Widths
 from autorank_jax.engine.optimizers import follow_client
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
 from autorank_jax.federated.participation import Cohort
@@ -31,9 +32,6 @@ from autorank_jax.types import (
     Sums,
     Trainable,
 )
-
-Widths = dict[str, int]
-"""Rank positions of each adapter, by path, while one rank level trains."""
 
 
 class Program(NamedTuple):
@@ -71,6 +69,7 @@ class Level(NamedTuple):
     program: Program
     round: Round  # its plan is cut to the widths
     widths: Widths
+    blank: tuple[Sums, LocalState] = ((), ())  # type: ignore[assignment]  # shapes of a client's summand and training
 
 
 class Assignment(NamedTuple):
@@ -148,23 +147,11 @@ def steps_of_epochs(state: State, data: FederatedData, row: Array, batch_size: i
 def run_queue(program: Program, round_: Round) -> Totals:
     """Train the whole cohort, one loop per rank level, with one totals carried through all of them."""
     levels = [_make_level(program, round_, widths) for widths in program.levels]
-    state, clients, dtype = round_.state, round_.data.size.shape[0], jnp.result_type(float)
-    totals = Totals(
-        sums=(nothing := _no_sums(levels[-1])),
-        lost=_no_loss(nothing),
-        epoch_losses=state.epoch_losses,
-        epochs=state.epochs,
-        clients=state.clients,
-        finite=jnp.ones(clients, bool),
-        loss=jnp.zeros((), dtype),
-        examples=jnp.zeros((), dtype),
-        steps=jnp.zeros((), jnp.int32),
-        lane_steps=jnp.zeros((), jnp.int32),
-    )
+    totals = _no_totals(_whole_level(levels[-1]), round_.state)
     begin = jnp.zeros((), jnp.int32)
     for level, end in zip(levels, round_.queue.ends, strict=True):
         sums = totals.sums
-        blank = _no_sums(level)
+        blank = _zeros(level.blank[0])
         totals = totals._replace(sums=blank, lost=_no_loss(blank))
         totals = run_level(level, (begin, end), totals)
         total = jax.tree.map(jnp.add, sums, pad_like(totals.sums, sums))
@@ -173,9 +160,43 @@ def run_queue(program: Program, round_: Round) -> Totals:
     return totals
 
 
+def no_totals(program: Program, round_: Round) -> Totals:
+    """Return the totals of a cohort of nobody, in the shapes of `run_queue`; no training is traced."""
+    return _no_totals(_make_level(program, round_, max_ranks(round_.state.server)), round_.state)
+
+
+def _no_totals(level: Level, state: State) -> Totals:
+    dtype = jnp.result_type(float)
+    return Totals(
+        sums=(nothing := _zeros(level.blank[0])),
+        lost=_no_loss(nothing),
+        epoch_losses=state.epoch_losses,
+        epochs=state.epochs,
+        clients=state.clients,
+        finite=jnp.ones(state.epochs.shape, bool),
+        loss=jnp.zeros((), dtype),
+        examples=jnp.zeros((), dtype),
+        steps=jnp.zeros((), jnp.int32),
+        lane_steps=jnp.zeros((), jnp.int32),
+    )
+
+
+def _whole_level(level: Level) -> Level:
+    """Return the level of the maximum ranks, in whose shapes rules get their sums: mostly the last one itself."""
+    widest = max_ranks(level.round.state.server)
+    return level if widest == level.widths else _make_level(level.program, level.round, widest)
+
+
 def _make_level(program: Program, round_: Round, widths: Widths) -> Level:
     owners = {path: owners[: widths[path]] for path, owners in round_.plan.owners.items()}
-    return Level(program, round_._replace(plan=round_.plan._replace(owners=owners)), widths)
+    level = Level(program, round_._replace(plan=round_.plan._replace(owners=owners)), widths)
+
+    def one(place: Array) -> tuple[Sums, LocalState]:
+        assignment = look_up(level, place)
+        local = _begin(level, assignment)
+        return finish(level, assignment, local, jnp.array(True))[0], local
+
+    return level._replace(blank=jax.eval_shape(one, jnp.zeros((), jnp.int32)))
 
 
 def run_level(level: Level, bounds: tuple[Array, Array], totals: Totals) -> Totals:
@@ -271,24 +292,13 @@ def _all_finite(tree: PyTree) -> Array:
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], bool))
 
 
-def _no_sums(level: Level) -> Sums:
-    """Return zeros in the shapes of a rule's sums at an adapter width."""
-
-    def one(place: Array) -> Sums:
-        assignment = look_up(level, place)
-        return finish(level, assignment, _begin(level, assignment), jnp.array(True))[0]
-
-    return _zeros(jax.eval_shape(one, jnp.zeros((), jnp.int32)))
-
-
 def _empty_lanes(level: Level, end: Array) -> Lanes:
-    one = jax.eval_shape(lambda place: _begin(level, look_up(level, place)), end)
     lanes, epochs = level.program.lanes, level.round.state.epoch_losses
     return Lanes(
         place=jnp.broadcast_to(end, (lanes,)),
         step=jnp.zeros(lanes, jnp.int32),
         free=jnp.ones(lanes, bool),
-        local=_zeros(one, lanes),
+        local=_zeros(level.blank[1], lanes),
         losses=jnp.zeros((lanes, epochs.shape[1] + 1), epochs.dtype),
     )
 

@@ -79,14 +79,14 @@ def probe(
         epoch_losses=jnp.zeros((clients, epochs), dtype),
         epochs=jnp.zeros(clients, jnp.int32),
     )
-    after, _ = jax.jit(make_round(local, _discard(), lanes=lanes))(key, state, data)
+    after, _ = jax.jit(make_round(local, discard(), lanes=lanes))(key, state, data)
     known = jnp.all(jnp.isfinite(after.epoch_losses), axis=1)
     ran = jnp.where(known, after.epochs, 0)
     _check_finite(np.asarray(ran), np.asarray(data.size))
     return plain._replace(epoch_losses=jnp.where(known[:, None], after.epoch_losses, 0), epochs=ran)
 
 
-def _discard() -> Aggregator:
+def discard() -> Aggregator:
     """Make the rule that lets clients train everything and takes nothing from them."""
     nothing: Callable[..., tuple] = lambda *_: ()  # noqa: E731
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from autorank_jax.adapters.lora import level_widths, max_ranks
+from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.engine.checks import check_local, check_round, check_rule
-from autorank_jax.engine.lanes import Program, Round, Totals, make_queue, run_queue, steps_of_epochs
+from autorank_jax.engine.lanes import Program, Round, Totals, make_queue, no_totals, run_queue, steps_of_epochs
+from autorank_jax.engine.levels import RankLevels, resolve_levels
 from autorank_jax.engine.optimizers import at_round
 from autorank_jax.engine.sharding import add_up, check_mesh, on_mesh, own_clients
 from autorank_jax.federated.faults import Fault, draw_cohort, round_keys
@@ -32,7 +33,7 @@ def make_round(
     aggregator: Aggregator,
     *,
     lanes: int = 1,
-    rank_levels: int = 1,
+    rank_levels: RankLevels = "auto",
     participation: Participation = everyone,
     faults: Sequence[Fault] = (),
     weigh: Callable[[FederatedData], Array] = by_examples,
@@ -45,7 +46,9 @@ def make_round(
         aggregator: the rule.
         lanes: clients trained side by side on each device; few suit a CPU, many a GPU. Results depend on it by
             rounding only.
-        rank_levels: widths at which adapters are trained, `⌈R·q/levels⌉`. Each adds compile time; cost follows rank.
+        rank_levels: adapter widths that are compiled, and at which clients train: how many, `⌈R·q/levels⌉`; or the
+            widths by path, ascending, as `choose_levels` finds them (a client beyond the last is absent); "auto" is
+            one level of the maximum ranks. Each adds compile time; cost follows rank; results depend by rounding.
         participation: chooses the cohort.
         faults: what becomes of it, from `faults`.
         weigh: weight of each client in the aggregate, `(clients,)`; a client whose weight is not positive and finite
@@ -60,12 +63,12 @@ def make_round(
     Raises:
         TypeError: for what is no local training or no rule, such as one that was not called.
         ValueError: if lanes or levels are below 1, or the mesh has other axes than `clients`; when traced, for a state
-            of other clients than the data's, or of another rule.
+            of other clients than the data's, or of another rule, and for widths that do not fit the model.
     """
     if mesh is not None:
         check_mesh(mesh)
     for name, value in (("lanes", lanes), ("rank_levels", rank_levels)):
-        if value < 1:
+        if isinstance(value, int) and value < 1:
             raise ValueError(f"expected {name} >= 1, got {value}")
     check_local(local)
     check_rule(aggregator)
@@ -74,22 +77,34 @@ def make_round(
         check_round(key, state, data, aggregator)
         hparams, state = state.hparams, state._replace(hparams=at_round(state.hparams, state.round))
         _, training, server_step, _ = round_keys(key, state.round)
-        program = Program(local, aggregator, lanes, level_widths(max_ranks(state.server.trainable), rank_levels))
+        program = Program(local, aggregator, lanes, resolve_levels(widest := max_ranks(state.server), rank_levels))
         invited, cohort = draw_cohort(key, state.round, data, participation, faults)
         weights = weigh(data)
         if weights.shape != data.size.shape:
             raise ValueError(f"expected one weight of every client, {data.size.shape}, got shape {weights.shape}")
         weights = jnp.where((data.size > 0) & (weights > 0) & jnp.isfinite(weights), weights, 0)
+        if program.levels[-1] != widest:
+            fits = [state.ranks[path] <= width for path, width in program.levels[-1].items()]
+            weights = jnp.where(jnp.all(jnp.stack(fits), axis=0), weights, 0)
         weight = jnp.where(cohort.present, weights[cohort.row], 0)
+        maps = aggregator.prepare(server_step, state.aggregator, state.server)
 
-        def train(weight: Array) -> Totals:
+        def prepare(weight: Array) -> tuple[Round, Array]:
             mine = jnp.array(True) if mesh is None else own_clients(program, state, data, cohort, weight)
             queue = make_queue(training, state, data, cohort, jnp.where(mine, weight, 0), program=program)
-            plan = make_plan(state, cohort, weight, jnp.sum(weights))
-            totals = run_queue(program, Round(state, data, queue, plan))
+            plan = make_plan(state, cohort, weight, jnp.sum(weights))._replace(prepared=maps)
+            return Round(state, data, queue, plan), mine
+
+        def train(weight: Array) -> Totals:
+            prepared, mine = prepare(weight)
+            totals = run_queue(program, prepared)
             return totals if mesh is None else add_up(totals, state, cohort.row, mine)
 
-        totals = _train_exactly(train, cohort, weight) if aggregator.exact_plan else train(weight)
+        if aggregator.exact_plan:
+            blank = jax.eval_shape(lambda weight: no_totals(program, prepare(weight)[0]), weight)
+            totals = _train_exactly(train, cohort, weight, blank)
+        else:
+            totals = train(weight)
         server, memory = aggregator.update(server_step, totals.sums, state.aggregator, state.server)
         diagnostics = aggregator.report(totals.sums, state.server, server)
         state = state._replace(
@@ -117,9 +132,9 @@ def make_plan(state: State, cohort: Cohort, weight: Array, total: Array) -> Plan
     return Plan(owners, jnp.sum(weight), total)
 
 
-def _train_exactly(train: Callable[[Array], Totals], cohort: Cohort, weight: Array) -> Totals:
+def _train_exactly(train: Callable[[Array], Totals], cohort: Cohort, weight: Array, shapes: Totals) -> Totals:
     """Train again without the clients that turned out non-finite, until the plan was right (one program)."""
-    blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(train, weight))
+    blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     carry = (weight, blank, jnp.ones(blank.finite.shape, bool), jnp.array(True))
 
     def again(carry: tuple[Array, Totals, Array, Array]) -> tuple[Array, Totals, Array, Array]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from autorank_jax.adapters.lora import cut, level_widths, max_ranks, rank_level, rank_masks
@@ -60,16 +61,31 @@ def make_evaluate(
         `state -> {name: mean}`.
 
     Raises:
-        ValueError: if inputs and targets differ in length or are empty.
+        ValueError: if inputs and targets differ in length or are empty; where labels outnumber the model's outputs.
     """
     inputs, targets = jax.tree.map(jnp.asarray, (inputs, targets))
     examples = _length(inputs, targets)
 
     def evaluate(state: State) -> dict[str, Array]:
+        if metrics is classification_metrics:
+            _check_classes(_predictor(task, state.server), inputs, targets)
         values = _by_batch(_predictor(task, state.server), (inputs, targets), metrics, batch_size)
         return {name: jnp.sum(value) / examples for name, value in values.items()}
 
     return evaluate
+
+
+def _check_classes(predict: Callable[[PyTree], Array], inputs: PyTree, labels: Array) -> None:
+    """Raise `ValueError` for a label without an output of its own: no rule of indexing makes a number of it."""
+    logits = jax.eval_shape(predict, jax.tree.map(lambda leaf: leaf[:1], inputs)).shape
+    if isinstance(labels, jax.core.Tracer) or len(logits) != 2 or labels.ndim != 1:
+        return
+    largest = int(np.asarray(labels).max())
+    if largest >= logits[1]:
+        raise ValueError(
+            f"expected a model of at least {largest + 1} outputs for labels up to {largest}, got {logits[1]}, probably "
+            "one for fewer classes, or labels counted from 1"
+        )
 
 
 def _length(inputs: PyTree, targets: PyTree) -> int:

@@ -9,13 +9,24 @@ import functools
 from typing import Any
 
 _LEAST_NOISE = 0.2
-"""Below it a privacy loss distribution needs much memory to tell that hardly anything is protected."""
+_LARGEST = 30.0
+"""A privacy loss distribution of a larger ε needs much time and memory to tell that hardly anything is protected."""
+
+_ORDERS = tuple(range(2, 256))
+"""Of the Rényi divergences that bracket the noise."""
 
 
+@functools.lru_cache(maxsize=4096)
 def spent_epsilon(
-    noise_multiplier: float, rounds: int, delta: float, *, rate: float, clients: int | None = None
+    noise_multiplier: float,
+    rounds: int,
+    delta: float,
+    *,
+    rate: float,
+    clients: int | None = None,
+    release: float | None = None,
 ) -> float:
-    """Return ε after some rounds; an upper bound where the noise multiplier is below 0.2.
+    """Return ε after some rounds; a looser upper bound, by Rényi divergences, where it is above 30.
 
     Args:
         noise_multiplier: σ of the noise over the clipping norm; ε is infinite where it is 0.
@@ -23,24 +34,36 @@ def spent_epsilon(
         delta: probability δ that ε does not hold, above 0 and below 1; less than 1 / clients to mean anything.
         rate: probability of each client to take part, independently; with `clients` the share that does.
         clients: all clients, where cohorts of a fixed size are drawn without replacement; None for independent draws.
+        release: noise multiplier of what every client released once beside the rounds, such as `private_counts`.
 
     Raises:
         ImportError: without `dp-accounting`.
         ValueError: for numbers out of range.
     """
     _check(rounds, delta, rate)
-    if not noise_multiplier >= 0:
-        raise ValueError(f"noise_multiplier: expected a number of at least 0, got {noise_multiplier}")
-    if rounds == 0:
-        return 0.0
-    if noise_multiplier == 0:
+    for name, noise in (("noise_multiplier", noise_multiplier), ("release", 1.0 if release is None else release)):
+        if not noise >= 0:
+            raise ValueError(f"{name}: expected a number of at least 0, got {noise}")
+    if (rounds and noise_multiplier == 0) or release == 0:
         return float("inf")
-    accountant = _accountant(clients, precise=noise_multiplier >= _LEAST_NOISE)
-    accountant.compose(_event(noise_multiplier, rounds, rate, clients))
-    return float(accountant.get_epsilon(delta))
+    if not rounds and release is None:
+        return 0.0
+    events = [] if release is None else [_gaussian(release, clients)]
+    if rounds:
+        events.append(_library().SelfComposedDpEvent(_round(noise_multiplier, rate, clients), rounds))
+    bound = _epsilon(_renyi(clients), events, delta)
+    return bound if clients is not None or bound > _LARGEST else _epsilon(_library().pld.PLDAccountant(), events, delta)
 
 
-def calibrated_noise(epsilon: float, rounds: int, delta: float, *, rate: float, clients: int | None = None) -> float:
+def calibrated_noise(
+    epsilon: float,
+    rounds: int,
+    delta: float,
+    *,
+    rate: float,
+    clients: int | None = None,
+    release: float | None = None,
+) -> float:
     """Return the smallest noise multiplier of at least 0.2, to within 0.001, with which the rounds spend at most ε.
 
     Args:
@@ -49,6 +72,7 @@ def calibrated_noise(epsilon: float, rounds: int, delta: float, *, rate: float, 
         delta: as in `spent_epsilon`.
         rate: likewise.
         clients: likewise.
+        release: likewise.
 
     Raises:
         ImportError: without `dp-accounting`.
@@ -58,23 +82,43 @@ def calibrated_noise(epsilon: float, rounds: int, delta: float, *, rate: float, 
     if not 0 < epsilon < float("inf") or rounds < 1:
         raise ValueError(f"expected a finite epsilon above 0 and at least one round, got {epsilon} and {rounds}")
     library = _library()
-    if spent_epsilon(_LEAST_NOISE, rounds, delta, rate=rate, clients=clients) <= epsilon:
+
+    def event(noise: float) -> Any:
+        once = [] if release is None else [_gaussian(release, clients)]
+        return library.ComposedDpEvent([*once, library.SelfComposedDpEvent(_round(noise, rate, clients), rounds)])
+
+    def search(make: Any, bracket: Any) -> float:
+        return float(library.calibrate_dp_mechanism(make, event, epsilon, delta, bracket, tol=1e-3))
+
+    if _epsilon(_renyi(clients), [event(_LEAST_NOISE)], delta) <= epsilon:
         return _LEAST_NOISE
     try:
-        return float(
-            library.calibrate_dp_mechanism(
-                lambda: _accountant(clients),
-                lambda noise: _event(noise, rounds, rate, clients),
-                epsilon,
-                delta,
-                library.LowerEndpointAndGuess(_LEAST_NOISE, 1.0),
-                tol=1e-3,
-            )
+        bound = search(lambda: _renyi(clients), library.LowerEndpointAndGuess(_LEAST_NOISE, 1.0))
+        if clients is not None or epsilon > _LARGEST:
+            return bound
+        return search(
+            library.pld.PLDAccountant, library.ExplicitBracketInterval(max(_LEAST_NOISE, 0.7 * bound), bound + 0.01)
         )
     except library.mechanism_calibration.NoBracketIntervalFoundError:
         raise ValueError(
             f"epsilon: expected a budget that noise can keep, got {epsilon} for {rounds} rounds: too small"
         ) from None
+
+
+def calibrated_release(epsilon: float, delta: float, *, clients: int | None = None) -> float:
+    """Return the noise multiplier with which what is released once spends at most ε: that of the rounds `clients=`.
+
+    Args:
+        epsilon: ε > 0, finite.
+        delta: as in `spent_epsilon`.
+        clients: likewise.
+
+    Raises:
+        ImportError: without `dp-accounting`.
+        ValueError: for numbers out of range, or a budget so small that no noise keeps it.
+    """
+    once = calibrated_noise(epsilon, 1, delta, rate=1.0)
+    return once if clients is None else 2 * once  # one client's data in place of another's
 
 
 def _check(rounds: int, delta: float, rate: float) -> None:
@@ -95,19 +139,25 @@ def _library() -> Any:
     return dp_accounting
 
 
-def _accountant(clients: int | None, *, precise: bool = True) -> Any:
-    library = _library()
-    if clients is not None:
-        return library.rdp.RdpAccountant(neighboring_relation=library.NeighboringRelation.REPLACE_ONE)
-    return library.pld.PLDAccountant() if precise else library.rdp.RdpAccountant()
+def _epsilon(accountant: Any, events: list[Any], delta: float) -> float:
+    accountant.compose(_library().ComposedDpEvent(events))
+    return float(accountant.get_epsilon(delta))
 
 
-def _event(noise_multiplier: float, rounds: int, rate: float, clients: int | None) -> Any:
+def _renyi(clients: int | None) -> Any:
     library = _library()
-    # one client in place of another moves the clipped sum by twice the norm
-    gaussian = library.GaussianDpEvent(noise_multiplier if clients is None else noise_multiplier / 2)
     if clients is None:
-        one = library.PoissonSampledDpEvent(rate, gaussian)
-    else:
-        one = library.SampledWithoutReplacementDpEvent(clients, max(1, round(rate * clients)), gaussian)
-    return library.SelfComposedDpEvent(one, rounds)
+        return library.rdp.RdpAccountant(_ORDERS)
+    return library.rdp.RdpAccountant(_ORDERS, neighboring_relation=library.NeighboringRelation.REPLACE_ONE)
+
+
+def _gaussian(noise_multiplier: float, clients: int | None) -> Any:
+    # one client in place of another moves a clipped sum by twice the norm
+    return _library().GaussianDpEvent(noise_multiplier if clients is None else noise_multiplier / 2)
+
+
+def _round(noise_multiplier: float, rate: float, clients: int | None) -> Any:
+    library, gaussian = _library(), _gaussian(noise_multiplier, clients)
+    if clients is None:
+        return library.PoissonSampledDpEvent(rate, gaussian)
+    return library.SampledWithoutReplacementDpEvent(clients, max(1, round(rate * clients)), gaussian)

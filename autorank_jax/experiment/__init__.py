@@ -25,7 +25,7 @@ print(summarize(results)["policies"]["autorank"]["final_accuracy"]["mean"] > 0.1
 
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
-from autorank_jax.experiment.events import Compiled, Event, Finished, Resumed, RoundDone, Scored, Started
+from autorank_jax.experiment.events import Compiled, Event, Finished, Resumed, RoundDone, Scored, Started, Stopped
 from autorank_jax.experiment.position import DivergedError, RoundEnd
 from autorank_jax.experiment.results import Results, Row, Run, Scores, summarize
 from autorank_jax.experiment.run import run_experiment
@@ -47,6 +47,7 @@ __all__ = [
     "Scored",
     "Scores",
     "Started",
+    "Stopped",
     "experiment_from",
     "run_experiment",
     "summarize",

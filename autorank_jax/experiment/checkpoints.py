@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 
 from autorank_jax.checkpoint import read_about, restore_state, save_state, saved_steps, step_folder
 from autorank_jax.datasets import Dataset
-from autorank_jax.experiment.config import Experiment, make_aggregator
+from autorank_jax.experiment.config import ConfigurationError, Experiment, make_aggregator
 from autorank_jax.experiment.position import Position, Record
 from autorank_jax.experiment.results import Row
 from autorank_jax.experiment.setup import Federation, start_state
@@ -42,7 +43,12 @@ def make_save(
         if not (due or last_chance):
             return
         records = [r._asdict() | {"rows": [row._asdict() for row in r.rows]} for r in position.records]
-        extra = {"records": records, "seconds": dict(position.seconds), "about": dict(machine)}
+        extra = {
+            "records": records,
+            "seconds": dict(position.seconds),
+            "levels": list(position.levels),
+            "about": dict(machine),
+        }
         arrays = {"state": position.state, "probes": position.probes}
         save_state(checkpoints.folder, arrays, step=position.rounds, config=config, extra=extra, keep=checkpoints.keep)
 
@@ -58,14 +64,21 @@ def restore_position(
 ) -> tuple[Position, tuple[str, ...]]:
     """Return where an experiment stood at its latest checkpoint, and what differs in device and versions since.
 
+    More rounds may be asked for than before, where the result is that of asking for all of them at once.
+
     Raises:
+        ConfigurationError: for another number of rounds where the result would be another.
         CheckpointError: for checkpoints of another experiment, damaged ones, or those of a newer version.
     """
     if checkpoints is None or not saved_steps(checkpoints.folder):
         return Position(), ()
     config = full_configuration(experiment, dataset)
+    about = read_about(checkpoints.folder)
+    records = tuple(Record(**r | {"rows": tuple(Row(**row) for row in r["rows"])}) for r in about.extra["records"])
+    if about.config == json.loads(json.dumps(config | {"rounds": about.config.get("rounds")})):
+        config["rounds"] = about.config["rounds"]
+        records = _with_rounds(records, experiment, config["rounds"])
     extra = read_about(checkpoints.folder, config=config).extra
-    records = tuple(Record(**r | {"rows": tuple(Row(**row) for row in r["rows"])}) for r in extra["records"])
     federation = next(f for f in federations if f.seed == records[-1].seed)
     rule = make_aggregator(records[-1].aggregator, experiment)
     state = start_state(experiment, federation, rule)
@@ -74,15 +87,43 @@ def restore_position(
     restored = restore_state(checkpoints.folder, like, config=config).state
     then, now = _flat(extra["about"]), _flat(machine)
     differences = tuple(f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name])
-    return Position(records, restored["state"], restored["probes"], extra["seconds"]), differences
+    levels = tuple(extra.get("levels", ()))
+    return Position(records, restored["state"], restored["probes"], extra["seconds"], levels), differences
 
 
-def last_good(checkpoints: Checkpoints | None) -> str:
-    """Say which checkpoint is there to go on from."""
+def _with_rounds(records: tuple[Record, ...], experiment: Experiment, before: int) -> tuple[Record, ...]:
+    """Return the records of an experiment whose number of rounds is another than before.
+
+    Of runs that are over, the state is there of the last only. Nothing that happens in a round depends on how many
+    there are, but that the last is always evaluated.
+
+    Raises:
+        ConfigurationError: saying what makes that another result.
+    """
+    rounds, last = experiment.rounds, records[-1]
+    if rounds == before:
+        return records
+    problem = ""
+    if len(records) > 1:
+        first = f"{records[0].policy} with {records[0].aggregator}, seed {records[0].seed}"
+        problem = f"{before} as before, as the state of {first} is not kept: only one policy, rule and seed can go on"
+    elif rounds <= last.round:
+        problem = f"more than the {last.round} that are done"
+    elif last.round == before and before % experiment.eval_every:
+        problem = f"{before} as before, which is tested as the last, and would not be with --eval-every"
+    if problem:
+        raise ConfigurationError([f"rounds: expected {problem}, got {rounds}"])
+    return (last._replace(over=last.over and last.round < before, clients={}),)
+
+
+def last_good(checkpoints: Checkpoints | None, record: Record) -> str:
+    """Say which checkpoint of a run is there to go on from."""
     steps = saved_steps(checkpoints.folder) if checkpoints else []
-    if not checkpoints or not steps:
-        return "no checkpoint was saved"
-    return f"the last good checkpoint is {step_folder(checkpoints.folder, steps[-1])}"
+    if checkpoints and steps:
+        held = read_about(checkpoints.folder).extra["records"][-1]
+        if (held["policy"], held["aggregator"], held["seed"]) == (record.policy, record.aggregator, record.seed):
+            return f"the last good checkpoint is {step_folder(checkpoints.folder, steps[-1])}"
+    return "no checkpoint of it was saved"
 
 
 def full_configuration(experiment: Experiment, dataset: Dataset) -> dict[str, Any]:

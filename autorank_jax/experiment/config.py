@@ -1,6 +1,5 @@
 """What an experiment is: all its options in one frozen dataclass, checked at once."""
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,8 +8,10 @@ from typing import Any, Literal
 import optax
 
 from autorank_jax import aggregators, datasets
+from autorank_jax.experiment import privacy
+from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, outside, unknown
 from autorank_jax.federated import partition
-from autorank_jax.ranks.criteria import CRITERIA
+from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
 from autorank_jax.types import Aggregator
 
 AGGREGATORS: Mapping[str, Callable[..., Aggregator]] = aggregators.RULES
@@ -46,15 +47,6 @@ SCORED = ("autorank", "covered", "uniform", "uniform_bytes", "by_size_bytes", "s
 """Policies that need AutoRank's scores, if only for their mean."""
 
 
-class ConfigurationError(ValueError):
-    """Options that make no experiment: one line per mistake, all of them."""
-
-    def __init__(self, problems: Iterable[str]) -> None:
-        """Keep the lines in `problems`."""
-        self.problems = tuple(problems)
-        super().__init__("\n".join(self.problems))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """All options of a run. The defaults are the main job.
@@ -70,35 +62,42 @@ class Experiment:
         hidden: widths of the hidden layers or channels of the convolutions; default 200,200 for mlp, 16,32 for cnn,
             32,32,64,64,128,128 for deep_cnn
         max_ranks: maximum rank of every layer, one number for all or one each; default 160,160,100 for the default mlp
-        rank_policies: what gives the clients their ranks, each tried in turn; the top of this help explains them
+        rank_policies: what gives the clients their ranks, each tried in turn; the end of this help explains them
         ratios: rank ratio of every client, for the policy 'manual'
         min_ratio: smallest rank ratio, of the least complex client
         criteria: columns of the decision matrix: size, classes, label_entropy, gini_simpson, loss_entropy
         probe_epochs: epochs of the probe behind the criterion loss_entropy
         rerank_every: rounds after which ranks are set anew, 0 = set once
-        aggregators: aggregation rules, each tried in turn, rbla for the paper's own; the top of this help explains them
+        aggregators: aggregation rules, each tried in turn, rbla for the paper's own; the end of this help explains them
         rounds: rounds of federated training
         local_epochs: passes over its data that a client makes each round
         batch_size: examples per local step
-        optimizer: of the clients: sgd, adam, adamw
-        learning_rate: of the clients
-        momentum: of sgd
+        optimizer: what the clients train with: sgd, adam, adamw
+        learning_rate: of the clients' optimizer
+        momentum: of the optimizer sgd
         participation: share of the clients that take part in a round
-        sampling: how these are chosen: uniform, by_size (larger clients more often), independent (cohorts vary in size)
+        sampling: how those that take part are chosen: uniform, by_size (larger clients more often), independent
+            (cohorts vary in size)
         drop_out: share of the participants that drop out of each round and send nothing
         stragglers: share of the participants that only get straggler-steps done in each round
         straggler_steps: local steps of a straggler
         clip_norm: largest norm of what a client sends, longer updates are shrunk; 0 = any
+        dp_epsilon: budget ε of the clients' differential privacy for all rounds together; 0 = no privacy
+        dp_delta: its δ, less than 1 / clients
+        dp_clip: largest norm of what a private client adds to the sums
+        dp_noise: noise of the sums as a multiple of dp-clip, a run whose ε is used up stops; 0 = the least that lasts
+        dp_ranks: public, or private: from label counts that are released with noise at a tenth of ε
+        dp_count_clip: largest norm of a client's label counts, for private ranks
         server_learning_rate: step of the server towards the clients' mean; 1 = all the way
-        server_momentum: of that step
+        server_momentum: of the server's step
         seeds: how many seeds to run
-        first_seed: the first of them
+        first_seed: the first of the seeds
         eval_every: rounds between evaluations on the test set; the last round always is
         targets: accuracies whose first round is reported
         validation: share of the training examples that takes the place of the test set, for choosing options without it
         personal: measure every client's own accuracy after the last round, before and after local training
         lanes: clients trained side by side, or auto
-        rank_levels: adapter widths that are compiled; more of them save work and cost compile time
+        rank_levels: adapter widths that are compiled, or auto: as many as save more seconds than they cost
     """
 
     dataset: str = "fashion_mnist_mini"
@@ -129,6 +128,12 @@ class Experiment:
     stragglers: float = 0.0
     straggler_steps: int = 1
     clip_norm: float = 0.0
+    dp_epsilon: float = 0.0
+    dp_delta: float = 1e-5
+    dp_clip: float = 0.3
+    dp_noise: float = 0.0
+    dp_ranks: str = "public"
+    dp_count_clip: float = 500.0
     server_learning_rate: float = 1.0
     server_momentum: float = 0.0
     seeds: int = 1
@@ -138,7 +143,7 @@ class Experiment:
     validation: float = 0.0
     personal: bool = False
     lanes: int | Literal["auto"] = "auto"
-    rank_levels: int = 4
+    rank_levels: int | Literal["auto"] = "auto"
 
     def validate(self) -> None:
         """Check every option.
@@ -158,7 +163,7 @@ class Experiment:
     @property
     def probed(self) -> bool:
         """Whether a probe must be run."""
-        return "loss_entropy" in self.criteria and self.scored
+        return self.scored and not NEEDS_LOSSES.isdisjoint(self.criteria)
 
     @property
     def cohort(self) -> int:
@@ -169,6 +174,16 @@ class Experiment:
     def eventful(self) -> bool:
         """Whether some rounds do without some of the clients, or of their steps."""
         return self.cohort < self.clients or self.sampling == "independent" or self.drop_out > 0 or self.stragglers > 0
+
+    @property
+    def privacy(self) -> privacy.Privacy | None:
+        """The clients' differential privacy, None where there is none."""
+        if not self.dp_epsilon:
+            return None
+        fixed = self.cohort < self.clients and self.sampling != "independent"
+        rate = self.cohort / self.clients if fixed or self.sampling != "independent" else self.participation
+        budget = self.dp_epsilon, self.dp_delta, self.dp_noise, self.dp_ranks
+        return privacy.make_privacy(*budget, rounds=self.rounds, rate=rate, clients=self.clients if fixed else None)
 
     @property
     def all_seeds(self) -> range:
@@ -182,6 +197,10 @@ def make_aggregator(name: str, experiment: Experiment | None = None) -> Aggregat
     if e.server_learning_rate != 1 or e.server_momentum:
         step = optax.sgd(e.server_learning_rate, momentum=e.server_momentum or None)
         rule = aggregators.with_server_optimizer(rule, step)
+    if e.privacy:
+        rule = aggregators.with_differential_privacy(
+            rule, clip=e.dp_clip, noise_multiplier=e.privacy.noise, denominator=e.privacy.rate * e.clients
+        )
     return aggregators.with_norm_clipping(rule, e.clip_norm) if e.clip_norm else rule
 
 
@@ -205,14 +224,17 @@ def experiment_from(config: Any) -> Experiment:
                 problems.append(f"{name.replace('_', '-')}: expected a list of {_words(kind)}, got {value!r}")
                 continue
             value = tuple(float(item) if "float" in str(field.type) else item for item in value)
-        elif isinstance(default, str) and name != "lanes" and not isinstance(value, str):
+        elif isinstance(default, str) and name not in ("lanes", "rank_levels") and not isinstance(value, str):
             problems.append(f"{name.replace('_', '-')}: expected a name, got {value!r}")
             continue
         elif isinstance(default, bool) and not isinstance(value, bool):
             problems.append(f"{name.replace('_', '-')}: expected true or false, got {value!r}")
             continue
+        elif isinstance(default, (int, float)) and not isinstance(value, (int, float)):
+            problems.append(f"{name.replace('_', '-')}: expected a number, got {value!r}")
+            continue
         elif isinstance(default, float) and type(value) is int:
-            value = float(value)
+            value = float(value) if abs(value) < 1e300 else math.inf
         values[name] = value
     if problems:
         raise ConfigurationError(problems)
@@ -237,6 +259,7 @@ def _name_problems(e: Experiment) -> Iterable[str]:
     yield from unknown("model", [e.model], MODELS)
     yield from unknown("optimizer", [e.optimizer], OPTIMIZERS)
     yield from unknown("sampling", [e.sampling], SAMPLINGS)
+    yield from unknown("dp-ranks", [e.dp_ranks], privacy.RANKS)
     for option, words, allowed in (
         ("rank-policies", e.rank_policies, POLICIES),
         ("criteria", e.criteria, CRITERIA),
@@ -249,30 +272,22 @@ def _name_problems(e: Experiment) -> Iterable[str]:
             yield f"{option}: expected every name once, got {','.join(words)}"
 
 
-def unknown(option: str, words: Iterable[str], allowed: Iterable[str]) -> Iterable[str]:
-    """Yield a line for every word that is not allowed, with what comes close."""
-    names = list(allowed)
-    for word in words:
-        if word not in names:
-            close = difflib.get_close_matches(word, names, n=1)
-            hint = f", probably {close[0]!r}" if close else ""
-            yield f"{option}: expected one of {', '.join(names)}, got {word!r}{hint}"
-
-
 def _number_problems(e: Experiment) -> Iterable[str]:
     """Check the options that are numbers."""
-    for option in ("clients", "classes_per_client", "rounds", "local_epochs", "probe_epochs", "batch_size", "seeds"):
+    for option in ("clients", "classes_per_client", "rounds", "batch_size", "eval_every", "straggler_steps"):
         yield from outside(option, getattr(e, option), 1, whole=True)
-    for option in ("eval_every", "rank_levels", "straggler_steps"):
-        yield from outside(option, getattr(e, option), 1, whole=True)
+    for option, most in (("local_epochs", 10_000), ("probe_epochs", 10_000), ("seeds", 1000)):
+        yield from outside(option, getattr(e, option), 1, most, whole=True)
     for option in ("rerank_every", "first_seed"):
         yield from outside(option, getattr(e, option), 0, whole=True)
-    for option in ("alpha", "learning_rate", "server_learning_rate"):
+    for option in ("alpha", "learning_rate", "server_learning_rate", "dp_delta", "dp_clip", "dp_count_clip"):
         yield from outside(option, getattr(e, option), 0, open_start=True)
-    for option in ("sigma", "clip_norm"):
+    for option in ("sigma", "clip_norm", "dp_epsilon", "dp_noise"):
         yield from outside(option, getattr(e, option), 0)
-    for option in ("drop_out", "stragglers"):
-        yield from outside(option, getattr(e, option), 0, 1, cause="a percentage")
+    for option in ("learning_rate", "server_learning_rate", "clip_norm"):
+        yield from not_in_float32(option, getattr(e, option))
+    yield from outside("drop_out", e.drop_out, 0, 1, open_end=True, cause="a percentage")
+    yield from outside("stragglers", e.stragglers, 0, 1, cause="a percentage")
     yield from outside("momentum", e.momentum, 0, 1, cause="a percentage")
     yield from outside("server_momentum", e.server_momentum, 0, 1, cause="a percentage")
     yield from outside("validation", e.validation, 0, 0.5, cause="a percentage")
@@ -284,32 +299,8 @@ def _number_problems(e: Experiment) -> Iterable[str]:
     for option, cause in (("ratios", "a rank or a percentage"), ("targets", "a percentage")):
         for value in getattr(e, option):
             yield from outside(option, value, 0, 1, open_start=True, cause=cause)
-    if e.lanes != "auto":
-        yield from outside("lanes", e.lanes, 1, whole=True)
-
-
-def outside(
-    option: str,
-    value: Any,
-    low: float,
-    high: float = math.inf,
-    *,
-    whole: bool = False,
-    open_start: bool = False,
-    cause: str = "",
-) -> Iterable[str]:
-    """Yield a line if a number is not in its range or not whole."""
-    kind = "a whole number" if whole else "a number"
-    right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    above = right_type and (value > low if open_start else value >= low)
-    if right_type and above and value <= high and value < math.inf:
-        return
-    bounds = f"above {low}" if open_start else f"of at least {low}"
-    bounds += "" if high == math.inf else f" and at most {high}"
-    probably = f", probably {cause}" if cause and right_type and value > high else ""
-    if probably and cause == "a percentage" and value <= 100 * high:
-        probably += f": {value / 100:g}"
-    yield f"{option.replace('_', '-')}: expected {kind} {bounds}, got {value!r}{probably}"
+    for option in (name for name in ("lanes", "rank_levels") if getattr(e, name) != "auto"):
+        yield from outside(option, getattr(e, option), 1, whole=True)
 
 
 def _joint_problems(e: Experiment) -> Iterable[str]:
@@ -333,6 +324,42 @@ def _joint_problems(e: Experiment) -> Iterable[str]:
                 "clients, so that their own accuracy is the only measure"
             )
     yield from _idle_problems(e)
+    if e.dp_epsilon:
+        problems = list(_privacy_problems(e))
+        yield from problems if problems or e.dp_ranks not in privacy.RANKS else _budget_problems(e)
+
+
+def _privacy_problems(e: Experiment) -> Iterable[str]:
+    """Check what cannot be private."""
+    for rule in e.aggregators:
+        if rule in AGGREGATORS and rule not in privacy.RULES:
+            yield (
+                f"aggregators: expected with --dp-epsilon out of {', '.join(privacy.RULES)}, got {rule}: what one "
+                "client changes in its sums has no bound"
+            )
+    for option, wrong in (("clip_norm", e.clip_norm), ("rerank_every", e.rerank_every)):
+        if wrong:
+            yield f"{option.replace('_', '-')}: expected it without --dp-epsilon, got both"
+    if e.sampling == "by_size" and e.participation < 1:
+        yield "sampling: expected uniform or independent with --dp-epsilon, got by_size, of which ε is not known"
+    if e.dp_ranks == "private" and e.probed:
+        yield (
+            "criteria: expected them without loss_entropy where ranks are private, got it: a probe would cost a "
+            "budget of its own; use --criteria size,classes,label_entropy,gini_simpson"
+        )
+    if e.dp_delta * e.clients >= 1:
+        yield f"dp-delta: expected less than 1 / {e.clients} clients, got {e.dp_delta:g}, which promises nothing"
+
+
+def _budget_problems(e: Experiment) -> Iterable[str]:
+    """Check whether some noise keeps the budget."""
+    try:
+        once = e.privacy.spent(1) if e.privacy else 0
+    except (ImportError, ValueError) as error:
+        yield f"dp-epsilon: {error}"
+    else:
+        if once > e.dp_epsilon:
+            yield f"dp-noise: expected noise with which one round keeps ε = {e.dp_epsilon:g}, got {e.dp_noise:g}"
 
 
 def _idle_problems(e: Experiment) -> Iterable[str]:
@@ -347,6 +374,10 @@ def _idle_problems(e: Experiment) -> Iterable[str]:
                 f"{option.replace('_', '-')}: expected only with the split {' or '.join(users)}, got "
                 f"{getattr(e, option)} with {e.split}, probably a forgotten --split"
             )
+    for option in sorted(name for name in changed if name.startswith("dp_") and not e.dp_epsilon):
+        yield f"{option.replace('_', '-')}: expected only with --dp-epsilon, got it without, probably forgotten"
+    if "dp_count_clip" in changed and e.dp_ranks == "public":
+        yield "dp-count-clip: expected only with --dp-ranks private, got it without, probably forgotten"
     if "straggler_steps" in changed and e.stragglers == 0:
         yield f"straggler-steps: expected only with --stragglers, got {e.straggler_steps} without, probably forgotten"
     if "sampling" in changed and e.sampling in SAMPLINGS and e.participation == 1:

@@ -3,7 +3,22 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from autorank_jax.experiment.results import Row, Run, Scores
+from autorank_jax.engine import LevelChoice
+from autorank_jax.experiment.results import Results, Row, Run, Scores
+
+
+class Stage(NamedTuple):
+    """Event: a part of the preparations begins."""
+
+    name: str
+    number: int = 1
+    total: int = 1  # of its kind
+
+
+class Leveled(NamedTuple):
+    """Event: rank levels are chosen by what they save and cost."""
+
+    choice: LevelChoice
 
 
 class Compiled(NamedTuple):
@@ -48,5 +63,11 @@ class Finished(NamedTuple):
     run: Run
 
 
-Event = Compiled | Scored | Resumed | Started | RoundDone | Finished
+class Stopped(NamedTuple):
+    """Event: the experiment ends before its time, by what is raised next."""
+
+    results: Results  # so far, whole rounds
+
+
+Event = Stage | Leveled | Compiled | Scored | Resumed | Started | RoundDone | Finished | Stopped
 OnEvent = Callable[[Event], None]

@@ -112,6 +112,8 @@ def _first_of_each(count: int) -> list[jax.Device]:
     for device in jax.devices():
         chosen.setdefault(device.process_index, []).append(device)
     fewest = min(map(len, chosen.values()))
+    if jax.default_backend() == "cpu" and _FORCED not in os.environ.get("XLA_FLAGS", ""):
+        fewest = min(fewest, _cores())  # of virtual devices there are as many as were asked for
     if count > fewest:
         raise ConfigurationError([f"devices: expected at most the {fewest} that there are, got {count}"])
     return [device for devices in chosen.values() for device in devices[: count or None]]

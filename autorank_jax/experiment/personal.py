@@ -24,6 +24,10 @@ the accuracies, which then speak for the others alone.
 """
 
 
+SERVER_WIDTHS = 4
+"""At how many ranks the server is tested where rank levels are chosen by what they save."""
+
+
 def split_test_set(label_counts: ArrayLike, labels: ArrayLike) -> list[np.ndarray]:
     """Share test examples out over the clients, each class in proportion to their training examples of it.
 
@@ -61,7 +65,7 @@ def make_measure(experiment: Experiment, name: str, federation: Federation, data
         federation: of any seed, for the model.
         dataset: whose test examples are shared out.
     """
-    rule, task, levels = make_aggregator(name, experiment), federation.task, experiment.rank_levels
+    rule, task = make_aggregator(name, experiment), federation.task
     local = make_local_training(task, make_optimizer(experiment), batch_size=experiment.batch_size)
     lanes = lane_count(experiment, federation, cohort=experiment.clients)
     inputs, labels = jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test)
@@ -70,7 +74,7 @@ def make_measure(experiment: Experiment, name: str, federation: Federation, data
         scoring = evaluation.with_personal_scores(rule, task, own)
         blank = scoring.client_init(state.server)[1]
         scores = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, data.size.shape), blank)
-        round_fn = make_round(local, scoring, lanes=lanes, rank_levels=levels)
+        round_fn = make_round(local, scoring, lanes=lanes, rank_levels=experiment.rank_levels)
         return round_fn(key, state._replace(clients=(state.clients, scores)), data)[0].clients[1]
 
     @jax.jit
@@ -83,6 +87,7 @@ def make_measure(experiment: Experiment, name: str, federation: Federation, data
         }
         if name in PERSONAL_RULES:
             return found
+        levels = SERVER_WIDTHS if experiment.rank_levels == "auto" else experiment.rank_levels
         predicted = evaluation.label_weighted_accuracy(task, state, counts, inputs, labels, rank_levels=levels)
         return {"label_weighted": evaluation.summarise_clients(predicted, jnp.sum(counts, axis=1))} | found
 

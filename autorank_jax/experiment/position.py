@@ -37,6 +37,7 @@ class Position(NamedTuple):
     state: State | None = None  # of the last record's run; None where there is no run yet
     probes: tuple[tuple[Array, Array], ...] = ()  # (epoch_losses, epochs) of every seed, where there was a probe
     seconds: Mapping[str, float] = {}  # spent compiling, by aggregation rule
+    levels: tuple[Mapping[str, int], ...] = ()  # rank levels: widths by path, ascending; empty until they are chosen
 
     @property
     def rounds(self) -> int:
@@ -88,8 +89,8 @@ def is_evaluated(experiment: Experiment, aggregator: str, number: int) -> bool:
     return due and aggregator not in PERSONAL_RULES
 
 
-def next_row(record: Record, measured: Measured, cost: RoundCost, *, probe_flops: float) -> Row:
-    """Make the row of the round after those of a record; `probe_flops` were spent before the first."""
+def next_row(record: Record, measured: Measured, cost: RoundCost, *, probe_flops: float, epsilon: float | None) -> Row:
+    """Make the row of the round after those of a record; `probe_flops` were spent before the first, ε after it."""
     info, metrics, seconds = measured
     spent, sent = (record.rows[-1].train_flops, record.rows[-1].bytes) if record.rows else (probe_flops, 0.0)
     participants, dropped, excluded = int(info.participants), int(info.dropped), int(info.excluded)
@@ -109,6 +110,7 @@ def next_row(record: Record, measured: Measured, cost: RoundCost, *, probe_flops
         train_flops=spent + cost.flops,
         bytes=sent + cost.bytes_up + cost.bytes_down,
         seconds=round(seconds, 6),
+        epsilon=None if epsilon is None else float(f"{epsilon:.4g}"),
     )
 
 
@@ -116,15 +118,16 @@ def check_progress(record: Record, experiment: Experiment) -> None:
     """Stop a run that trains for nothing.
 
     Raises:
-        DivergedError: if the model's loss is not finite, or nobody has sent a finite update for `PATIENCE` rounds.
+        DivergedError: if the model's loss is not finite, or nobody has sent a finite update for `PATIENCE` rounds,
+            or in all rounds where there are fewer.
     """
     row = record.rows[-1]
     tested = is_evaluated(experiment, record.aggregator, row.round)
     lost = [r.excluded > 0 and r.reported == 0 for r in record.rows[-PATIENCE:]]
     if (tested and row.loss is None) or (row.reported and row.train_loss is None):
         what = "the loss is not finite any more"
-    elif len(lost) == PATIENCE and all(lost):
-        what = f"no client has sent a finite update for {PATIENCE} rounds"
+    elif len(lost) == min(PATIENCE, experiment.rounds) and all(lost):
+        what = f"no client has sent a finite update for {len(lost)} round{'s' * (len(lost) > 1)}"
     else:
         return
     raise DivergedError(

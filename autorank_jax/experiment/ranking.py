@@ -14,8 +14,11 @@ from autorank_jax.experiment.costs import probe_flops
 from autorank_jax.experiment.results import Scores
 from autorank_jax.experiment.setup import Federation
 from autorank_jax.ranks import budgets, complexity_matrix, controls, policies
+from autorank_jax.ranks.criteria import NEEDS_LOSSES
+from autorank_jax.ranks.private import private_counts
 from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy, State, Task
 
+_RELEASE = 0x72656C65  # fold_in tag of the noise on label counts
 PROBE_POLICIES = ("autorank", "covered", "shuffled", "reversed")
 """Policies that are charged for the probe, because each client's ratio comes from its score."""
 
@@ -31,9 +34,9 @@ Ranking = Callable[[Key, ClientStats], tuple[dict[str, Ranked], RankInfo | None]
 """`(key, stats) -> (what every policy gives, by name; AutoRank's scores where a policy needs them)`."""
 
 
-def rank_policy(name: str, experiment: Experiment) -> RankPolicy:
-    """Make a rank policy by name."""
-    scored = policies.autorank(criteria=experiment.criteria, min_ratio=experiment.min_ratio)
+def rank_policy(name: str, experiment: Experiment, scored: RankPolicy | None = None) -> RankPolicy:
+    """Make a rank policy by name, around AutoRank's where it is given."""
+    scored = scored or policies.autorank(criteria=experiment.criteria, min_ratio=experiment.min_ratio)
     makers: dict[str, Callable[[], RankPolicy]] = {
         "autorank": lambda: scored,
         "covered": lambda: budgets.with_coverage(scored),
@@ -63,16 +66,16 @@ def by_size_at_mean(policy: RankPolicy, min_ratio: float) -> RankPolicy:
 
 def make_ranking(experiment: Experiment, task: Task) -> Ranking:
     """Compile all policies of an experiment together, with the rounding to integer ranks."""
-    made = {name: rank_policy(name, experiment) for name in experiment.rank_policies}
-    scored = rank_policy("autorank", experiment) if experiment.scored else None
+    scored = rank_policy("autorank", experiment)
     widest = max_ranks(task.server.trainable)
 
     def rank(key: Key, stats: ClientStats) -> tuple[dict[str, Ranked], RankInfo | None]:
-        ranked = {}
-        for name, policy in made.items():
+        ranked, found = {}, scored(key, stats) if experiment.scored else None
+        for name in experiment.rank_policies:
+            policy = rank_policy(name, experiment, (lambda *_: found) if found else scored)  # scored once
             ratios, _ = policy(key, stats)
             ranked[name] = Ranked(ratios, policies.ranks_from_ratios(ratios, widest))
-        return ranked, scored(key, stats)[1] if scored else None
+        return ranked, found[1] if found else None
 
     return jax.jit(rank)
 
@@ -96,11 +99,15 @@ def score_clients(
     stats = federation.stats
     if curves is not None:
         stats = stats._replace(epoch_losses=curves[0], epochs=curves[1])
+    if experiment.privacy and experiment.privacy.release is not None:
+        key = jax.random.fold_in(federation.keys["policy"], _RELEASE)
+        noise = experiment.privacy.release
+        stats = private_counts(key, stats, clip=experiment.dp_count_clip, noise_multiplier=noise)
     ranked, info = ranking(federation.keys["policy"], stats)
-    criteria = tuple(c for c in experiment.criteria if c != "loss_entropy" or experiment.probed)
+    criteria = tuple(c for c in experiment.criteria if c not in NEEDS_LOSSES or experiment.probed)
     weights = closeness = None
     if info is not None:
-        matrix, weights, closeness = map(np.asarray, info)
+        matrix, weights, closeness = map(np.asarray, info[:3])
     elif criteria:
         matrix = np.asarray(complexity_matrix(stats, criteria=criteria))
     else:
@@ -108,8 +115,8 @@ def score_clients(
     return Scores(
         seed=federation.seed,
         criteria=criteria,
-        size=np.asarray(stats.size),
-        label_counts=np.asarray(stats.label_counts),
+        size=np.asarray(federation.stats.size),
+        label_counts=np.asarray(federation.stats.label_counts),
         matrix=matrix,
         weights=weights,
         closeness=closeness,

@@ -26,6 +26,7 @@ class Row(NamedTuple):
     train_flops: float  # spent so far, with the probe, by all that trained: excluded clients too, dropped ones not
     bytes: float  # sent so far, down to all participants and up from those that did not drop out
     seconds: float  # training of this round
+    epsilon: float | None = None  # of the clients' differential privacy, spent so far; None where there is none
 
 
 class Costs(NamedTuple):
@@ -81,6 +82,7 @@ class Results(NamedTuple):
     compile_seconds: Mapping[str, float]  # by aggregator
     device: str
     versions: Mapping[str, str]
+    stopped: str = ""  # why it ended before its time, if it did
 
 
 def run_names(results: Results) -> dict[str, list[Run]]:
@@ -108,38 +110,52 @@ def summarize(results: Results) -> dict[str, Any]:
         "device": results.device,
         "versions": dict(results.versions),
         "config": dict(results.config),
-    }
+    } | ({"stopped": results.stopped} if results.stopped else {})
 
 
 def _summarize_runs(runs: Sequence[Run], results: Results) -> dict[str, Any]:
     curves = [[accuracy for _, accuracy in accuracies(run)] for run in runs]
     costs = [run.costs for run in runs]
     total = [run.rows[-1].train_flops for run in runs]
-    measured = {what: list(row) for what, row in runs[0].clients.items()}
+    measured = {what: list(row) for what, row in runs[0].clients.items() if all(what in run.clients for run in runs)}
     clients = {what: {k: spread([r.clients[what][k] for r in runs]) for k in kinds} for what, kinds in measured.items()}
-    return ({"clients": clients} if clients else {}) | {
-        "final_accuracy": spread([curve[-1] if curve else None for curve in curves]),
-        "best_accuracy": spread([max(curve, default=None) for curve in curves]),
-        "area_under_curve": spread([statistics.fmean(curve) if curve else None for curve in curves]),
-        "rounds_to": {f"{t:g}": _mean([rounds_to(run, t) for run in runs]) for t in results.config["targets"]},
-        "mean_ratio": {
-            "clients": _mean([run.ratio_by_clients for run in runs]),
-            "examples": _mean([run.ratio_by_examples for run in runs]),
-        },
-        "examples_behind_highest_ratio": _mean([_behind(results, run) for run in runs]),
-        "trained_parameters": _mean([c.trained_parameters for c in costs]),
-        "bytes_per_round": {"up": _mean([c.bytes_up for c in costs]), "down": _mean([c.bytes_down for c in costs])},
-        "train_flops": {
-            "per_round": _mean([c.flops for c in costs]),
-            "total": _mean(total),
-            "probe": _mean([run.probe_flops for run in runs]),
-            "slowest_client": _mean([c.slowest_client for c in costs]),
-        },
-        "seconds": {
-            "compile": results.compile_seconds[runs[0].aggregator],
-            "train": _mean([run.seconds for run in runs]),
-        },
-    }
+    private = {} if runs[0].rows[-1].epsilon is None else {"epsilon": runs[0].rows[-1].epsilon}
+    return (
+        ({"clients": clients} if clients else {})
+        | private
+        | {
+            "final_accuracy": spread([curve[-1] if curve else None for curve in curves]),
+            "best_accuracy": spread([max(curve, default=None) for curve in curves]),
+            "area_under_curve": spread([statistics.fmean(curve) if curve else None for curve in curves]),
+            "rounds_to": {f"{t:g}": _mean([rounds_to(run, t) for run in runs]) for t in results.config["targets"]},
+            "mean_ratio": {
+                "clients": _mean([run.ratio_by_clients for run in runs]),
+                "examples": _mean([run.ratio_by_examples for run in runs]),
+            },
+            "examples_behind_highest_ratio": _mean([_behind(results, run) for run in runs]),
+            "trained_parameters": _mean([c.trained_parameters for c in costs]),
+            "bytes_per_round": {"up": _mean([c.bytes_up for c in costs]), "down": _mean([c.bytes_down for c in costs])},
+            "train_flops": {
+                "per_round": _mean([c.flops for c in costs]),
+                "total": _mean(total),
+                "probe": _mean([run.probe_flops for run in runs]),
+                "slowest_client": _mean([c.slowest_client for c in costs]),
+            },
+            "lost": {
+                "excluded": _mean([_share(run.rows, "excluded") for run in runs]),
+                "rounds": _mean([sum(row.reported == 0 for row in run.rows) for run in runs]),
+            },
+            "seconds": {
+                "compile": results.compile_seconds[runs[0].aggregator],
+                "train": _mean([run.seconds for run in runs]),
+            },
+        }
+    )
+
+
+def _share(rows: Sequence[Row], count: str) -> float:
+    """Return a count of participants as a share of them, over all rounds."""
+    return sum(getattr(row, count) for row in rows) / max(1, sum(row.participants for row in rows))
 
 
 def _behind(results: Results, run: Run) -> float:

@@ -1,27 +1,41 @@
 """One experiment: load → partition → probe → rank → rounds for every rule, policy and seed → results.
 
-One program is compiled per aggregation rule. It serves every policy, every seed and the probe: ranks, hyper-parameters
-and frozen weights are data in the state. Nothing is printed here: what happens goes to `on_event`.
+One program is compiled per aggregation rule. It serves every policy, every seed and, if it can, the probe: ranks,
+hyper-parameters and frozen weights are data in the state. Nothing is printed here: what happens goes to `on_event`.
 """
 
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from autorank_jax.adapters import max_ranks
 from autorank_jax.datasets import Dataset
-from autorank_jax.engine import make_local_training, make_round, training_flops
+from autorank_jax.engine import FlopModel, make_local_training, make_round, training_flops
+from autorank_jax.engine.probe import discard
 from autorank_jax.evaluation import make_evaluate
 from autorank_jax.experiment.checkpoints import Checkpoints, Save, last_good, make_save, restore_position
 from autorank_jax.experiment.config import Experiment, make_aggregator
 from autorank_jax.experiment.costs import CostFn, expected_costs, make_round_cost
-from autorank_jax.experiment.events import Compiled, Finished, OnEvent, Resumed, RoundDone, Scored, Started
+from autorank_jax.experiment.events import (
+    Compiled,
+    Finished,
+    Leveled,
+    OnEvent,
+    Resumed,
+    RoundDone,
+    Scored,
+    Stage,
+    Started,
+    Stopped,
+)
 from autorank_jax.experiment.launch import compile_round, describe_machine, is_first
+from autorank_jax.experiment.levels import expected_levels, given_levels, levels_for
 from autorank_jax.experiment.personal import Measure, make_measure
 from autorank_jax.experiment.position import (
     DivergedError,
@@ -59,6 +73,26 @@ class Hooks(NamedTuple):
     save: Save
 
 
+class CompiledRound(NamedTuple):
+    """One compiled round, and what it was compiled for."""
+
+    run: RoundFn
+    experiment: Experiment
+    name: str  # of the rule
+    rule: Aggregator
+    levels: tuple[Mapping[str, int], ...]
+    seconds: float
+
+
+class Setup(NamedTuple):
+    """What an experiment begins with."""
+
+    dataset: Dataset
+    federations: list[Federation]
+    flops: FlopModel
+    ranking: Ranking
+
+
 class Program(NamedTuple):
     """What is compiled for one aggregation rule, and what its rounds cost."""
 
@@ -86,7 +120,7 @@ def run_experiment(
             them call this function and get the results, and the first saves.
         on_event: called with what happens, as it happens.
         on_round: called after every round with its row, its information and the state; True ends that run early.
-            Whatever it raises leaves through here, after a checkpoint.
+            Whatever it raises leaves through here, after a checkpoint and the event `Stopped`.
         checkpoints: where to save and how often. If the folder holds checkpoints of this experiment, it goes on from
             the latest: results are bit for bit those of an experiment that was never interrupted.
 
@@ -100,40 +134,34 @@ def run_experiment(
         DivergedError: if the loss of a run is no number any more; its `results` are those so far.
     """
     experiment.validate()
-    dataset = load_data(experiment)
-    federations = make_federations(experiment, dataset)
-    flops = training_flops(federations[0].task, federations[0].data)
-    ranking = make_ranking(experiment, federations[0].task)
+    setup = prepare(experiment, on_event)
+    dataset, federations, flops, ranking = setup
     machine = describe_machine(mesh)
     position, differences = restore_position(checkpoints, experiment, dataset, federations, machine)
     if position.records:
         on_event(Resumed(position.rounds, differences))
-    save = make_save(checkpoints if is_first() else None, experiment, dataset, machine)
-    hooks = Hooks(on_event, on_round, save)
-    scores: list[Scores] = []
+    hooks = Hooks(on_event, on_round, make_save(checkpoints if is_first() else None, experiment, dataset, machine))
+    needing = [name for name in experiment.aggregators if needs_rounds(position, experiment, name)]
+    position, scores, compiled = score(experiment, setup, position, mesh, on_event, total=len(needing))
     runs: list[Run] = []
 
     def results() -> Results:
-        options = dataclasses.asdict(experiment)
-        return Results(options, tuple(scores), tuple(runs), dict(position.seconds), **machine)
+        config, seconds = dataclasses.asdict(experiment), dict(position.seconds)
+        return Results(config, tuple(scores), tuple(runs), seconds, **machine)
 
     for name in experiment.aggregators:
         rule = make_aggregator(name, experiment)
         cost = make_round_cost(experiment, rule, flops)
         program = None
-        if needs_program(position, experiment, name):
+        if name in needing:
+            if compiled is None or not serves(compiled, experiment, name, position.levels):
+                on_event(Stage("compiling", needing.index(name) + 1, len(needing)))
+                compiled = compile_training(experiment, name, federations[0], mesh, position.levels)
             begin = time.perf_counter()
-            program = compile_program(experiment, name, federations[0], dataset, mesh=mesh, cost=cost)
-            seconds = time.perf_counter() - begin
+            program = make_program(experiment, name, federations[0], dataset, compiled=compiled, cost=cost)
+            seconds = compiled.seconds + time.perf_counter() - begin
             position = position._replace(seconds={**position.seconds, name: seconds})
             on_event(Compiled(name, seconds))
-        if not scores:
-            if program and experiment.probed and not position.probes:
-                curves = probe(experiment, rule, program.round, federations, mesh)
-                position = position._replace(probes=curves)
-            for federation, curve in itertools.zip_longest(federations, position.probes):
-                scores.append(score_clients(experiment, federation, curve, ranking, flops))
-                on_event(Scored(scores[-1]))
         for policy, number in itertools.product(experiment.rank_policies, range(experiment.seeds)):
             federation, seen = federations[number], scores[number]
             start = start_state(experiment, federation, rule, first_ranks(seen, policy))
@@ -150,35 +178,106 @@ def run_experiment(
                     position = run_rounds(
                         experiment, federation, seen, position, program=program, ranking=ranking, hooks=hooks
                     )
-            except DivergedError as error:
-                runs.append(finish_run(error.record, seen, costs, charged_flops(seen, policy)))
-                raise DivergedError(f"{error}; {last_good(checkpoints)}", error.record, results()) from None
+            except _Halted as halt:
+                if halt.record.rows:
+                    runs.append(finish_run(halt.record, seen, costs, charged_flops(seen, policy)))
+                end_early(halt.error, results(), hooks, last_good(checkpoints, halt.record))
             runs.append(finish_run(position.records[len(runs)], seen, costs, charged_flops(seen, policy)))
             on_event(Finished(runs[-1]))
     return results()
 
 
-def needs_program(position: Position, experiment: Experiment, name: str) -> bool:
-    """Return whether a rule has rounds left to run, or the probe has."""
+class _Halted(BaseException):  # it never leaves
+    """What went wrong or stopped a run, with the rounds until then."""
+
+    def __init__(self, error: BaseException, record: Record) -> None:
+        self.error = error
+        self.record = record
+
+
+def end_early(error: BaseException, found: Results, hooks: Hooks, good: str) -> NoReturn:
+    """Hand over what an experiment found, and raise what it ends with before its time."""
+    if isinstance(error, DivergedError):
+        message = f"{error}; {good}"
+        raise DivergedError(message, error.record, found._replace(stopped=message)) from None
+    if found.runs:
+        hooks.on_event(Stopped(found._replace(stopped=str(error).partition("\n")[0] or type(error).__name__)))
+    raise error from error.__cause__
+
+
+def prepare(experiment: Experiment, on_event: OnEvent) -> Setup:
+    """Load, partition, and make model and policies."""
+    on_event(Stage(f"reading {experiment.dataset}"))
+    dataset = load_data(experiment)
+    on_event(Stage("building clients and model"))
+    federations = make_federations(experiment, dataset)
+    flops = training_flops(federations[0].task, federations[0].data)
+    return Setup(dataset, federations, flops, make_ranking(experiment, federations[0].task))
+
+
+def score(
+    experiment: Experiment, setup: Setup, position: Position, mesh: Mesh | None, on_event: OnEvent, *, total: int
+) -> tuple[Position, list[Scores], CompiledRound | None]:
+    """Probe and rank the clients of every seed, and choose the rank levels, where a checkpoint does not hold them.
+
+    Returns:
+        Where the experiment stands then, what AutoRank saw, and the round that was compiled for the probe.
+    """
+    _, federations, flops, ranking = setup
+    devices, compiled = 1 if mesh is None else mesh.devices.size, None
+    position = position._replace(levels=position.levels or given_levels(experiment, federations[0]))
+    if experiment.probed and not position.probes:
+        levels = position.levels or expected_levels(experiment, federations, ranking, flops, devices).levels
+        compiled = compile_probe(experiment, federations[0], mesh, levels, on_event, total=total)
+        on_event(Stage("probing"))
+        position = position._replace(probes=probe(experiment, compiled, federations))
+    on_event(Stage("ranking"))
+    scores: list[Scores] = []
+    for federation, curve in itertools.zip_longest(federations, position.probes):
+        scores.append(score_clients(experiment, federation, curve, ranking, flops))
+        on_event(Scored(scores[-1]))
+    if not position.levels:
+        choice = levels_for(experiment, federations, [seen.ranks for seen in scores], flops, devices)
+        position = position._replace(levels=choice.levels)
+        on_event(Leveled(choice))
+    return position, scores, compiled
+
+
+def needs_rounds(position: Position, experiment: Experiment, name: str) -> bool:
+    """Return whether a rule has rounds left to run."""
     over = sum(record.over for record in position.records if record.aggregator == name)
-    probed = bool(position.probes) or not experiment.probed
-    return not probed or over < len(experiment.rank_policies) * experiment.seeds
+    return over < len(experiment.rank_policies) * experiment.seeds
 
 
-def compile_program(
-    experiment: Experiment, name: str, federation: Federation, dataset: Dataset, *, mesh: Mesh | None, cost: CostFn
+def make_program(
+    experiment: Experiment,
+    name: str,
+    federation: Federation,
+    dataset: Dataset,
+    *,
+    compiled: CompiledRound,
+    cost: CostFn,
 ) -> Program:
-    """Compile one round and one evaluation for an aggregation rule."""
+    """Compile an evaluation for an aggregation rule, beside its round."""
     rule = make_aggregator(name, experiment)
-    compiled = compile_training(experiment, rule, federation, mesh)
     evaluate = make_evaluate(federation.task, dataset.x_test, dataset.y_test)
     tested = jax.jit(evaluate).lower(start_state(experiment, federation, rule)).compile()
     measure = make_measure(experiment, name, federation, dataset) if experiment.personal else None
-    return Program(compiled, tested, measure, cost)
+    return Program(compiled.run, tested, measure, cost)
 
 
-def compile_training(experiment: Experiment, rule: Aggregator, federation: Federation, mesh: Mesh | None) -> RoundFn:
-    """Compile one round."""
+def compile_training(
+    experiment: Experiment,
+    name: str,
+    federation: Federation,
+    mesh: Mesh | None,
+    levels: Sequence[Mapping[str, int]],
+    *,
+    rule: Aggregator | None = None,
+) -> CompiledRound:
+    """Compile one round of a rule, by name where it is none of one's own."""
+    begin = time.perf_counter()
+    rule = rule or make_aggregator(name, experiment)
     local = make_local_training(federation.task, make_optimizer(experiment), batch_size=experiment.batch_size)
     devices = 1 if mesh is None else mesh.devices.size
     by_size = experiment.sampling == "by_size" and experiment.cohort < experiment.clients
@@ -186,34 +285,58 @@ def compile_training(experiment: Experiment, rule: Aggregator, federation: Feder
         local,
         rule,
         lanes=lane_count(experiment, federation, cohort=experiment.cohort, devices=devices),
-        rank_levels=experiment.rank_levels,
+        rank_levels=levels,
         participation=make_participation(experiment),
         weigh=equally if by_size else by_examples,
         faults=make_faults(experiment),
         mesh=mesh,
     )
     state = start_state(experiment, federation, rule)
-    return compile_round(round_fn, mesh, federation.keys["training"], state, federation.data)
+    run = compile_round(round_fn, mesh, federation.keys["training"], state, federation.data)
+    return CompiledRound(run, experiment, name, rule, tuple(levels), time.perf_counter() - begin)
+
+
+def compile_probe(
+    experiment: Experiment,
+    federation: Federation,
+    mesh: Mesh | None,
+    levels: Sequence[Mapping[str, int]],
+    on_event: OnEvent,
+    *,
+    total: int,
+) -> CompiledRound:
+    """Compile what the probe runs: the round of the first rule where it will do, else one that keeps nothing.
+
+    It will not where some clients stay away, where the rule lets clients train only a part, and where the levels that
+    are expected are other than one: they may turn out otherwise, and no client of the probe is below full rank.
+    """
+    name, widest = experiment.aggregators[0], max_ranks(federation.task)
+    rule = make_aggregator(name, experiment)
+    partial = any(flag is not True for flag in rule.trains(rule.init(federation.task.server)))
+    chosen = experiment.rank_levels == "auto" and list(levels) != [widest]
+    if not (experiment.eventful or partial or chosen):
+        on_event(Stage("compiling", 1, total))
+        return compile_training(experiment, name, federation, mesh, levels)
+    on_event(Stage("compiling the probe"))
+    calm = dataclasses.replace(experiment, participation=1.0, sampling="uniform", drop_out=0.0, stragglers=0.0)
+    return compile_training(calm, "probe", federation, mesh, [widest], rule=discard())
+
+
+def serves(compiled: CompiledRound, experiment: Experiment, name: str, levels: Sequence[Mapping[str, int]]) -> bool:
+    """Return whether a round was compiled for a rule of an experiment and for these levels."""
+    return (compiled.experiment, compiled.name, compiled.levels) == (experiment, name, tuple(levels))
 
 
 def probe(
-    experiment: Experiment, rule: Aggregator, round_fn: RoundFn, federations: Sequence[Federation], mesh: Mesh | None
+    experiment: Experiment, compiled: CompiledRound, federations: Sequence[Federation]
 ) -> tuple[tuple[Array, Array], ...]:
-    """Return every seed's loss curves and their lengths: one round of all clients at full rank, thrown away.
-
-    It has a program of its own where some clients stay away, or where the rule lets clients train only a part.
-    """
-    partial = any(flag is not True for flag in rule.trains(rule.init(federations[0].task.server)))
-    if experiment.eventful or partial:
-        calm = dataclasses.replace(experiment, participation=1.0, sampling="uniform", drop_out=0.0, stragglers=0.0)
-        rule = make_aggregator("zero_pad", calm) if partial else rule
-        round_fn = compile_training(calm, rule, federations[0], mesh)
+    """Return every seed's loss curves and their lengths: one round of all clients at full rank, thrown away."""
     curves = []
     for federation in federations:
-        state = start_state(experiment, federation, rule)
+        state = start_state(experiment, federation, compiled.rule)
         epochs = jnp.asarray(experiment.probe_epochs, jnp.int32)
         state = state._replace(hparams=state.hparams | {"local_epochs": epochs})
-        state, _ = round_fn(federation.keys["probe"], state, federation.data)
+        state, _ = compiled.run(federation.keys["probe"], state, federation.data)
         curves.append((state.epoch_losses, state.epochs))
     return tuple(curves)
 
@@ -231,31 +354,36 @@ def run_rounds(
     """Run what is left of the last record's run: all its rounds, or those that a checkpoint did not hold.
 
     Raises:
-        DivergedError: naming run and round, if the loss is no number any more.
+        _Halted: of whatever was raised; a `DivergedError`, if the loss is no number any more.
     """
     record, state, key = position.records[-1], position.state, federation.keys["training"]
-    spent = charged_flops(scores, record.policy)
-    while not record.over:
-        assert state is not None
-        cost = program.cost(key, state, federation.data)
-        tested = is_evaluated(experiment, record.aggregator, record.round + 1)
-        state, measured = run_round(program, federation, state, tested=tested)
-        row = next_row(record, measured, cost, probe_flops=spent)
-        record = record._replace(rows=(*record.rows, row))
-        hooks.on_event(RoundDone(row, float(measured.info.examples)))
-        check_progress(record, experiment)
-        if experiment.rerank_every and record.round % experiment.rerank_every == 0:
-            state = rank_again(ranking, federation, record.policy, state)
-        try:
-            stop = hooks.on_round(RoundEnd(row, measured.info, state))
-        except BaseException:
-            hooks.save(position.update(record, state), True)
-            raise
-        record = record._replace(over=bool(stop) or record.round >= experiment.rounds)
-        if record.over and program.measure:
-            record = record._replace(clients=program.measure(federation, state))
-        position = position.update(record, state)
-        hooks.save(position, False)
+    spent, privacy = charged_flops(scores, record.policy), experiment.privacy
+    try:
+        while not record.over:
+            assert state is not None
+            cost = program.cost(key, state, federation.data)
+            tested = is_evaluated(experiment, record.aggregator, record.round + 1)
+            state, measured = run_round(program, federation, state, tested=tested)
+            epsilon = privacy.spent(record.round + 1) if privacy else None
+            row = next_row(record, measured, cost, probe_flops=spent, epsilon=epsilon)
+            record = record._replace(rows=(*record.rows, row))
+            hooks.on_event(RoundDone(row, float(measured.info.examples)))
+            check_progress(record, experiment)
+            if experiment.rerank_every and record.round % experiment.rerank_every == 0:
+                state = rank_again(ranking, federation, record.policy, state)
+            try:
+                stop = hooks.on_round(RoundEnd(row, measured.info, state))
+            except BaseException:
+                hooks.save(position.update(record, state), True)
+                raise
+            used_up = privacy is not None and privacy.spent(record.round + 1) > privacy.epsilon
+            record = record._replace(over=bool(stop) or record.round >= experiment.rounds or used_up)
+            if record.over and program.measure:
+                record = record._replace(clients=program.measure(federation, state))
+            position = position.update(record, state)
+            hooks.save(position, False)
+    except BaseException as error:
+        raise _Halted(error, record) from None
     return position
 
 

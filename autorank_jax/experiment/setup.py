@@ -1,5 +1,7 @@
 """What an experiment begins with: examples, the clients and the model of every seed, and what happens in a round."""
 
+import math
+import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -11,12 +13,17 @@ from flax import nnx
 
 from autorank_jax import datasets, federated, models
 from autorank_jax.adapters import max_ranks, task_from_nnx
+from autorank_jax.aggregators import set_expected_owners
 from autorank_jax.datasets import Dataset
 from autorank_jax.engine import choose_lanes, init_state
+from autorank_jax.experiment.compiling import jit_once
 from autorank_jax.experiment.config import WHOLE_RULES, WIDTHS, ConfigurationError, Experiment
 from autorank_jax.federated import everyone, faults, partition, sample_by_size, sample_independently, sample_uniformly
 from autorank_jax.federated.participation import Participation
-from autorank_jax.types import Aggregator, Array, ClientStats, FederatedData, Key, State, Task
+from autorank_jax.types import Aggregator, Array, ClientStats, FederatedData, Key, Server, State, Task, Trainable
+
+WIDE = 4096
+"""Narrower layers fit everywhere."""
 
 
 class Federation(NamedTuple):
@@ -54,22 +61,47 @@ def make_federations(experiment: Experiment, dataset: Dataset) -> list[Federatio
     Raises:
         ConfigurationError: if examples, clients and model do not fit together.
     """
+    if experiment.split == "staircase" and experiment.clients != dataset.classes:
+        raise ConfigurationError(
+            [
+                f"--clients must be {dataset.classes} on the staircase split, one for each class, not "
+                f"{experiment.clients}; use --split dirichlet_lognormal for any number"
+            ]
+        )
     inputs, targets = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train)
     options = {name: getattr(experiment, name) for name in ("alpha", "sigma", "classes_per_client")}
-    federations = []
+    federations, start = [], make_start(experiment, dataset)
     try:
         for seed in experiment.all_seeds:
             parts = partition.partition(experiment.split, dataset.y_train, experiment.clients, seed=seed, **options)
             data = federated.from_parts(inputs, targets, parts, classes=dataset.classes)
-            key = jax.random.key(seed)
-            names = ("model", "adapters", "training", "probe", "policy")
-            keys = {name: jax.random.fold_in(key, number) for number, name in enumerate(names)}
-            task = make_task(experiment, dataset, model_key=keys["model"], adapter_key=keys["adapters"])
+            keys, task = start(jax.random.key(seed))
             stats = federated.client_stats(data, classes=dataset.classes)
             federations.append(Federation(seed, data, task, stats, keys))
+    except ConfigurationError:
+        raise
     except ValueError as error:
         raise ConfigurationError([str(error)]) from error
     return federations
+
+
+def make_start(experiment: Experiment, dataset: Dataset) -> Callable[[Key], tuple[dict[str, Key], Task]]:
+    """Return the function of a seed's key that derives its keys and makes its model, in one program for all seeds."""
+    made: list[Task] = []
+
+    @jit_once
+    def draw(key: Key) -> tuple[dict[str, Key], Server]:
+        names = ("model", "adapters", "training", "probe", "policy")
+        keys = {name: jax.random.fold_in(key, number) for number, name in enumerate(names)}
+        task = make_task(experiment, dataset, model_key=keys["model"], adapter_key=keys["adapters"])
+        made.append(task._replace(server=Server(Trainable({}, ()), ())))  # the functions alone leave the trace
+        return keys, task.server
+
+    def start(key: Key) -> tuple[dict[str, Key], Task]:
+        keys, server = draw(key)
+        return keys, made[0]._replace(server=server)
+
+    return start
 
 
 def make_task(experiment: Experiment, dataset: Dataset, *, model_key: Key, adapter_key: Key) -> Task:
@@ -80,6 +112,7 @@ def make_task(experiment: Experiment, dataset: Dataset, *, model_key: Key, adapt
     Raises:
         ValueError: if the model does not fit the shape of the examples.
     """
+    _check_memory(experiment, dataset)
     rngs = nnx.Rngs(params=model_key)
     model, default = make_model(experiment, dataset.x_train.shape[1:], dataset.classes, rngs=rngs)
     if set(experiment.aggregators) & set(WHOLE_RULES):
@@ -88,7 +121,43 @@ def make_task(experiment: Experiment, dataset: Dataset, *, model_key: Key, adapt
     given = given * len(default) if len(given) == 1 else given
     dense = ("*/bias", "norms/*/scale") if experiment.model == "deep_cnn" else "*/bias"
     ranks = dict(zip(default, given, strict=True))
+    _check_ranks(model, ranks)
     return task_from_nnx(model, max_rank=ranks, train_dense=dense, key=adapter_key)
+
+
+def _check_memory(experiment: Experiment, dataset: Dataset) -> None:
+    """Refuse models that no memory holds, before they are made."""
+    widths = experiment.hidden or WIDTHS[experiment.model]
+    if max(widths) < WIDE or not hasattr(os, "sysconf"):
+        return
+    shape, classes = dataset.x_train.shape[1:], dataset.classes
+    sizes = [int(np.prod(shape)), *widths, classes]
+    whole = set(experiment.aggregators) & set(WHOLE_RULES)
+    ranks = experiment.max_ranks or [width // 2 for width in (*widths, widths[-1])]
+    ranks = [0 if whole else rank for rank in (ranks * len(sizes) if len(ranks) == 1 else ranks)]
+    layers = zip(sizes, sizes[1:], ranks, strict=False)
+    needed = 4 * sum(into * out + rank * (into + out) for into, out, rank in layers)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory / 4:  # gradients, momentum and the sums of clients beside the model
+        raise ConfigurationError(
+            [
+                f"hidden: expected a model that fits {memory / 2**30:.0f} GB of memory with its training, got "
+                f"{needed / 2**30:.3g} GB of weights and adapters, probably too wide layers or too large --max-ranks"
+            ]
+        )
+
+
+def _check_ranks(model: nnx.Module, ranks: Mapping[str, int]) -> None:
+    """Refuse ranks above the longer side of a layer's matrix: from the shorter one on, they add nothing but cost."""
+    shapes = {"/".join(map(str, path)): value.shape for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    sides = {path: max(math.prod(shapes[f"{path}/kernel"][:-1]), shapes[f"{path}/kernel"][-1]) for path in ranks}
+    problems = [
+        f"max-ranks: expected at most {sides[path]} for layer {path}, the longer side of its weight, got {rank}"
+        for path, rank in ranks.items()
+        if rank > sides[path]
+    ]
+    if problems:
+        raise ConfigurationError(problems)
 
 
 def make_model(
@@ -127,7 +196,7 @@ def start_state(
 ) -> State:
     """Make the state before the first round, at full rank unless ranks are given."""
     clients = federation.data.size.shape[0]
-    return init_state(
+    state = init_state(
         federation.task.server,
         rule,
         full_ranks(federation.task, clients) if ranks is None else ranks,
@@ -136,6 +205,9 @@ def start_state(
         max_epochs=max(experiment.local_epochs, experiment.probe_epochs),
         clients=clients,
     )
+    if experiment.privacy and federation.task.server.trainable.adapters:
+        return set_expected_owners(state, experiment.privacy.rate)
+    return state
 
 
 def make_optimizer(experiment: Experiment) -> Callable[[Mapping[str, Array]], optax.GradientTransformation]:

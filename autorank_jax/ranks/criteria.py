@@ -110,8 +110,8 @@ def _classes(stats: ClientStats) -> Array:
 def _loss_entropy_of_present(stats: ClientStats) -> Array:
     if stats.epoch_losses is None:
         raise ValueError(
-            "criterion 'loss_entropy': expected stats.epoch_losses, got None, probably no probe was run: run one round "
-            "at full rank and keep its losses, or drop the criterion"
+            "criterion 'loss_entropy': expected stats.epoch_losses, got None, probably no probe was run: "
+            "autorank_jax.probe makes them, or drop the criterion"
         )
     losses = jnp.asarray(stats.epoch_losses)
     epochs = jnp.full(losses.shape[0], losses.shape[1], jnp.int32) if stats.epochs is None else stats.epochs
@@ -125,6 +125,9 @@ CRITERIA: Mapping[str, Criterion] = {
     "gini_simpson": lambda stats: gini_simpson(stats.label_counts),
     "loss_entropy": _loss_entropy_of_present,
 }
+
+
+NEEDS_LOSSES = frozenset({"loss_entropy"})  # of `CRITERIA`, those that need a probe
 
 
 def complexity_matrix(stats: ClientStats, *, criteria: Sequence[str | Criterion] = tuple(CRITERIA)) -> Array:
@@ -141,7 +144,8 @@ def complexity_matrix(stats: ClientStats, *, criteria: Sequence[str | Criterion]
         `(clients, criteria)` in the default float type. Rows of absent clients mean nothing.
 
     Raises:
-        ValueError: for an unknown name, no column at all, `loss_entropy` without losses, or a column of another shape.
+        ValueError: for an unknown name, no column at all, `loss_entropy` without losses, or a column or a `stats.where`
+            of another shape.
 
     Example:
         Two criteria by name and one's own: the share of the most frequent class.
@@ -157,6 +161,10 @@ def complexity_matrix(stats: ClientStats, *, criteria: Sequence[str | Criterion]
          [40.     0.375  0.75 ]]
     """
     clients = jnp.shape(stats.size)[0]
+    if jnp.shape(stats.where) != (clients,):
+        raise ValueError(
+            f"stats.where: expected shape ({clients},), got {jnp.shape(stats.where)}, probably other clients'"
+        )
     columns = []
     for name, criterion in zip(criterion_names(stats, criteria=criteria), criteria, strict=False):
         column = _as_float((CRITERIA[criterion] if isinstance(criterion, str) else criterion)(stats))

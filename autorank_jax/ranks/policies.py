@@ -20,8 +20,19 @@ from jax.typing import ArrayLike
 
 from autorank_jax.adapters import lora
 from autorank_jax.ranks import mcda
-from autorank_jax.ranks.criteria import CRITERIA, Criterion, complexity_matrix
-from autorank_jax.types import Array, ClientStats, FederatedData, Key, RankInfo, RankPolicy, RoundFn, RoundInfo, State
+from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES, Criterion, complexity_matrix, criterion_names
+from autorank_jax.types import (
+    Array,
+    ClientStats,
+    FederatedData,
+    Key,
+    Names,
+    RankInfo,
+    RankPolicy,
+    RoundFn,
+    RoundInfo,
+    State,
+)
 
 _RERANK = 0x72616E6B  # fold_in tag: keys of re-ranking never meet those of a round, whose identities are round numbers
 
@@ -61,7 +72,7 @@ def autorank(
         weights = mcda.critic_weights(matrix, benefit=benefit, where=stats.where)
         closeness = mcda.topsis(matrix, weights, benefit=benefit, normalization=normalization, where=stats.where)
         ratios = ratios_from_scores(closeness, min_ratio=min_ratio, where=stats.where)
-        return ratios, RankInfo(matrix, weights, closeness)
+        return ratios, RankInfo(matrix, weights, closeness, Names(criterion_names(stats, criteria=criteria)))
 
     return policy
 
@@ -85,7 +96,7 @@ def by_size(*, min_ratio: float = 0.1) -> RankPolicy:
         ratios = ratios_from_scores(size, min_ratio=min_ratio, where=stats.where)
         score = mcda.min_max(size[:, None], where=stats.where)[0][:, 0]
         closeness = jnp.where(stats.where, score, 0)
-        return ratios, RankInfo(size[:, None], jnp.ones(1, size.dtype), closeness)
+        return ratios, RankInfo(size[:, None], jnp.ones(1, size.dtype), closeness, Names(("size",)))
 
     return policy
 
@@ -291,7 +302,7 @@ def autorank_ranks(
         raise ValueError(
             f"epoch_losses: expected {counts.shape[0]} clients, got {losses.shape[0]}, probably of another split"
         )
-    criteria = tuple(name for name in CRITERIA if losses is not None or name != "loss_entropy")
+    criteria = tuple(name for name in CRITERIA if losses is not None or name not in NEEDS_LOSSES)
     return _score_and_rank(criteria, float(min_ratio), int(max_rank), counts, losses)
 
 

@@ -3,14 +3,24 @@
 import csv
 import difflib
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-NAME_COLUMNS = ("", "client", "clients", "client_id", "id", "name")
+NAME_COLUMNS = (
+    "", "client", "clients", "client_id", "id", "name", "index", "user", "user_id", "device", "device_id", "node",
+    "node_id", "unnamed: 0",
+)  # fmt: skip
+"""Headings of a first column that names the clients."""
+RESULTS = ("closeness", "ratio", "rank")
+"""Columns that a run leaves behind in its `criteria.csv` beside the criteria, alone or before a dot."""
 COUNTS = ("size", "classes")
+MOST_BYTES = 2**26
+MOST_BYTES_OF_HEADER = 2**20
+STANDARD_INPUT = Path("-")
 
 
 class CriteriaError(ValueError):
@@ -24,65 +34,114 @@ class Criteria(NamedTuple):
     criteria: tuple[str, ...]
     matrix: np.ndarray  # (clients, criteria) float64
     benefit: tuple[bool, ...]  # (criteria,) False where the column is a cost
+    remarks: tuple[str, ...] = ()  # what was decided without being asked, a line each
 
 
-def read_criteria(path: str | Path, *, cost: Sequence[str] = ()) -> Criteria:
+def read_criteria(path: str | Path, *, cost: Sequence[str] = (), columns: Sequence[str] = ()) -> Criteria:
     """Read and check a criteria file.
 
     Args:
-        path: CSV with commas (or semicolons or tabs throughout), a header, one row per client. The first column holds
-            the clients' names if it is called so (`NAME_COLUMNS`) or holds no number at all; all others are criteria.
+        path: CSV with commas (or semicolons or tabs throughout), a header, one row per client, at most 64 MB; `-` for
+            standard input. The first column holds the clients' names if it is called so (`NAME_COLUMNS`) or holds no
+            number at all; all others are criteria, but for seeds and results (`RESULTS`) in a run's `criteria.csv`.
         cost: columns of which less means more complex.
+        columns: the criteria among the columns, in this order; all that are some where none are given.
 
     Raises:
         CriteriaError: a file that cannot be read, is empty, ragged, or holds something other than finite numbers, or
-            negative counts; an unknown or doubled column; a doubled client.
+            negative counts; an unknown or doubled column; a doubled client; the clients of several seeds.
     """
     path = Path(path).expanduser()
     header, rows = _read(path)
-    named = len(header) > 1 and (
-        header[0].lower() in NAME_COLUMNS or all(row[0] and _number(row[0]) is None for _, row in rows)
-    )
-    criteria = tuple(header[1:] if named else header)
-    clients = tuple(row[0] if named else str(number) for number, (_, row) in enumerate(rows))
     doubled = [name for name in header if header.count(name) > 1]
     if doubled:
         raise CriteriaError(f"{path}: expected columns of different names, got {doubled[0]!r} twice")
+    _check_names("columns", columns, header)
+    results = [name for name in _results(header) if name not in (*columns, *cost)]
+    _check_seeds(path, header, rows, results)
+    criteria = [name for name in header if name not in results]
+    clients, remarks = tuple(map(str, range(len(rows)))), []
+    first = [row[header.index(criteria[0])] for _, row in rows] if criteria else []
+    if criteria and header[1:] and criteria[0] not in columns and _are_names(criteria[0], first):
+        clients, criteria = tuple(first), criteria[1:]
+    elif criteria[1:] and not columns and _consecutive(first):
+        remarks.append(
+            f"{path}: column {criteria[0]!r} counts the rows, and is taken for a criterion; if these are the clients' "
+            "numbers, call it client, or choose the others by --columns"
+        )
+    if columns:
+        criteria = list(columns)
+    elif results:
+        remarks.append(f"{path}: left out {', '.join(results)}: no criteria; --columns takes those that it names")
+    if not criteria:
+        raise CriteriaError(f"{path}: expected criteria, got only {', '.join(header)}; choose them by --columns")
+    _check_clients(path, clients, rows)
+    _check_names("cost", cost, criteria)
+    places = [(header.index(name), name) for name in criteria]
+    matrix = [[_checked(path, line, name, row[place]) for place, name in places] for line, row in rows]
+    benefit = tuple(name not in cost for name in criteria)
+    return Criteria(clients, tuple(criteria), np.array(matrix), benefit, tuple(remarks))
+
+
+def _results(header: Sequence[str]) -> Iterable[str]:
+    """Yield the columns that a run writes beside its criteria."""
+    for name in header:
+        known = name.partition(".")[0] in RESULTS or (name == "seed" and "client" in header)
+        if known or (name == "examples" and "size" in header):
+            yield name
+
+
+def _are_names(heading: str, cells: Sequence[str]) -> bool:
+    """Return whether a column names the clients."""
+    return heading.lower() in NAME_COLUMNS or all(cell and _number(cell) is None for cell in cells)
+
+
+def _consecutive(cells: Sequence[str]) -> bool:
+    """Return whether a column counts its rows, from any number."""
+    numbers = [int(cell) for cell in cells if cell.isascii() and cell.isdigit() and len(cell) < 10]
+    return len(cells) > 1 and numbers == list(range(numbers[0], numbers[0] + len(cells))) if numbers else False
+
+
+def _check_names(option: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f", probably {close[0]!r}" if close else ""
+            raise CriteriaError(f"{option}: expected a column out of {', '.join(known)}, got {name!r}{hint}")
+        if list(names).count(name) > 1:
+            raise CriteriaError(f"{option}: expected every column once, got {name!r} twice")
+
+
+def _check_seeds(path: Path, header: list[str], rows: Sequence[tuple[int, list[str]]], results: Sequence[str]) -> None:
+    seeds = sorted({row[header.index("seed")] for _, row in rows}) if "seed" in results else []
+    if len(seeds) > 1:
+        raise CriteriaError(
+            f"{path}: expected the clients of one seed, got those of seeds {', '.join(seeds[:5])}; keep the rows of one"
+        )
+
+
+def _check_clients(path: Path, clients: Sequence[str], rows: Sequence[tuple[int, list[str]]]) -> None:
     seen: set[str] = set()
     for name, (line, _) in zip(clients, rows, strict=True):
         if name in seen:
             raise CriteriaError(f"{path}: expected one row per client, got {name!r} again in line {line}")
         seen.add(name)
-    for name in cost:
-        if name not in criteria:
-            close = difflib.get_close_matches(name, criteria, n=1)
-            hint = f", probably {close[0]!r}" if close else ""
-            raise CriteriaError(f"cost: expected a column out of {', '.join(criteria)}, got {name!r}{hint}")
-    matrix = [
-        [_checked(path, line, name, text) for name, text in zip(criteria, row[named:], strict=True)]
-        for line, row in rows
-    ]
-    return Criteria(clients, criteria, np.array(matrix), tuple(name not in cost for name in criteria))
 
 
 def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Return the header, and the rows with their line numbers."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise CriteriaError(f"{path}: expected a criteria file, got: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise CriteriaError(
-            f"{path}: expected UTF-8 text, got other bytes; probably a spreadsheet: save as CSV"
-        ) from error
-    if "\0" in text:
-        raise CriteriaError(f"{path}: expected text, got zero bytes; probably a spreadsheet: save as CSV")
+    text = _text(path)
     lines = _split(path, text)
     if not lines:
         raise CriteriaError(f"{path}: expected a header and one row per client, got an empty file")
     (_, header), *rows = lines
-    if all(_number(name) is not None for name in header):
-        raise CriteriaError(f"{path}: expected a header of column names, got only numbers in the first line")
+    number = next((name for name in header if _number(name) is not None), None)
+    if number is not None:
+        got = "only numbers" if all(_number(name) is not None for name in header) else f"the number {number}"
+        raise CriteriaError(
+            f"{path}: expected a header of column names, got {got} in the first line, probably a client: put a line "
+            "such as client,size,classes above it"
+        )
     if not all(header[1:]) or header == [""]:
         raise CriteriaError(f"{path}: expected a name for every column, got an empty one in the first line")
     if not rows:
@@ -91,6 +150,32 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         if len(row) != len(header):
             raise CriteriaError(f"{path}: expected {len(header)} values in line {line}, got {len(row)}")
     return header, rows
+
+
+def _text(path: Path) -> str:
+    """Return the text of a file that is none of the kinds that are no table, without reading those whole."""
+    try:
+        if path == STANDARD_INPUT:
+            content = sys.stdin.buffer.read(MOST_BYTES + 1) if sys.stdin else b""
+        else:
+            with path.open("rb") as file:
+                content = file.read(2**12)
+                content += b"" if b"\0" in content else file.read(MOST_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CriteriaError(f"{path}: expected a criteria file, got: {reason}") from error
+    if b"\0" in content:
+        raise CriteriaError(f"{path}: expected text, got zero bytes; probably a spreadsheet: save as CSV")
+    if len(content) > MOST_BYTES:
+        raise CriteriaError(f"{path}: expected at most {MOST_BYTES >> 20} MB, got more, probably not a row per client")
+    if len(content.lstrip().partition(b"\n")[0].partition(b"\r")[0]) > MOST_BYTES_OF_HEADER:
+        raise CriteriaError(f"{path}: expected a header of column names, got a line of over a MB")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CriteriaError(
+            f"{path}: expected UTF-8 text, got other bytes; probably a spreadsheet: save as CSV"
+        ) from error
 
 
 def _split(path: Path, text: str) -> list[tuple[int, list[str]]]:

@@ -50,6 +50,7 @@ def make_cells(rules: Sequence[str], *, quick: bool, rounds: int, seeds: int) ->
             local_epochs=5 if quick else 1,
             seeds=seeds,
             eval_every=5 if rounds % 5 == 0 else 1,
+            rank_levels=4,
         )
         for rule in rules
         for split in SPLITS

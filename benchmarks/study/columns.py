@@ -147,5 +147,6 @@ def experiment_of(job: Job, **options: Any) -> Experiment:
         rounds=setting.rounds,
         local_epochs=1,
         personal=True,
+        rank_levels=4,
     )
     return dataclasses.replace(start, **{**setting.options, **SPLITS[job.split], **options})

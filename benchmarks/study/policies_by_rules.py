@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from autorank_jax.experiment import Experiment
 from autorank_jax.experiment.config import GLOBAL_RULES
-from autorank_jax.ranks.criteria import CRITERIA
+from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
 from benchmarks import harness
 from benchmarks.study import questions
 from benchmarks.study.cell_file import CellFile
@@ -52,7 +52,7 @@ POLICIES: Mapping[str, str] = {
 }
 PAIR = ("autorank", "uniform_bytes")
 CRITERIA_ALONE: Mapping[str, Mapping[str, Any]] = {
-    "without loss_entropy": {"criteria": tuple(name for name in CRITERIA if name != "loss_entropy")},
+    "without loss_entropy": {"criteria": tuple(name for name in CRITERIA if name not in NEEDS_LOSSES)},
     **{f"{name} alone": {"criteria": (name,)} for name in CRITERIA},
 }
 BETTER: Mapping[str, Mapping[str, Any]] = {
@@ -109,7 +109,14 @@ def experiment_of(plan: Plan, rule: str, setting: str, split: str) -> Experiment
     ):  # what changes criteria alone is compared with all criteria, the rest with a uniform rank as well
         wanted = PAIR[:1] if setting in CRITERIA_ALONE else PAIR
         policies = tuple(p for p in policies if p in wanted)
-    options = {"eval_every": 2, "local_epochs": 1, **SPLITS[split], **SETTINGS[setting], **plan.options}
+    options = {
+        "eval_every": 2,
+        "local_epochs": 1,
+        "rank_levels": 4,
+        **SPLITS[split],
+        **SETTINGS[setting],
+        **plan.options,
+    }
     return Experiment(dataset=plan.dataset, rank_policies=policies, aggregators=(rule,), **options)
 
 

@@ -83,6 +83,23 @@ def test_every_module_has_its_rank_and_scale_one(tmp_path):
     assert config["bias"] == "all"
 
 
+def test_a_clients_adapter_is_cut_to_its_rank(tmp_path):
+    task = task_from_nnx(Mixed(nnx.Rngs(0)), max_rank={"embed": 2, "conv": 3, "head": 4})
+    server, ranks = trained(task), {"conv": np.int32(3), "embed": 1, "head": jnp.int32(2)}
+    folder = export(tmp_path, task, server, ranks=ranks)
+    tensors = safetensors.load_file(folder / "adapter_model.safetensors")
+    head = server.trainable.adapters["head"]
+    a, b = (tensors[f"base_model.model.head.lora_{f}.weight"] for f in "AB")
+    np.testing.assert_allclose((b @ a).T, head.lora_a[:, :2] @ head.lora_b[:2], atol=1e-6)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {"^conv": 3, "^embed": 1, "^head": 2}
+    for wrong in ({**ranks, "head": 5}, {**ranks, "head": 0.5}, {**ranks, "head": jnp.ones(3, int)}):
+        with pytest.raises(ValueError, match=r"ranks\['head'\]: expected a whole number in 1..4, got"):
+            export(tmp_path, task, server, ranks=wrong)
+    with pytest.raises(ValueError, match="expected one for each of"):
+        export(tmp_path, task, server, ranks={"head": 1})
+
+
 def test_export_refuses_what_the_adapters_do_not_tell(tmp_path):
     task = bert_task()
     delta = {"encoder/blocks/1/up": jnp.ones((8, 12))}

@@ -298,7 +298,9 @@ def aggregate(rule, server, cohort, *, state=None, key=None):
     clients = cohort.weight.shape[0]
     kept = jax.tree.map(lambda leaf: jnp.stack([leaf] * clients), rule.client_init(server))
     owners = {p: jnp.sum(cohort.weight[:, None] * mask, axis=0) for p, mask in cohort.masks.items()}
-    plan = Plan(owners, jnp.sum(cohort.weight), jnp.sum(cohort.weight))
+    state, key = rule.init(server) if state is None else state, jax.random.key(0) if key is None else key
+    total = jnp.sum(cohort.weight)
+    plan = Plan(owners, total, total, rule.prepare(key, state, server))
 
     def one(trained, start, masks, weight, own):
         client = Client(jnp.zeros((), jnp.int32), masks, weight, own)
@@ -306,5 +308,4 @@ def aggregate(rule, server, cohort, *, state=None, key=None):
 
     sums = jax.vmap(one)(cohort.trained, cohort.start, cohort.masks, cohort.weight, kept)
     sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
-    state = rule.init(server) if state is None else state
-    return rule.update(jax.random.key(0) if key is None else key, sums, state, server)
+    return rule.update(key, sums, state, server)

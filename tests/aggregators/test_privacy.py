@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from autorank_jax import aggregators
-from autorank_jax.aggregators.privacy import expected_owners, with_differential_privacy
+from autorank_jax.aggregators.privacy import expected_owners, set_expected_owners, with_differential_privacy
 from autorank_jax.engine.simulation import init_state
 from autorank_jax.types import Adapter, Client, ClientUpdate, Plan, Trainable
 from tests.aggregators.cases import PRESENT, RANKS, SHAPES, compile_round, make_data, make_server, to_jax
@@ -131,7 +131,7 @@ def test_noise_has_its_deviation_and_is_drawn_anew_for_every_leaf_and_round():
             dense={"bias": jnp.zeros(20_000)}, adapters={path: Adapter(jnp.zeros((5000, 4)), jnp.zeros((4, 5000)))}
         )
     )
-    nobody = jax.tree.map(jnp.zeros_like, rule.init(server)), Plan({path: jnp.ones(4)}, jnp.ones(()), jnp.ones(()))
+    nobody = rule.init(server), Plan({path: jnp.ones(4)}, jnp.ones(()), jnp.ones(()))
     client = Client(jnp.zeros((), jnp.int32), {path: jnp.ones(4)}, jnp.zeros(()), ())
     sums = rule.summand(ClientUpdate(server.trainable, server.trainable, client), server, nobody[1])
     drawn = []
@@ -179,4 +179,15 @@ def test_owners_of_another_model_are_refused():
     server = to_jax(make_server())
     rule = private("rbla", owners={"other": np.ones(3)})
     with pytest.raises(ValueError, match=r"owners: expected .* probably of another model"):
-        rule.update(jax.random.key(0), adder(rule, server)(0, 0, 0.0, 1.0), rule.init(server), server)
+        rule.init(server)
+    with pytest.raises(TypeError, match="the state of a rule made by with_differential_privacy"):
+        set_expected_owners(start(aggregators.rbla()), 0.5)
+
+
+def test_expected_owners_are_data_of_the_state():
+    rule = private("rbla", denominator=5.0)
+    state = set_expected_owners(start(rule), 0.5)
+    want = expected_owners(RANKS, MAX_RANKS, 0.5)
+    for path, owners in state.aggregator.owners.items():
+        np.testing.assert_allclose(owners, want[path])
+    assert jax.tree.structure(state) == jax.tree.structure(start(rule))

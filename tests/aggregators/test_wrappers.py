@@ -243,6 +243,7 @@ def twice_optimised():
         (lambda: aggregators.florist(tau=1.01), r"tau in \(0, 1\], got 1.01"),
         (lambda: aggregators.florist(tau=float("nan")), r"tau in \(0, 1\], got nan"),
         (lambda: aggregators.flexlora(sigma="middle"), "sigma to be one of .*, got 'middle'"),
+        (lambda: aggregators.raflora(exact="yes"), "exact to be True, False or 'auto', got 'yes'"),
         (lambda: aggregators.flora(restart="never"), "restart to be 'start' or 'fresh', got 'never'"),
         (lambda: aggregators.lora_fair(ridge=-1.0), "ridge >= 0, got -1.0"),
         (lambda: aggregators.hetlora(per="row"), "per to be 'model' or 'layer', got 'row'"),

@@ -13,7 +13,8 @@ from rich.console import Console
 from autorank_jax import datasets
 from autorank_jax.cli import files as report
 from autorank_jax.cli.figures import SHOWN_CLIENTS, accuracy_figure, ranks_figure
-from autorank_jax.cli.files import FILES, ReportError, check_folder, write_results
+from autorank_jax.cli.files import write_results
+from autorank_jax.cli.folders import FILES, ReportError, check_folder
 from autorank_jax.cli.tables import comparison_tables, criteria_table, datasets_table, scores_table
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.results import (
@@ -91,6 +92,7 @@ def test_summary_worked_by_hand():
         "trained_parameters": 100.0,
         "bytes_per_round": {"up": 400.0, "down": 300.0},
         "train_flops": {"per_round": 1e6, "total": 8e6, "probe": 5e6, "slowest_client": 6e5},
+        "lost": {"excluded": 0.0, "rounds": 0.0},
         "seconds": {"compile": 1.5, "train": 1.5},
     }
     full = summary["policies"]["full"]
@@ -143,11 +145,11 @@ def test_all_files_are_written(tmp_path):
     assert json.loads(read["config.json"]) == json.loads(json.dumps(results.config))
     Experiment(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(read["config.json"]).items()})
     history = json.loads(read["history.json"])
-    assert history == [row._asdict() for run in results.runs for row in run.rows]
-    assert list(history[0]) == list(Row._fields)
+    assert [{**row, "epsilon": None} for row in history] == [row._asdict() for run in results.runs for row in run.rows]
+    assert [*history[0], "epsilon"] == list(Row._fields)
     assert [row["round"] for row in history[:3]] == [1, 2, 3]
     table = list(csv.DictReader(io.StringIO(read["history.csv"].decode())))
-    assert list(table[0]) == list(Row._fields)
+    assert [*table[0], "epsilon"] == list(Row._fields)
     assert [row["accuracy"] for row in table[6:9]] == ["0.2", "", "0.96"]
     clients = list(csv.DictReader(io.StringIO(read["criteria.csv"].decode())))
     assert [(row["seed"], row["client"]) for row in clients] == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]

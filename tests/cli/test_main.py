@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,11 +11,12 @@ import sys
 import numpy as np
 import pytest
 
+import autorank_jax
 from autorank_jax.cli import main as cli
-from autorank_jax.cli.files import FILES
+from autorank_jax.cli.folders import FILES, default_folder
 from autorank_jax.experiment import config as configuration
 from autorank_jax.experiment.results import Row
-from autorank_jax.ranks import policies
+from tests.cli.cases import fails
 
 OPTIONS = {
     "dataset": "synthetic", "clients": "4", "split": "dirichlet_lognormal", "hidden": "8", "rounds": "2",
@@ -30,18 +32,6 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     command = [sys.executable, "-m", "autorank_jax", *TINY, "--out", str(folder / "out")]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False), folder / "out"
-
-
-def fails(capsys, *arguments):
-    """Run a command that must fail with exit code 2, and return its complaint, one line per mistake."""
-    assert cli.main([str(a) for a in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = captured.err.splitlines()
-    assert lines
-    assert all(line.startswith("autorank-jax: ") for line in lines)
-    assert "Traceback" not in captured.err
-    return captured.err
 
 
 def test_run_shows_tables_and_writes_files(finished):
@@ -62,7 +52,7 @@ def test_schemas(finished):
         ("autorank", 1), ("autorank", 2), ("full", 1), ("full", 2),
     ]  # fmt: skip
     for row in history:
-        assert tuple(row) == Row._fields
+        assert (*row, "epsilon") == Row._fields
         assert isinstance(row["accuracy"], float)
         assert row["excluded"] == 0
         assert row["participants"] == 4
@@ -79,6 +69,7 @@ def test_schemas(finished):
         "mean_ratio": {"clients", "examples"},
         "bytes_per_round": {"up", "down"},
         "train_flops": {"per_round", "total", "probe", "slowest_client"},
+        "lost": {"excluded", "rounds"},
         "seconds": {"compile", "train"},
     }
     for policy, numbers in summary["policies"].items():
@@ -115,15 +106,13 @@ def test_quiet_overwriting_run_repeats_its_history(finished, capsys):
 
 
 def test_default_folders_are_numbered(tmp_path, monkeypatch):
-    commands = importlib.import_module("autorank_jax.cli.commands")
     monkeypatch.chdir(tmp_path)
-    experiment = commands.Experiment()
-    assert str(commands.default_folder(experiment, False)) == "runs/fashion_mnist_mini-staircase"
+    assert str(default_folder("fashion_mnist_mini-staircase", overwrite=False)) == "runs/fashion_mnist_mini-staircase"
     for name in ("fashion_mnist_mini-staircase", "fashion_mnist_mini-staircase-2"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.json").write_text("{}")
-    assert str(commands.default_folder(experiment, False)) == "runs/fashion_mnist_mini-staircase-3"
-    assert str(commands.default_folder(experiment, True)) == "runs/fashion_mnist_mini-staircase"
+    assert str(default_folder("fashion_mnist_mini-staircase", overwrite=False)) == "runs/fashion_mnist_mini-staircase-3"
+    assert str(default_folder("fashion_mnist_mini-staircase", overwrite=True)) == "runs/fashion_mnist_mini-staircase"
 
 
 @pytest.mark.parametrize(
@@ -139,14 +128,24 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
         ("--round 3", "expected options that exist, got --round, probably --rounds (see autorank-jax run --help)"),
         ("--sedes 3 --round=3", "got --sedes, --round, probably --seeds, --rounds (see autorank-jax run --help)"),
         ("--learning-rat 0.1 --nothing-like-it", "got --learning-rat, --nothing-like-it, probably --learning-rate ("),
+        ("--lr 0.1", "got --lr, probably --learning-rate (see autorank-jax run --help)"),
+        ("--policy full", "got --policy, probably --rank-policies (see"),
+        ("--dataset fashion", "got 'fashion', probably 'fashion_mnist_mini' or 'fashion_mnist'"),
+        ("--tyro-print-completion bash", "got one of tyro"),
         ("--rounds 3 word", "expected options that exist, got word (see"),
         ("--config a.json --config=b.json", "config: expected it once, got it 2 times"),
         ("--resume a --resume a", "resume: expected it once, got it 2 times"),
         ("--hidden 8,x", "--hidden"),
         ("--participation 50", "probably a percentage"),
         ("--rank-policies manual --ratios 0.5,64,1,1", "probably a rank"),
+        (
+            "--max-ranks 64,99",
+            "max-ranks: expected at most 10 for layer layers/1, the longer side of its",
+        ),
+        ("--drop-out 1", "drop-out: expected a number of at least 0 and below 1, got 1.0"),
+        ("--learning-rate 1e-300", "learning-rate: expected a number that float32 holds"),
         ("--clients 5000", "probably too many clients for this dataset"),
-        ("--split staircase --clients 7", "expected 10 clients for 10 classes"),
+        ("--split staircase --clients 7", "--clients must be 10 on the staircase split"),
         ("--dataset cinic10", "expected a file at"),
         ("--dataset ../etc", "dataset: expected one of"),
     ],
@@ -159,6 +158,32 @@ def test_mistakes_in_a_run(arguments, message, capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_a_learning_rate_that_excludes_everybody(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main([*TINY, "--learning-rate", "1e30", "--rounds", "1", "--out", str(out)]) == 3
+    assert "no client has sent a finite update for 1 round in round 1; probably the learning rate 1e+30 is too" in (
+        capsys.readouterr().err
+    )
+    assert json.loads((out / "history.json").read_text())[0]["reported"] == 0
+
+
+@pytest.mark.slow
+def test_more_devices_than_cores(tmp_path):
+    command = [sys.executable, "-m", "autorank_jax", *TINY, "--devices", "99", "--out", str(tmp_path / "out")]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert process.returncode == 2
+    assert process.stderr.startswith("autorank-jax: devices: expected at most the ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_run_leaves_nothing_to_resume(capsys, tmp_path):
+    complaint = fails(capsys, *TINY, "--clients", "5000", "--checkpoint-every", "1", "--out", tmp_path / "out")
+    assert "probably too many clients" in complaint
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_all_mistakes_come_at_once(capsys):
     complaint = fails(capsys, "run", "--rounds", "0", "--split", "stairs", "--seeds", "0")
     assert [line.split(": ")[1] for line in complaint.splitlines()] == ["split", "rounds", "seeds"]
@@ -167,10 +192,11 @@ def test_all_mistakes_come_at_once(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Expected one of {run, ranks, data}"),
-        (["frobnicate"], "expected one of run, ranks, data, got frobnicate (see autorank-jax --help)"),
+        ([], "Expected one of {run, compare, ranks, data, cache}"),
+        (["frobnicate"], "expected one of run, compare, ranks, data, cache, got frobnicate (see autorank-jax --help)"),
         (["ranks"], "expected --criteria, got none (see autorank-jax ranks --help)"),
         (["ranks", "--criterria", "x.csv"], "expected --criteria, got --criterria (see autorank-jax ranks --help)"),
+        (["completion"], "completion: expected one shell out of bash, zsh, fish, tcsh, got none"),
         (["data", "--all"], "expected one of list, fetch, got --all (see autorank-jax data --help)"),
     ],
 )
@@ -188,17 +214,45 @@ def test_help(arguments, capsys):
     assert "autorank-jax" in capsys.readouterr().out
 
 
+def help_on_run(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", *words])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_fits_two_screens(capsys):
+    lines = help_on_run(capsys, "--rounds", "3", "--help").splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 80
+    titles = [line for line in lines if line.isalpha()]
+    assert titles == ["data", "model", "federation", "ranks", "training", "output", "devices"]
+    assert any(line.startswith("  --learning-rate X ") and line.endswith(" [0.01]") for line in lines)
+    assert "--clip-norm" not in "".join(lines)
+
+
 def test_help_explains_every_option(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["run", "--help"])
-    text = capsys.readouterr().out
+    text = help_on_run(capsys, "--help-all")
     commands = importlib.import_module("autorank_jax.cli.commands")
-    for name in commands.Experiment.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')} " in text
-    assert "default:autorank,by_size,uniform,full)" in "".join(text.split())
+    for kind in (commands.Experiment, commands.Launch, commands.Run):
+        for name in kind.__dataclass_fields__:
+            assert name in ("experiment", "launch") or re.search(f"^  --{name.replace('_', '-')} .*[a-z]", text, re.M)
+    assert "[autorank,by_size,uniform,full]" in "".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
     for words in (configuration.POLICIES, configuration.AGGREGATORS):
         for name in words:
             assert re.search(rf"^  {name} +\w", text, re.MULTILINE), f"{name} is explained"
+
+
+def test_version_and_completion(capsys):
+    for words, expected in (
+        (["--version"], rf"^autorank-jax {re.escape(autorank_jax.__version__)}, jax \d"),
+        (["completion", "bash"], "autorank-jax(.|\n)*--learning-rate"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        assert stop.value.code in (0, None)
+        assert re.search(expected, capsys.readouterr().out)
 
 
 def test_the_list_of_commands_is_short(capsys):
@@ -219,91 +273,6 @@ def test_data(capsys, tmp_path, monkeypatch):
     assert lines["mine"] == "yes"
     assert lines["cifar10"] == "damaged"
     assert str(tmp_path) in text
-
-
-TABLE = "client,size,classes,label_entropy,gini_simpson\na,10,1,0,0\nb,10,2,0.6931472,0.5\nc,40,2,0.6931472,0.5\n"
-
-
-def write(tmp_path, text, name="criteria.csv"):
-    path = tmp_path / name
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
-
-
-@pytest.mark.slow
-def test_ranks_equal_those_of_the_library(tmp_path, capsys):
-    path = write(tmp_path, TABLE)
-    assert cli.main(["ranks", "--criteria", str(path), "--max-rank", "10", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    ranks, info = policies.autorank_ranks([[10, 0], [5, 5], [20, 20]], max_rank=10)
-    assert [row["client"] for row in found["clients"]] == ["a", "b", "c"]
-    assert [row["rank"] for row in found["clients"]] == ranks.tolist() == [1, 3, 10]
-    np.testing.assert_allclose([row["closeness"] for row in found["clients"]], info.closeness, atol=1e-6)
-    np.testing.assert_allclose(list(found["weights"].values()), info.weights, atol=1e-6)
-    assert found["weights"]["size"] == pytest.approx(0.5, abs=1e-6)  # worked by hand in autorank_ranks
-    assert found["clients"][1]["ratio"] == pytest.approx(0.399, abs=1e-3)
-
-
-def test_ranks_as_a_table(tmp_path, capsys):
-    assert cli.main(["ranks", "--criteria", str(write(tmp_path, TABLE)), "--max-rank", "10"]) == 0
-    text = capsys.readouterr().out
-    assert "CRITIC weights" in text
-    assert [line.split()[-1] for line in text.splitlines() if line.split()[:1] in (["a"], ["b"], ["c"])] == [
-        "1", "3", "10",
-    ]  # fmt: skip
-
-
-def test_cost_columns_turn_the_order_round(tmp_path, capsys):
-    path = write(tmp_path, "battery\n1\n2\n3\n")
-    ranks = {}
-    for options in ([], ["--cost", "battery"]):
-        assert cli.main(["ranks", "--criteria", str(path), "--max-rank", "10", "--json", *options]) == 0
-        ranks[len(options)] = [row["rank"] for row in json.loads(capsys.readouterr().out)["clients"]]
-    assert ranks[0] == ranks[2][::-1]
-    assert ranks[0] == sorted(ranks[0])
-    assert ranks[0] != ranks[2]
-
-
-@pytest.mark.parametrize("text", ["a;b\n1;2\n3;4\n", "a\tb\n1\t2\n3\t4\n", "\ufeffa, b\r\n1, 2\r\n\r\n3, 4\r\n"])
-def test_tables_of_other_programs(text, tmp_path, capsys):
-    assert cli.main(["ranks", "--criteria", str(write(tmp_path, text)), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert list(found["weights"]) == ["a", "b"]
-    assert [(row["client"], row["rank"]) for row in found["clients"]] == [("0", 6), ("1", 64)]
-
-
-@pytest.mark.parametrize(
-    ("text", "options", "message"),
-    [
-        ("", [], "got an empty file"),
-        ("a,b\n", [], "got none"),
-        ("a,b\n1,2\n3\n", [], "expected 2 values in line 3, got 1"),
-        ("a,b\n1,nan\n", [], "line 2, column 'b', got 'nan'"),
-        ("a,b\n1,inf\n", [], "line 2, column 'b', got 'inf'"),
-        ("a,b\n1,\n", [], "line 2, column 'b', got nothing"),
-        ("a,b\n1,2\n3,many\n", [], "line 3, column 'b', got 'many'"),
-        ("a,b\n1,2\nmany,3\n", [], "line 3, column 'a', got 'many'"),
-        ("a\nmany\n", [], "got 'many'"),
-        ("1,2\n3,4\n", [], "got only numbers in the first line"),
-        ("a,a\n1,2\n", [], "got 'a' twice"),
-        ("a,,c\n1,2,3\n", [], "a name for every column"),
-        ("a,b\n1,2\n", ["--cost", "bb"], "cost: expected a column out of a, b, got 'bb', probably 'b'"),
-        ("a,b\n1,1e200\n", [], "expected a finite number"),
-        (b"PK\x03\x04\x00\x00\xff", [], "probably a spreadsheet"),
-        ("a,b\n1,2\n", ["--max-rank", "0"], "max-rank: expected a whole number of at least 1, got 0"),
-        ("a,b\n1,2\n", ["--min-ratio", "10"], "probably a percentage"),
-        ("a,b\n1,2\n", ["--normalization", "max"], "normalization: expected one of"),
-    ],
-)
-def test_mistakes_in_a_criteria_file(text, options, message, tmp_path, capsys):
-    complaint = fails(capsys, "ranks", "--criteria", write(tmp_path, text), *options)
-    assert message in complaint
-    assert complaint.count("\n") == 1
-
-
-def test_a_criteria_file_that_is_not_there(tmp_path, capsys):
-    assert "No such file" in fails(capsys, "ranks", "--criteria", tmp_path / "none.csv")
-    assert "directory" in fails(capsys, "ranks", "--criteria", tmp_path)
 
 
 @pytest.mark.parametrize("missing", cli.EXTRA)

@@ -48,6 +48,12 @@ def logits_of(task, inputs, ranks=None):
     return x
 
 
+def test_a_model_of_too_few_outputs_is_refused(world):
+    task, inputs, labels, _, state = world
+    with pytest.raises(ValueError, match="at least 4 outputs for labels up to 3, got 3, probably one"):
+        jax.jit(evaluation.make_evaluate(task, inputs, labels + 1))(state)
+
+
 def test_accuracy_and_loss_of_the_server_in_short_batches(world):
     task, inputs, labels, _, state = world
     logits = logits_of(task, inputs)

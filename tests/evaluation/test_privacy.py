@@ -5,7 +5,7 @@ import sys
 import dp_accounting as dp
 import pytest
 
-from autorank_jax.evaluation.privacy import calibrated_noise, spent_epsilon
+from autorank_jax.evaluation.privacy import calibrated_noise, calibrated_release, spent_epsilon
 
 SETTINGS = [
     (1.0, 100, 1e-5, 0.1),
@@ -50,6 +50,32 @@ def test_calibrated_noise_keeps_the_budget_and_no_more(epsilon, clients):
     noise = calibrated_noise(epsilon, 100, 1e-5, **how)
     assert spent_epsilon(noise, 100, 1e-5, **how) <= epsilon
     assert spent_epsilon(0.98 * noise, 100, 1e-5, **how) > epsilon
+
+
+def test_what_is_released_once_is_composed_with_the_rounds():
+    accountant = dp.pld.PLDAccountant()
+    accountant.compose(dp.GaussianDpEvent(3.0))
+    accountant.compose(dp.PoissonSampledDpEvent(0.1, dp.GaussianDpEvent(1.0)), 20)
+    found = spent_epsilon(1.0, 20, 1e-5, rate=0.1, release=3.0)
+    assert found == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-3)
+    assert spent_epsilon(1.0, 0, 1e-5, rate=0.1, release=3.0) == pytest.approx(
+        spent_epsilon(3.0, 1, 1e-5, rate=1.0), rel=1e-3
+    )
+    assert spent_epsilon(1.0, 20, 1e-5, rate=0.1, release=0.0) == float("inf")
+
+
+@pytest.mark.slow
+def test_a_release_takes_its_part_of_the_budget():
+    more = calibrated_noise(3.0, 20, 1e-5, rate=0.1, release=3.0)
+    assert more > calibrated_noise(3.0, 20, 1e-5, rate=0.1)
+    assert spent_epsilon(more, 20, 1e-5, rate=0.1, release=3.0) <= 3.0
+
+
+def test_a_release_keeps_its_own_budget():
+    whole = calibrated_release(1.0, 1e-5)
+    assert spent_epsilon(1.0, 0, 1e-5, rate=0.1, release=whole) <= 1.0
+    fixed = calibrated_release(1.0, 1e-5, clients=100)
+    assert 0.8 < spent_epsilon(1.0, 0, 1e-5, rate=0.1, clients=100, release=fixed) <= 1.1
 
 
 def test_the_ends():

@@ -18,7 +18,8 @@ from autorank_jax.checkpoint import saved_steps
 from autorank_jax.cli import main as cli
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.config import Experiment
-from autorank_jax.experiment.run import Resumed, run_experiment
+from autorank_jax.experiment.events import Resumed, Stopped
+from autorank_jax.experiment.run import run_experiment
 
 OPTIONS = {
     "dataset": "synthetic", "clients": "5", "split": "dirichlet_lognormal", "hidden": "8", "rounds": "6",
@@ -155,6 +156,11 @@ def test_ctrl_c_finishes_the_round_and_says_how_to_go_on(commands, whole):
     assert "Traceback" not in said
     assert f"go on with: autorank-jax run --resume {out}" in said
     assert "interrupted after round" in said
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["stopped"].startswith("interrupted after round")
+    assert json.loads((out / "config.json").read_text()) == summary["config"]
+    assert history(out) == history(whole)[: saved_steps(out / "checkpoints")[-1]]
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("accuracy.png", "ranks.png"))
     step = saved_steps(out / "checkpoints")[-1]
     code, said = commands.run("run", "--resume", out)
     assert code == 0
@@ -187,7 +193,7 @@ def test_a_run_that_diverges_stops_and_names_where(commands):
     assert "in round " in last
     assert "probably the learning rate 1e+38 is too large" in last
     steps = saved_steps(out / "checkpoints")
-    good = f"the last good checkpoint is {out}/checkpoints/step_{steps[-1]:08d}" if steps else "no checkpoint was saved"
+    good = f"checkpoint is {out}/checkpoints/step_{steps[-1]:08d}" if steps else "no checkpoint of it was saved"
     assert good in last
     rows = history(out)
     assert f"in round {len(rows)};" in last
@@ -200,7 +206,7 @@ def test_callbacks_log_stop_early_and_lose_nothing(tmp_path):
         dataset="synthetic", split="iid", clients=3, hidden=(4,), rank_policies=("full", "by_size"), rounds=5,
         local_epochs=1, rank_levels=1, criteria=("size",),
     )  # fmt: skip
-    kept, seen = Checkpoints(tmp_path / "kept"), []
+    kept, seen, events = Checkpoints(tmp_path / "kept"), [], []
 
     def failing(end):
         seen.append((end.row.policy, end.row.round, int(end.state.round), int(end.info.participants)))
@@ -208,9 +214,11 @@ def test_callbacks_log_stop_early_and_lose_nothing(tmp_path):
             raise OSError("the logger's disk is full")
 
     with pytest.raises(OSError, match="the logger's disk is full"):
-        run_experiment(one, on_round=failing, checkpoints=kept)
+        run_experiment(one, on_round=failing, on_event=events.append, checkpoints=kept)
     assert seen == [("full", number, number, 3) for number in (1, 2, 3)]
     assert saved_steps(kept.folder) == [3]
+    assert [event.results.stopped for event in events if isinstance(event, Stopped)] == ["the logger's disk is full"]
+    assert [row.round for run in events[-1].results.runs for row in run.rows] == [1, 2, 3]
     events = []
     early = lambda end: end.row.policy == "full" and end.row.round == 4  # noqa: E731
     results = run_experiment(one, on_round=early, on_event=events.append, checkpoints=kept)
@@ -219,6 +227,30 @@ def test_callbacks_log_stop_early_and_lose_nothing(tmp_path):
     plain = run_experiment(one, on_round=early)
     without = lambda found: [row._replace(seconds=0) for run in found.runs for row in run.rows]  # noqa: E731
     assert without(results) == without(plain)
+
+
+@pytest.mark.slow
+def test_more_rounds_later_are_more_rounds_at_once(commands, capsys):
+    """Ranks set anew, drop-out, sampling and rare evaluation included."""
+    one, part = [*TINY, "--rank-policies", "autorank", "--seeds", 1, "--eval-every", 2], commands.folder / "part"
+    code, said = commands.run(*one, "--rounds", 7, "--out", commands.folder / "at_once", "--checkpoint-every", 1)
+    assert code == 0, said
+    code, said = commands.run(*one, "--rounds", 4, "--out", part, "--checkpoint-every", 3)
+    assert code == 0, said
+    assert "more than the 4 that are done, got 3" in fails(capsys, "run", "--resume", part, "--rounds", 3)
+    code, said = commands.run("run", "--resume", part, "--rounds", 7)
+    assert code == 0, said
+    whole = commands.folder / "at_once"
+    assert history(part) == history(whole)
+    assert len(history(part)) == 7
+    held, expected = arrays(part), arrays(whole)
+    assert {name: np.asarray(value).tobytes() for name, value in held.items()} == {
+        name: np.asarray(value).tobytes() for name, value in expected.items()
+    }
+    assert json.loads((part / "checkpoints" / "run.json").read_text())["experiment"]["rounds"] == 7
+    assert "rounds: expected 7 as before, which is tested as the last" in fails(
+        capsys, "run", "--resume", part, "--rounds", 9
+    )
 
 
 def fails(capsys, *arguments):
@@ -236,6 +268,8 @@ def test_resuming_something_else_is_refused(commands, whole, tmp_path, capsys):
     assert "expected a checkpoint of the same configuration" in complaint
     assert "split: expected iid, got dirichlet_lognormal" in complaint
     assert "rounds: expected 7, got 6" in complaint
+    complaint = fails(capsys, "run", "--resume", out, "--rounds", 7)
+    assert "rounds: expected 6 as before, as the state of autorank with raflora, seed 0 is not kept" in complaint
     assert "--resume" in fails(capsys, *TINY, "--out", out)
     assert "expected no --config" in fails(capsys, "run", "--resume", out, "--config", out / "config.json")
     assert "out: expected none beside --resume" in fails(capsys, "run", "--resume", out, "--out", tmp_path / "x")

@@ -11,7 +11,7 @@ from autorank_jax import datasets, engine, evaluation
 from autorank_jax.engine import local, simulation
 from autorank_jax.experiment import run as run_module
 from autorank_jax.experiment.config import ConfigurationError, Experiment, make_aggregator, outside
-from autorank_jax.experiment.run import Compiled, Finished, RoundDone, Scored, Started, run_experiment
+from autorank_jax.experiment.run import Compiled, Finished, RoundDone, Scored, Stage, Started, run_experiment
 from autorank_jax.experiment.setup import make_federations
 from autorank_jax.ranks.criteria import CRITERIA
 
@@ -59,8 +59,11 @@ def runs_of(results, policy):
 
 def test_events_tell_the_whole_story(tiny):
     results, events = tiny
-    kinds = [type(event) for event in events]
-    assert kinds[:3] == [Compiled, Scored, Scored]
+    assert [event.name for event in events if isinstance(event, Stage)] == [
+        "reading synthetic", "building clients and model", "compiling", "probing", "ranking",
+    ]  # fmt: skip
+    kinds = [type(event) for event in events if not isinstance(event, Stage)]
+    assert kinds[:3] == [Scored, Scored, Compiled]
     assert kinds[3:] == [Started, RoundDone, RoundDone, Finished] * 2 * len(TINY.rank_policies)
     assert [event.row for event in events if isinstance(event, RoundDone)] == [
         r for run in results.runs for r in run.rows
@@ -271,13 +274,24 @@ BAD = {
         12.5,
         "validation: expected a number of at least 0 and at most 0.5, got 12.5, probably a percentage: 0.125",
     ),
-    "drop_out": (300.0, "drop-out: expected a number of at least 0 and at most 1, got 300.0, probably a percentage"),
+    "drop_out": (300.0, "drop-out: expected a number of at least 0 and below 1, got 300.0, probably a percentage"),
+    "stragglers": (
+        2.0,
+        "stragglers: expected a number of at least 0 and at most 1, got 2.0, probably a percentage: 0.02",
+    ),
+    "clip_norm": (1e-300, "clip-norm: expected a number that float32 holds, 1.2e-38 to 3.4e+38, got 1e-300"),
+    "server_learning_rate": (1e300, "server-learning-rate: expected a number that float32 holds"),
     "max_ranks": ((1, 2, 3), "max-ranks: expected one number or one for each of 2 layers, got 3"),
     "hidden": ((0,), "hidden: expected a whole number of at least 1"),
     "seeds": (True, "seeds: expected a whole number"),
     "eval_every": (0, "eval-every"),
     "lanes": (0, "lanes: expected"),
     "rank_levels": (0, "rank-levels: expected"),
+    "first_seed": (
+        2**40,
+        "first-seed: expected a whole number of at least 0 and at most 2147483647, got 10",
+    ),
+    "probe_epochs": (10**6, "probe-epochs: expected a whole number of at least 1 and at most 10000"),
     "rerank_every": (-1, "rerank-every: expected"),
 }
 
@@ -293,6 +307,12 @@ def test_bad_options(option):
     assert len(caught.value.problems) == 1
     assert message in str(caught.value)
     assert "\n" not in caught.value.problems[0]
+
+
+def test_shares_and_rates_that_leave_nothing_to_train():
+    for option, value in (("drop_out", 1.0), ("learning_rate", 1e-300)):
+        with pytest.raises(ConfigurationError, match=f"^{option.replace('_', '-')}: "):
+            dataclasses.replace(TINY, **{option: value}).validate()
 
 
 @pytest.mark.parametrize(("value", "hint"), [(2, ": 0.02"), (100, ": 1"), (101, ""), (float("inf"), "")])
@@ -316,9 +336,16 @@ def test_all_mistakes_are_named_at_once():
         ({"rank_policies": ("full", "full")}, "expected every name once"),
         ({"rank_policies": ("full",)}, "expected only with the policy manual"),
         ({"ratios": (0.5,)}, "expected one for each of 6 clients"),
-        ({"split": "staircase"}, "expected 10 clients for 10 classes"),
+        ({"split": "staircase"}, "--clients must be 10 on the staircase split, one for each class, not 6; use --split"),
         ({"clients": 2000, "rank_policies": ("full",), "ratios": ()}, "at least one example for each of 2000 clients"),
         ({"model": "cnn", "hidden": (1, 1, 1, 1)}, "expected images of at least 16 pixels"),
+        (
+            {"max_ranks": (99999,)},
+            "max-ranks: expected at most 64 for layer layers/0, the longer side of its weight, got",
+        ),
+        ({"hidden": (10**6,)}, "hidden: expected a model that fits"),
+        ({"seeds": 10**6}, "seeds: expected a whole number of at least 1 and at most 1000"),
+        ({"model": "cnn", "hidden": (2,), "max_ranks": (10, 1)}, "at most 9 for layer convs/0, the longer side of its"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):

@@ -47,6 +47,7 @@ def test_every_policy_keeps_the_protocol_under_jit(name):
         assert bool(((ratios > 0) & (ratios <= 1)).all())
         assert info.matrix.shape == (6, *info.weights.shape)
         assert info.closeness.shape == (6,)
+        assert len(info.criteria) == len(info.weights)
         chex.assert_tree_all_finite(info)
 
 
@@ -59,6 +60,15 @@ def test_autorank_is_critic_then_topsis_then_min_max_over_the_floor(normalizatio
     np.testing.assert_allclose(info.closeness, mcda.topsis(info.matrix, normalization=normalization), rtol=1e-6)
     C = np.asarray(info.closeness)
     np.testing.assert_allclose(ratios, 0.2 + 0.8 * (C - C.min()) / (C.max() - C.min()), rtol=1e-5)
+
+
+def test_the_info_names_its_columns_also_out_of_jit():
+    def spread(stats):
+        return jnp.max(stats.label_counts, axis=1)
+
+    stats = client_stats()._replace(extra=jnp.ones((6, 1)))
+    _, info = jax.jit(policies.autorank(criteria=("size", spread)))(KEY, stats)
+    assert info.criteria == ("size", "spread", "extra_0")
 
 
 def test_autorank_honours_costs():

@@ -1,0 +1,177 @@
+"""The command `compare`: several runs in one table and one picture."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+from rich.table import Table
+
+from autorank_jax.cli.figures import DASHES, PALETTE, Curve, curves_figure
+from autorank_jax.cli.files import read_json, to_png, write_file
+from autorank_jax.cli.folders import ReportError
+from autorank_jax.cli.tables import make_console, make_table, percent
+from autorank_jax.experiment.config import ConfigurationError
+from autorank_jax.experiment.results import Costs, Row, Run, accuracies, rounds_to, si, spread
+
+UNKNOWN_COSTS = Costs(*[float("nan")] * len(Costs._fields))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Put several runs into one table and one picture.
+
+    Attributes:
+        runs: folders of runs, two or more
+        output: file for the picture, FILE.png
+    """
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")]
+    output: Path = Path("comparison.png")
+
+
+class Found(NamedTuple):
+    """What one folder holds."""
+
+    name: str
+    config: Mapping[str, Any]
+    runs: Mapping[str, Sequence[Run]]  # by policy and rule, a seed each
+    stopped: str
+
+
+def compare(command: Compare) -> None:
+    """Show what runs reached and what they cost, where they differ, and draw their curves."""
+    output = command.output.expanduser()
+    problems = []
+    if len(command.runs) < 2:
+        problems.append(f"runs: expected two folders of runs or more, got {len(command.runs)}")
+    if len(set(command.runs)) < len(command.runs):
+        problems.append("runs: expected every folder once, got one again")
+    if output.suffix.lower() != ".png" or output.is_dir():
+        problems.append(f"output: expected a file that ends in .png, got {output}")
+    if problems:
+        raise ConfigurationError(problems)
+    short = len({path.name for path in command.runs}) == len(command.runs)
+    found = [read_found(path, path.name if short and path.name else str(path)) for path in command.runs]
+    try:
+        write_file(output, to_png(curves_figure(list(_curves(found)), _caption(found))))
+    except OSError as error:
+        raise ReportError(f"output: expected to write {output}, got: {error.strerror or error}") from error
+    console = make_console()
+    for table in (differences_table(found), results_table(found)):
+        if table.row_count:
+            console.print(table)
+    for run in found:
+        if run.stopped:
+            console.print(f"{run.name} ended before its time: {run.stopped}", soft_wrap=True)
+    console.print(f"Written to {output}", soft_wrap=True)
+
+
+def read_found(folder: Path, name: str) -> Found:
+    """Read what a run has left in its folder.
+
+    Raises:
+        ConfigurationError: if it is no such folder, or one of its files is damaged.
+    """
+    path = folder.expanduser()
+    if not (path / "history.json").exists():
+        raise ConfigurationError([f"runs: expected the folder of a run, got {folder} without history.json"])
+    config, history = read_json("runs", path / "config.json"), read_json("runs", path / "history.json")
+    summary = read_json("runs", path / "summary.json") if (path / "summary.json").exists() else {}
+    try:
+        rows = [_row(values) for values in history]
+        if not rows or not isinstance(config, dict) or not isinstance(summary, dict):
+            raise TypeError
+    except (TypeError, OverflowError) as error:
+        raise ConfigurationError([f"runs: expected {path} as a run leaves it, got another content"]) from error
+    groups: dict[tuple[str, str], dict[int, list[Row]]] = {}
+    for row in rows:
+        groups.setdefault((row.policy, row.aggregator), {}).setdefault(row.seed, []).append(row)
+    several = len({aggregator for _, aggregator in groups}) > 1
+    runs = {
+        f"{policy}+{aggregator}" if several else policy: [
+            Run(policy, aggregator, seed, tuple(seeds[seed]), UNKNOWN_COSTS, 0.0, 0.0, 0.0) for seed in seeds
+        ]
+        for (policy, aggregator), seeds in groups.items()
+    }
+    numbers = [[row.round for row in run.rows] for some in runs.values() for run in some]
+    if any(rounds != list(range(1, len(rounds) + 1)) for rounds in numbers):
+        raise ConfigurationError([f"runs: expected {path} as a run leaves it, got a history that lacks rounds"])
+    return Found(name, config, runs, str(summary.get("stopped", "")))
+
+
+def _row(values: Mapping[str, Any]) -> Row:
+    """Return one round of a history, whose numbers are numbers."""
+    row = Row(**values)
+    whole = (row.seed, row.round, row.participants, row.excluded, row.reported)
+    numbers = (row.train_flops, row.bytes, row.seconds)
+    measured = [value for value in (row.accuracy, row.loss, row.train_loss) if value is not None]
+    right = all(type(value) is int for value in whole)
+    right &= all(type(value) in (int, float) and math.isfinite(value) for value in (*numbers, *measured))
+    if not right or not isinstance(row.policy, str) or not isinstance(row.aggregator, str) or row.round < 1:
+        raise TypeError
+    return row
+
+
+def _curves(found: Sequence[Found]) -> Iterator[Curve]:
+    for number, run in enumerate(found):
+        for place, (name, seeds) in enumerate(run.runs.items()):
+            label = f"{run.name}: {name}"
+            yield Curve(label, seeds, PALETTE[number % len(PALETTE)], DASHES[place % len(DASHES)])
+
+
+def _caption(found: Sequence[Found]) -> str:
+    words = ("dataset", "split", "model", "clients")
+    shared = [f"{word} {found[0].config.get(word)}" for word in words if len(_values(found, word)) == 1]
+    return " · ".join(shared)
+
+
+def _values(found: Sequence[Found], option: str) -> set[str]:
+    return {json.dumps(run.config.get(option)) for run in found}
+
+
+def differences_table(found: Sequence[Found]) -> Table:
+    """Show the options in which runs differ, a column per run."""
+    table = make_table("Options that differ")
+    table.add_column("")
+    for run in found:
+        table.add_column(run.name, overflow="fold")
+    names = dict.fromkeys(name for run in found for name in run.config)
+    for name in names:
+        if len(_values(found, name)) > 1:
+            table.add_row(name.replace("_", "-"), *(_word(run.config.get(name)) for run in found))
+    return table
+
+
+def _word(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
+
+
+def results_table(found: Sequence[Found]) -> Table:
+    """Show what every run reached under each policy and rule, and what it cost: a row each."""
+    table = make_table("Comparison, mean ± sd over seeds")
+    table.add_column("run", overflow="fold")
+    listed = [run.config.get("targets") for run in found]
+    targets = sorted({t for some in listed if isinstance(some, list) for t in some if isinstance(t, float)})
+    for name in ("rounds", "final", "best", *(f"rounds to\n{100 * t:g} %" for t in targets), "bytes", "FLOPs"):
+        table.add_column(name, justify="right")
+    for run in found:
+        for number, (name, seeds) in enumerate(run.runs.items()):
+            ends = number == len(run.runs) - 1
+            table.add_row(f"{run.name}: {name}", *_numbers(seeds, targets), end_section=ends)
+    return table
+
+
+def _numbers(seeds: Sequence[Run], targets: Iterable[float]) -> Iterator[str]:
+    curves = [[accuracy for _, accuracy in accuracies(run)] for run in seeds]
+    yield "/".join(dict.fromkeys(str(len(run.rows)) for run in seeds))
+    yield percent(spread([curve[-1] if curve else None for curve in curves]))
+    yield percent(spread([max(curve, default=None) for curve in curves]))
+    for target in targets:
+        reached = spread([rounds_to(run, target) for run in seeds])["mean"]
+        yield "–" if reached is None else f"{reached:.3g}"
+    yield si(spread([run.rows[-1].bytes for run in seeds])["mean"])
+    yield si(spread([run.rows[-1].train_flops for run in seeds])["mean"])

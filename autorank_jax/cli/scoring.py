@@ -1,0 +1,107 @@
+"""The command `ranks`: the clients of a table scored, and the rank of each."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from autorank_jax.cli.files import to_csv, to_json, write_file
+from autorank_jax.cli.folders import ReportError
+from autorank_jax.cli.tables import criteria_table, make_console
+from autorank_jax.cli.terminal import tell
+from autorank_jax.experiment.config import ConfigurationError, outside, unknown
+from autorank_jax.experiment.doubts import little_variation
+from autorank_jax.ranks import mcda, policies
+from autorank_jax.ranks.table_file import STANDARD_INPUT, read_criteria
+
+ENDINGS = (".csv", ".json")
+MOST_RANK = 2**20
+"""Of which float32 still holds every product with a ratio to less than a rank."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Score the clients of a table and give each its rank: for use with any other training stack.
+
+    Attributes:
+        criteria: CSV file with a header and one row per client, - for standard input; the first column may hold names
+        max_rank: rank of the most complex client
+        min_ratio: share of it that the least complex client gets
+        columns: the criteria among the table's columns; default all but names, and but for results of a run
+        cost: columns of which less means more complex; of all others more does
+        normalization: of TOPSIS: vector or minmax
+        output: file for the ranks, FILE.csv or FILE.json, in place of tables
+        json: print JSON in place of tables
+    """
+
+    criteria: Path
+    max_rank: int = 64
+    min_ratio: float = 0.1
+    columns: tuple[str, ...] = ()
+    cost: tuple[str, ...] = ()
+    normalization: str = "vector"
+    output: Path | None = None
+    json: bool = False
+
+
+def score_table(command: Ranks) -> None:
+    """Score the clients of a criteria file, and print or write their ranks."""
+    problems = [
+        *outside("max_rank", command.max_rank, 1, MOST_RANK, whole=True),
+        *outside("min_ratio", command.min_ratio, 0, 1, open_start=True, cause="a percentage"),
+        *unknown("normalization", [command.normalization], mcda.NORMALIZATIONS),
+        *_output_problems(command),
+    ]
+    if problems:
+        raise ConfigurationError(problems)
+    table = read_criteria(command.criteria, cost=command.cost, columns=command.columns)
+    for remark in table.remarks:
+        tell(remark)
+    little = little_variation(table.criteria, table.matrix)
+    if little:
+        tell(f"{little}; probably give all clients one rank")
+    with jax.enable_x64(True):
+        weights = mcda.critic_weights(table.matrix, benefit=table.benefit)
+        closeness = mcda.topsis(table.matrix, weights, benefit=table.benefit, normalization=command.normalization)
+        ratios = policies.ratios_from_scores(closeness, min_ratio=command.min_ratio)
+        ranks = policies.ranks_from_ratios(ratios, {"rank": command.max_rank})["rank"]
+    found = [np.asarray(column) for column in (closeness, ratios, ranks)]
+    named = dict(zip(table.criteria, np.asarray(weights).tolist(), strict=True))
+    keys = ("client", "closeness", "ratio", "rank")
+    rows = zip(table.clients, *(column.tolist() for column in found), strict=True)
+    content = {
+        "weights": named,
+        "clients": [dict(zip(keys, row, strict=True)) for row in rows],
+        "max_rank": command.max_rank,
+        "min_ratio": command.min_ratio,
+    }
+    if command.output is not None:
+        _write(command.output.expanduser(), content)
+    if command.json:
+        sys.stdout.write(to_json(content).decode())
+    elif command.output is None:
+        console = make_console()
+        for shown in criteria_table(table.clients, named, *found):
+            console.print(shown)
+
+
+def _output_problems(command: Ranks) -> Iterable[str]:
+    if command.output is None:
+        return
+    output, criteria = command.output.expanduser(), command.criteria.expanduser()
+    if output.suffix.lower() not in ENDINGS:
+        yield f"output: expected a file that ends in {' or '.join(ENDINGS)}, got {output}"
+    elif output.is_dir() or (criteria != STANDARD_INPUT and output.exists() and output.samefile(criteria)):
+        yield f"output: expected a file of its own, got {output}"
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write the ranks as the ending says: JSON with all that was found, or a row per client."""
+    try:
+        write_file(path, to_csv(content["clients"]) if path.suffix.lower() == ".csv" else to_json(content))
+    except OSError as error:
+        raise ReportError(f"output: expected to write {path}, got: {error.strerror or error}") from error

@@ -1,0 +1,90 @@
+"""Clients that hardly differ: their scores, and with them their ranks, are then chance."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from autorank_jax.experiment.results import Scores
+from autorank_jax.ranks import mcda
+from autorank_jax.ranks.criteria import CRITERIA
+from autorank_jax.types import Array, ClientStats
+
+LEAST_VARIATION = 0.05
+"""Standard deviation over mean, of the criterion of which it is largest; below it, clients are as good as equal."""
+DRAWS = 20
+MOST_CLIENTS = 200
+"""Of which pairs are looked at."""
+
+
+def variation(matrix: np.ndarray) -> np.ndarray:
+    """Return by how much each criterion varies between clients: standard deviation over mean, `(criteria,)`."""
+    mean = np.abs(matrix).mean(axis=0)
+    return np.divide(matrix.std(axis=0), mean, out=np.zeros(matrix.shape[1]), where=mean > 0)
+
+
+def little_variation(criteria: Sequence[str], matrix: np.ndarray) -> str:
+    """Say by how much criteria vary, if it is little; nothing of one client, and where all are exactly equal."""
+    values = variation(np.asarray(matrix, np.float64))
+    if len(matrix) < 2 or not 0 < values.max(initial=0) < LEAST_VARIATION:
+        return ""
+    most = int(values.argmax())
+    return (
+        f"the criteria hardly vary between clients, at most by {100 * values[most]:.2g} % (standard deviation over "
+        f"mean of {criteria[most]}), and scores are relative: the least client gets the smallest rank all the same"
+    )
+
+
+def swapped_pairs(scores: Scores, *, seed: int = 0) -> float:
+    """Return which share of all pairs of clients would change places if their examples were drawn anew; ½ is chance.
+
+    Each count of a label is drawn from a Poisson distribution of that mean (a bootstrap of the examples); what no
+    label says, the entropy of losses, stays.
+
+    Args:
+        scores: of one seed, with scores.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.permutation(len(scores.size))[:MOST_CLIENTS])
+    counts = rng.poisson(scores.label_counts[chosen], (DRAWS, *scores.label_counts[chosen].shape)).astype(np.int32)
+    kept = jnp.asarray(scores.matrix[chosen], jnp.float32)
+
+    def closeness(label_counts: Array) -> Array:
+        size = jnp.sum(label_counts, axis=1)
+        ones, present = jnp.ones(size.shape, jnp.float32), jnp.ones(size.shape, bool)
+        stats = ClientStats(size, label_counts, None, None, None, max_ratio=ones, where=present)
+        columns = [
+            kept[:, place] if name == "loss_entropy" else CRITERIA[name](stats).astype(jnp.float32)
+            for place, name in enumerate(scores.criteria)
+        ]
+        matrix = jnp.stack(columns, axis=1)
+        return mcda.topsis(matrix, mcda.critic_weights(matrix))
+
+    drawn = np.asarray(jax.jit(jax.vmap(closeness))(jnp.asarray(counts)))
+    assert scores.closeness is not None
+    before, after = _order(scores.closeness[chosen]), _order(drawn)
+    pairs = np.triu_indices(len(chosen), 1)
+    return float(np.mean((before != after)[..., pairs[0], pairs[1]]))
+
+
+def _order(values: np.ndarray) -> np.ndarray:
+    """Return whether each is above each other, `(..., clients, clients)`."""
+    return np.asarray(values[..., :, None] > values[..., None, :])
+
+
+def doubts(scores: Scores) -> Iterator[str]:
+    """Yield what speaks against the ranks of a seed, and what one rank for all would do; nothing mostly."""
+    little = little_variation(scores.criteria, scores.matrix) if scores.closeness is not None else ""
+    if not little or not set(scores.criteria) <= set(CRITERIA):
+        return
+    policy = "autorank" if "autorank" in scores.ratios else next(iter(scores.ratios))
+    yield (
+        f"{little}; {100 * swapped_pairs(scores):.0f} % of all pairs of clients would change places if their examples "
+        "were drawn anew, 50 % is chance"
+    )
+    yield (
+        f"one rank for all, at ratio {scores.ratios[policy].mean():.2f}, sends the same bytes and owes nothing to "
+        "chance: --rank-policies uniform_bytes"
+    )

@@ -1,0 +1,162 @@
+"""From the sources to a site: lay out, run Sphinx, check the links."""
+
+import html.parser
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from autorank_jax.manual.reference import gallery, reference
+
+HERE = Path(__file__).parent
+NOTEBOOK = """---
+file_format: mystnb
+kernelspec: {name: python3, display_name: Python 3, language: python}
+language_info: {name: python, pygments_lexer: ipython3}
+---
+"""
+NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "sphinxcontrib.bibtex")
+
+
+class ManualError(RuntimeError):
+    """A manual that cannot be built. The message is one line, or what Sphinx printed."""
+
+
+def build(folder: str | Path, *, execute: bool = True) -> Path:
+    """Build the manual.
+
+    Args:
+        folder: where the site goes.
+        execute: run the blocks of the guides, each guide in a process of its own; a block that fails ends the build.
+
+    Returns:
+        The front page.
+
+    Raises:
+        ManualError: without the packages of the extra `docs`, for a folder with other things in it, or with what Sphinx
+            printed where it failed or warned, or with the links that lead nowhere.
+    """
+    missing = [name for name in NEEDED if not _is_there(name)]
+    if missing:
+        raise ManualError(f"expected the packages {', '.join(missing)}, got none: pip install 'autorank-jax[docs]'")
+    folder = Path(folder).expanduser().resolve()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "objects.inv").is_file()):
+        raise ManualError(f"expected a new folder or that of an earlier build, got {folder}, which holds other things")
+    with tempfile.TemporaryDirectory() as temporary:
+        work, site = sources(Path(temporary) / "sources"), Path(temporary) / "site"
+        mode = ("-D", f"nb_execution_mode={'force' if execute else 'off'}")
+        command = [
+            sys.executable,
+            "-m",
+            "sphinx",
+            "-W",
+            "--keep-going",
+            "-q",
+            "-j",
+            "auto",
+            *mode,
+            str(work),
+            str(site),
+        ]
+        ran = subprocess.run(
+            command, env=os.environ | {"PYTHONHASHSEED": "0"}, text=True, capture_output=True, check=False
+        )
+        if ran.returncode:
+            raise ManualError(ran.stdout + ran.stderr)
+        broken = check_links(site)
+        if broken:
+            raise ManualError("links that lead nowhere: " + "; ".join(broken))
+        shutil.rmtree(site / "_sources", ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(site, folder, ignore=shutil.ignore_patterns(".doctrees", ".buildinfo"))
+    return folder / "index.html"
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
+
+
+def sources(folder: Path) -> Path:
+    """Copy the sources into a folder, with the pages of the reference and the pictures of the repository beside them.
+
+    Args:
+        folder: which does not exist.
+
+    Returns:
+        The folder.
+    """
+    shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns("*.pyc", "__pycache__", "__init__.py", "__main__.py"))
+    for name, text in reference().items():
+        page = folder / "reference" / f"{name}.md"
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(text, encoding="utf-8")
+    shutil.move(folder / "sphinx" / "conf.py", folder)
+    for guide in guides():
+        page = folder / "guides" / guide.name
+        page.write_text(NOTEBOOK + page.read_text(encoding="utf-8"), encoding="utf-8")
+    page_text, pictures = gallery(HERE.parents[1] / "benchmarks")
+    (folder / "gallery.md").write_text(page_text, encoding="utf-8")
+    (folder / "pictures").mkdir()
+    for name, path in pictures.items():
+        shutil.copy(path, folder / "pictures" / name)
+    return folder
+
+
+def guides() -> list[Path]:
+    """Return the guides, in the order in which they are read."""
+    listed = re.findall(r"^guides/\S+$", (HERE / "index.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [HERE / f"{name}.md" for name in listed]
+
+
+def code_blocks(page: Path) -> list[str]:
+    """Return the blocks of a page that run, in order."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"^```\{code-cell\}[^\n]*\n(?:---\n.*?---\n|:\S[^\n]*\n)*(.*?)^```$", text, flags=re.M | re.S)
+
+
+class _Page(html.parser.HTMLParser):
+    """The links of a page, and the places that links may lead to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.places: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.places |= {value for name in ("id", "name") if (value := found.get(name))}
+        self.links += [value for name in ("href", "src") if (value := found.get(name)) and tag != "base"]
+
+
+def check_links(site: Path) -> list[str]:
+    """Return the links within a site that lead nowhere, as `page: link`.
+
+    Args:
+        site: folder of the built pages.
+    """
+    found = (path for path in site.rglob("*.html") if "_static" not in path.parts)  # there lie templates of the theme
+    pages = {path: _Page(path.read_text(encoding="utf-8")) for path in found}
+    broken = []
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            if (
+                path.relative_to(site).parts[0] == "_modules"
+            ):  # [docs] of a name that its room exports: the page is right
+                parts = parts._replace(fragment="")
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            place = unquote(parts.fragment)
+            if not target.exists() or (place and target in pages and place not in pages[target].places):
+                broken.append(f"{path.relative_to(site)}: {link}")
+    return broken

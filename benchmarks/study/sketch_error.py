@@ -1,0 +1,150 @@
+"""What product rules lose by sketches: their error over the best one, on trajectories of real training.
+
+Every product that a rule averages in a run with whole products is sketched besides, with the server of that round, and
+split into factors of the maximum rank. `over the best` is `‖P - AB‖_F` over that of the truncated SVD, the worst over
+layers, keys and trajectories, in the first round and in later ones; `columns` is how many random columns a sketch has
+beside the rank positions (the rules take as many as positions, at least 16). `tail` is what the best one loses,
+`‖P - AB‖_F / ‖P‖_F`, at most. Drift is the learning rate times 100. MLP 784-200-200-10, embedded Fashion-MNIST subset.
+
+Command:  python -m benchmarks.study.sketch_error [--json FILE]     (--quick: one setting, two rounds)
+Hardware: two CPU cores
+Time and numbers to expect: a minute a setting, most of it compilation; see benchmarks/study/README.md
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from autorank_jax import aggregators, datasets, federated
+from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.adapters.nnx import task_from_nnx
+from autorank_jax.aggregators import sketches
+from autorank_jax.aggregators.products import split_product
+from autorank_jax.engine.local import make_local_training
+from autorank_jax.engine.round import make_round
+from autorank_jax.engine.simulation import init_state
+from autorank_jax.models.vision import MLP
+from autorank_jax.types import Adapter, Aggregator, Array, Key, Server, Sums
+from benchmarks import harness
+from benchmarks.study.columns import SPLITS
+from benchmarks.study.options import make_parser
+
+WIDTH, KEYS, SHARES = 200, 3, (0.5, 1.0, 2.0)
+COLUMNS = ("rule", "split", "rank", "cohort", "drift", "columns", "first", "later", "tail")
+
+
+class Setting(NamedTuple):
+    """One trajectory."""
+
+    rule: str = "raflora"
+    split: str = "dirichlet-0.4-10"
+    rank: int = 16
+    cohort: int = 10
+    rate: float = 0.03
+
+
+SETTINGS = (
+    Setting(), Setting("flexlora"), Setting(split="staircase"), Setting(rank=4), Setting(rank=4, cohort=40),
+    Setting(cohort=40), Setting(rate=0.1), Setting("flexlora", "staircase", 4, 10, 0.1),
+)  # fmt: skip
+
+
+class Product(NamedTuple):
+    """What a rule averaged in one layer, and the adapter that clients started from."""
+
+    round: int
+    matrix: Array
+    old: Adapter
+
+
+def watched(rule: Aggregator, like: Server) -> Aggregator:
+    """Let a rule of whole products leave what it averages in its state."""
+    step = rule.step
+    assert step is not None
+    blank = {path: jnp.zeros_like(a.lora_a @ a.lora_b) for path, a in like.trainable.adapters.items()}
+
+    def update(key: Key, sums: Sums, _: Any, server: Server) -> tuple[Server, Any]:
+        return rule.update(key, sums, (), server)[0], step.mean(sums, (), server)[0].matrices
+
+    return rule._replace(
+        init=lambda server: blank,  # noqa: ARG005
+        start=lambda server, state, client: rule.start(server, (), client),  # noqa: ARG005
+        trains=lambda state: rule.trains(()),  # noqa: ARG005
+        update=update,
+        step=None,
+    )
+
+
+def follow(setting: Setting, rounds: int) -> Iterator[Product]:
+    """Train, and yield the products of every round."""
+    images = datasets.load_dataset("fashion_mnist_mini")
+    options = dict(SPLITS[setting.split]) | {"clients": setting.cohort}
+    parts = federated.partition.partition(
+        options.pop("split"), images.y_train, options.pop("clients"), seed=0, **options
+    )
+    data = federated.from_parts(images.x_train, images.y_train, parts)
+    model = MLP((784, WIDTH, WIDTH, 10), rngs=nnx.Rngs(0))
+    task = task_from_nnx(model, max_rank={f"layers/{n}": min(setting.rank, 10 if n == 2 else WIDTH) for n in range(3)})
+    widest, rng = max_ranks(task.server.trainable), np.random.default_rng(0)
+    ranks = {path: rng.integers(1, width + 1, data.size.shape[0]) for path, width in widest.items()}
+    rule = watched(aggregators.make_rule(setting.rule, exact=True), task.server)
+    local = make_local_training(task, optax.sgd(setting.rate, momentum=0.9), batch_size=32)
+    run, state = jax.jit(make_round(local, rule, lanes=2)), init_state(task.server, rule, ranks)
+    for number in range(rounds):
+        before = state.server.trainable.adapters
+        state, _ = run(jax.random.key(1), state, data)
+        for path, matrix in state.aggregator.items():
+            if matrix.shape[1] == WIDTH:  # the head is too narrow for most sketches
+                yield Product(number, matrix, before[path])
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def split(key: Key, product: Product, columns: int) -> Adapter:
+    """Split a product of which only a sketch is known."""
+    old = product.old
+    maps = sketches.draw_maps(key, old, columns)
+    whole = sketches.sketch_product(product.matrix, jnp.eye(product.matrix.shape[1]), maps, old)
+    return split_product(sketches.reconstruct(whole, maps, old), old, sigma="both")
+
+
+def measure(setting: Setting, rounds: int) -> list[harness.Row]:
+    """Return a row for each number of random columns."""
+    worst: dict[tuple[int, str], float] = {}
+    random = sorted({max(1, round(share * setting.rank)) for share in SHARES} | {max(setting.rank, 16)})
+    for product in follow(setting, rounds):
+        matrix = np.asarray(product.matrix, float)
+        values = np.linalg.svd(matrix, compute_uv=False)
+        best, when = np.linalg.norm(values[setting.rank :]), "later" if product.round else "first"
+        for columns, seed in itertools.product(random, range(KEYS)):
+            a, b = (np.asarray(f, float) for f in split(jax.random.key(seed), product, setting.rank + columns))
+            found = {when: np.linalg.norm(matrix - a @ b) / best, "tail": best / np.linalg.norm(values)}
+            worst |= {(columns, k): max(float(v), worst.get((columns, k), 0.0)) for k, v in found.items()}
+    named = setting._asdict() | {"drift": 100 * setting.rate}
+    return [named | {"columns": c} | {k: v for (n, k), v in worst.items() if n == c} for c in random]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, write."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one setting, two rounds")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    rows: list[harness.Row] = []
+    for setting in SETTINGS[3:4] if options.quick else SETTINGS:
+        rows += measure(setting, 2 if options.quick else options.rounds)
+        print(harness.markdown_table(rows, COLUMNS), flush=True)
+    content = {"rows": rows, "versions": harness.versions(), "device": harness.device()}
+    harness.write_json(options.json, content)
+
+
+if __name__ == "__main__":
+    main()

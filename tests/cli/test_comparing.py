@@ -1,0 +1,91 @@
+"""Several runs in one table and one picture, read from what they left in their folders."""
+
+import importlib
+import json
+
+import pytest
+
+from autorank_jax.cli import main as cli
+from autorank_jax.cli.comparing import read_found
+from autorank_jax.cli.files import write_results
+from autorank_jax.experiment.config import ConfigurationError
+from tests.cli.cases import fails
+from tests.cli.test_files import make_results
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs, the second of which has other options and one rule more."""
+    other = make_results(("rbla", "zero_pad"))
+    other = other._replace(config=other.config | {"learning_rate": 0.5}, stopped="interrupted after round 3")
+    for name, results in (("one", make_results()), ("[other]", other)):
+        write_results(tmp_path / name, results)
+    return [tmp_path / "one", tmp_path / "[other]"]
+
+
+def test_runs_beside_each_other(runs, tmp_path, monkeypatch, capsys):
+    drawn = []
+    comparing = importlib.import_module("autorank_jax.cli.comparing")
+    real = comparing.curves_figure
+    monkeypatch.setattr(comparing, "curves_figure", lambda *given: drawn.append(real(*given)) or drawn[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main(["compare", *map(str, runs)]) == 0
+    text = capsys.readouterr().out
+    lines = {line.strip().partition("  ")[0]: line.split() for line in text.splitlines()}
+    assert lines["learning-rate"] == ["learning-rate", "0.01", "0.5"]
+    assert lines["aggregators"] == ["aggregators", "rbla", "rbla,zero_pad"]
+    assert "rounds-per" not in text
+    assert "split" not in text  # which is the same
+    expected = ["3", "60.0", "±", "14.1", "%", "65.0", "±", "7.1", "%", "2.5", "–", "2.1", "k", "8", "M"]
+    assert lines["one: autorank"][2:] == expected
+    assert lines["[other]: autorank+zero_pad"][2:] == expected
+    assert "[other] ended before its time: interrupted after round 3" in text
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert names == [
+        "one: autorank", "one: full", "[other]: autorank+rbla", "[other]: full+rbla", "[other]: autorank+zero_pad",
+        "[other]: full+zero_pad",
+    ]  # fmt: skip
+    assert list(drawn[0].axes[0].lines[0].get_ydata()) == pytest.approx([0.15, 0.5, 0.6])
+
+
+def test_mistakes_in_a_comparison(runs, tmp_path, capsys):
+    one = runs[0]
+    for arguments, message in (
+        ([one], "runs: expected two folders of runs or more, got 1"),
+        ([one, one], "runs: expected every folder once"),
+        ([one, tmp_path], f"runs: expected the folder of a run, got {tmp_path} without history.json"),
+        ([*runs, "--output", "a.pdf"], "output: expected a file that ends in .png, got a.pdf"),
+        ([*runs, "--output", "/none/a.png"], "output: expected to write /none/a.png, got: No such file"),
+    ):
+        assert message in fails(capsys, "compare", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("history.json", "[]"),
+        ("history.json", "[1]"),
+        ("history.json", "3"),
+        ("history.json", "{"),
+        ("history.json", "[" * 100_000),
+        ("config.json", "[]"),
+        ("summary.json", "[]"),
+    ],
+)
+def test_a_damaged_run(name, content, runs):
+    (runs[0] / name).write_text(content)
+    with pytest.raises(ConfigurationError):
+        read_found(runs[0], "one")
+
+
+@pytest.mark.parametrize(
+    "change", [{"accuracy": "0.5"}, {"bytes": float("inf")}, {"round": 7}, {"seed": None}], ids=str
+)
+def test_damaged_numbers(change, runs):
+    history = json.loads((runs[0] / "history.json").read_text())
+    history[1] |= change
+    (runs[0] / "history.json").write_text(json.dumps(history))
+    with pytest.raises(ConfigurationError, match="as a run leaves it"):
+        read_found(runs[0], "one")

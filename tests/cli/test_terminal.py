@@ -1,0 +1,164 @@
+"""Results survive the terminal that they are shown on, and folders are found wanting before there are results."""
+
+import contextlib
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from autorank_jax.cli import folders
+from autorank_jax.cli import main as cli
+from autorank_jax.cli.folders import FILES, occupied
+from autorank_jax.cli.terminal import plain
+from tests.cli.cases import fails
+from tests.cli.test_files import make_results
+
+RUN = ["run", "--dataset", "synthetic", "--split", "iid", "--clients", "4", "--devices", "1"]
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """Training that is over at once, so that what comes before and after it can be tested; how often it was asked."""
+    commands, asked = importlib.import_module("autorank_jax.cli.commands"), []
+
+    def over(experiment, **options):  # noqa: ARG001
+        asked.append(experiment)
+        return make_results()
+
+    monkeypatch.setattr(commands, "run_experiment", over)
+    return asked
+
+
+def ascii_only(tmp_path):
+    return (tmp_path / "printed").open("w", encoding="ascii")
+
+
+def pipe_without_reader(tmp_path):  # noqa: ARG001
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w", encoding="utf-8")
+
+
+def full_disk(tmp_path):  # noqa: ARG001
+    return open("/dev/full", "w", encoding="utf-8")
+
+
+@pytest.mark.parametrize(("stream", "code"), [(ascii_only, 0), (pipe_without_reader, 0), (full_disk, 1)])
+def test_a_failing_terminal_loses_no_results(stream, code, tmp_path, training, capsys):
+    out, shown = tmp_path / "out", stream(tmp_path)
+    with contextlib.redirect_stdout(shown):
+        assert cli.main([*RUN, "--out", str(out)]) == code
+    with contextlib.suppress(OSError):  # what is held back
+        shown.close()
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    assert len(training) == 1
+    error = "autorank-jax: standard output: expected to print, got: No space left on device\n"
+    assert capsys.readouterr().err == (error if code else "")
+    if stream is ascii_only:
+        text = (tmp_path / "printed").read_text()
+        assert "60.0 +- 14.1 %" in text
+        assert "?" not in text
+
+
+def test_characters_that_a_terminal_lacks_are_written_in_others():
+    assert plain("a – b ± c … ┌─┐│ 漢", "ascii") == "a - b +- c ... +-+| ?"
+    assert plain("5 ± 1 …", "latin-1") == "5 ± 1 ..."
+    assert plain("– 漢", "utf-8") == "– 漢"
+
+
+def test_help_into_a_pipe_that_nobody_reads(tmp_path, monkeypatch, capsys):
+    pipe = pipe_without_reader(tmp_path)
+    monkeypatch.setattr(sys, "stdout", pipe)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", "--help"])
+    with contextlib.suppress(BrokenPipeError):  # what is held back
+        pipe.close()
+    assert stop.value.code == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_help_into_head():
+    command = f"set -o pipefail; {sys.executable} -m autorank_jax run --help | head -n 1"
+    process = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert process.returncode == 0
+    assert process.stderr == ""
+
+
+def file_in_the_way(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoints").write_text("")
+    return tmp_path / "out"
+
+
+def folder_in_the_way(tmp_path):
+    (tmp_path / "out" / "config.json").mkdir(parents=True)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (lambda _: "/sys/x/y", "out: expected a folder that can be written, got /sys/x/y: "),
+        (lambda path: path / ("x" * 300), "File name too long"),
+        (file_in_the_way, "where checkpoints is a file"),
+        (folder_in_the_way, "where config.json is a folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_found_before_training(out, message, tmp_path, training, capsys):
+    folder = out(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert message in fails(capsys, *RUN, "--out", folder, "--overwrite")
+    assert training == []
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_is_found_before_training(tmp_path, training, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (folders.ROOM // 2, limits[1]))
+    try:
+        assert "expected a folder that can be written" in fails(capsys, *RUN, "--out", tmp_path / "a" / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert training == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_in_one_folder(tmp_path, training, monkeypatch, capsys):
+    out = tmp_path / "out"
+    with occupied(out):
+        assert f"got {out}, where another run is going on" in fails(capsys, *RUN, "--out", out, "--overwrite")
+    assert training == []
+    assert not out.exists()
+    assert cli.main([*RUN, "--out", str(out)]) == 0
+    monkeypatch.chdir(tmp_path)
+    with occupied(tmp_path / "runs" / "synthetic-iid"):  # without --out each finds a folder of its own
+        assert cli.main(RUN) == 0
+    assert (tmp_path / "runs" / "synthetic-iid-2" / "summary.json").exists()
+
+
+def test_results_go_elsewhere_if_their_folder_fails(tmp_path, monkeypatch, training, capsys):
+    files = importlib.import_module("autorank_jax.cli.files")
+    real, out = files.write_file, tmp_path / "out"
+    monkeypatch.setattr(files.tempfile, "mkdtemp", lambda prefix: str(tmp_path / f"{prefix}rescued"))
+
+    def full(path, content):
+        if path.parent == out and path.name == "ranks.png":
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(files, "write_file", full)
+    assert cli.main([*RUN, "--out", str(out)]) == 2
+    said, rescued = capsys.readouterr(), tmp_path / "autorank-jax-rescued"
+    assert said.err.endswith(f"No space left on device; probably a full disk; the results are in {rescued}\n")
+    assert "final accuracy" in said.out
+    assert sorted(path.name for path in rescued.iterdir()) == sorted(FILES)
+    assert json.loads((rescued / "summary.json").read_text())["policies"]
+    assert len(training) == 1

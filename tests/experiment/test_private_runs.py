@@ -1,0 +1,115 @@
+"""Experiments under differential privacy: what is spent, what is promised, what is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from autorank_jax.checkpoint import saved_steps
+from autorank_jax.cli.tables import footnotes
+from autorank_jax.evaluation.privacy import spent_epsilon
+from autorank_jax.experiment.checkpoints import Checkpoints
+from autorank_jax.experiment.config import ConfigurationError, Experiment
+from autorank_jax.experiment.run import run_experiment
+
+PRIVATE = Experiment(
+    dataset="synthetic",
+    split="dirichlet_lognormal",
+    clients=6,
+    hidden=(8,),
+    rank_policies=("autorank", "full"),
+    criteria=("size", "classes", "label_entropy", "gini_simpson"),
+    aggregators=("rbla",),
+    rounds=3,
+    local_epochs=1,
+    batch_size=16,
+    learning_rate=0.1,
+    rank_levels=1,
+    participation=0.5,
+    sampling="independent",
+    dp_epsilon=100.0,
+    dp_delta=1e-3,
+    dp_ranks="private",
+    dp_count_clip=100.0,
+)
+
+
+@pytest.fixture(scope="module")
+def private():
+    return run_experiment(PRIVATE)
+
+
+@pytest.mark.slow
+def test_every_round_says_what_is_spent_and_the_last_keeps_the_budget(private):
+    plan = PRIVATE.privacy
+    for run in private.runs:
+        for row in run.rows:
+            spent = spent_epsilon(plan.noise, row.round, 1e-3, rate=0.5, release=plan.release)
+            assert row.epsilon == pytest.approx(spent, rel=1e-3)
+        assert run.rows[-1].epsilon <= 100.0
+    notes = " ".join(footnotes(private))
+    assert "at most ε = 100 at δ = 0.001" in notes
+    assert "ranks come from noisy label counts" in notes
+
+
+@pytest.mark.slow
+def test_private_ranks_see_noisy_counts_only(private):
+    scores = private.scores[0]
+    public = run_experiment(dataclasses.replace(PRIVATE, dp_ranks="public", dp_count_clip=500.0, rounds=1)).scores[0]
+    size = scores.criteria.index("size")
+    np.testing.assert_array_equal(public.matrix[:, size], public.size)
+    assert not np.array_equal(scores.matrix[:, size], scores.size)
+    np.testing.assert_array_equal(scores.size, public.size)
+
+
+@pytest.mark.slow
+def test_policies_share_one_program_and_differ_in_their_denominators(private):
+    full, autorank = (next(r for r in private.runs if r.policy == name) for name in ("full", "autorank"))
+    assert full.rows[-1].loss != autorank.rows[-1].loss
+    assert set(private.compile_seconds) == {"rbla"}
+
+
+@pytest.mark.slow
+def test_a_run_whose_budget_is_used_up_stops_and_resumes_to_the_same_bits(tmp_path):
+    tight = dataclasses.replace(
+        PRIVATE, rank_policies=("full",), dp_ranks="public", dp_count_clip=500.0, dp_noise=1.0, dp_epsilon=4.0
+    )
+    affordable = max(n for n in range(1, 20) if spent_epsilon(1.0, n, 1e-3, rate=0.5) <= 4.0)
+    tight = dataclasses.replace(tight, rounds=affordable + 5)
+    whole = run_experiment(tight)
+    assert len(whole.runs[0].rows) == affordable
+
+    class KilledError(Exception):
+        pass
+
+    def kill(end):
+        if end.row.round == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run_experiment(tight, on_round=kill, checkpoints=Checkpoints(tmp_path))
+    assert saved_steps(tmp_path)
+    resumed = run_experiment(tight, checkpoints=Checkpoints(tmp_path))
+    rows = [[row._replace(seconds=0.0) for row in results.runs[0].rows] for results in (whole, resumed)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"aggregators": ("raflora",)}, "aggregators: expected with --dp-epsilon out of zero_pad, .* got raflora"),
+        ({"clip_norm": 1.0}, "clip-norm: expected it without --dp-epsilon"),
+        ({"sampling": "by_size"}, "sampling: expected uniform or independent with --dp-epsilon"),
+        (
+            {"criteria": ("size", "loss_entropy")},
+            "criteria: expected them without loss_entropy where ranks are private",
+        ),
+        ({"dp_delta": 0.5}, "dp-delta: expected less than 1 / 6 clients"),
+        ({"dp_epsilon": 0.5, "dp_noise": 0.3, "dp_ranks": "public"}, "dp-noise: expected noise with which one round"),
+        ({"dp_epsilon": 0.0}, "dp-ranks: expected only with --dp-epsilon, got it without"),
+        ({"dp_ranks": "secret"}, r"dp-ranks: expected one of public, private, got 'secret'"),
+    ],
+)
+def test_what_cannot_be_private_is_refused(changes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        dataclasses.replace(PRIVATE, **changes).validate()

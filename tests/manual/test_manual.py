@@ -1,0 +1,110 @@
+"""The manual: its sources are whole, and (slow) it builds, every block runs, every public name is in it."""
+
+import importlib
+import inspect
+
+import pytest
+
+import autorank_jax
+from autorank_jax.manual import build, check_links, code_blocks, guides, sources
+from autorank_jax.manual.docstrings import field_comments, shorten, to_rst
+from autorank_jax.manual.reference import ROOMS, gallery, reference
+from autorank_jax.manual.site import HERE, NEEDED, ManualError
+from autorank_jax.types import ClientUpdate
+
+SAID = {  # what blocks print, where it is the same on every machine
+    "first_federation": ["adapted: layers/0, maximum rank 16", "MLP"],
+    "how_autorank_works": ["[0.5    0.1667 0.1667 0.1667]", "[ 1  3 10]"],
+    "resuming": ["True", "expected"],
+    "your_own_rule": ["check_aggregator"],
+    "ranks_for_another_stack": ["label_entropy", "hospital"],
+    "many_devices": ["2 devices; largest difference"],
+    "reading_the_results": ["summary.json"],
+}
+
+
+def test_every_guide_is_listed_and_has_blocks_that_are_python():
+    assert {guide.name for guide in guides()} == {path.name for path in (HERE / "guides").glob("*.md")}
+    for guide in guides():
+        blocks = code_blocks(guide)
+        assert blocks, guide.name
+        for block in blocks:
+            lines = (line for line in block.splitlines() if not line.startswith("!"))
+            compile("\n".join(lines), guide.name, "exec")
+            assert max(map(len, block.splitlines())) <= 100 or "!" in block, guide.name
+
+
+def test_the_reference_has_every_public_name():
+    pages = reference()
+    assert set(ROOMS) < set(pages)
+    text = "\n".join(pages.values())
+    for module in [autorank_jax, *(importlib.import_module(f"autorank_jax.{room}") for room in ROOMS)]:
+        for name in module.__all__:
+            if not inspect.ismodule(getattr(module, name)):
+                assert f".{name}\n" in text, f"{module.__name__}.{name}"
+    for exported in ("policies.autorank", "budgets.with_budget", "partition.dirichlet", "faults.drop_out"):
+        assert f".{exported}\n" in text
+
+
+def test_the_gallery_shows_the_pictures_of_the_benchmarks(tmp_path):
+    page, pictures = gallery(HERE.parents[1] / "benchmarks")
+    assert "study-mixed_ranks.png" in pictures
+    assert all(path.is_file() and f"pictures/{name}" in page for name, path in pictures.items())
+    assert not gallery(tmp_path)[1]
+
+
+def test_docstrings_in_markdown_become_restructured_text():
+    lines = ["See `x: y` and [LoRA](https://a.b/c).", "Rules:", "- one", "", "```python", "f(`1`)", "```", "| a | b |"]
+    text = "\n".join(to_rst(lines))
+    assert "See ``x: y`` and `LoRA <https://a.b/c>`__." in text
+    assert "Rules:\n\n- one" in text
+    assert ".. code-block:: python\n\n    f(`1`)\n" in text
+    assert "::\n\n    | a | b |" in text
+    assert field_comments(ClientUpdate) == {}
+    assert field_comments(autorank_jax.RankInfo)["weights"] == "(criteria,)"
+
+
+def test_signatures_say_array_like():
+    private = "~jax.jaxlib._jax.Array"
+    like = f"(a: {private} | ~numpy.ndarray | ~numpy.bool | ~numpy.number | bool | int | float | complex, b: {private})"
+    assert shorten(like, None) == ("(a: ArrayLike, b: ~jax.Array)", None)
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<p id="here"></p><a href="#here">1</a><a href="b.html#there">2</a><a href="c.html">3</a>'
+    )
+    (tmp_path / "b.html").write_text(
+        '<a href="a.html#here"></a><a href="https://elsewhere.org/x">4</a><img src="d.png">'
+    )
+    assert sorted(check_links(tmp_path)) == ["a.html: b.html#there", "a.html: c.html", "b.html: d.png"]
+
+
+def test_a_folder_with_other_things_is_refused_and_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr("autorank_jax.manual.site.NEEDED", ())
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ManualError, match=r"expected a new folder or that of an earlier build, got .*other things"):
+        build(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    monkeypatch.setattr("autorank_jax.manual.site.NEEDED", ("no_such_package",))
+    with pytest.raises(ManualError, match=r"no_such_package, got none: pip install 'autorank-jax\[docs\]'"):
+        build(tmp_path / "new")
+
+
+@pytest.mark.slow
+def test_the_manual_builds_and_every_block_runs(tmp_path):
+    for name in NEEDED:
+        pytest.importorskip(name, reason="the manual needs the extra docs")
+    from sphinx.util.inventory import InventoryFile  # noqa: PLC0415  an extra
+
+    front = build(tmp_path / "site")
+    site = front.parent
+    assert sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) <= 20e6
+    for page, texts in SAID.items():
+        html = (site / "guides" / f"{page}.html").read_text(encoding="utf-8")
+        for text in texts:
+            assert text in html, (page, text)
+    with (site / "objects.inv").open("rb") as file:
+        known = {name for kind in InventoryFile.load(file, "", lambda *parts: parts[-1]).values() for name in kind}
+    assert {"autorank_jax.ranks.autorank_ranks", "autorank_jax.ranks.policies.autorank"} <= known
+    assert sources(tmp_path / "sources").is_dir()
