@@ -28,7 +28,7 @@ def export_peft(
 ) -> Path:
     """Write the adapters as `adapter_model.safetensors` and `adapter_config.json`, as Hugging Face PEFT reads them.
 
-    Every module has its own rank through `rank_pattern`, and the same number as its alpha, so that PEFT's scale
+    Where ranks differ, every module has its own through `rank_pattern`, and the same number as its alpha: PEFT's scale
     `alpha / r` is 1: updates here are in units of the weights. Biases and heads that were trained whole go along under
     the names of the base model, which `PeftModel.from_pretrained` loads too.
 
@@ -177,6 +177,7 @@ def _as_torch(path: str, array: np.ndarray) -> tuple[str, np.ndarray]:
 
 def _config(modules: list[str], ranks: dict[str, int], biases: bool, base_model: str | None) -> dict[str, Any]:
     widest = max(ranks.values())
+    own = ranks if len(set(ranks.values())) > 1 else {}  # some readers know no patterns
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -184,8 +185,8 @@ def _config(modules: list[str], ranks: dict[str, int], biases: bool, base_model:
         "target_modules": modules,
         "r": widest,
         "lora_alpha": widest,
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
+        "rank_pattern": own,
+        "alpha_pattern": own,
         "lora_dropout": 0.0,
         "bias": "all" if biases else "none",
         "fan_in_fan_out": False,

@@ -121,7 +121,7 @@ def _compile(source: str, tokenizer: Tokenizer) -> Callable[[Sequence[Message], 
         told = [message._asdict() for message in messages]
         try:
             return compiled.render(messages=told, add_generation_prompt=prompt, **named)
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise ValueError(f"a conversation that the chat template refuses ({error!s:.100})") from error
 
     return render

@@ -37,6 +37,7 @@ class TextClients(NamedTuple):
     names: tuple[str, ...]  # of the clients
     stats: ClientStats  # sizes in rows, label counts in texts of each value of the field
     report: TextReport
+    held_out: FederatedData | None = None  # of the same clients, some perhaps empty; None where nothing is held out
 
 
 class _Row(NamedTuple):
@@ -57,6 +58,7 @@ def text_clients(
     seed: int = 0,
     template: Literal["own", "plain"] = "own",
     pack: bool = True,
+    hold_out: float = 0.0,
 ) -> TextClients:
     """Make clients of instructions: one for each value of a field, or so many by Dirichlet shares of its values.
 
@@ -71,13 +73,18 @@ def text_clients(
         seed: of the split.
         template: as in `make_chat`.
         pack: put several texts of a client into one row, where none sees another; one text a row where False.
+        hold_out: share of each client's texts, rounded down, that is kept from training, in [0, 1).
 
     Returns:
-        The clients, in the order of their names.
+        The clients, in the order of their names. The report is about the texts to train on. `ar.probe` adds losses
+        to the statistics: `stats._replace(epoch_losses=probed.epoch_losses, epochs=probed.epochs)`.
 
     Raises:
-        ValueError: in one line, for lines without the field or that a template refuses, by number, or a length below 2.
+        ValueError: in one line, for lines without the field or that a template refuses, by number, a length below 2, or
+            another share to hold out.
     """
+    if not 0 <= hold_out < 1:
+        raise ValueError(f"expected hold_out in [0, 1), got {hold_out}")
     if clients_by not in instructions.fields:
         known = sorted(instructions.fields)
         raise ValueError(f"expected clients_by to be a field of the lines, one of {known}, got {clients_by!r}")
@@ -92,15 +99,35 @@ def text_clients(
         for number, part in enumerate(dirichlet(label, clients, alpha=alpha, seed=seed)):
             owner[part] = number
         names = tuple(f"client {number}" for number in range(clients))
-    tokens, targets, owners, report = text_rows(
-        instructions, tokenizer, length=length, owner=owner, template=template, pack=pack
-    )
-    parts = [np.flatnonzero(owners == number) for number in range(len(names))]
-    data = from_parts(tokens, targets, parts)
+
+    def rows_of(numbers: np.ndarray) -> tuple[FederatedData, TextReport]:
+        tokens, targets, owners, report = text_rows(
+            instructions.take(numbers.tolist()),
+            tokenizer,
+            length=length,
+            owner=owner[numbers],
+            template=template,
+            pack=pack,
+        )
+        parts = [np.flatnonzero(owners == number) for number in range(len(names))]
+        return from_parts(tokens, targets, parts, allow_empty=True), report
+
+    held = _held_out(owner, hold_out, seed)
+    kept = np.flatnonzero(~held)
+    data, report = rows_of(kept)
     counts = np.zeros((len(names), len(kinds)), np.int32)
-    np.add.at(counts, (owner, label), 1)
-    stats = client_stats(data, groups=np.zeros(len(owners), np.int32))._replace(label_counts=jnp.asarray(counts))
-    return TextClients(data, names, stats, report)
+    np.add.at(counts, (owner[kept], label[kept]), 1)
+    stats = client_stats(data, groups=np.zeros(len(data.order), np.int32))._replace(label_counts=jnp.asarray(counts))
+    return TextClients(data, names, stats, report, rows_of(np.flatnonzero(held))[0] if held.any() else None)
+
+
+def _held_out(owner: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return which texts are held out, `(n,)`: of each client a share, rounded down, at random."""
+    rng, held = np.random.default_rng(seed), np.zeros(len(owner), bool)
+    for number in np.unique(owner):
+        mine = rng.permutation(np.flatnonzero(owner == number))
+        held[mine[: int(share * len(mine))]] = True
+    return held
 
 
 def text_rows(

@@ -115,6 +115,7 @@ def test_only_answers_are_learnt():
     [
         ("{{ raise_exception('no system') }}", "refuses (no system)"),
         ("{{ messages|length }}", "whose earlier turns the chat template changes"),
+        ("{{ messages[0]['role'] + 1 }}", "refuses"),
         ("{% for %}", "expected a chat template in Jinja"),
         ("{{ messages.__class__.__mro__ }}", "refuses"),
     ],

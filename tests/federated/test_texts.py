@@ -74,6 +74,20 @@ def test_clients_share_values_in_dirichlet_proportions():
     assert made.names[4] == "client 4"
 
 
+def test_a_share_of_each_client_is_held_out():
+    whole, made = (
+        text_clients(load_instructions(), BYTES, length=128, clients_by="category", pack=False, hold_out=share)
+        for share in (0, 0.25)
+    )
+    assert whole.held_out is None
+    assert whole.data.size.tolist() == [8, 2, 4, 12, 6, 42]
+    assert made.held_out.size.tolist() == [2, 0, 1, 3, 1, 10]
+    np.testing.assert_array_equal(made.data.size + made.held_out.size, whole.data.size)
+    np.testing.assert_array_equal(np.diag(made.stats.label_counts), made.data.size)
+    both = spelled(made.data.inputs, made.data.targets) + spelled(made.held_out.inputs, made.held_out.targets)
+    assert sorted(both) == spelled(whole.data.inputs, whole.data.targets)
+
+
 def test_a_realistic_mix_is_hardly_padded():
     rng = np.random.default_rng(0)
     sizes = np.minimum(rng.lognormal(3.5, 0.8, 400).astype(int) + 1, 250)
@@ -88,7 +102,7 @@ def test_a_realistic_mix_is_hardly_padded():
     [
         ({"clients_by": "topic"}, "one of ['kind'], got 'topic'"),
         ({"clients_by": "kind"}, "got none in line 2"),
-        ({"clients_by": "kind", "length": 1}, "got none in line 2"),
+        ({"clients_by": "kind", "hold_out": 1.0}, "hold_out in [0, 1), got 1.0"),
     ],
 )
 def test_odd_requests_are_refused(options, said):

@@ -1,6 +1,7 @@
 """The causal decoder: what is read, what is refused, packed rows, losses in chunks."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from autorank_jax.models.causal_checkpoint import load_causal_lm
 from autorank_jax.models.causal_config import CausalConfig, Rope, parse_config, rope_frequencies
-from autorank_jax.models.causal_lm import ByteTokenizer, causal_losses
+from autorank_jax.models.causal_lm import ByteTokenizer, causal_losses, param_shapes
 from autorank_jax.types import Scored, Tokens
 from tests.models.causal_cases import CONFIG, TINY, tensors_of, tiny, write_folder
 
@@ -103,6 +104,58 @@ def test_what_changes_nothing_is_accepted():
     }
     assert parse_config(told) == SMALL._replace(qkv_bias=True, family="qwen2")
     assert parse_config(CONFIG | {"model_type": "mistral", "sliding_window": 64}).family == "mistral"
+
+
+COMMON = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "transformers_version": "4.45.0",
+    "use_cache": True,
+}
+LLAMA3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3"}
+PUBLISHED = {
+    "Llama 2 7B": (
+        {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+        | {"num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "vocab_size": 32000}
+        | {"rms_norm_eps": 1e-5, "pretraining_tp": 1, "rope_scaling": None, "tie_word_embeddings": False},
+        6_738_415_616,
+    ),
+    "Llama 3.2 1B": (
+        {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072}
+        | {"vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True}
+        | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192}, "eos_token_id": [128001, 128008]},
+        1_235_814_400,
+    ),
+    "Mistral 7B 0.3": (
+        {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "vocab_size": 32768}
+        | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "tie_word_embeddings": False},
+        7_248_023_552,
+    ),
+    "Qwen 2.5 0.5B": (
+        {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+        | {"num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768, "vocab_size": 151936}
+        | {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 32768, "use_sliding_window": False}
+        | {"tie_word_embeddings": True, "use_mrope": False, "max_window_layers": 24},
+        494_032_768,
+    ),
+    "Qwen 3 0.6B": (
+        {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+        | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
+        | {"vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "attention_bias": False}
+        | {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 28, "tie_word_embeddings": True},
+        596_049_920,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_have_the_published_number_of_parameters(name):
+    told, count = PUBLISHED[name]
+    assert sum(math.prod(shape) for shape in param_shapes(parse_config(COMMON | told)).values()) == count
 
 
 def test_frequencies_follow_their_definitions():
