@@ -2,9 +2,10 @@
 
 Every product that a rule averages in a run with whole products is sketched besides, with the server of that round, and
 split into factors of the maximum rank. `first %` and `later %` say by how much `‖P - AB‖_F` exceeds that of the
-truncated SVD in the first round and in later ones, the worst over layers and keys; `columns` is how many random columns a
-sketch has beside the rank positions (the rules take as many as positions, at least 16). `tail` is what the best one
-loses, `‖P - AB‖_F / ‖P‖_F`, at most. Drift is the learning rate times 100. MLP 784-200-200-10, embedded Fashion-MNIST subset.
+truncated SVD in the first round and in later ones, the worst over layers and keys; `columns` is how many random columns
+a sketch has beside the rank positions (the rules take as many as positions, at least 16). `tail` is what the best one
+loses, `‖P - AB‖_F / ‖P‖_F`, at most. Drift is the learning rate times 100. MLP 784-200-200-10, embedded Fashion-MNIST
+subset.
 
 Command:  python -m benchmarks.study.sketch_error [--json FILE]     (--quick: one setting, two rounds)
           python -m benchmarks.study.sketch_error --report    (runs nothing: prints the published rows)
