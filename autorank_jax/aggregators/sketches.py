@@ -88,7 +88,8 @@ def make_prepare(*, exact: bool | str) -> Callable[[Key, AggState, Server], dict
 
     def prepare(key: Key, state: AggState, server: Server) -> dict[str, Maps]:  # noqa: ARG001
         key, adapters = jax.random.fold_in(key, _SKETCH), server.trainable.adapters
-        return {path: draw_maps(key_of(key, path), a) for path, a in adapters.items() if is_sketched(a, exact=exact)}
+        keys = {path: key_of(key, path) for path, a in adapters.items() if is_sketched(a, exact=exact)}
+        return by_shape(draw_maps, keys, adapters)
 
     return prepare
 

@@ -1,18 +1,21 @@
 """What product rules lose by sketches: their error over the best one, on trajectories of real training.
 
 Every product that a rule averages in a run with whole products is sketched besides, with the server of that round, and
-split into factors of the maximum rank. `over the best` is `‖P - AB‖_F` over that of the truncated SVD, the worst over
-layers, keys and trajectories, in the first round and in later ones; `columns` is how many random columns a sketch has
-beside the rank positions (the rules take as many as positions, at least 16). `tail` is what the best one loses,
-`‖P - AB‖_F / ‖P‖_F`, at most. Drift is the learning rate times 100. MLP 784-200-200-10, embedded Fashion-MNIST subset.
+split into factors of the maximum rank. `first %` and `later %` say by how much `‖P - AB‖_F` exceeds that of the
+truncated SVD in the first round and in later ones, the worst over layers and keys; `columns` is how many random columns
+a sketch has beside the rank positions (the rules take as many as positions, at least 16). `tail` is what the best one
+loses, `‖P - AB‖_F / ‖P‖_F`, at most. Drift is the learning rate times 100. MLP 784-200-200-10, embedded Fashion-MNIST
+subset.
 
 Command:  python -m benchmarks.study.sketch_error [--json FILE]     (--quick: one setting, two rounds)
+          python -m benchmarks.study.sketch_error --report    (runs nothing: prints the published rows)
 Hardware: two CPU cores
 Time and numbers to expect: a minute a setting, most of it compilation; see benchmarks/study/README.md
 """
 
 import functools
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,10 +38,10 @@ from autorank_jax.models.vision import MLP
 from autorank_jax.types import Adapter, Aggregator, Array, Key, Server, Sums
 from benchmarks import harness
 from benchmarks.study.columns import SPLITS
-from benchmarks.study.options import make_parser
+from benchmarks.study.options import RESULTS, make_parser
 
 WIDTH, KEYS, SHARES = 200, 3, (0.5, 1.0, 2.0)
-COLUMNS = ("rule", "split", "rank", "cohort", "drift", "columns", "first", "later", "tail")
+COLUMNS = ("rule", "split", "rank", "cohort", "drift", "columns", "first %", "later %", "tail")
 
 
 class Setting(NamedTuple):
@@ -122,10 +125,11 @@ def measure(setting: Setting, rounds: int) -> list[harness.Row]:
     for product in follow(setting, rounds):
         matrix = np.asarray(product.matrix, float)
         values = np.linalg.svd(matrix, compute_uv=False)
-        best, when = np.linalg.norm(values[setting.rank :]), "later" if product.round else "first"
+        best, when = np.linalg.norm(values[setting.rank :]), "later %" if product.round else "first %"
         for columns, seed in itertools.product(random, range(KEYS)):
             a, b = (np.asarray(f, float) for f in split(jax.random.key(seed), product, setting.rank + columns))
-            found = {when: np.linalg.norm(matrix - a @ b) / best, "tail": best / np.linalg.norm(values)}
+            over = 100 * (np.linalg.norm(matrix - a @ b) / best - 1)
+            found = {when: over, "tail": best / np.linalg.norm(values)}
             worst |= {(columns, k): max(float(v), worst.get((columns, k), 0.0)) for k, v in found.items()}
     named = setting._asdict() | {"drift": 100 * setting.rate}
     return [named | {"columns": c} | {k: v for (n, k), v in worst.items() if n == c} for c in random]
@@ -137,7 +141,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one setting, two rounds")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--report", action="store_true", help="measure nothing: show what is published")
     options = parser.parse_args(arguments)
+    if options.report:
+        published = json.loads((RESULTS / "sketch_error.json").read_text(encoding="utf-8"))["rows"]
+        print(harness.markdown_table(published, COLUMNS))
+        return
     rows: list[harness.Row] = []
     for setting in SETTINGS[3:4] if options.quick else SETTINGS:
         rows += measure(setting, 2 if options.quick else options.rounds)

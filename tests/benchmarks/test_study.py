@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.study import all_rules, cells, columns, paired, paper, questions, runs, svd_border, text_finetune
+from benchmarks.study import (
+    all_rules,
+    cells,
+    columns,
+    paired,
+    paper,
+    questions,
+    runs,
+    sketch_error,
+    svd_border,
+    text_finetune,
+)
 from benchmarks.study import policies_by_rules as study
 from benchmarks.study.cell_file import CellFile
 from tests.benchmarks.fake_cells import TINY, fake_cell, pretend
@@ -333,9 +344,22 @@ def test_both_ways_to_the_svd_are_timed(tmp_path, capsys):
     assert "| 96 × 64 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("script", "arguments"), [("svd_border", ["--report"]), ("text_finetune", ["--report"])])
-def test_published_rows_are_printed(script, arguments, capsys):
-    module = {"svd_border": svd_border, "text_finetune": text_finetune}[script]
+@pytest.mark.slow
+def test_sketches_of_real_training_are_close_to_the_best(tmp_path):
+    sketch_error.main(["--quick", "--json", str(tmp_path / "results.json")])
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["columns"] for row in rows] == [2, 4, 8, 16]
+    assert all(row[when] > -1e-3 for row in rows for when in ("first %", "later %"))
+    assert max(rows[-1]["first %"], rows[-1]["later %"]) < 0.5 < rows[0]["first %"]
+
+
+@pytest.mark.parametrize("script", ["svd_border", "text_finetune", "sketch_error"])
+def test_published_rows_are_printed(script, capsys):
+    scripts, arguments = (
+        {"svd_border": svd_border, "text_finetune": text_finetune, "sketch_error": sketch_error},
+        ["--report"],
+    )
+    module = scripts[script]
     module.main(module.parse(arguments) if hasattr(module, "parse") else arguments)
     said = capsys.readouterr().out
     rows = json.loads(next(module.RESULTS.glob(f"{script}*.json")).read_text(encoding="utf-8"))["rows"]
