@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -50,7 +51,7 @@ def compare(command: Compare) -> None:
         problems.append(f"runs: expected two folders of runs or more, got {len(command.runs)}")
     if len(set(command.runs)) < len(command.runs):
         problems.append("runs: expected every folder once, got one again")
-    if output.suffix.lower() != ".png" or output.is_dir():
+    if output.suffix.lower() != ".png" or os.path.isdir(output):
         problems.append(f"output: expected a file that ends in .png, got {output}")
     if problems:
         raise ConfigurationError(problems)
@@ -77,10 +78,10 @@ def read_found(folder: Path, name: str) -> Found:
         ConfigurationError: if it is no such folder, or one of its files is damaged.
     """
     path = folder.expanduser()
-    if not (path / "history.json").exists():
+    if not os.path.exists(path / "history.json"):
         raise ConfigurationError([f"runs: expected the folder of a run, got {folder} without history.json"])
     config, history = read_json("runs", path / "config.json"), read_json("runs", path / "history.json")
-    summary = read_json("runs", path / "summary.json") if (path / "summary.json").exists() else {}
+    summary = read_json("runs", path / "summary.json") if os.path.exists(path / "summary.json") else {}
     try:
         rows = [_row(values) for values in history]
         if not rows or not isinstance(config, dict) or not isinstance(summary, dict):

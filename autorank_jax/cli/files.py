@@ -145,7 +145,7 @@ def read_run(folder: Path) -> tuple[Experiment, int, int]:
         ConfigurationError: if it holds no run with checkpoints.
     """
     path = folder.expanduser() / CHECKPOINTS / RUN_FILE
-    if not path.exists():
+    if not os.path.exists(path):  # where `path.exists()` raises for a name of 300 letters
         raise ConfigurationError(
             [f"resume: expected the folder of a run with checkpoints, got {folder} without {CHECKPOINTS}/{RUN_FILE}; "
              "probably another folder, or a run without --checkpoint-every"]

@@ -1,6 +1,7 @@
 """The command `ranks`: the clients of a table scored, and the rank of each."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ from autorank_jax.cli.terminal import tell
 from autorank_jax.experiment.config import ConfigurationError, outside, unknown
 from autorank_jax.experiment.doubts import little_variation
 from autorank_jax.ranks import mcda, policies
-from autorank_jax.ranks.table_file import STANDARD_INPUT, read_criteria
+from autorank_jax.ranks.table_file import read_criteria
 
 ENDINGS = (".csv", ".json")
 MOST_RANK = 2**20
@@ -95,7 +96,7 @@ def _output_problems(command: Ranks) -> Iterable[str]:
     output, criteria = command.output.expanduser(), command.criteria.expanduser()
     if output.suffix.lower() not in ENDINGS:
         yield f"output: expected a file that ends in {' or '.join(ENDINGS)}, got {output}"
-    elif output.is_dir() or (criteria != STANDARD_INPUT and output.exists() and output.samefile(criteria)):
+    elif os.path.isdir(output) or (os.path.exists(output) and os.path.exists(criteria) and output.samefile(criteria)):
         yield f"output: expected a file of its own, got {output}"
 
 

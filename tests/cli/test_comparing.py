@@ -56,6 +56,8 @@ def test_mistakes_in_a_comparison(runs, tmp_path, capsys):
         ([one], "runs: expected two folders of runs or more, got 1"),
         ([one, one], "runs: expected every folder once"),
         ([one, tmp_path], f"runs: expected the folder of a run, got {tmp_path} without history.json"),
+        ([one, "x" * 300], "without history.json"),
+        ([*runs, "--output", "x" * 300 + ".png"], "File name too long"),
         ([*runs, "--output", "a.pdf"], "output: expected a file that ends in .png, got a.pdf"),
         ([*runs, "--output", "/none/a.png"], "output: expected to write /none/a.png, got: No such file"),
     ):

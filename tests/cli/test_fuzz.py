@@ -23,7 +23,7 @@ from autorank_jax.ranks.criteria import CRITERIA
 from tests.cli.test_files import make_results, make_scores
 
 pytestmark = pytest.mark.slow
-COMMANDS, FILES, SECONDS = 300, 200, 10
+COMMANDS, FILES, SECONDS = 300, 200, 10  # of a core, as others may work beside the tests
 NUMBERS = (
     "0", "1", "2", "3", "7", "10", "0.5", "0.1", "1e-9", "1e-300", "1e30", "1e39", "1e300", "1e999", "-1", "-0", "nan",
     "inf", "0x10", "1_000", "٣", "99999", "2147483648", "9" * 30, "9" * 5000, "", " ", "1,", "1,2,3", ",", "½", "1e5",
@@ -73,7 +73,7 @@ def guard(monkeypatch):
 
 def outcome(arguments, capsys):
     """Run a command: how it ended, and what was wrong with that."""
-    begin, wrong = time.monotonic(), []
+    begin, wrong = time.process_time(), []
     try:
         end = cli.main(arguments)
     except Reached:
@@ -86,8 +86,8 @@ def outcome(arguments, capsys):
         end = "raised"
         wrong.append(f"{type(error).__name__}: {error}"[:300])
     said = capsys.readouterr().err
-    if time.monotonic() - begin > SECONDS:
-        wrong.append(f"took {time.monotonic() - begin:.1f} s")
+    if time.process_time() - begin > SECONDS:
+        wrong.append(f"took {time.process_time() - begin:.1f} s of a core")
     if end not in (0, 2, 3, "reached", "raised"):
         wrong.append(f"ended with {end}")
     if "Traceback" in said or not all(line.startswith("autorank-jax: ") for line in said.splitlines()):
@@ -223,7 +223,7 @@ def test_damaged_files(sound, monkeypatch, guard, capsys):
             "run", "--resume", str(sound / "kept"), "--rounds", "2", "--devices", "1",
         ],
     }  # fmt: skip
-    guard("compile_program")
+    guard("make_program")
     for number in range(FILES):
         names = list(cases)[number % len(cases)]
         path = sound / chance.choice(names)

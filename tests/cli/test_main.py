@@ -135,6 +135,7 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
         ("--rounds 3 word", "expected options that exist, got word (see"),
         ("--config a.json --config=b.json", "config: expected it once, got it 2 times"),
         ("--resume a --resume a", "resume: expected it once, got it 2 times"),
+        ("--resume " + "x" * 300, "without checkpoints/run.json"),
         ("--hidden 8,x", "--hidden"),
         ("--participation 50", "probably a percentage"),
         ("--rank-policies manual --ratios 0.5,64,1,1", "probably a rank"),

@@ -83,6 +83,7 @@ def test_tables_of_other_programs(text, tmp_path, capsys):
         ("client,size\nann,10\nbob,20\n", ["--columns", "size,size"], "columns: expected every column once"),
         ("client,rank\nann,10\nbob,20\n", [], "got only client, rank; choose them by --columns"),
         ("a,b\n1,2\n", ["--output", "ranks.txt"], "output: expected a file that ends in .csv or .json, got ranks.txt"),
+        ("a,b\n1,2\n", ["--output", "x" * 300 + ".csv"], "File name too long"),
         ("a,b\n1,2\n", ["--output", "/none/ranks.csv"], "expected to write /none/ranks.csv, got: No such file"),
         ("a,b\n1,2\n", ["--max-rank", "9" * 30], "and at most 1048576, got 9"),
         ("a,a\n1,2\n", [], "got 'a' twice"),

@@ -15,13 +15,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from autorank_jax.checkpoint import saved_steps
-from autorank_jax.cli import main as cli
 from autorank_jax.engine import LevelChoice
 from autorank_jax.experiment import run as run_module
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.events import Resumed, Stopped
 from autorank_jax.experiment.run import run_experiment
+from tests.cli.cases import fails
 
 OPTIONS = {
     "dataset": "synthetic", "clients": "5", "split": "dirichlet_lognormal", "hidden": "8", "rounds": "6",
@@ -257,13 +257,6 @@ def test_more_rounds_later_are_more_rounds_at_once(commands, capsys):
     assert "rounds: expected 7 as before, which is tested as the last" in fails(
         capsys, "run", "--resume", part, "--rounds", 9
     )
-
-
-def fails(capsys, *arguments):
-    assert cli.main([str(a) for a in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    return captured.err
 
 
 @pytest.mark.slow
