@@ -76,7 +76,7 @@ def make_results(aggregators=("rbla",)):
 
 def test_summary_worked_by_hand():
     summary = summarize(make_results())
-    assert list(summary) == ["policies", "critic_weights", "clients", "device", "versions", "config"]
+    assert list(summary) == ["policies", "critic_weights", "clients", "score", "device", "versions", "config"]
     assert summary["critic_weights"] == {"size": 0.5, "label_entropy": 0.5}
     assert summary["policies"]["autorank"] == {
         "final_accuracy": {"mean": 0.6, "sd": pytest.approx(0.1414214), "values": [0.5, 0.7]},

@@ -57,7 +57,7 @@ def test_schemas(finished):
         assert row["excluded"] == 0
         assert row["participants"] == 4
     summary = json.loads((out / "summary.json").read_text())
-    assert set(summary) == {"policies", "critic_weights", "clients", "device", "versions", "config"}
+    assert set(summary) == {"policies", "critic_weights", "clients", "score", "device", "versions", "config"}
     assert set(summary["critic_weights"]) == {"size", "loss_entropy"}
     assert sum(summary["critic_weights"].values()) == pytest.approx(1, abs=1e-5)
     assert set(summary["policies"]) == {"autorank", "full"}
