@@ -94,7 +94,12 @@ from autorank_jax.aggregators.hetlora import hetlora, with_tail_penalty
 from autorank_jax.aggregators.kept import keep_local
 from autorank_jax.aggregators.merging import fedex_lora, flora, owner_merge
 from autorank_jax.aggregators.personal import fedsa_lora, local_only
-from autorank_jax.aggregators.privacy import expected_owners, set_expected_owners, with_differential_privacy
+from autorank_jax.aggregators.privacy import (
+    AdaptiveClip,
+    expected_owners,
+    set_expected_owners,
+    with_differential_privacy,
+)
 from autorank_jax.aggregators.products import flexlora, florist, lora_fair, raflora
 from autorank_jax.aggregators.server import with_norm_clipping, with_server_optimizer
 from autorank_jax.types import Aggregator
@@ -131,6 +136,7 @@ def make_rule(name: str, **options: Any) -> Aggregator:
 
 __all__ = [
     "RULES",
+    "AdaptiveClip",
     "expected_owners",
     "fedavg",
     "fedex_lora",

@@ -26,6 +26,7 @@ from autorank_jax.types import (
 )
 
 _NOISE = 0x6E6F6973  # folded into the round's key, so that noise shares no number with what a rule draws
+_COUNT = 0x636F756E  # likewise, for the noise on the count of clients below an adaptive norm
 
 
 class PrivateState(NamedTuple):
@@ -33,6 +34,22 @@ class PrivateState(NamedTuple):
 
     rule: AggState
     owners: dict[str, Array]  # by adapter path, (max_rank,)
+    clip: Array  # () the norm to which a client is clipped next
+
+
+class AdaptiveClip(NamedTuple):
+    """How the clipping norm follows the clients: towards a quantile of the norms of what they add."""
+
+    quantile: float = 0.5  # γ in (0, 1): share of the clients that shall stay below the norm
+    rate: float = 0.2  # η_C > 0 of the step `C ← C exp(-η_C (b - γ))`
+    count_noise: float | None = None  # σ_b on the count of clients below; a twentieth of the denominator where None
+
+
+class PrivateSums(NamedTuple):
+    """Sums of a private rule whose clipping norm adapts."""
+
+    moves: ClientSums
+    below: Array  # () Σ_k (b_k - ½) of the clients that took part: a half where the norm was kept, else minus a half
 
 
 def with_differential_privacy(
@@ -42,6 +59,7 @@ def with_differential_privacy(
     noise_multiplier: float,
     denominator: float,
     owners: Mapping[str, ArrayLike] | None = None,
+    adaptive: AdaptiveClip | None = None,
 ) -> Aggregator:
     """Clip what each client adds, add Gaussian noise once a round, and divide by what is fixed beforehand (DP-FedAvg).
 
@@ -55,6 +73,10 @@ def with_differential_privacy(
     `N_j = denominator`, or `owners` where a rule averages each rank position over its owners. So positions that some
     client could own are moved by noise in rounds in which none of their owners took part.
 
+    An adaptive norm follows the clients (Andrew et al., 2021): the share `b` of those that kept it is released with
+    noise `σ_b` on their count, and `C ← C exp(-η_C (b - γ))`. That takes a part of `σ`: the moves get the noise
+    `(σ⁻² - (2 σ_b)⁻²)^(-½) C`, so that both together cost what `σ` alone does.
+
     The privacy of many rounds: `evaluation.privacy.spent_epsilon`, with `sample_independently` as participation.
     Not protected: from the server, which sees updates; the clients' ranks, which must be public (those of AutoRank
     are computed from data); losses and counts that a round reports; data that the model is tested on.
@@ -62,18 +84,20 @@ def with_differential_privacy(
     Args:
         rule: `zero_pad`, `rbla`, `ffa_lora`, `rolora`, `fedsa_lora` or `fedavg`, also with a server optimiser around.
             The others sum products or weigh clients by what they send.
-        clip: `C` > 0, the largest norm of what a client adds.
+        clip: `C` > 0, the largest norm of what a client adds; that of the first round where it adapts.
         noise_multiplier: `σ` ≥ 0; 0 adds nothing and protects nobody.
         denominator: `N` > 0, the number of clients expected in a round.
         owners: by adapter path, `(max_rank,)`, the number of clients expected in a round that own each position, as
             `expected_owners` counts it from public ranks, for rules that average over owners; `denominator` where None.
             `set_expected_owners` sets it later, in a state.
+        adaptive: how the norm adapts; it stays where None.
 
     Raises:
         ValueError: for a rule without a bound, or numbers out of range.
 
     Source: McMahan, Ramage, Talwar, Zhang, "Learning Differentially Private Recurrent Language Models", ICLR 2018
-    (arXiv 1710.06963).
+    (arXiv 1710.06963); Andrew, Thakkar, McMahan, Ramaswamy, "Differentially Private Learning with Adaptive Clipping",
+    NeurIPS 2021 (arXiv 1905.03871).
     """
     if rule.summand not in (make_summand(factors=True), make_summand()):
         raise ValueError(
@@ -89,7 +113,15 @@ def with_differential_privacy(
     if noise_multiplier > 0 and np.isinf(clip):
         raise ValueError("clip: expected a finite norm where there is noise, got inf: the noise would be infinite")
 
-    def summand(update: ClientUpdate, server: Server, plan: Plan) -> ClientSums:
+    count_noise = _count_noise(adaptive, noise_multiplier, denominator)
+    own_noise = noise_multiplier  # of the moves
+    if adaptive and noise_multiplier:
+        own_noise = (noise_multiplier**-2 - (2 * count_noise) ** -2) ** -0.5
+
+    def prepare(key: Key, state: PrivateState, server: Server) -> Array | tuple[()]:  # noqa: ARG001
+        return state.clip if adaptive else ()
+
+    def summand(update: ClientUpdate, server: Server, plan: Plan) -> ClientSums | PrivateSums:
         present = (update.client.weight > 0).astype(update.client.weight.dtype)
         alone = update._replace(client=update.client._replace(weight=present))
         sums = rule.summand(alone, server, plan)
@@ -97,15 +129,19 @@ def with_differential_privacy(
         norm = optax.tree.norm(
             jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), moves)
         )
-        bound = clip * (1 - 16 * float(jnp.finfo(norm.dtype).eps))  # rounding of the norm must not loosen it
+        largest = jnp.asarray(plan.prepared).astype(norm.dtype) if adaptive else clip
+        bound = largest * (1 - 16 * float(jnp.finfo(norm.dtype).eps))  # rounding of the norm must not loosen it
         factor = jnp.minimum(1.0, bound / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
         dense, adapters = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), moves)
-        return sums._replace(dense=dense, adapters=adapters)
+        clipped = sums._replace(dense=dense, adapters=adapters)
+        if not adaptive:
+            return clipped
+        return PrivateSums(clipped, present * jnp.where(norm <= bound, 0.5, -0.5).astype(present.dtype))
 
     def init(server: Server) -> PrivateState:
         widths = max_ranks(server.trainable)
         fixed = {path: _owners_of(path, widest, owners, denominator) for path, widest in widths.items()}
-        return PrivateState(rule.init(server), fixed)
+        return PrivateState(rule.init(server), fixed, jnp.asarray(clip, jnp.result_type(float)))
 
     def start(server: Server, state: PrivateState, client: Client) -> Trainable:
         return rule.start(server, state.rule, client)
@@ -113,23 +149,55 @@ def with_differential_privacy(
     def trains(state: PrivateState) -> Trains:
         return rule.trains(state.rule)
 
-    def update(key: Key, sums: ClientSums, state: PrivateState, server: Server) -> tuple[Server, PrivateState]:
+    def update(
+        key: Key, sums: ClientSums | PrivateSums, state: PrivateState, server: Server
+    ) -> tuple[Server, PrivateState]:
+        if isinstance(sums, PrivateSums):
+            sums, below = sums
         leaves, tree = jax.tree.flatten((sums.dense, sums.adapters))
         keys = jax.random.split(jax.random.fold_in(key, _NOISE), max(1, len(leaves)))
-        scale = noise_multiplier * clip if noise_multiplier else 0.0
+        largest = state.clip if adaptive else clip
+        scale = own_noise * largest if noise_multiplier else 0.0
         noisy = [
-            leaf + scale * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)
+            leaf + jnp.asarray(scale, leaf.dtype) * jax.random.normal(k, leaf.shape, leaf.dtype)
+            for k, leaf in zip(keys, leaves, strict=False)
         ]
         dense, adapters = jax.tree.unflatten(tree, noisy)
         fixed = {path: state.owners[path].astype(old.dtype) for path, old in sums.owners.items()}
         weight = jnp.asarray(denominator, sums.weight.dtype)
         private = sums._replace(dense=dense, adapters=adapters, weight=weight, owners=fixed)
         server, inner = rule.update(key, private, state.rule, server)
-        return server, state._replace(rule=inner)
+        state = state._replace(rule=inner)
+        if adaptive:
+            noise = count_noise * jax.random.normal(jax.random.fold_in(key, _COUNT), (), below.dtype)
+            share = (below + noise) / denominator + 0.5
+            step = jnp.exp(-adaptive.rate * (share - adaptive.quantile))
+            state = state._replace(clip=state.clip * step.astype(state.clip.dtype))
+        return server, state
 
     return rule._replace(
-        init=init, start=start, trains=trains, summand=summand, update=update, step=None, report=_nothing
+        init=init,
+        start=start,
+        trains=trains,
+        prepare=prepare,
+        summand=summand,
+        update=update,
+        step=None,
+        report=_nothing,
     )
+
+
+def _count_noise(adaptive: AdaptiveClip | None, noise_multiplier: float, denominator: float) -> float:
+    """Return the noise on the count of clients below an adaptive norm, 0 where there is no noise at all."""
+    if adaptive is None or not noise_multiplier:
+        return 0.0
+    noise = denominator / 20 if adaptive.count_noise is None else adaptive.count_noise
+    if not (0 < adaptive.quantile < 1 and adaptive.rate > 0 and noise > noise_multiplier / 2):
+        raise ValueError(
+            f"adaptive: expected a quantile in (0, 1), a rate above 0 and a count_noise above noise_multiplier / 2 = "
+            f"{noise_multiplier / 2:g}, got {adaptive} with {noise:g} on the count, probably few clients a round"
+        )
+    return noise
 
 
 def set_expected_owners(state: State, rate: float) -> State:

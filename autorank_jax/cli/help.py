@@ -31,7 +31,7 @@ GROUPS = (
         ("first_seed", "sampling", "drop_out", "stragglers", "straggler_steps", "clip_norm", "server_learning_rate",
          "server_momentum"),
     ),
-    Group("privacy", (), ("dp_epsilon", "dp_delta", "dp_clip", "dp_noise", "dp_ranks", "dp_count_clip")),
+    Group("privacy", (), ("dp_epsilon", "dp_delta", "dp_clip", "dp_adaptive", "dp_noise", "dp_ranks", "dp_count_clip")),
     Group(
         "ranks",
         ("rank_policies", "max_ranks", "min_ratio", "criteria"),

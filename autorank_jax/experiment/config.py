@@ -88,6 +88,7 @@ class Experiment:
         dp_epsilon: budget ε of the clients' differential privacy for all rounds together; 0 = no privacy
         dp_delta: its δ, less than 1 / clients
         dp_clip: largest norm of what a private client adds to the sums
+        dp_adaptive: share of the clients below the norm towards which dp-clip moves round by round; 0 = it stays
         dp_noise: noise of the sums as a multiple of dp-clip, a run whose ε is used up stops; 0 = the least that lasts
         dp_ranks: public, or private: from label counts that are released with noise at a tenth of ε
         dp_count_clip: largest norm of a client's label counts, for private ranks
@@ -135,6 +136,7 @@ class Experiment:
     dp_epsilon: float = 0.0
     dp_delta: float = 1e-5
     dp_clip: float = 0.3
+    dp_adaptive: float = 0.0
     dp_noise: float = 0.0
     dp_ranks: str = "public"
     dp_count_clip: float = 500.0
@@ -203,7 +205,11 @@ def make_aggregator(name: str, experiment: Experiment | None = None) -> Aggregat
         rule = aggregators.with_server_optimizer(rule, step)
     if e.privacy:
         rule = aggregators.with_differential_privacy(
-            rule, clip=e.dp_clip, noise_multiplier=e.privacy.noise, denominator=e.privacy.rate * e.clients
+            rule,
+            clip=e.dp_clip,
+            noise_multiplier=e.privacy.noise,
+            denominator=e.privacy.rate * e.clients,
+            adaptive=aggregators.AdaptiveClip(e.dp_adaptive) if e.dp_adaptive else None,
         )
     return aggregators.with_norm_clipping(rule, e.clip_norm) if e.clip_norm else rule
 
@@ -291,6 +297,7 @@ def _number_problems(e: Experiment) -> Iterable[str]:
         yield from outside(option, getattr(e, option), 0)
     for option in ("learning_rate", "server_learning_rate", "clip_norm"):
         yield from not_in_float32(option, getattr(e, option))
+    yield from outside("dp_adaptive", e.dp_adaptive, 0, 1, open_end=True, cause="a percentage")
     yield from outside("drop_out", e.drop_out, 0, 1, open_end=True, cause="a percentage")
     yield from outside("stragglers", e.stragglers, 0, 1, cause="a percentage")
     yield from outside("momentum", e.momentum, 0, 1, cause="a percentage")
@@ -330,30 +337,8 @@ def _joint_problems(e: Experiment) -> Iterable[str]:
             )
     yield from _idle_problems(e)
     if e.dp_epsilon:
-        problems = list(_privacy_problems(e))
+        problems = list(privacy.problems(e, AGGREGATORS))
         yield from problems if problems or e.dp_ranks not in privacy.RANKS else _budget_problems(e)
-
-
-def _privacy_problems(e: Experiment) -> Iterable[str]:
-    """Check what cannot be private."""
-    for rule in e.aggregators:
-        if rule in AGGREGATORS and rule not in privacy.RULES:
-            yield (
-                f"aggregators: expected with --dp-epsilon out of {', '.join(privacy.RULES)}, got {rule}: what one "
-                "client changes in its sums has no bound"
-            )
-    for option, wrong in (("clip_norm", e.clip_norm), ("rerank_every", e.rerank_every)):
-        if wrong:
-            yield f"{option.replace('_', '-')}: expected it without --dp-epsilon, got both"
-    if e.sampling == "by_size" and e.participation < 1:
-        yield "sampling: expected uniform or independent with --dp-epsilon, got by_size, of which ε is not known"
-    if e.dp_ranks == "private" and e.probed:
-        yield (
-            "criteria: expected them without loss_entropy where ranks are private, got it: a probe would cost a "
-            "budget of its own; use --criteria size,classes,label_entropy,gini_simpson"
-        )
-    if e.dp_delta * e.clients >= 1:
-        yield f"dp-delta: expected less than 1 / {e.clients} clients, got {e.dp_delta:g}, which promises nothing"
 
 
 def _budget_problems(e: Experiment) -> Iterable[str]:
@@ -363,6 +348,10 @@ def _budget_problems(e: Experiment) -> Iterable[str]:
     except (ImportError, ValueError) as error:
         yield f"dp-epsilon: {error}"
     else:
+        try:
+            make_aggregator(e.aggregators[0], e)
+        except ValueError as error:
+            yield f"dp-adaptive: {error}"
         if once > e.dp_epsilon:
             yield f"dp-noise: expected noise with which one round keeps ε = {e.dp_epsilon:g}, got {e.dp_noise:g}"
 

@@ -1,7 +1,8 @@
 """Differential privacy of an experiment: the noise that a budget needs, and what is spent after every round."""
 
+from collections.abc import Container, Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from autorank_jax.evaluation import privacy
 
@@ -38,6 +39,28 @@ class Privacy(NamedTuple):
             f"ε = {self.epsilon:g} at δ = {self.delta:g}, if the server is trusted, {ranks}, and the test data and the "
             "choice of options are not private."
         )
+
+
+def problems(e: Any, known: Container[str]) -> Iterable[str]:
+    """Yield a line for what cannot be private among an experiment's options; unknown rules are told elsewhere."""
+    for rule in e.aggregators:
+        if rule in known and rule not in RULES:
+            yield (
+                f"aggregators: expected with --dp-epsilon out of {', '.join(RULES)}, got {rule}: what one "
+                "client changes in its sums has no bound"
+            )
+    for option, wrong in (("clip_norm", e.clip_norm), ("rerank_every", e.rerank_every)):
+        if wrong:
+            yield f"{option.replace('_', '-')}: expected it without --dp-epsilon, got both"
+    if e.sampling == "by_size" and e.participation < 1:
+        yield "sampling: expected uniform or independent with --dp-epsilon, got by_size, of which ε is not known"
+    if e.dp_ranks == "private" and e.probed:
+        yield (
+            "criteria: expected them without loss_entropy where ranks are private, got it: a probe would cost a "
+            "budget of its own; use --criteria size,classes,label_entropy,gini_simpson"
+        )
+    if e.dp_delta * e.clients >= 1:
+        yield f"dp-delta: expected less than 1 / {e.clients} clients, got {e.dp_delta:g}, which promises nothing"
 
 
 @lru_cache

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from autorank_jax import aggregators
-from autorank_jax.aggregators.privacy import expected_owners, set_expected_owners, with_differential_privacy
+from autorank_jax.aggregators.privacy import (
+    AdaptiveClip,
+    expected_owners,
+    set_expected_owners,
+    with_differential_privacy,
+)
 from autorank_jax.engine.simulation import init_state
 from autorank_jax.types import Adapter, Client, ClientUpdate, Plan, Trainable
 from tests.aggregators.cases import PRESENT, RANKS, SHAPES, compile_round, make_data, make_server, to_jax
@@ -30,10 +35,10 @@ def start(rule, broken=None):
     return init_state(to_jax(make_server()), rule, ranks, broken=broken)
 
 
-def adder(rule, server):
+def adder(rule, server, prepared=()):
     """Compile what one client of a row adds, who moves all it owns by `move` times the numbers of a seed."""
     state, kept = rule.init(server), rule.client_init(server)
-    plan = Plan({path: jnp.ones(widest) for path, widest in MAX_RANKS.items()}, jnp.ones(()), jnp.ones(()))
+    plan = Plan({path: jnp.ones(widest) for path, widest in MAX_RANKS.items()}, jnp.ones(()), jnp.ones(()), prepared)
     ranks = {path: jnp.asarray(rows) for path, rows in RANKS.items()}
 
     def cut(trainable, masks):
@@ -191,3 +196,33 @@ def test_expected_owners_are_data_of_the_state():
     for path, owners in state.aggregator.owners.items():
         np.testing.assert_allclose(owners, want[path])
     assert jax.tree.structure(state) == jax.tree.structure(start(rule))
+
+
+def test_an_adaptive_norm_moves_towards_its_quantile_and_shares_the_noise():
+    adaptive = AdaptiveClip(quantile=0.5, rate=0.2, count_noise=1.0)
+    quiet = private("rbla", clip=2.0, denominator=4.0, adaptive=adaptive)
+    server = to_jax(make_server())
+    state = quiet.init(server)
+    plan = Plan({p: jnp.ones(w) for p, w in MAX_RANKS.items()}, jnp.ones(()), jnp.ones(()), prepared=state.clip)
+    add = adder(quiet, server, prepared=state.clip)
+    sums = [add(row, row, move, 1.0) for row, move in enumerate((0.01, 0.01, 0.01))]  # three keep the norm
+    sums += [add(0, 7, 50.0, 1.0), jax.tree.map(jnp.zeros_like, sums[0])]  # one does not, one is not there
+    assert [float(one.below) for one in sums] == [0.5, 0.5, 0.5, -0.5, 0.0]
+    assert norm((sums[3].moves.dense, sums[3].moves.adapters)) == pytest.approx(2.0, rel=1e-4)
+    total = jax.tree.map(lambda *leaves: sum(leaves), *sums)
+    assert plan.prepared == 2.0
+    _, after = quiet.update(jax.random.key(0), total, state, server)
+    assert float(after.clip) == pytest.approx(2.0 * np.exp(-0.2 * (0.75 - 0.5)), rel=1e-5)
+
+    noisy = private("rbla", clip=1.0, noise_multiplier=1.2, denominator=4.0, adaptive=adaptive)
+    zeros, moved = jax.tree.map(jnp.zeros_like, total), []
+    for seed in range(300):
+        moved.append(float(jnp.log(noisy.update(jax.random.key(seed), zeros, noisy.init(server), server)[1].clip)))
+    assert np.std(moved) == pytest.approx(0.2 * 1.0 / 4.0, rel=0.15)
+    tall, _ = noisy.update(jax.random.key(1), zeros, noisy.init(server), server)
+    draws = np.asarray(tall.trainable.adapters["tall"].lora_a - server.trainable.adapters["tall"].lora_a) * 4.0
+    own = (1.2**-2 - 2.0**-2) ** -0.5
+    assert np.std(draws) == pytest.approx(own, rel=0.25)
+    assert own > 1.2
+    with pytest.raises(ValueError, match="count_noise above noise_multiplier / 2 = 2, got"):
+        private("rbla", noise_multiplier=4.0, adaptive=adaptive)
