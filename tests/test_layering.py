@@ -18,6 +18,7 @@ ROOT = Path(autorank_jax.__file__).parent
 REPOSITORY = Path(__file__).parent.parent
 
 FLOORS = {  # a package imports from lower floors, and from itself
+    0: "lazy",
     1: "types datasets",
     2: "checkpoint models federated",
     3: "adapters",
@@ -29,7 +30,7 @@ FLOORS = {  # a package imports from lower floors, and from itself
     9: "manual",
 }
 FLOOR = {name: number for number, names in FLOORS.items() for name in names.split()}
-TOP = {"__init__", "__main__", "checkpoint", "testing", "types"}
+TOP = {"__init__", "__main__", "checkpoint", "lazy", "testing", "types"}
 """The modules that lie in no package."""
 LONGEST_CHAIN = 8
 HOST = {"checkpoint", "cli", "datasets", "experiment", "manual"}

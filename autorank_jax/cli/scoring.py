@@ -1,6 +1,5 @@
 """The command `ranks`: the clients of a table scored, and the rank of each."""
 
-import dataclasses
 import os
 import sys
 from collections.abc import Iterable
@@ -10,43 +9,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from autorank_jax.cli.files import to_csv, to_json, write_file
 from autorank_jax.cli.folders import ReportError
+from autorank_jax.cli.formats import to_csv, to_json, write_file
+from autorank_jax.cli.options import Ranks
 from autorank_jax.cli.tables import criteria_table, make_console
 from autorank_jax.cli.terminal import tell
-from autorank_jax.experiment.config import ConfigurationError, outside, unknown
 from autorank_jax.experiment.doubts import little_variation
+from autorank_jax.experiment.mistakes import ConfigurationError, outside, unknown
 from autorank_jax.ranks import mcda, policies
 from autorank_jax.ranks.table_file import read_criteria
 
 ENDINGS = (".csv", ".json")
 MOST_RANK = 2**20
 """Of which float32 still holds every product with a ratio to less than a rank."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranks:
-    """Score the clients of a table and give each its rank: for use with any other training stack.
-
-    Attributes:
-        criteria: CSV file with a header and one row per client, - for standard input; the first column may hold names
-        max_rank: rank of the most complex client
-        min_ratio: share of it that the least complex client gets
-        columns: the criteria among the table's columns; default all but names, and but for results of a run
-        cost: columns of which less means more complex; of all others more does
-        normalization: of TOPSIS: vector or minmax
-        output: file for the ranks, FILE.csv or FILE.json, in place of tables
-        json: print JSON in place of tables
-    """
-
-    criteria: Path
-    max_rank: int = 64
-    min_ratio: float = 0.1
-    columns: tuple[str, ...] = ()
-    cost: tuple[str, ...] = ()
-    normalization: str = "vector"
-    output: Path | None = None
-    json: bool = False
 
 
 def score_table(command: Ranks) -> None:
