@@ -72,10 +72,10 @@ def by_oracle(name, server, cohort, **options):
     """The dense rule in NumPy, and the product that it averages."""
     own = {"adapters": to_numpy(server), "dense": {}, "kernels": {}}
     clients = []
-    for k, weight in enumerate(np.asarray(cohort.weight)):
+    for k in np.flatnonzero(cohort.weight):
         rank = dict.fromkeys(server.trainable.adapters, int(RANKS[k]))
         adapters = {p: (a[k][:, : RANKS[k]], b[k][: RANKS[k]]) for p, (a, b) in cohort.trained.adapters.items()}
-        clients.append({"adapters": adapters, "dense": {}, "weight": float(weight), "ranks": rank})
+        clients.append({"adapters": adapters, "dense": {}, "weight": float(cohort.weight[k]), "ranks": rank})
     average = products.owner_product if name == "raflora" else products.mean_product
     new = reference.RULES[name](own, clients, **options)[0]["adapters"]
     return new, {path: average(own, clients, path) for path in LAYERS}
@@ -197,6 +197,7 @@ def test_what_is_of_first_order_in_the_clients_moves_is_exact(name):
     for moved in ("lora_a", "lora_b"):
         server = make_server()
         cohort = make_cohort(server, 0.5, factors=(moved,))
+        cohort = cohort._replace(weight=cohort.weight * (RANKS < 4))  # nobody owns the last position
         got, (want, _) = to_numpy(step(name, server, cohort, exact=False)), by_oracle(name, server, cohort)
         for path in LAYERS:
             np.testing.assert_allclose(np.matmul(*got[path]), np.matmul(*want[path]), atol=1e-11)
