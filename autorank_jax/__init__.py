@@ -30,90 +30,97 @@ If you know …
 - **PEFT**: `max_rank` is `r`, patterns are `target_modules`, and every client has its own rank of it; the scale is 1 by default.
 """  # noqa: E501
 
-from autorank_jax import adapters, aggregators, datasets, engine, evaluation, federated, models, ranks, testing
-from autorank_jax.adapters import (
-    classification_loss,
-    export_peft,
-    max_ranks,
-    merge,
-    regression_loss,
-    task_from_causal_lm,
-    task_from_function,
-    task_from_linen,
-    task_from_nnx,
-    token_loss,
-)
-from autorank_jax.aggregators import keep_local, with_server_optimizer
-from autorank_jax.checkpoint import restore_state, save_state
-from autorank_jax.datasets import load_dataset, load_instructions
-from autorank_jax.engine import (
-    History,
-    init_state,
-    make_local_training,
-    make_round,
-    probe,
-    scale_updates,
-    sharding,
-    simulate,
-    training_flops,
-    with_penalty,
-    with_proximal_term,
-)
-from autorank_jax.evaluation import client_costs, label_weighted_accuracy, make_evaluate
-from autorank_jax.federated import (
-    client_stats,
-    faults,
-    from_client_ids,
-    from_parts,
-    partition,
-    sample_by_size,
-    sample_independently,
-    sample_uniformly,
-    text_clients,
-    text_rows,
-)
-from autorank_jax.models import Decoder
-from autorank_jax.ranks import (
-    autorank_ranks,
-    budgets,
-    complexity_matrix,
-    controls,
-    critic_weights,
-    gini_simpson,
-    label_entropy,
-    loss_entropy,
-    policies,
-    ranks_from_ratios,
-    topsis,
-    with_reranking,
-)
-from autorank_jax.types import (
-    Adapter,
-    Aggregator,
-    Base,
-    Batch,
-    Client,
-    ClientStats,
-    ClientUpdate,
-    FederatedData,
-    LocalState,
-    LocalTraining,
-    Penalised,
-    Plan,
-    RankInfo,
-    RoundInfo,
-    Scored,
-    Server,
-    ServerStep,
-    Setting,
-    State,
-    Task,
-    Tokens,
-    Traffic,
-    Trainable,
-    Trains,
-    Travels,
-)
+from typing import TYPE_CHECKING
+
+from autorank_jax.lazy import lazy
+
+if TYPE_CHECKING:
+    from autorank_jax import adapters, aggregators, datasets, engine, evaluation, federated, models, ranks, testing
+    from autorank_jax.adapters import (
+        classification_loss,
+        export_peft,
+        max_ranks,
+        merge,
+        regression_loss,
+        task_from_causal_lm,
+        task_from_function,
+        task_from_linen,
+        task_from_nnx,
+        token_loss,
+    )
+    from autorank_jax.aggregators import keep_local, with_server_optimizer
+    from autorank_jax.checkpoint import restore_state, save_state
+    from autorank_jax.datasets import load_dataset, load_instructions
+    from autorank_jax.engine import (
+        History,
+        init_state,
+        make_local_training,
+        make_round,
+        probe,
+        scale_updates,
+        sharding,
+        simulate,
+        training_flops,
+        with_penalty,
+        with_proximal_term,
+    )
+    from autorank_jax.evaluation import client_costs, label_weighted_accuracy, make_evaluate
+    from autorank_jax.federated import (
+        client_stats,
+        faults,
+        from_client_ids,
+        from_parts,
+        partition,
+        sample_by_size,
+        sample_independently,
+        sample_uniformly,
+        text_clients,
+        text_rows,
+    )
+    from autorank_jax.models import Decoder
+    from autorank_jax.ranks import (
+        autorank_ranks,
+        budgets,
+        complexity_matrix,
+        controls,
+        critic_weights,
+        gini_simpson,
+        label_entropy,
+        loss_entropy,
+        policies,
+        ranks_from_ratios,
+        topsis,
+        with_reranking,
+    )
+    from autorank_jax.types import (
+        Adapter,
+        Aggregator,
+        Base,
+        Batch,
+        Client,
+        ClientStats,
+        ClientUpdate,
+        FederatedData,
+        LocalState,
+        LocalTraining,
+        Penalised,
+        Plan,
+        RankInfo,
+        RoundInfo,
+        Scored,
+        Server,
+        ServerStep,
+        Setting,
+        State,
+        Task,
+        Tokens,
+        Traffic,
+        Trainable,
+        Trains,
+        Travels,
+    )
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __version__ = "0.2.0"
 

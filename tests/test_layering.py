@@ -1,7 +1,7 @@
 """A package imports from lower floors only; a new one needs a line in `FLOORS`.
 
-Also: few modules at the top, no import cycle, short chains, no import hidden in a function, no private JAX, effects at
-the edge only, short files and documents, few result files.
+Also: few modules at the top, no import cycle, short chains, no import hidden in a function, few by name, no private
+JAX, effects at the edge only, short files and documents, few result files.
 """
 
 import ast
@@ -18,6 +18,7 @@ ROOT = Path(autorank_jax.__file__).parent
 REPOSITORY = Path(__file__).parent.parent
 
 FLOORS = {  # a package imports from lower floors, and from itself
+    0: "lazy",
     1: "types datasets",
     2: "checkpoint models federated",
     3: "adapters",
@@ -29,7 +30,7 @@ FLOORS = {  # a package imports from lower floors, and from itself
     9: "manual",
 }
 FLOOR = {name: number for number, names in FLOORS.items() for name in names.split()}
-TOP = {"__init__", "__main__", "checkpoint", "testing", "types"}
+TOP = {"__init__", "__main__", "checkpoint", "lazy", "testing", "types"}
 """The modules that lie in no package."""
 LONGEST_CHAIN = 8
 HOST = {"checkpoint", "cli", "datasets", "experiment", "manual"}
@@ -47,6 +48,16 @@ EFFECTS_ELSEWHERE = {
 ENGINE_KNOWS_NOTHING_OF = {"aggregators", "evaluation", "models", "ranks"}
 OPTIONAL = {"dp_accounting", "jinja2", "matplotlib", "PIL", "rich", "safetensors", "tensorboardX", "tokenizers", "tyro"}
 OPTIONAL |= {"requests", "tensorflow", "tensorflow_datasets", "tqdm"}  # of the extra tfds
+LOADED_BY_NAME = {
+    "lazy": "what packages export",
+    "checkpoint": "Orbax takes seconds, and only what saves or restores needs it",
+    "cli.cache": "JAX, which only runs need",
+    "cli.dispatch": "the modules of the command that is run; help, lists and versions are there at once",
+    "cli.help": "the rules, which only the longest help explains",
+    "cli.main": "all that needs an extra package, to say which one is missing",
+    "manual.reference": "whatever it documents",
+}
+"""Modules that import others when they need them, by `importlib`. All other imports stand at the top."""
 MOST_LINES = {".py": 400, "README.md": 150}
 MOST_RESULTS = 30
 
@@ -181,6 +192,11 @@ def test_wrong_imports_are_found():
 def test_imports_stand_at_the_top(name):
     hidden = hidden_imports(SOURCES[name])
     assert hidden == [], f"{name} hides {hidden}: import at the top, absolutely; optional packages are in OPTIONAL"
+
+
+def test_modules_are_loaded_by_name_in_few_places():
+    found = {name for name, source in SOURCES.items() if "import_module(" in source or "__import__(" in source}
+    assert found == set(LOADED_BY_NAME), "import at the top, or say in LOADED_BY_NAME why not"
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -37,14 +37,21 @@ model = ar.merge(task, state.server)  # MyModel again, plain Flax
 ```
 """
 
-from autorank_jax.adapters.causal_lm import task_from_causal_lm, token_weighted
-from autorank_jax.adapters.functions import task_from_function
-from autorank_jax.adapters.linen import task_from_linen
-from autorank_jax.adapters.lora import max_ranks
-from autorank_jax.adapters.losses import classification_loss, regression_loss, token_loss
-from autorank_jax.adapters.nnx import task_from_nnx
-from autorank_jax.adapters.peft import export_peft
-from autorank_jax.adapters.task import merge
+from typing import TYPE_CHECKING
+
+from autorank_jax.lazy import lazy
+
+if TYPE_CHECKING:
+    from autorank_jax.adapters.causal_lm import task_from_causal_lm, token_weighted
+    from autorank_jax.adapters.functions import task_from_function
+    from autorank_jax.adapters.linen import task_from_linen
+    from autorank_jax.adapters.lora import max_ranks
+    from autorank_jax.adapters.losses import classification_loss, regression_loss, token_loss
+    from autorank_jax.adapters.nnx import task_from_nnx
+    from autorank_jax.adapters.peft import export_peft
+    from autorank_jax.adapters.task import merge
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "classification_loss",

@@ -1,9 +1,9 @@
 """The command line `autorank-jax`: `run` compares rank policies, `ranks` scores a table, `data` fetches datasets.
 
-`main` turns mistakes into lines and exit codes, `parsing` words into a command, `commands`, `scoring` and `comparing`
-do what it says; `live` shows a run while it goes on, `tables` and `figures` show what it found on whatever `terminal`
-there is, `folders` and `files` keep what it leaves, `interrupts` lets it be stopped. All work is done by
-`autorank_jax.experiment` and below, which print nothing.
+`main` turns mistakes into lines and exit codes, `parsing` words into a command of `options`, and `dispatch` loads what
+does it: `commands`, `scoring` or `comparing`. `live` shows a run while it goes on, `tables` and `figures` show what it
+found on whatever `terminal` there is, `folders`, `formats` and `files` keep what it leaves, `interrupts` lets it be
+stopped. All work is done by `autorank_jax.experiment` and below, which print nothing.
 
 ```python
 from autorank_jax.cli.main import main

@@ -1,148 +1,45 @@
-"""The commands of the command line: their options, and what each of them does."""
+"""The command `run`: an experiment shown while it goes on, and written to its folder."""
 
-import dataclasses
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 
+from autorank_jax.checkpoint import CheckpointError
 from autorank_jax.cli import cache
-from autorank_jax.cli.comparing import Compare, compare
 from autorank_jax.cli.files import checkpoints_of, how_to_resume, save_results, write_results, write_run
-from autorank_jax.cli.folders import check_folder, default_folder, occupied
+from autorank_jax.cli.folders import ReportError, check_folder, default_folder, occupied
 from autorank_jax.cli.interrupts import INTERRUPTED, Interrupted, Interruption
 from autorank_jax.cli.live import Display
 from autorank_jax.cli.logs import Logs, log_problems
-from autorank_jax.cli.scoring import Ranks, score_table
-from autorank_jax.cli.tables import comparison_tables, datasets_table, footnotes, make_console
+from autorank_jax.cli.options import PROGRAM, Run
+from autorank_jax.cli.tables import comparison_tables, footnotes, make_console
 from autorank_jax.cli.terminal import tell
-from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
 from autorank_jax.experiment.config import ConfigurationError, Experiment, outside
 from autorank_jax.experiment.doubts import doubts
 from autorank_jax.experiment.events import Compiled, Event, Resumed, Scored, Stopped
-from autorank_jax.experiment.launch import Launch, is_first, start
-from autorank_jax.experiment.position import DivergedError
-from autorank_jax.experiment.results import Results
+from autorank_jax.experiment.launch import is_first, start
+from autorank_jax.experiment.results import DivergedError, Results
 from autorank_jax.experiment.run import run_experiment
-
-PROGRAM = "autorank-jax"
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Score double-imbalanced clients, give each its LoRA rank, train them, and compare rank policies.
-
-    Attributes:
-        experiment: what to run
-        launch: where to run it
-        config: take the options from a run's config.json; others on the command line go before it
-        resume: folder of a run to go on with from its latest checkpoint; a run of one policy, rule and seed also beyond
-            its end, by more --rounds
-        checkpoint_every: rounds between checkpoints, 0 = only when interrupted
-        keep_checkpoints: how many of the latest checkpoints stay
-        out: folder of the results; default runs/DATASET-SPLIT, with a number where that is taken
-        overwrite: replace the run that the folder holds
-        log: write every round as it happens: jsonl, tensorboard, or both
-        quiet: print nothing but errors
-        no_cache: compile anew, and keep no compiled programs for the next run
-    """
-
-    experiment: tyro.conf.OmitArgPrefixes[Experiment] = dataclasses.field(default_factory=Experiment)
-    launch: tyro.conf.OmitArgPrefixes[Launch] = dataclasses.field(default_factory=Launch)
-    config: Path | None = None
-    resume: Path | None = None
-    checkpoint_every: int = 0
-    keep_checkpoints: int = 3
-    out: Path | None = None
-    overwrite: bool = False
-    log: tuple[str, ...] = ()
-    quiet: bool = False
-    no_cache: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Listing:
-    """List the datasets and say for each whether it is there."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Fetch:
-    """Convert a dataset into the folder of datasets, once: from TensorFlow Datasets, a folder of images, or a table.
-
-    Attributes:
-        name: of TensorFlow Datasets, such as mnist or cifar100; any name for a folder of images
-        source: folder of images {train,test}/CLASS/*.png, as CINIC-10 has it, or of archives that need no download,
-            or a table FILE.csv
-        target: column of the table to predict, the last if not given
-        overwrite: replace the file that is there
-    """
-
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
-    source: Path | None = None
-    target: str | None = None
-    overwrite: bool = False
-
-
-Action = Annotated[Listing, tyro.conf.subcommand("list")] | Annotated[Fetch, tyro.conf.subcommand("fetch")]
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """List the datasets, or fetch one.
-
-    Attributes:
-        action: what to do
-    """
-
-    action: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[Action]] = dataclasses.field(
-        default_factory=Listing
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Say what is kept of compiled programs, from which later runs start at once, or empty the folder.
-
-    Attributes:
-        clear: delete all of them
-    """
-
-    clear: bool = False
-
-
-def execute(command: Run | Compare | Ranks | Data | Cache) -> None:
-    """Do what a command says."""
-    match command:
-        case Cache(clear):
-            found = cache.empty() if clear else cache.held()
-            what = f"{found.programs} compiled programs, {found.bytes / 1e6:.1f} MB, in {cache.program_folder()}"
-            make_console().print(f"Deleted {what}" if clear else what, soft_wrap=True)
-        case Run():
-            run(command)
-        case Compare():
-            compare(command)
-        case Ranks():
-            score_table(command)
-        case Data(Fetch() as fetch):
-            path = fetch_dataset(fetch.name, source=fetch.source, target=fetch.target, overwrite=fetch.overwrite)
-            make_console().print(f"{path} is complete", soft_wrap=True)
-        case Data():
-            console = make_console()
-            console.print(datasets_table(available_datasets()))
-            console.print(f"Files are looked for in {cache_folder()}", soft_wrap=True)
-            console.print(
-                f"{PROGRAM} data fetch NAME gets what is not there, with --overwrite what is damaged",
-                soft_wrap=True,
-            )
 
 
 def run(command: Run) -> None:
-    """Run an experiment, or what is left of it, show it, and write its files."""
+    """Run an experiment, or what is left of it, show it, and write its files.
+
+    Raises:
+        ReportError: for files that cannot be written, and checkpoints that cannot be gone on with.
+    """
+    try:
+        run_here(command)
+    except CheckpointError as error:
+        raise ReportError(str(error)) from error
+
+
+def run_here(command: Run) -> None:
+    """Run an experiment on the devices and in the folder that a command names."""
     experiment = command.experiment
     check_run(command)
     refused = None if command.no_cache else cache.use_cache()

@@ -1,37 +1,23 @@
 """The command `compare`: several runs in one table and one picture."""
 
-import dataclasses
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import tyro
 from rich.table import Table
 
-from autorank_jax.cli.figures import DASHES, PALETTE, Curve, curves_figure
-from autorank_jax.cli.files import read_json, to_png, write_file
+from autorank_jax.cli.figures import DASHES, PALETTE, Curve, curves_figure, to_png
 from autorank_jax.cli.folders import ReportError
+from autorank_jax.cli.formats import read_json, write_file
+from autorank_jax.cli.options import Compare
 from autorank_jax.cli.tables import make_console, make_table, percent
 from autorank_jax.experiment.config import ConfigurationError
 from autorank_jax.experiment.results import Costs, Row, Run, accuracies, rounds_to, si, spread
 
 UNKNOWN_COSTS = Costs(*[float("nan")] * len(Costs._fields))
-
-
-@dataclasses.dataclass(frozen=True)
-class Compare:
-    """Put several runs into one table and one picture.
-
-    Attributes:
-        runs: folders of runs, two or more
-        output: file for the picture, FILE.png
-    """
-
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")]
-    output: Path = Path("comparison.png")
 
 
 class Found(NamedTuple):

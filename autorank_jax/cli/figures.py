@@ -1,5 +1,6 @@
 """Pictures of an experiment: accuracy against rounds and FLOPs, label mixes and ranks."""
 
+import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -189,3 +190,10 @@ def _draw_ranks(axes: Any, scores: Scores, chosen: np.ndarray) -> None:
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
+
+
+def to_png(figure: Figure) -> bytes:
+    """Return a picture as PNG."""
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format="png", facecolor="white")
+    return image.getvalue()

@@ -24,7 +24,7 @@ ROOM = 2**20
 
 
 class ReportError(ValueError):
-    """A folder that results cannot be written to. The message is one line."""
+    """A folder that results cannot be written to, or gone on with. The message is one line."""
 
 
 def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:

@@ -1,15 +1,16 @@
 """Help on `run`: two screens of what is mostly used, or every option, in the groups of an experiment."""
 
 import dataclasses
+import importlib
 import inspect
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from autorank_jax.cli.commands import PROGRAM, Run
-from autorank_jax.experiment.config import AGGREGATORS, POLICIES, Experiment
-from autorank_jax.experiment.launch import Launch
+from autorank_jax.cli.options import PROGRAM, Run
+from autorank_jax.experiment.config import POLICIES, Experiment
+from autorank_jax.experiment.launch_options import Launch
 
 WIDTH = 80
 
@@ -132,7 +133,8 @@ def _shown(default: Any) -> str:
 
 def _names() -> Iterator[str]:
     """Yield a line for every rank policy and every aggregation rule."""
-    rules = {name: (rule.__doc__ or "").partition("\n")[0] for name, rule in AGGREGATORS.items()}
+    registry = importlib.import_module("autorank_jax.aggregators").RULES  # all other help needs no JAX
+    rules = {name: (rule.__doc__ or "").partition("\n")[0] for name, rule in registry.items()}
     for option, words in (("--rank-policies", POLICIES), ("--aggregators", rules)):
         yield from ("", f"{option}:")
         for name, what in words.items():

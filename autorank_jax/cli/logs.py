@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from autorank_jax.cli.files import write_file
 from autorank_jax.cli.folders import LOG_FILE
+from autorank_jax.cli.formats import write_file
 from autorank_jax.cli.terminal import tell
 from autorank_jax.experiment.events import Event, RoundDone, Started
 from autorank_jax.experiment.mistakes import unknown

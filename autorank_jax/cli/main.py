@@ -9,12 +9,10 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-import jax
-
-from autorank_jax.checkpoint import CheckpointError
 from autorank_jax.cli.terminal import forgiving_streams, tell
 from autorank_jax.datasets import DatasetError
-from autorank_jax.experiment import ConfigurationError, DivergedError
+from autorank_jax.experiment.mistakes import ConfigurationError
+from autorank_jax.experiment.results import DivergedError
 from autorank_jax.ranks.table_file import CriteriaError
 
 INTERRUPTED = 130
@@ -50,9 +48,9 @@ def _watched(words: Sequence[str]) -> int:
     try:
         code = _run(words)
     except Exception as error:
-        if not jax.distributed.is_initialized():
+        if not _among_others():
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, sys.modules["jax"].errors.JaxRuntimeError):
             code = _say(4, [f"{_LOST}; go on with --resume: {error}".splitlines()[0]])
         else:
             traceback.print_exc()
@@ -62,13 +60,19 @@ def _watched(words: Sequence[str]) -> int:
             with contextlib.suppress(BrokenPipeError):
                 watcher.stdin.write("over")
                 watcher.stdin.close()
-    if code and jax.distributed.is_initialized():
+    if code and _among_others():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     if watcher is not None:
         watcher.wait()
     return code
+
+
+def _among_others() -> bool:
+    """Tell whether this is one of several processes, which JAX knows if any command has loaded it."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def entry() -> NoReturn:
@@ -96,18 +100,22 @@ def _watch() -> subprocess.Popen[str]:
 
 def _run(arguments: Sequence[str]) -> int:
     try:
-        commands = importlib.import_module("autorank_jax.cli.commands")
-        parsing = importlib.import_module("autorank_jax.cli.parsing")
-        folders = importlib.import_module("autorank_jax.cli.folders")
+        return _execute(arguments)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise
         return _say(1, [f'the command line needs {error.name}: pip install "autorank-jax[cli]"'])
+
+
+def _execute(arguments: Sequence[str]) -> int:
+    dispatch = importlib.import_module("autorank_jax.cli.dispatch")
+    parsing = importlib.import_module("autorank_jax.cli.parsing")
+    folders = importlib.import_module("autorank_jax.cli.folders")
     try:
-        commands.execute(parsing.parse(arguments))
+        dispatch.execute(parsing.parse(arguments))
     except ConfigurationError as error:
         return _say(2, error.problems)
-    except (CheckpointError, CriteriaError, DatasetError, folders.ReportError) as error:
+    except (CriteriaError, DatasetError, folders.ReportError) as error:
         return _say(2, [str(error)])
     except DivergedError as error:
         return _say(3, [str(error)])

@@ -12,9 +12,9 @@ from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import tyro
 
-from autorank_jax.cli.commands import PROGRAM, Cache, Compare, Data, Ranks, Run
-from autorank_jax.cli.files import read_config, read_run
+from autorank_jax.cli.formats import read_config, read_run
 from autorank_jax.cli.help import GROUPS, NEARBY, help_on_run
+from autorank_jax.cli.options import PROGRAM, Cache, Compare, Data, Ranks, Run
 from autorank_jax.experiment.config import ConfigurationError
 
 COMMANDS = ("run", "compare", "ranks", "data", "cache")

@@ -1,6 +1,6 @@
 """The command `ranks`: the clients of a table scored, and the rank of each."""
 
-import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Iterable
@@ -9,44 +9,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
-from autorank_jax.cli.files import to_csv, to_json, write_file
 from autorank_jax.cli.folders import ReportError
+from autorank_jax.cli.formats import to_csv, to_json, write_file
+from autorank_jax.cli.options import Ranks
 from autorank_jax.cli.tables import criteria_table, make_console
 from autorank_jax.cli.terminal import tell
-from autorank_jax.experiment.config import ConfigurationError, outside, unknown
 from autorank_jax.experiment.doubts import little_variation
+from autorank_jax.experiment.mistakes import ConfigurationError, outside, unknown
 from autorank_jax.ranks import mcda, policies
 from autorank_jax.ranks.table_file import read_criteria
+from autorank_jax.types import Array
 
 ENDINGS = (".csv", ".json")
 MOST_RANK = 2**20
 """Of which float32 still holds every product with a ratio to less than a rank."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranks:
-    """Score the clients of a table and give each its rank: for use with any other training stack.
-
-    Attributes:
-        criteria: CSV file with a header and one row per client, - for standard input; the first column may hold names
-        max_rank: rank of the most complex client
-        min_ratio: share of it that the least complex client gets
-        columns: the criteria among the table's columns; default all but names, and but for results of a run
-        cost: columns of which less means more complex; of all others more does
-        normalization: of TOPSIS: vector or minmax
-        output: file for the ranks, FILE.csv or FILE.json, in place of tables
-        json: print JSON in place of tables
-    """
-
-    criteria: Path
-    max_rank: int = 64
-    min_ratio: float = 0.1
-    columns: tuple[str, ...] = ()
-    cost: tuple[str, ...] = ()
-    normalization: str = "vector"
-    output: Path | None = None
-    json: bool = False
 
 
 def score_table(command: Ranks) -> None:
@@ -66,12 +44,9 @@ def score_table(command: Ranks) -> None:
     if little:
         tell(f"{little}; probably give all clients one rank")
     with jax.enable_x64(True):
-        weights = mcda.critic_weights(table.matrix, benefit=table.benefit)
-        closeness = mcda.topsis(table.matrix, weights, benefit=table.benefit, normalization=command.normalization)
-        ratios = policies.ratios_from_scores(closeness, min_ratio=command.min_ratio)
-        ranks = policies.ranks_from_ratios(ratios, {"rank": command.max_rank})["rank"]
-    found = [np.asarray(column) for column in (closeness, ratios, ranks)]
-    named = dict(zip(table.criteria, np.asarray(weights).tolist(), strict=True))
+        scored = _score(command.normalization, command.min_ratio, command.max_rank, table.matrix, table.benefit)
+    weights, *found = map(np.asarray, scored)
+    named = dict(zip(table.criteria, weights.tolist(), strict=True))
     keys = ("client", "closeness", "ratio", "rank")
     rows = zip(table.clients, *(column.tolist() for column in found), strict=True)
     content = {
@@ -88,6 +63,19 @@ def score_table(command: Ranks) -> None:
         console = make_console()
         for shown in criteria_table(table.clients, named, *found):
             console.print(shown)
+
+
+# One program, as a hundred small ones take seconds to compile; and as it is written, since to optimise it takes longer
+# than it saves, and would contract products and sums, so that a closeness of 0 is none.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options={"xla_backend_optimization_level": 0})
+def _score(
+    normalization: str, min_ratio: float, max_rank: int, matrix: ArrayLike, benefit: ArrayLike
+) -> tuple[Array, Array, Array, Array]:
+    """Return the weights of the criteria, and closeness, ratio and rank of every client."""
+    weights = mcda.critic_weights(matrix, benefit=benefit)
+    closeness = mcda.topsis(matrix, weights, benefit=benefit, normalization=normalization)
+    ratios = policies.ratios_from_scores(closeness, min_ratio=min_ratio)
+    return weights, closeness, ratios, policies.ranks_from_ratios(ratios, {"rank": max_rank})["rank"]
 
 
 def _output_problems(command: Ranks) -> Iterable[str]:

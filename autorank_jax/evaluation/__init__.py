@@ -17,18 +17,25 @@ print(sorted(ar.make_evaluate(task, images.x_test, images.y_test)(state)))
 ```
 """  # noqa: E501
 
-from autorank_jax.evaluation import privacy
-from autorank_jax.evaluation.costs import client_costs
-from autorank_jax.evaluation.language import client_perplexities, language_flops, make_evaluate_language
-from autorank_jax.evaluation.metrics import (
-    class_accuracy,
-    classification_metrics,
-    label_weighted_accuracy,
-    make_evaluate,
-    regression_metrics,
-    summarise_clients,
-    with_personal_scores,
-)
+from typing import TYPE_CHECKING
+
+from autorank_jax.lazy import lazy
+
+if TYPE_CHECKING:
+    from autorank_jax.evaluation import privacy
+    from autorank_jax.evaluation.costs import client_costs
+    from autorank_jax.evaluation.language import client_perplexities, language_flops, make_evaluate_language
+    from autorank_jax.evaluation.metrics import (
+        class_accuracy,
+        classification_metrics,
+        label_weighted_accuracy,
+        make_evaluate,
+        regression_metrics,
+        summarise_clients,
+        with_personal_scores,
+    )
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "class_accuracy",

@@ -23,12 +23,19 @@ print(summarize(results)["policies"]["autorank"]["final_accuracy"]["mean"] > 0.1
 
 """
 
-from autorank_jax.experiment.checkpoints import Checkpoints
-from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
-from autorank_jax.experiment.events import Compiled, Event, Finished, Resumed, RoundDone, Scored, Started, Stopped
-from autorank_jax.experiment.position import DivergedError, RoundEnd
-from autorank_jax.experiment.results import Results, Row, Run, Scores, summarize
-from autorank_jax.experiment.run import run_experiment
+from typing import TYPE_CHECKING
+
+from autorank_jax.lazy import lazy
+
+if TYPE_CHECKING:
+    from autorank_jax.experiment.checkpoints import Checkpoints
+    from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
+    from autorank_jax.experiment.events import Compiled, Event, Finished, Resumed, RoundDone, Scored, Started, Stopped
+    from autorank_jax.experiment.position import RoundEnd
+    from autorank_jax.experiment.results import DivergedError, Results, Row, Run, Scores, summarize
+    from autorank_jax.experiment.run import run_experiment
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "Checkpoints",

@@ -12,10 +12,10 @@ import numpy as np
 
 from autorank_jax.checkpoint import read_about, restore_state, save_state, saved_steps, step_folder
 from autorank_jax.datasets import Dataset
-from autorank_jax.experiment.config import ConfigurationError, Experiment, make_aggregator
-from autorank_jax.experiment.position import Position, Record
-from autorank_jax.experiment.results import Row
-from autorank_jax.experiment.setup import Federation, start_state
+from autorank_jax.experiment.config import ConfigurationError, Experiment
+from autorank_jax.experiment.position import Position
+from autorank_jax.experiment.results import Record, Row
+from autorank_jax.experiment.setup import Federation, make_aggregator, start_state
 
 Save = Callable[[Position, bool], None]
 """Called after every round with where the experiment stands, and whether this is the last chance to save it."""

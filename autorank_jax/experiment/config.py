@@ -1,20 +1,15 @@
 """What an experiment is: all its options in one frozen dataclass, checked at once."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import optax
-
-from autorank_jax import aggregators, datasets
+from autorank_jax import datasets
 from autorank_jax.experiment import privacy
 from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, outside, unknown
-from autorank_jax.federated import partition
-from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
-from autorank_jax.types import Aggregator
+from autorank_jax.experiment.names import AGGREGATORS, CRITERIA, NEEDS_LOSSES, SPLITS
 
-AGGREGATORS: Mapping[str, Callable[..., Aggregator]] = aggregators.RULES
 WHOLE_RULES = ("fedavg",)
 """Rules that train whole weights: there are no adapters, hence no ranks."""
 PERSONAL_RULES = ("local_only", "fedsa_lora")
@@ -116,7 +111,7 @@ class Experiment:
     rank_policies: tuple[str, ...] = ("autorank", "by_size", "uniform", "full")
     ratios: tuple[float, ...] = ()
     min_ratio: float = 0.1
-    criteria: tuple[str, ...] = tuple(CRITERIA)
+    criteria: tuple[str, ...] = CRITERIA
     probe_epochs: int = 5
     rerank_every: int = 0
     aggregators: tuple[str, ...] = ("raflora",)
@@ -197,23 +192,6 @@ class Experiment:
         return range(self.first_seed, self.first_seed + self.seeds)
 
 
-def make_aggregator(name: str, experiment: Experiment | None = None) -> Aggregator:
-    """Make an aggregation rule by name, with an experiment's server step and clipping of what clients send."""
-    rule, e = AGGREGATORS[name](), experiment or Experiment()
-    if e.server_learning_rate != 1 or e.server_momentum:
-        step = optax.sgd(e.server_learning_rate, momentum=e.server_momentum or None)
-        rule = aggregators.with_server_optimizer(rule, step)
-    if e.privacy:
-        rule = aggregators.with_differential_privacy(
-            rule,
-            clip=e.dp_clip,
-            noise_multiplier=e.privacy.noise,
-            denominator=e.privacy.rate * e.clients,
-            adaptive=aggregators.AdaptiveClip(e.dp_adaptive) if e.dp_adaptive else None,
-        )
-    return aggregators.with_norm_clipping(rule, e.clip_norm) if e.clip_norm else rule
-
-
 def experiment_from(config: Any) -> Experiment:
     """Make an experiment of what `config.json` holds; options that are not there have their defaults.
 
@@ -265,7 +243,7 @@ def _name_problems(e: Experiment) -> Iterable[str]:
             f"dataset: expected a file at {known[e.dataset].where}, got none; {datasets.how_to_get(e.dataset)}, or set "
             f"{datasets.ENVIRONMENT_VARIABLE} to the folder that holds {e.dataset}.npz"
         )
-    yield from unknown("split", [e.split], partition.SPLITS)
+    yield from unknown("split", [e.split], SPLITS)
     yield from unknown("model", [e.model], MODELS)
     yield from unknown("rate-schedule", [e.rate_schedule], RATE_SCHEDULES)
     yield from unknown("optimizer", [e.optimizer], OPTIMIZERS)
@@ -348,10 +326,12 @@ def _budget_problems(e: Experiment) -> Iterable[str]:
     except (ImportError, ValueError) as error:
         yield f"dp-epsilon: {error}"
     else:
-        try:
-            make_aggregator(e.aggregators[0], e)
-        except ValueError as error:
-            yield f"dp-adaptive: {error}"
+        expected = e.privacy.rate * e.clients if e.privacy else 0
+        if e.dp_adaptive and e.privacy and expected / 20 <= e.privacy.noise / 2:
+            yield (
+                f"dp-adaptive: expected more than {10 * e.privacy.noise:.3g} clients a round for noise of "
+                f"{e.privacy.noise:.3g}, got {expected:g}: the share below the norm would drown; leave it out"
+            )
         if once > e.dp_epsilon:
             yield f"dp-noise: expected noise with which one round keeps ε = {e.dp_epsilon:g}, got {e.dp_noise:g}"
 
@@ -362,8 +342,8 @@ def _idle_problems(e: Experiment) -> Iterable[str]:
     if "momentum" in changed and e.optimizer in OPTIMIZERS and e.optimizer != "sgd":
         yield f"momentum: expected only with the optimizer sgd, got {e.momentum} with {e.optimizer}"
     for option in ("alpha", "sigma", "classes_per_client"):
-        users = [name for name, split in partition.SPLITS.items() if option in split.options]
-        if option in changed and e.split in partition.SPLITS and e.split not in users:
+        users = [name for name, options in SPLITS.items() if option in options]
+        if option in changed and e.split in SPLITS and e.split not in users:
             yield (
                 f"{option.replace('_', '-')}: expected only with the split {' or '.join(users)}, got "
                 f"{getattr(e, option)} with {e.split}, probably a forgotten --split"

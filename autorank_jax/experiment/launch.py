@@ -1,7 +1,6 @@
 """Where a command runs: virtual devices on a CPU, the GPUs of one host, or many hosts as one."""
 
 import contextlib
-import dataclasses
 import os
 import platform
 from importlib import metadata
@@ -11,7 +10,8 @@ import jax
 from jax.sharding import Mesh
 
 from autorank_jax.engine.sharding import client_mesh, replicate
-from autorank_jax.experiment.config import ConfigurationError, outside
+from autorank_jax.experiment.launch_options import Launch
+from autorank_jax.experiment.mistakes import ConfigurationError
 from autorank_jax.types import Array, FederatedData, Key, RoundFn, RoundInfo, State
 
 HEARTBEAT_SECONDS = 20
@@ -19,44 +19,6 @@ HEARTBEAT_SECONDS = 20
 
 _PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 _FORCED = "--xla_force_host_platform_device_count"
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """Devices and processes of a run.
-
-    Attributes:
-        devices: devices of every process, 0 = all; on a CPU one virtual device per core
-        distributed: be one of many processes, all started with the same options
-        coordinator: HOST:PORT of process 0; Slurm, Kubernetes and Cloud TPU need none of these three
-        num_processes: how many processes there are
-        process_id: number of this one, from 0; process 0 shows progress and writes the files
-    """
-
-    devices: int = 0
-    distributed: bool = False
-    coordinator: str = ""
-    num_processes: int | None = None
-    process_id: int | None = None
-
-    def validate(self) -> None:
-        """Check every option.
-
-        Raises:
-            ConfigurationError: naming all mistakes, one per line.
-        """
-        problems = [*outside("devices", self.devices, 0, whole=True)]
-        given = [self.coordinator != "", self.num_processes is not None, self.process_id is not None]
-        if any(given) and not self.distributed:
-            problems.append("coordinator, num-processes, process-id: expected only with --distributed")
-        if any(given) and not all(given):
-            problems.append("coordinator, num-processes, process-id: expected all three or none, got some of them")
-        if self.num_processes is not None:
-            problems += outside("num_processes", self.num_processes, 1, whole=True)
-            if self.process_id is not None:
-                problems += outside("process_id", self.process_id, 0, self.num_processes - 1, whole=True)
-        if problems:
-            raise ConfigurationError(problems)
 
 
 def start(launch: Launch, *, cohort: int) -> Mesh | None:

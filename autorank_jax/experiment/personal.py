@@ -11,8 +11,8 @@ from autorank_jax import evaluation
 from autorank_jax.datasets import Dataset
 from autorank_jax.engine import make_local_training, make_round
 from autorank_jax.evaluation.metrics import PersonalScores
-from autorank_jax.experiment.config import PERSONAL_RULES, Experiment, make_aggregator
-from autorank_jax.experiment.setup import Federation, lane_count, make_optimizer
+from autorank_jax.experiment.config import PERSONAL_RULES, Experiment
+from autorank_jax.experiment.setup import Federation, lane_count, make_aggregator, make_optimizer
 from autorank_jax.federated import from_parts
 from autorank_jax.types import Array, FederatedData, Key, State
 

@@ -7,27 +7,11 @@ import numpy as np
 
 from autorank_jax.experiment.config import PERSONAL_RULES, Experiment
 from autorank_jax.experiment.costs import RoundCost
-from autorank_jax.experiment.results import Costs, Results, Row, Run, Scores
+from autorank_jax.experiment.results import Costs, DivergedError, Record, Row, Run, Scores
 from autorank_jax.types import Array, RoundInfo, State
 
 PATIENCE = 3
 """Rounds in a row in which every client that trains may send something non-finite, before a run has diverged."""
-
-
-class Record(NamedTuple):
-    """The rounds of one run so far."""
-
-    policy: str
-    aggregator: str
-    seed: int
-    rows: tuple[Row, ...] = ()
-    over: bool = False
-    clients: Mapping[str, Mapping[str, float]] = {}  # their own accuracy at the end, where it was asked for
-
-    @property
-    def round(self) -> int:
-        """Rounds done."""
-        return len(self.rows)
 
 
 class Position(NamedTuple):
@@ -63,16 +47,6 @@ class RoundEnd(NamedTuple):
 
 OnRound = Callable[[RoundEnd], bool | None]
 """Called after every round, for logging and early stopping: True ends the run, the next one goes on."""
-
-
-class DivergedError(RuntimeError):
-    """A run that trains for nothing, as its loss is no number any more. The message is one line."""
-
-    def __init__(self, message: str, record: Record, results: Results | None = None) -> None:
-        """Keep the rounds of the run, and what was found so far, these included."""
-        self.record = record
-        self.results = results
-        super().__init__(message)
 
 
 class Measured(NamedTuple):

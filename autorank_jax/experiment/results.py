@@ -29,6 +29,22 @@ class Row(NamedTuple):
     epsilon: float | None = None  # of the clients' differential privacy, spent so far; None where there is none
 
 
+class Record(NamedTuple):
+    """The rounds of one run so far."""
+
+    policy: str
+    aggregator: str
+    seed: int
+    rows: tuple[Row, ...] = ()
+    over: bool = False
+    clients: Mapping[str, Mapping[str, float]] = {}  # their own accuracy at the end, where it was asked for
+
+    @property
+    def round(self) -> int:
+        """Rounds done."""
+        return len(self.rows)
+
+
 class Costs(NamedTuple):
     """What one round costs if nobody fails, in expectation over who takes part; rows are charged for what happened."""
 
@@ -84,6 +100,16 @@ class Results(NamedTuple):
     versions: Mapping[str, str]
     score: str = "accuracy"  # what accuracies are: accuracy, or "r2", the share of variance explained
     stopped: str = ""  # why it ended before its time, if it did
+
+
+class DivergedError(RuntimeError):
+    """A run that trains for nothing, as its loss is no number any more. The message is one line."""
+
+    def __init__(self, message: str, record: Record, results: Results | None = None) -> None:
+        """Keep the rounds of the run, and what was found so far, these included."""
+        self.record = record
+        self.results = results
+        super().__init__(message)
 
 
 def run_names(results: Results) -> dict[str, list[Run]]:

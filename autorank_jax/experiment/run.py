@@ -20,7 +20,7 @@ from autorank_jax.engine import FlopModel, make_local_training, make_round, trai
 from autorank_jax.engine.probe import discard
 from autorank_jax.evaluation import make_evaluate
 from autorank_jax.experiment.checkpoints import Checkpoints, Save, last_good, make_save, restore_position
-from autorank_jax.experiment.config import Experiment, make_aggregator
+from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.costs import CostFn, expected_costs, make_round_cost
 from autorank_jax.experiment.events import (
     Compiled,
@@ -38,11 +38,9 @@ from autorank_jax.experiment.launch import compile_round, describe_machine, is_f
 from autorank_jax.experiment.levels import expected_levels, given_levels, levels_for
 from autorank_jax.experiment.personal import Measure, make_measure
 from autorank_jax.experiment.position import (
-    DivergedError,
     Measured,
     OnRound,
     Position,
-    Record,
     RoundEnd,
     check_progress,
     finish_run,
@@ -50,11 +48,12 @@ from autorank_jax.experiment.position import (
     next_row,
 )
 from autorank_jax.experiment.ranking import Ranking, charged_flops, first_ranks, make_ranking, rank_again, score_clients
-from autorank_jax.experiment.results import Results, Run, Scores
+from autorank_jax.experiment.results import DivergedError, Record, Results, Run, Scores
 from autorank_jax.experiment.setup import (
     Federation,
     lane_count,
     load_data,
+    make_aggregator,
     make_faults,
     make_federations,
     make_optimizer,

@@ -12,9 +12,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from autorank_jax import datasets, federated, models
+from autorank_jax import aggregators, datasets, federated, models
 from autorank_jax.adapters import classification_loss, max_ranks, regression_loss, task_from_nnx
-from autorank_jax.aggregators import set_expected_owners
 from autorank_jax.datasets import Dataset
 from autorank_jax.engine import choose_lanes, init_state
 from autorank_jax.evaluation.metrics import Metrics, classification_metrics, regression_metrics
@@ -226,7 +225,7 @@ def start_state(
         clients=clients,
     )
     if experiment.privacy and federation.task.server.trainable.adapters:
-        return set_expected_owners(state, experiment.privacy.rate)
+        return aggregators.set_expected_owners(state, experiment.privacy.rate)
     return state
 
 
@@ -244,6 +243,23 @@ def _schedule(kind: str, rate: float, rounds: int) -> Callable[[Array], Array]:
     if kind == "step":
         return optax.piecewise_constant_schedule(rate, {rounds // 2: 0.1, rounds * 3 // 4: 0.1})
     return optax.linear_schedule(rate / 10, rate, max(1, rounds // 10))
+
+
+def make_aggregator(name: str, experiment: Experiment | None = None) -> Aggregator:
+    """Make an aggregation rule by name, with an experiment's server step and clipping of what clients send."""
+    rule, e = aggregators.RULES[name](), experiment or Experiment()
+    if e.server_learning_rate != 1 or e.server_momentum:
+        step = optax.sgd(e.server_learning_rate, momentum=e.server_momentum or None)
+        rule = aggregators.with_server_optimizer(rule, step)
+    if e.privacy:
+        rule = aggregators.with_differential_privacy(
+            rule,
+            clip=e.dp_clip,
+            noise_multiplier=e.privacy.noise,
+            denominator=e.privacy.rate * e.clients,
+            adaptive=aggregators.AdaptiveClip(e.dp_adaptive) if e.dp_adaptive else None,
+        )
+    return aggregators.with_norm_clipping(rule, e.clip_norm) if e.clip_norm else rule
 
 
 def make_optimizer(experiment: Experiment) -> Callable[[Mapping[str, Array]], optax.GradientTransformation]:

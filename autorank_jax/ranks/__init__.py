@@ -31,9 +31,16 @@ print(ranks.shape, info.weights.shape)
 ```
 """  # noqa: E501
 
-from autorank_jax.ranks.criteria import complexity_matrix, gini_simpson, label_entropy, loss_entropy
-from autorank_jax.ranks.mcda import critic_weights, topsis
-from autorank_jax.ranks.policies import autorank_ranks, ranks_from_ratios, with_reranking
+from typing import TYPE_CHECKING
+
+from autorank_jax.lazy import lazy
+
+if TYPE_CHECKING:
+    from autorank_jax.ranks.criteria import complexity_matrix, gini_simpson, label_entropy, loss_entropy
+    from autorank_jax.ranks.mcda import critic_weights, topsis
+    from autorank_jax.ranks.policies import autorank_ranks, ranks_from_ratios, with_reranking
+else:
+    __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
     "autorank_ranks",

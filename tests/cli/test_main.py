@@ -234,8 +234,8 @@ def test_help_fits_two_screens(capsys):
 
 def test_help_explains_every_option(capsys):
     text = help_on_run(capsys, "--help-all")
-    commands = importlib.import_module("autorank_jax.cli.commands")
-    for kind in (commands.Experiment, commands.Launch, commands.Run):
+    options = importlib.import_module("autorank_jax.cli.options")
+    for kind in (options.Experiment, options.Launch, options.Run):
         for name in kind.__dataclass_fields__:
             assert name in ("experiment", "launch") or re.search(f"^  --{name.replace('_', '-')} .*[a-z]", text, re.M)
     assert "[autorank,by_size,uniform,full]" in "".join(text.split())
@@ -289,12 +289,12 @@ def test_without_the_extra_packages(missing, monkeypatch, capsys):
 
 
 def test_interrupt(monkeypatch, capsys):
-    commands = importlib.import_module("autorank_jax.cli.commands")
+    dispatch = importlib.import_module("autorank_jax.cli.dispatch")
 
     def interrupted(command):  # noqa: ARG001
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "execute", interrupted)
+    monkeypatch.setattr(dispatch, "execute", interrupted)
     assert cli.main(["data"]) == 130
     assert "interrupted" in capsys.readouterr().err
     monkeypatch.setattr(cli.sys, "argv", ["autorank-jax", "data"])

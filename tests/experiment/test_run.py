@@ -10,9 +10,9 @@ import pytest
 from autorank_jax import datasets, engine, evaluation
 from autorank_jax.engine import local, simulation
 from autorank_jax.experiment import run as run_module
-from autorank_jax.experiment.config import ConfigurationError, Experiment, make_aggregator, outside
+from autorank_jax.experiment.config import ConfigurationError, Experiment, outside
 from autorank_jax.experiment.run import Compiled, Finished, RoundDone, Scored, Stage, Started, run_experiment
-from autorank_jax.experiment.setup import make_federations
+from autorank_jax.experiment.setup import make_aggregator, make_federations
 from autorank_jax.ranks.criteria import CRITERIA
 
 TINY = Experiment(

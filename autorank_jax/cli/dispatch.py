@@ -1,0 +1,34 @@
+"""From a command to what does it: each command loads its own modules alone, and only `run` and `ranks` load JAX."""
+
+import importlib
+
+from autorank_jax.cli import cache
+from autorank_jax.cli.options import PROGRAM, Cache, Compare, Data, Fetch, Ranks, Run
+from autorank_jax.cli.tables import datasets_table, make_console
+from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
+
+
+def execute(command: Run | Compare | Ranks | Data | Cache) -> None:
+    """Do what a command says."""
+    match command:
+        case Cache(clear):
+            found = cache.empty() if clear else cache.held()
+            what = f"{found.programs} compiled programs, {found.bytes / 1e6:.1f} MB, in {cache.program_folder()}"
+            make_console().print(f"Deleted {what}" if clear else what, soft_wrap=True)
+        case Run():
+            importlib.import_module("autorank_jax.cli.commands").run(command)
+        case Compare():
+            importlib.import_module("autorank_jax.cli.comparing").compare(command)
+        case Ranks():
+            importlib.import_module("autorank_jax.cli.scoring").score_table(command)
+        case Data(Fetch() as fetch):
+            path = fetch_dataset(fetch.name, source=fetch.source, target=fetch.target, overwrite=fetch.overwrite)
+            make_console().print(f"{path} is complete", soft_wrap=True)
+        case Data():
+            console = make_console()
+            console.print(datasets_table(available_datasets()))
+            console.print(f"Files are looked for in {cache_folder()}", soft_wrap=True)
+            console.print(
+                f"{PROGRAM} data fetch NAME gets what is not there, with --overwrite what is damaged",
+                soft_wrap=True,
+            )

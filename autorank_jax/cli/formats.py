@@ -1,0 +1,94 @@
+"""Files as JSON and CSV: each written whole or not at all, and read with mistakes in plain lines."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from autorank_jax.cli.folders import CHECKPOINTS
+from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
+
+MOST_BYTES = 2**28
+"""Of a file that is read whole."""
+RUN_FILE = "run.json"
+"""The file in there that says what is run."""
+
+
+def to_json(content: Any) -> bytes:
+    """Return content as indented JSON, strictly: NaN is refused."""
+    if isinstance(content, list):  # one row per line, so that histories can be read and compared
+        rows = ",\n".join(json.dumps(row, allow_nan=False) for row in content)
+        return f"[\n{rows}\n]\n".encode()
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return rows of equal keys as CSV, missing values empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write one file under a temporary name and rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def read_run(folder: Path) -> tuple[Experiment, int, int]:
+    """Read what was run in a folder: the experiment, the rounds between checkpoints, and how many stay.
+
+    Raises:
+        ConfigurationError: if it holds no run with checkpoints.
+    """
+    path = folder.expanduser() / CHECKPOINTS / RUN_FILE
+    if not os.path.exists(path):  # where `path.exists()` raises for a name of 300 letters
+        raise ConfigurationError(
+            [f"resume: expected the folder of a run with checkpoints, got {folder} without {CHECKPOINTS}/{RUN_FILE}; "
+             "probably another folder, or a run without --checkpoint-every"]
+        )  # fmt: skip
+    content = read_json("resume", path)
+    try:
+        return experiment_from(content["experiment"]), int(content["every"]), int(content["keep"])
+    except (TypeError, KeyError) as error:
+        raise ConfigurationError([f"resume: expected {path} as a run leaves it, got another content"]) from error
+
+
+def read_config(path: Path) -> Experiment:
+    """Read the `config.json` of a run.
+
+    Raises:
+        ConfigurationError: for a file that cannot be read, or holds anything else; all mistakes at once.
+    """
+    return experiment_from(read_json("config", path.expanduser()))
+
+
+def read_json(option: str, path: Path) -> Any:
+    """Read a file that an option names.
+
+    Raises:
+        ConfigurationError: if that cannot be done.
+    """
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES >> 20} MB")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        problem = f"{path}, got: {error.strerror or error}"
+    except (ValueError, RecursionError) as error:
+        problem = f"JSON in {path}, got: {error}"
+    raise ConfigurationError([f"{option}: expected {problem}"])

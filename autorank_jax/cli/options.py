@@ -1,0 +1,132 @@
+"""The options of every command."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from autorank_jax.experiment.config import Experiment
+from autorank_jax.experiment.launch_options import Launch
+
+PROGRAM = "autorank-jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Score double-imbalanced clients, give each its LoRA rank, train them, and compare rank policies.
+
+    Attributes:
+        experiment: what to run
+        launch: where to run it
+        config: take the options from a run's config.json; others on the command line go before it
+        resume: folder of a run to go on with from its latest checkpoint; a run of one policy, rule and seed also beyond
+            its end, by more --rounds
+        checkpoint_every: rounds between checkpoints, 0 = only when interrupted
+        keep_checkpoints: how many of the latest checkpoints stay
+        out: folder of the results; default runs/DATASET-SPLIT, with a number where that is taken
+        overwrite: replace the run that the folder holds
+        log: write every round as it happens: jsonl, tensorboard, or both
+        quiet: print nothing but errors
+        no_cache: compile anew, and keep no compiled programs for the next run
+    """
+
+    experiment: tyro.conf.OmitArgPrefixes[Experiment] = dataclasses.field(default_factory=Experiment)
+    launch: tyro.conf.OmitArgPrefixes[Launch] = dataclasses.field(default_factory=Launch)
+    config: Path | None = None
+    resume: Path | None = None
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 3
+    out: Path | None = None
+    overwrite: bool = False
+    log: tuple[str, ...] = ()
+    quiet: bool = False
+    no_cache: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Put several runs into one table and one picture.
+
+    Attributes:
+        runs: folders of runs, two or more
+        output: file for the picture, FILE.png
+    """
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")]
+    output: Path = Path("comparison.png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Score the clients of a table and give each its rank: for use with any other training stack.
+
+    Attributes:
+        criteria: CSV file with a header and one row per client, - for standard input; the first column may hold names
+        max_rank: rank of the most complex client
+        min_ratio: share of it that the least complex client gets
+        columns: the criteria among the table's columns; default all but names, and but for results of a run
+        cost: columns of which less means more complex; of all others more does
+        normalization: of TOPSIS: vector or minmax
+        output: file for the ranks, FILE.csv or FILE.json, in place of tables
+        json: print JSON in place of tables
+    """
+
+    criteria: Path
+    max_rank: int = 64
+    min_ratio: float = 0.1
+    columns: tuple[str, ...] = ()
+    cost: tuple[str, ...] = ()
+    normalization: str = "vector"
+    output: Path | None = None
+    json: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """List the datasets and say for each whether it is there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fetch:
+    """Convert a dataset into the folder of datasets, once: from TensorFlow Datasets, a folder of images, or a table.
+
+    Attributes:
+        name: of TensorFlow Datasets, such as mnist or cifar100; any name for a folder of images
+        source: folder of images {train,test}/CLASS/*.png, as CINIC-10 has it, or of archives that need no download,
+            or a table FILE.csv
+        target: column of the table to predict, the last if not given
+        overwrite: replace the file that is there
+    """
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+    source: Path | None = None
+    target: str | None = None
+    overwrite: bool = False
+
+
+Action = Annotated[Listing, tyro.conf.subcommand("list")] | Annotated[Fetch, tyro.conf.subcommand("fetch")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """List the datasets, or fetch one.
+
+    Attributes:
+        action: what to do
+    """
+
+    action: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[Action]] = dataclasses.field(
+        default_factory=Listing
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Say what is kept of compiled programs, from which later runs start at once, or empty the folder.
+
+    Attributes:
+        clear: delete all of them
+    """
+
+    clear: bool = False

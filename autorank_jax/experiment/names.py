@@ -1,0 +1,23 @@
+"""Names of what an experiment chooses from, written once more: options are checked and explained without JAX.
+
+The registries themselves are `aggregators.RULES`, `ranks.criteria.CRITERIA` and `federated.partition.SPLITS`.
+"""
+
+from collections.abc import Mapping
+
+AGGREGATORS = (
+    "zero_pad", "rbla", "hetlora", "flexlora", "flora", "ffa_lora", "raflora", "owner_merge", "fedavg", "local_only",
+    "fedex_lora", "fedsa_lora", "rolora", "florist", "lora_fair",
+)  # fmt: skip
+CRITERIA = ("size", "classes", "label_entropy", "gini_simpson", "loss_entropy")
+NEEDS_LOSSES = frozenset({"loss_entropy"})
+"""Of the criteria, those that need a probe."""
+SPLITS: Mapping[str, tuple[str, ...]] = {
+    "iid": (),
+    "dirichlet": ("alpha",),
+    "shards": ("classes_per_client",),
+    "quantity": ("sigma",),
+    "staircase": (),
+    "dirichlet_lognormal": ("alpha", "sigma"),
+}
+"""Every split, and the options that it heeds."""
