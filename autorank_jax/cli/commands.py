@@ -14,6 +14,7 @@ from rich.console import Console
 from autorank_jax.cli import cache
 from autorank_jax.cli.comparing import Compare, compare
 from autorank_jax.cli.files import checkpoints_of, how_to_resume, save_results, write_results, write_run
+from autorank_jax.cli.finetuning import Finetune, finetune
 from autorank_jax.cli.folders import check_folder, default_folder, occupied
 from autorank_jax.cli.interrupts import INTERRUPTED, Interrupted, Interruption
 from autorank_jax.cli.live import Display
@@ -115,7 +116,7 @@ class Cache:
     clear: bool = False
 
 
-def execute(command: Run | Compare | Ranks | Data | Cache) -> None:
+def execute(command: Run | Finetune | Compare | Ranks | Data | Cache) -> None:
     """Do what a command says."""
     match command:
         case Cache(clear):
@@ -124,6 +125,8 @@ def execute(command: Run | Compare | Ranks | Data | Cache) -> None:
             make_console().print(f"Deleted {what}" if clear else what, soft_wrap=True)
         case Run():
             run(command)
+        case Finetune():
+            finetune(command)
         case Compare():
             compare(command)
         case Ranks():

@@ -15,6 +15,7 @@ from autorank_jax.checkpoint import CheckpointError
 from autorank_jax.cli.terminal import forgiving_streams, tell
 from autorank_jax.datasets import DatasetError
 from autorank_jax.experiment import ConfigurationError, DivergedError
+from autorank_jax.experiment.language import LanguageDivergedError
 from autorank_jax.ranks.table_file import CriteriaError
 
 INTERRUPTED = 130
@@ -109,7 +110,7 @@ def _run(arguments: Sequence[str]) -> int:
         return _say(2, error.problems)
     except (CheckpointError, CriteriaError, DatasetError, folders.ReportError) as error:
         return _say(2, [str(error)])
-    except DivergedError as error:
+    except (DivergedError, LanguageDivergedError) as error:
         return _say(3, [str(error)])
     except KeyboardInterrupt as stop:
         return _say(getattr(stop, "code", INTERRUPTED), [str(stop) or "interrupted; nothing was written"])
