@@ -1,4 +1,6 @@
-"""The command line `autorank-jax`: `run` compares rank policies, `ranks` scores a table, `data` fetches datasets.
+"""The command line `autorank-jax`: `run` compares rank policies, `ranks` scores tables, `data` fetches datasets.
+
+`finetune` trains a language model by many clients, from its folder to adapters (`finetuning`).
 
 `main` turns mistakes into lines and exit codes, `parsing` words into a command of `options`, and `dispatch` loads what
 does it: `commands`, `scoring` or `comparing`. `live` shows a run while it goes on, `tables` and `figures` show what it

@@ -3,12 +3,12 @@
 import importlib
 
 from autorank_jax.cli import cache
-from autorank_jax.cli.options import PROGRAM, Cache, Compare, Data, Fetch, Ranks, Run
+from autorank_jax.cli.options import PROGRAM, Cache, Compare, Data, Fetch, Finetune, Ranks, Run
 from autorank_jax.cli.tables import datasets_table, make_console
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
 
 
-def execute(command: Run | Compare | Ranks | Data | Cache) -> None:
+def execute(command: Run | Finetune | Compare | Ranks | Data | Cache) -> None:
     """Do what a command says."""
     match command:
         case Cache(clear):
@@ -17,6 +17,8 @@ def execute(command: Run | Compare | Ranks | Data | Cache) -> None:
             make_console().print(f"Deleted {what}" if clear else what, soft_wrap=True)
         case Run():
             importlib.import_module("autorank_jax.cli.commands").run(command)
+        case Finetune():
+            importlib.import_module("autorank_jax.cli.finetuning").finetune(command)
         case Compare():
             importlib.import_module("autorank_jax.cli.comparing").compare(command)
         case Ranks():

@@ -12,7 +12,7 @@ from typing import NoReturn
 from autorank_jax.cli.terminal import forgiving_streams, tell
 from autorank_jax.datasets import DatasetError
 from autorank_jax.experiment.mistakes import ConfigurationError
-from autorank_jax.experiment.results import DivergedError
+from autorank_jax.experiment.results import DivergedError, LanguageDivergedError
 from autorank_jax.ranks.table_file import CriteriaError
 
 INTERRUPTED = 130
@@ -117,7 +117,7 @@ def _execute(arguments: Sequence[str]) -> int:
         return _say(2, error.problems)
     except (CriteriaError, DatasetError, folders.ReportError) as error:
         return _say(2, [str(error)])
-    except DivergedError as error:
+    except (DivergedError, LanguageDivergedError) as error:
         return _say(3, [str(error)])
     except KeyboardInterrupt as stop:
         return _say(getattr(stop, "code", INTERRUPTED), [str(stop) or "interrupted; nothing was written"])

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from autorank_jax.experiment.config import Experiment
+from autorank_jax.experiment.language_options import LanguageOptions
 from autorank_jax.experiment.launch_options import Launch
 
 PROGRAM = "autorank-jax"
@@ -42,6 +43,23 @@ class Run:
     log: tuple[str, ...] = ()
     quiet: bool = False
     no_cache: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    """Train a language model by federated LoRA on clients' instructions, a rank for every client.
+
+    Attributes:
+        options: what to train
+        out: folder of the results; default runs/MODEL-DATA, with a number where that is taken
+        overwrite: replace the run that the folder holds
+        quiet: print nothing but errors
+    """
+
+    options: tyro.conf.OmitArgPrefixes[LanguageOptions] = dataclasses.field(default_factory=LanguageOptions)
+    out: Path | None = None
+    overwrite: bool = False
+    quiet: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

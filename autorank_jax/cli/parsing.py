@@ -14,10 +14,10 @@ import tyro
 
 from autorank_jax.cli.formats import read_config, read_run
 from autorank_jax.cli.help import GROUPS, NEARBY, help_on_run
-from autorank_jax.cli.options import PROGRAM, Cache, Compare, Data, Ranks, Run
+from autorank_jax.cli.options import PROGRAM, Cache, Compare, Data, Finetune, Ranks, Run
 from autorank_jax.experiment.config import ConfigurationError
 
-COMMANDS = ("run", "compare", "ranks", "data", "cache")
+COMMANDS = ("run", "finetune", "compare", "ranks", "data", "cache")
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 DESCRIPTION = (
     "Federated LoRA with a rank for every client, chosen by AutoRank.\n\n"
@@ -26,7 +26,7 @@ DESCRIPTION = (
 )
 
 
-def parse(arguments: Sequence[str]) -> Run | Compare | Ranks | Data | Cache:
+def parse(arguments: Sequence[str]) -> Run | Finetune | Compare | Ranks | Data | Cache:
     """Parse the command line.
 
     Raises:
@@ -48,6 +48,7 @@ def parse(arguments: Sequence[str]) -> Run | Compare | Ranks | Data | Cache:
     registry.primitive_rule(comma_separated)
     commands = (
         Annotated[Run, tyro.conf.subcommand("run", default=starting_point(words))]
+        | Annotated[Finetune, tyro.conf.subcommand("finetune")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Ranks, tyro.conf.subcommand("ranks")]
         | Annotated[Data, tyro.conf.subcommand("data")]

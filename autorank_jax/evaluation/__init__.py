@@ -2,7 +2,7 @@
 
 `make_evaluate` tests the server's model after a round; `class_accuracy` by class; `label_weighted_accuracy` predicts every
 client's accuracy from its label mix; `with_personal_scores` measures clients on examples of their own, before and after
-local training. `make_evaluate_language` and `client_perplexities` are for language models. `privacy` accounts for the noise of private rounds. `client_costs` counts parameters, bytes in either direction and FLOPs of every client.
+local training. `make_evaluate_language` and `client_perplexities` are for language models, `continue_text` lets one speak. `privacy` accounts for the noise of private rounds. `client_costs` counts parameters, bytes in either direction and FLOPs of every client.
 
 ```python
 import autorank_jax as ar
@@ -24,7 +24,12 @@ from autorank_jax.lazy import lazy
 if TYPE_CHECKING:
     from autorank_jax.evaluation import privacy
     from autorank_jax.evaluation.costs import client_costs
-    from autorank_jax.evaluation.language import client_perplexities, language_flops, make_evaluate_language
+    from autorank_jax.evaluation.language import (
+        client_perplexities,
+        continue_text,
+        language_flops,
+        make_evaluate_language,
+    )
     from autorank_jax.evaluation.metrics import (
         class_accuracy,
         classification_metrics,
@@ -42,6 +47,7 @@ __all__ = [
     "classification_metrics",
     "client_costs",
     "client_perplexities",
+    "continue_text",
     "label_weighted_accuracy",
     "language_flops",
     "make_evaluate",

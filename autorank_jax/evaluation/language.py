@@ -86,6 +86,33 @@ def client_perplexities(task: Task, state: State, data: FederatedData, *, batch_
     return lax.map(one, jnp.arange(clients, dtype=jnp.int32))
 
 
+def continue_text(task: Task, server: Server, prompt: Array, *, tokens: int) -> Array:
+    """Continue a text greedily, all of it computed anew for every token: for short samples.
+
+    Args:
+        task: made by `task_from_causal_lm`.
+        server: the model.
+        prompt: ids `(length,)`, at least one.
+        tokens: how many to add, those after the end of the text included.
+
+    Returns:
+        `(tokens,)` int32: each is the largest logit after all before it.
+
+    Raises:
+        ValueError: for an empty prompt, or no tokens to add.
+    """
+    if prompt.ndim != 1 or prompt.shape[0] < 1 or tokens < 1:
+        raise ValueError(f"expected a prompt of shape (length >= 1,) and tokens >= 1, got {prompt.shape} and {tokens}")
+    length = prompt.shape[0]
+
+    def add(step: Array, ids: Array) -> Array:
+        logits = task.predict(server.frozen, server.trainable, ids[None])[0]  # what follows is not seen
+        return ids.at[step].set(jnp.argmax(logits[step - 1]).astype(jnp.int32))
+
+    room = jnp.concatenate([prompt.astype(jnp.int32), jnp.zeros(tokens, jnp.int32)])
+    return lax.fori_loop(length, length + tokens, add, room)[length:]
+
+
 def _nats(task: Task, server: Server) -> Callable[[Scored], Array]:
     return lambda scored: task.predict(server.frozen, server.trainable, scored)
 

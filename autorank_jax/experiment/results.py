@@ -102,6 +102,10 @@ class Results(NamedTuple):
     stopped: str = ""  # why it ended before its time, if it did
 
 
+class LanguageDivergedError(RuntimeError):
+    """A federation whose loss is no number any more. The message is one line."""
+
+
 class DivergedError(RuntimeError):
     """A run that trains for nothing, as its loss is no number any more. The message is one line."""
 

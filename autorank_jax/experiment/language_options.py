@@ -1,0 +1,96 @@
+"""The options of a federation of language models, checked at once."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, outside, unknown
+
+LANGUAGE_POLICIES = ("autorank", "uniform", "full")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageOptions:
+    """All options of a federation of language models. Without model and data: a tiny one on embedded instructions.
+
+    Attributes:
+        model: folder of a causal decoder as Hugging Face publishes it (Llama, SmolLM2, Mistral, Qwen 2 and 3); a tiny
+            random one if not given
+        data: file of instructions in JSON lines; 74 that come with the package if not given
+        skip_odd_lines: leave lines out that cannot be read
+        clients_by: field of the lines whose values are the clients
+        clients: make so many clients in place of one for each value, by Dirichlet shares of the values; 0 = do not
+        alpha: Dirichlet concentration of the shares, small = uneven
+        hold_out: share of each client's texts that is kept from training, to measure with
+        max_length: tokens of a row, longer texts are cut
+        dtype: of the weights: auto (as the files have it), float32 (often faster on a CPU), bfloat16
+        max_rank: rank of the most complex client, in every projection
+        min_ratio: share of it that the least complex client gets
+        policy: autorank (by the complexity of a client's data), uniform (AutoRank's mean for all, so equal bytes), full
+        probe_epochs: epochs of the probe behind the criterion loss_entropy, at an eighth of the maximum rank; 0 = leave
+            the criterion out
+        aggregator: aggregation rule
+        rounds: rounds of federated training
+        local_epochs: passes over its data that a client makes each round
+        batch_size: rows per local step
+        learning_rate: of Adam, which every client begins anew each round
+        lanes: clients trained side by side
+        tokens: length of the generated samples
+        seed: of the split, the adapters, and the order of batches
+    """
+
+    model: Path | None = None
+    data: Path | None = None
+    skip_odd_lines: bool = False
+    clients_by: str = "category"
+    clients: int = 0
+    alpha: float = 0.3
+    hold_out: float = 0.2
+    max_length: int = 256
+    dtype: str = "auto"
+    max_rank: int = 8
+    min_ratio: float = 0.1
+    policy: str = "autorank"
+    probe_epochs: int = 2
+    aggregator: str = "raflora"
+    rounds: int = 5
+    local_epochs: int = 1
+    batch_size: int = 4
+    learning_rate: float = 1e-3
+    lanes: int = 1
+    tokens: int = 32
+    seed: int = 0
+
+    @property
+    def probed(self) -> bool:
+        """Return whether there is a probe: ranks of equal size need none."""
+        return self.probe_epochs > 0 and self.policy != "full"
+
+    def validate(self, rules: Iterable[str]) -> None:
+        """Check all options that need no file.
+
+        Args:
+            rules: names of the aggregation rules.
+
+        Raises:
+            ConfigurationError: naming all mistakes.
+        """
+        least = {"max_length": 2, "max_rank": 1, "rounds": 1, "local_epochs": 1, "batch_size": 1, "lanes": 1}
+        least |= {"tokens": 1, "seed": 0, "clients": 0, "probe_epochs": 0}
+        problems = [line for name, low in least.items() for line in outside(name, getattr(self, name), low, whole=True)]
+        if 1 in (self.clients, self.probe_epochs):
+            name = "clients" if self.clients == 1 else "probe_epochs"
+            problems.append(f"{name.replace('_', '-')}: expected 0 or a whole number of at least 2, got 1")
+        problems += [
+            *outside("alpha", self.alpha, 0, open_start=True),
+            *outside("hold_out", self.hold_out, 0, 1, open_start=True, open_end=True, cause="a percentage"),
+            *outside("min_ratio", self.min_ratio, 0, 1, open_start=True, cause="a percentage"),
+            *outside("learning_rate", self.learning_rate, 0, open_start=True),
+            *not_in_float32("learning_rate", self.learning_rate),
+            *unknown("policy", [self.policy], LANGUAGE_POLICIES),
+            *unknown("dtype", [self.dtype], DTYPES),
+            *unknown("aggregator", [self.aggregator], rules),
+        ]
+        if problems:
+            raise ConfigurationError(problems)
