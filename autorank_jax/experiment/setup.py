@@ -14,6 +14,7 @@ from flax import nnx
 
 from autorank_jax import aggregators, datasets, federated, models
 from autorank_jax.adapters import classification_loss, max_ranks, regression_loss, task_from_nnx
+from autorank_jax.aggregators.privacy import PrivateState
 from autorank_jax.datasets import Dataset
 from autorank_jax.engine import choose_lanes, init_state
 from autorank_jax.evaluation.metrics import Metrics, classification_metrics, regression_metrics
@@ -224,7 +225,8 @@ def start_state(
         max_epochs=max(experiment.local_epochs, experiment.probe_epochs),
         clients=clients,
     )
-    if experiment.privacy and federation.task.server.trainable.adapters:
+    private = isinstance(state.aggregator, PrivateState)  # that of a probe is not
+    if experiment.privacy and private and federation.task.server.trainable.adapters:
         return aggregators.set_expected_owners(state, experiment.privacy.rate)
     return state
 

@@ -53,6 +53,18 @@ def test_every_round_says_what_is_spent_and_the_last_keeps_the_budget(private):
 
 
 @pytest.mark.slow
+def test_a_probe_may_go_before_private_rounds_of_fixed_cohorts():
+    probed = dataclasses.replace(
+        PRIVATE, criteria=("size", "loss_entropy"), dp_ranks="public", dp_count_clip=500.0, sampling="uniform", rounds=1,
+        rank_policies=("autorank",), probe_epochs=2,
+    )  # fmt: skip
+    results = run_experiment(probed)
+    assert probed.privacy.clients == 6
+    assert results.scores[0].criteria == ("size", "loss_entropy")
+    assert 0 < results.runs[0].rows[-1].epsilon <= 100.0
+
+
+@pytest.mark.slow
 def test_private_ranks_see_noisy_counts_only(private):
     scores = private.scores[0]
     public = run_experiment(dataclasses.replace(PRIVATE, dp_ranks="public", dp_count_clip=500.0, rounds=1)).scores[0]
