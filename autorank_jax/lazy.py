@@ -21,7 +21,7 @@ def lazy(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
 
     Source: PEP 562; https://scientific-python.org/specs/spec-0001.
     """
-    module = importlib.import_module(package)  # which goes on
+    module = importlib.import_module(package)  # itself, whose import goes on
     homes = _homes(module.__spec__.loader.get_source(package))  # type: ignore[union-attr]
     inner = {home.removeprefix(f"{package}."): package for home in homes.values() if home.startswith(f"{package}.")}
     homes = inner | homes  # as after an import of all

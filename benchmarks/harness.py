@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from autorank_jax.cli.files import write_file
+from autorank_jax.cli.formats import write_file
 from autorank_jax.datasets import DatasetError
 from autorank_jax.experiment.config import ConfigurationError
 

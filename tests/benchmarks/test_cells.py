@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from autorank_jax.experiment import DivergedError, run_experiment
-from autorank_jax.experiment.position import Record
+from autorank_jax.experiment.results import Record
 from benchmarks import harness
 from benchmarks.study import cells, columns, paired, runs, tuning
 from benchmarks.study.cell_file import CellFile, options_of

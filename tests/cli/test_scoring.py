@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from autorank_jax.cli import main as cli
-from autorank_jax.cli.files import to_csv
+from autorank_jax.cli.formats import to_csv
 from autorank_jax.experiment.results import client_rows
 from autorank_jax.ranks import policies, table_file
 from tests.cli.cases import fails

@@ -6,7 +6,8 @@ from autorank_jax.checkpoint import save_state
 from autorank_jax.cli.tables import comparison_tables, footnotes
 from autorank_jax.experiment.checkpoints import Checkpoints, last_good, with_rounds
 from autorank_jax.experiment.config import ConfigurationError, Experiment
-from autorank_jax.experiment.position import DivergedError, Record, check_progress
+from autorank_jax.experiment.position import check_progress
+from autorank_jax.experiment.results import DivergedError, Record
 from tests.cli.test_files import make_results, make_run, printed
 
 
