@@ -124,6 +124,7 @@ def run_language(
         LanguageDivergedError: for a loss that is no number.
     """
     options.validate(GLOBAL_RULES)
+    options = dataclasses.replace(options, learning_rate=options.rate)
     timed = _Timer(on_event)
     parts = make_parts(options, timed)
     task, rule, data, held = parts.task, parts.rule, parts.data, parts.held_out
@@ -242,7 +243,7 @@ def begin(options: LanguageOptions, parts: Parts, ranks: Mapping[str, Array] | N
         parts.task.server,
         parts.rule,
         ranks,
-        learning_rate=options.learning_rate,
+        learning_rate=options.rate,
         local_epochs=options.local_epochs,
         max_epochs=options.local_epochs,
         clients=len(parts.names),

@@ -28,8 +28,11 @@ def lines_of(path, *values, **more):
 @pytest.mark.parametrize("rule", ["raflora", "flora"])
 def test_a_run_leaves_whole_files(tmp_path, capsys, rule):
     folder = tmp_path / "out"
-    words = ["--rounds", "2", "--learning-rate", "0.01", "--aggregator", rule, "--tokens", "4", "--out", str(folder)]
-    assert cli.main(["finetune", *words]) == 0
+    words = ["--rounds", "2", "--aggregator", rule, "--tokens", "4", "--out", str(folder)]
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("accuracy.png", "summary.json"):  # of an older run
+        (folder / name).write_text("old")
+    assert cli.main(["finetune", "--overwrite", *words]) == 0
     captured = capsys.readouterr()
     assert "round 2: perplexity" in captured.out
     summary = json.loads((folder / "summary.json").read_text())
@@ -40,14 +43,16 @@ def test_a_run_leaves_whole_files(tmp_path, capsys, rule):
     assert rows[-1]["perplexity"] == pytest.approx(math.exp(rows[-1]["loss"]), rel=1e-4)
     assert summary["ranks"]["most"] == 8
     assert set(summary["criteria_weights"]) >= {"size", "loss_entropy"}
-    assert json.loads((folder / "config.json").read_text())["aggregator"] == rule
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["aggregator"], config["learning_rate"], config["model"]) == (rule, 0.01, None)
     assert (folder / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     if rule == "raflora":
         found = json.loads((folder / ADAPTER / "adapter_config.json").read_text())
         assert "model.layers.1.self_attn.q_proj" in found["target_modules"]
     else:
         assert "merges into the base" in captured.err
-    assert sorted(p.name for p in folder.iterdir() if p.name.endswith(".tmp")) == []
+    names = {"config.json", "history.json", "history.csv", "perplexity.png", "summary.json"}
+    assert {path.name for path in folder.iterdir()} == names | ({ADAPTER} if rule == "raflora" else set())
     assert "--overwrite" in fails(capsys, "finetune", *words)
 
 
