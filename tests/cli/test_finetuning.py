@@ -25,6 +25,7 @@ def lines_of(path, *values, **more):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("rule", ["raflora", "flora"])
 def test_a_run_leaves_whole_files(tmp_path, capsys, rule):
     folder = tmp_path / "out"
@@ -38,7 +39,11 @@ def test_a_run_leaves_whole_files(tmp_path, capsys, rule):
     summary = json.loads((folder / "summary.json").read_text())
     rows = json.loads((folder / "history.json").read_text())
     assert [row["round"] for row in rows] == [0, 1, 2]
-    assert [row["round"] for row in csv.DictReader((folder / "history.csv").open())] == ["0", "1", "2"]
+    assert [row["round"] for row in csv.DictReader((folder / "history.csv").read_text().splitlines())] == [
+        "0",
+        "1",
+        "2",
+    ]
     assert rows[-1]["perplexity"] == summary["perplexity"]["after"] < summary["perplexity"]["before"]
     assert rows[-1]["perplexity"] == pytest.approx(math.exp(rows[-1]["loss"]), rel=1e-4)
     assert summary["ranks"]["most"] == 8
@@ -57,6 +62,7 @@ def test_a_run_leaves_whole_files(tmp_path, capsys, rule):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("policy", ["uniform", "full"])
 def test_policies_of_one_rank(policy):
     events = []
