@@ -39,11 +39,8 @@ def test_a_run_leaves_whole_files(tmp_path, capsys, rule):
     summary = json.loads((folder / "summary.json").read_text())
     rows = json.loads((folder / "history.json").read_text())
     assert [row["round"] for row in rows] == [0, 1, 2]
-    assert [row["round"] for row in csv.DictReader((folder / "history.csv").read_text().splitlines())] == [
-        "0",
-        "1",
-        "2",
-    ]
+    table = csv.DictReader((folder / "history.csv").read_text().splitlines())
+    assert [row["round"] for row in table] == ["0", "1", "2"]
     assert rows[-1]["perplexity"] == summary["perplexity"]["after"] < summary["perplexity"]["before"]
     assert rows[-1]["perplexity"] == pytest.approx(math.exp(rows[-1]["loss"]), rel=1e-4)
     assert summary["ranks"]["most"] == 8
