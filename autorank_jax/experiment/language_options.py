@@ -34,7 +34,7 @@ class LanguageOptions:
         rounds: rounds of federated training
         local_epochs: passes over its data that a client makes each round
         batch_size: rows per local step
-        learning_rate: of Adam, which every client begins anew each round
+        learning_rate: of Adam, which every client begins anew each round; default 0.001, 0.01 for the tiny model
         lanes: clients trained side by side
         tokens: length of the generated samples
         seed: of the split, the adapters, and the order of batches
@@ -57,10 +57,15 @@ class LanguageOptions:
     rounds: int = 5
     local_epochs: int = 1
     batch_size: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     lanes: int = 1
     tokens: int = 32
     seed: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Return the learning rate, or its default."""
+        return self.learning_rate if self.learning_rate is not None else 1e-3 if self.model else 1e-2
 
     @property
     def probed(self) -> bool:
@@ -86,8 +91,8 @@ class LanguageOptions:
             *outside("alpha", self.alpha, 0, open_start=True),
             *outside("hold_out", self.hold_out, 0, 1, open_start=True, open_end=True, cause="a percentage"),
             *outside("min_ratio", self.min_ratio, 0, 1, open_start=True, cause="a percentage"),
-            *outside("learning_rate", self.learning_rate, 0, open_start=True),
-            *not_in_float32("learning_rate", self.learning_rate),
+            *outside("learning_rate", self.rate, 0, open_start=True),
+            *not_in_float32("learning_rate", self.rate),
             *unknown("policy", [self.policy], LANGUAGE_POLICIES),
             *unknown("dtype", [self.dtype], DTYPES),
             *unknown("aggregator", [self.aggregator], rules),

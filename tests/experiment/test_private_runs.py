@@ -55,8 +55,8 @@ def test_every_round_says_what_is_spent_and_the_last_keeps_the_budget(private):
 @pytest.mark.slow
 def test_a_probe_may_go_before_private_rounds_of_fixed_cohorts():
     probed = dataclasses.replace(
-        PRIVATE, criteria=("size", "loss_entropy"), dp_ranks="public", dp_count_clip=500.0, sampling="uniform", rounds=1,
-        rank_policies=("autorank",), probe_epochs=2,
+        PRIVATE, criteria=("size", "loss_entropy"), dp_ranks="public", dp_count_clip=500.0, sampling="uniform",
+        rounds=1, rank_policies=("autorank",), probe_epochs=2,
     )  # fmt: skip
     results = run_experiment(probed)
     assert probed.privacy.clients == 6

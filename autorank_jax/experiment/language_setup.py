@@ -1,0 +1,151 @@
+"""What a federation of a language model is made of: model, clients of texts, task, local training and rule."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from autorank_jax.adapters import task_from_causal_lm
+from autorank_jax.aggregators import make_rule
+from autorank_jax.datasets.instructions import load_instructions
+from autorank_jax.engine.flops import FlopModel
+from autorank_jax.engine.local import make_local_training
+from autorank_jax.evaluation.language import language_flops
+from autorank_jax.experiment.language_options import LanguageOptions
+from autorank_jax.experiment.mistakes import ConfigurationError
+from autorank_jax.federated.texts import TextClients, text_clients
+from autorank_jax.models.causal_checkpoint import load_causal_lm
+from autorank_jax.models.causal_config import CausalConfig
+from autorank_jax.models.causal_lm import ByteTokenizer, CausalLM, init_causal_lm
+from autorank_jax.types import Aggregator, ClientStats, FederatedData, LocalTraining, Task
+
+TINY = CausalConfig(vocabulary=258, width=64, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=128)
+"""Of the model that needs no files."""
+
+
+class Parts(NamedTuple):
+    """What the rounds are made of."""
+
+    task: Task
+    local: LocalTraining
+    rule: Aggregator
+    flops: FlopModel  # of a row
+    data: FederatedData
+    held_out: FederatedData
+    names: tuple[str, ...]  # of the clients
+    stats: ClientStats
+    texts: str
+    decode: Callable[[Any], str]
+
+
+def make_parts(options: LanguageOptions, timed: Callable[..., None]) -> Parts:
+    """Load the files and make task, local training and rule.
+
+    Args:
+        options: all of them.
+        timed: called with the name of each stage that is done, and what it found.
+
+    Raises:
+        ConfigurationError: as `load`.
+        DatasetError: likewise.
+    """
+    model, clients = load(options, timed)
+    task = task_from_causal_lm(model, max_rank=options.max_rank, key=options.seed)
+    assert clients.held_out is not None  # `load` refuses it
+    return Parts(
+        task=task,
+        local=make_local_training(task, lambda h: optax.adam(h["learning_rate"]), batch_size=options.batch_size),
+        rule=make_rule(options.aggregator),
+        flops=language_flops(model.config, task, length=options.max_length),
+        data=clients.data,
+        held_out=clients.held_out,
+        names=clients.names,
+        stats=clients.stats,
+        texts=str(clients.report).partition("\n")[0],
+        decode=_decoder(model.tokenizer),
+    )
+
+
+def load(options: LanguageOptions, timed: Callable[..., None]) -> tuple[CausalLM, TextClients]:
+    """Load the model and make clients of the texts, some of which are held out.
+
+    Args:
+        options: for files and clients.
+        timed: called with the name of each stage that is done, and what it found.
+
+    Raises:
+        ConfigurationError: for folders and files that are not what they should be, and data of fewer than two clients.
+        DatasetError: for files of instructions that cannot be read.
+    """
+    instructions = load_instructions(options.data, skip=options.skip_odd_lines) if options.data else load_instructions()
+    left_out = f", lines left out: {len(instructions.problems)}" if instructions.problems else ""
+    timed("data", f"{len(instructions.examples)} texts{left_out}")
+    if options.model:
+        with mistakes_of("model"):
+            dtype = None if options.dtype == "auto" else jnp.dtype(options.dtype)
+            model = load_causal_lm(options.model, dtype=dtype)
+    else:
+        dtype = jnp.float32 if options.dtype == "auto" else jnp.dtype(options.dtype)
+        model = init_causal_lm(TINY, seed=options.seed, dtype=dtype, tokenizer=ByteTokenizer())
+    if options.max_rank > model.config.width:
+        raise ConfigurationError(
+            [f"max-rank: expected at most the model's width, {model.config.width}, got {options.max_rank}"]
+        )
+    timed("model", f"{sum(p.size for p in model.params.values()) / 1e6:.3g} M parameters")
+    with mistakes_of("data"):
+        clients = text_clients(
+            instructions, model.tokenizer, length=options.max_length, clients_by=options.clients_by,
+            clients=options.clients or None, alpha=options.alpha, seed=options.seed, hold_out=options.hold_out,
+        )  # fmt: skip
+    if len(clients.names) < 2:
+        raise ConfigurationError(
+            [f"clients-by: expected a field of at least two values, got {options.clients_by!r} with one, "
+             f"{clients.names[0]!r}; --clients makes several of it"]
+        )  # fmt: skip
+    if clients.held_out is None or not bool(jnp.any(clients.held_out.targets >= 0)):
+        raise ConfigurationError(
+            [f"hold-out: expected a share that leaves some client a text, got {options.hold_out} of few texts each"]
+        )
+    timed("clients", f"{len(clients.names)} of {str(clients.report).partition(chr(10))[0]}")
+    return model, clients
+
+
+def shortest_prompt(held: FederatedData) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of the shortest prompt among texts, and those of its answer."""
+    ids, segments, targets = map(np.asarray, (held.inputs.ids, held.inputs.segments, held.targets))
+    found: list[tuple[int, int, int, int]] = []
+    for row in range(len(ids)):
+        for segment in range(1, int(segments[row].max()) + 1):
+            where = np.flatnonzero(segments[row] == segment)
+            learnt = where[targets[row, where] >= 0]
+            if len(learnt):
+                first = int(learnt[0]) + 1
+                gap = np.flatnonzero(np.diff(learnt) > 1)
+                last = int(learnt[gap[0]] if len(gap) else learnt[-1]) + 2
+                found.append((first - int(where[0]), row, first, last))
+    length, row, first, last = min(found)
+    return ids[row, first - length : first], ids[row, first:last]
+
+
+def _decoder(tokenizer: Any) -> Callable[[Any], str]:
+    """Make the function that turns tokens into a text, up to the token that ends one."""
+    eos = tokenizer.encode(tokenizer.eos) if tokenizer.eos else []
+
+    def decode(ids: Any) -> str:
+        told = np.asarray(ids).tolist()
+        end = told.index(eos[0]) if len(eos) == 1 and eos[0] in told[1:] and told[0] != eos[0] else len(told)
+        return str(tokenizer.decode(told[:end]))
+
+    return decode
+
+
+@contextlib.contextmanager
+def mistakes_of(option: str) -> Iterator[None]:
+    """Turn what the library refuses into a mistake of an option."""
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        raise ConfigurationError([f"{option}: {' '.join(str(error).split())}"]) from error

@@ -1,0 +1,152 @@
+"""The command `finetune`: what it leaves behind, and a line for every mistake."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+
+from autorank_jax.cli import main as cli
+from autorank_jax.cli.finetuning import ADAPTER
+from autorank_jax.experiment import language
+from autorank_jax.experiment.language_options import LanguageOptions
+from autorank_jax.experiment.language_setup import load, shortest_prompt
+from autorank_jax.models.causal_lm import ByteTokenizer
+from tests.cli.cases import fails
+from tests.models.causal_cases import CONFIG
+
+
+def lines_of(path, *values, **more):
+    """Write a file of one example per value of the field category."""
+    rows = [{"instruction": f"Say {n}", "output": str(n), "category": v, **more} for n, v in enumerate(values)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("rule", ["raflora", "flora"])
+def test_a_run_leaves_whole_files(tmp_path, capsys, rule):
+    folder = tmp_path / "out"
+    words = ["--rounds", "2", "--aggregator", rule, "--tokens", "4", "--out", str(folder)]
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("accuracy.png", "summary.json"):  # of an older run
+        (folder / name).write_text("old")
+    assert cli.main(["finetune", "--overwrite", *words]) == 0
+    captured = capsys.readouterr()
+    assert "round 2: perplexity" in captured.out
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = json.loads((folder / "history.json").read_text())
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    table = csv.DictReader((folder / "history.csv").read_text().splitlines())
+    assert [row["round"] for row in table] == ["0", "1", "2"]
+    assert rows[-1]["perplexity"] == summary["perplexity"]["after"] < summary["perplexity"]["before"]
+    assert rows[-1]["perplexity"] == pytest.approx(math.exp(rows[-1]["loss"]), rel=1e-4)
+    assert summary["ranks"]["most"] == 8
+    assert set(summary["criteria_weights"]) >= {"size", "loss_entropy"}
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["aggregator"], config["learning_rate"], config["model"]) == (rule, 0.01, None)
+    assert (folder / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    if rule == "raflora":
+        found = json.loads((folder / ADAPTER / "adapter_config.json").read_text())
+        assert "model.layers.1.self_attn.q_proj" in found["target_modules"]
+    else:
+        assert "merges into the base" in captured.err
+    names = {"config.json", "history.json", "history.csv", "perplexity.png", "summary.json"}
+    assert {path.name for path in folder.iterdir()} == names | ({ADAPTER} if rule == "raflora" else set())
+    assert "--overwrite" in fails(capsys, "finetune", *words)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("policy", ["uniform", "full"])
+def test_policies_of_one_rank(policy):
+    events = []
+    options = LanguageOptions(policy=policy, probe_epochs=0, rounds=1, clients=3, alpha=1.0, tokens=1)
+    results = language.run_language(options, on_event=events.append)
+    assert [client.name for client in results.clients] == ["client 0", "client 1", "client 2"]
+    assert len({client.rank for client in results.clients}) == 1
+    assert (results.clients[0].rank == 8) == (policy == "full")
+    assert results.probe_flops == 0
+    assert "loss_entropy" not in results.weights
+    assert bool(results.weights) == (policy == "uniform")
+    assert "probe" not in {event.name for event in events}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rounds", "0"], "rounds: expected a whole number of at least 1, got 0"),
+        (["--hold-out", "20"], "probably a percentage: 0.2"),
+        (["--clients", "1"], "clients: expected 0 or a whole number of at least 2"),
+        (["--probe-epochs", "1"], "probe-epochs: expected 0 or a whole number of at least 2"),
+        (["--policy", "unifrom"], "probably 'uniform'"),
+        (["--aggregator", "fedavg"], "aggregator: expected one of"),
+        (["--dtype", "int8"], "dtype: expected one of"),
+        (["--learning-rate", "0"], "learning-rate: expected a number above 0"),
+        (["--max-rank", "65"], "max-rank: expected at most the model's width, 64, got 65"),
+        (["--clients-by", "topic"], "expected clients_by to be a field of the lines, one of ['category']"),
+        (["--clients", "500"], "data: expected"),
+        (["--hold-out", "0.001"], "hold-out: expected a share that leaves some client a text"),
+        (["--model", "nowhere"], "model: expected config.json in 'nowhere'"),
+        (["--data", "nowhere.jsonl"], "expected a file of JSON lines, got none"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    complaint = fails(capsys, "finetune", "--quiet", *words)
+    assert said in complaint
+    assert len(complaint.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_mistaken_options_are_told_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert len(fails(capsys, "finetune", "--rounds", "0", "--lanes", "0", "--alpha", "0").splitlines()) == 3
+
+
+def test_files_that_do_not_do(tmp_path, capsys):
+    words = ["finetune", "--quiet", "--out", tmp_path / "out"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**CONFIG, "model_type": "gpt2"}))
+    assert "gpt2" in fails(capsys, *words, "--model", tmp_path / "other")
+    alike = lines_of(tmp_path / "alike.jsonl", "a", "a", "a")
+    assert "at least two values, got 'category' with one, 'a'" in fails(capsys, *words, "--data", alike)
+    odd = lines_of(tmp_path / "odd.jsonl", *"aabb")
+    odd.write_text(odd.read_text() + "{\n")
+    assert "line 5: no JSON" in fails(capsys, *words, "--data", odd)
+    (tmp_path / "file").write_text("")
+    assert "is a file" in fails(capsys, "finetune", "--quiet", "--out", tmp_path / "file" / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_odd_lines_are_left_out_and_told(tmp_path):
+    odd = lines_of(tmp_path / "odd.jsonl", *"aabb")
+    odd.write_text("{\n" + odd.read_text())
+    told = {}
+    options = LanguageOptions(data=odd, skip_odd_lines=True, hold_out=0.5, max_length=64)
+    _, clients = load(options, lambda name, detail="": told.update({name: detail}))
+    assert told["data"] == "4 texts, lines left out: 1"
+    assert clients.names == ("a", "b")
+
+
+def test_the_sample_begins_with_a_whole_prompt(tmp_path):
+    data = lines_of(tmp_path / "some.jsonl", *"aabb")
+    _, clients = load(LanguageOptions(data=data, hold_out=0.5, max_length=64), lambda *_: None)
+    prompt, answer = map(ByteTokenizer().decode, shortest_prompt(clients.held_out))
+    assert prompt.startswith("<s>User: Say ")
+    assert prompt.endswith("\nAssistant: ")
+    assert answer.endswith("</s>")
+    assert prompt.removeprefix("<s>User: Say ")[0] == answer[0]
+
+
+def test_a_round_that_led_nowhere_ends_the_run(monkeypatch, tmp_path, capsys):
+    info = language.RoundInfo(0.0, *map(np.int32, (3, 1, 2, 0, 0, 0, 0)), {})
+    language.check_round(1, 2.0, info._replace(excluded=1))
+    with pytest.raises(language.LanguageDivergedError, match="no finite update of any of 2 clients"):
+        language.check_round(1, 2.0, info)
+    monkeypatch.setattr("autorank_jax.cli.finetuning.run_language", lambda *_, **__: language.check_round(1, 2.0, info))
+    assert cli.main(["finetune", "--quiet", "--out", str(tmp_path / "out")]) == 3
+    assert "learning rate" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
