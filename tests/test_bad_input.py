@@ -181,11 +181,11 @@ CASES = {
     # configuration
     "config of another kind": (lambda _: experiment_from([1]), "config: expected options by name, got list"),
     "config with an unknown option": (lambda _: experiment_from({"ruonds": 3}), "probably 'rounds'"),
-    "config with a word": (lambda _: experiment_from({"rounds": "three"}).validate(), "rounds: expected a whole"),
+    "config with a word": (lambda _: experiment_from({"rounds": "three"}).validate(), "rounds: expected a number, got 'three'"),
     "config with a number": (lambda _: experiment_from({"split": 3}), "split: expected a name, got 3"),
     "config without a list": (lambda _: experiment_from({"hidden": 8}), "hidden: expected a list of numbers, got 8"),
     "config of names": (lambda _: experiment_from({"rank_policies": "full"}), "expected a list of names, got 'full'"),
-    "drop-out of a run": (lambda _: experiment(drop_out=30), "drop-out: expected a number of at least 0 and at most 1"),
+    "drop-out of a run": (lambda _: experiment(drop_out=30), "drop-out: expected a number of at least 0 and below 1"),
     "stragglers of a run": (lambda _: experiment(stragglers=float("nan")), "stragglers: expected"),
     "steps of stragglers": (lambda _: experiment(straggler_steps=0), "straggler-steps: expected a whole number"),
     "clipping of a run": (lambda _: experiment(clip_norm=-1.0), "clip-norm: expected a number of at least 0"),
@@ -259,7 +259,7 @@ def test_mistakes_are_named(name, tmp_path):
         ("run --keep-checkpoints 0", "keep-checkpoints: expected a whole number of at least 1, got 0"),
         (
             "run --drop-out 30",
-            "drop-out: expected a number of at least 0 and at most 1, got 30.0, probably a percentage",
+            "drop-out: expected a number of at least 0 and below 1, got 30.0, probably a percentage",
         ),
         ("run --sampling weighted", "sampling: expected one of uniform, by_size, independent"),
         ("run --straggler-steps 0", "straggler-steps: expected a whole number of at least 1"),

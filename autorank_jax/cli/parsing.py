@@ -160,6 +160,10 @@ def one_line(message: str, helpful: str) -> str:
 
 def _unknown(lines: Sequence[str]) -> str:
     """Say which words are no options, with the nearest option of each where there is one, in the same order."""
+    misplaced = " (applied to "  # words that another command has as options are listed line by line
+    if any(misplaced in line for line in lines):
+        listed = [line.partition(misplaced)[0] for line in lines if misplaced in line]
+        lines = [f"Unrecognized options: {', '.join(listed)}"]
     head = list(itertools.takewhile(lambda line: not line.endswith(":") and not line.startswith("Available"), lines))
     words = " ".join(head).partition(": ")[2].split(", ")
     words = [word.partition("=")[0] for word in words if word.startswith("-")] or words

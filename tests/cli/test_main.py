@@ -193,8 +193,11 @@ def test_all_mistakes_come_at_once(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Expected one of {run, compare, ranks, data, cache}"),
-        (["frobnicate"], "expected one of run, compare, ranks, data, cache, got frobnicate (see autorank-jax --help)"),
+        ([], "Expected one of {run, finetune, compare, ranks, data, cache}"),
+        (
+            ["frobnicate"],
+            "expected one of run, finetune, compare, ranks, data, cache, got frobnicate (see autorank-jax --help)",
+        ),
         (["ranks"], "expected --criteria, got none (see autorank-jax ranks --help)"),
         (["ranks", "--criterria", "x.csv"], "expected --criteria, got --criterria (see autorank-jax ranks --help)"),
         (["completion"], "completion: expected one shell out of bash, zsh, fish, tcsh, got none"),

@@ -52,7 +52,11 @@ def record(policy, rounds, over=True):
         ((record("full", 3, over=False),), {"rounds": 9, "eval_every": 7}, None),
         ((record("full", 3, over=False),), {"rounds": 3}, "more than the 3 that are done, got 3"),
         ((record("full", 4),), {"rounds": 9, "eval_every": 3}, "4 as before, which is tested as the last"),
-        ((record("full", 4),), {"rounds": 9, "dp_epsilon": 1.0}, "4 as before, for which --dp-epsilon was shared out"),
+        (
+            (record("full", 4),),
+            {"rounds": 9, "dp_epsilon": 1.0},
+            "4 as before, for which the noise of --dp-epsilon is found",
+        ),
         ((record("full", 4), record("autorank", 1)), {"rounds": 9}, "the state of full with rbla, seed 0 is not kept"),
     ],
 )
