@@ -29,6 +29,26 @@ PICTURE, ADAPTER = "perplexity.png", "adapter"
 SHOWN_CLIENTS = 30
 
 
+<<<<<<< HEAD
+=======
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    """Train a language model by federated LoRA on clients' instructions, a rank for every client.
+
+    Attributes:
+        training: what to train
+        out: folder of the results; default runs/MODEL-DATA, with a number where that is taken
+        overwrite: replace the run that the folder holds
+        quiet: print nothing but errors
+    """
+
+    training: tyro.conf.OmitArgPrefixes[LanguageOptions] = dataclasses.field(default_factory=LanguageOptions)
+    out: Path | None = None
+    overwrite: bool = False
+    quiet: bool = False
+
+
+>>>>>>> lm
 def finetune(command: Finetune) -> None:
     """Train, show, and write the files.
 
@@ -38,7 +58,7 @@ def finetune(command: Finetune) -> None:
         ReportError: for a folder that results cannot be written to.
         LanguageDivergedError: for a loss that is no number.
     """
-    options = command.options
+    options = command.training
     options.validate(GLOBAL_RULES)
     names = [path.stem if path else "tiny" for path in (options.model, options.data)]
     folder = command.out or default_folder("-".join(dict.fromkeys(names)), overwrite=command.overwrite)

@@ -24,7 +24,7 @@ class LanguageOptions:
         alpha: Dirichlet concentration of the shares, small = uneven
         hold_out: share of each client's texts that is kept from training, to measure with
         max_length: tokens of a row, longer texts are cut
-        dtype: of the weights: auto (as the files have it), float32 (often faster on a CPU), bfloat16
+        dtype: of the weights: auto (as the files have it), float32, bfloat16
         max_rank: rank of the most complex client, in every projection
         min_ratio: share of it that the least complex client gets
         policy: autorank (by the complexity of a client's data), uniform (AutoRank's mean for all, so equal bytes), full
