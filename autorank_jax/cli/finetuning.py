@@ -29,26 +29,6 @@ PICTURE, ADAPTER = "perplexity.png", "adapter"
 SHOWN_CLIENTS = 30
 
 
-<<<<<<< HEAD
-=======
-@dataclasses.dataclass(frozen=True)
-class Finetune:
-    """Train a language model by federated LoRA on clients' instructions, a rank for every client.
-
-    Attributes:
-        training: what to train
-        out: folder of the results; default runs/MODEL-DATA, with a number where that is taken
-        overwrite: replace the run that the folder holds
-        quiet: print nothing but errors
-    """
-
-    training: tyro.conf.OmitArgPrefixes[LanguageOptions] = dataclasses.field(default_factory=LanguageOptions)
-    out: Path | None = None
-    overwrite: bool = False
-    quiet: bool = False
-
-
->>>>>>> lm
 def finetune(command: Finetune) -> None:
     """Train, show, and write the files.
 

@@ -50,13 +50,13 @@ class Finetune:
     """Train a language model by federated LoRA on clients' instructions, a rank for every client.
 
     Attributes:
-        options: what to train
+        training: what to train
         out: folder of the results; default runs/MODEL-DATA, with a number where that is taken
         overwrite: replace the run that the folder holds
         quiet: print nothing but errors
     """
 
-    options: tyro.conf.OmitArgPrefixes[LanguageOptions] = dataclasses.field(default_factory=LanguageOptions)
+    training: tyro.conf.OmitArgPrefixes[LanguageOptions] = dataclasses.field(default_factory=LanguageOptions)
     out: Path | None = None
     overwrite: bool = False
     quiet: bool = False

@@ -279,6 +279,7 @@ def test_small_merges_add_up_in_mixed_precision():
         assert np.linalg.norm(moved - want) < 1e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_mixed_precision_keeps_what_is_trained_in_float32():
     model = Decoder(11, SIZE, rngs=nnx.Rngs(0))

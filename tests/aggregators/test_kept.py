@@ -36,6 +36,7 @@ def plain():
         return run(aggregators.rbla())
 
 
+@pytest.mark.slow
 def test_the_rule_sees_the_rest_and_clients_keep_their_own(plain):
     rule = keep_local(aggregators.rbla(), KEPT)
     state, start = run(rule), to_jax(make_server())
@@ -138,6 +139,7 @@ def test_clients_own_models_are_tested():
     assert min(own) > server + 0.1
 
 
+@pytest.mark.slow
 def test_rules_made_by_hand_take_a_server_optimizer():
     by_hand = aggregators.rbla()._replace(step=None)
     optimizer = optax.sgd(0.5, momentum=0.9)

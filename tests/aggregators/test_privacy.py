@@ -198,6 +198,7 @@ def test_expected_owners_are_data_of_the_state():
     assert jax.tree.structure(state) == jax.tree.structure(start(rule))
 
 
+@pytest.mark.slow
 def test_an_adaptive_norm_moves_towards_its_quantile_and_shares_the_noise():
     adaptive = AdaptiveClip(quantile=0.5, rate=0.2, count_noise=1.0)
     quiet = private("rbla", clip=2.0, denominator=4.0, adaptive=adaptive)

@@ -77,6 +77,7 @@ def test_exported_round_is_ours(exported, ours):
     assert competitors.difference(ours, theirs) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["transformer", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_peers_write_down_the_same_model(name, tmp_path):
     """Loss and gradients of the peers' own model are those of the task, away from the start, where B is zero."""

@@ -249,6 +249,7 @@ def test_rounds_keys_and_identities_change_random_numbers():
 
 
 @in_64_bit
+@pytest.mark.slow
 def test_reordering_clients_gives_the_same_round():
     federation, order = mlp_federation(), np.array([4, 2, 6, 0, 1, 5, 3])
     state, key = start_state(federation, both_rules()), jax.random.key(6)

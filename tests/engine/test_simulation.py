@@ -62,6 +62,7 @@ def assert_same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.slow
 def test_two_and_three_rounds_are_five():
     key = jax.random.key(0)
     after_two, first = run(2)(key, start())

@@ -42,6 +42,7 @@ def wine(tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")  # which schedules of optax need
 def test_numbers_are_predicted(wine, tmp_path, capsys):
     wine(lambda x: x @ [1.0, 2.0, 0.0, -1.0])

@@ -161,6 +161,7 @@ def test_a_round_to_which_nobody_comes_changes_nothing(fault):
 
 
 @in_64_bit
+@pytest.mark.slow
 def test_stragglers_send_their_first_steps():
     """A budget of two steps equals a client that never had more than two batches, in one epoch."""
     ranks = {path: np.full(3, width) for path, (_, _, width) in SHAPES.items()}

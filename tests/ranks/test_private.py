@@ -40,6 +40,7 @@ def test_the_noise_has_the_deviation_it_is_said_to_have():
     assert not np.array_equal(released, other)
 
 
+@pytest.mark.slow
 def test_empty_classes_mostly_stay_empty_and_policies_rank_what_is_released():
     counts = jnp.zeros((50, 20)).at[:, 0].set(100 + jnp.arange(50.0))
     stats = client_stats()._replace(
