@@ -147,7 +147,8 @@ def test_servers_of_lower_rank(case):
 def test_stacked_layers_are_sketched_each_by_maps_of_its_own():
     rng, old = np.random.default_rng(4), make_server().trainable.adapters["tall"]
     stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1], leaf]), old)
-    a, b = jnp.asarray(rng.normal(size=(3, 96, 3))), jnp.asarray(rng.normal(size=(3, 3, 64)))
+    d_in, d_out, _ = LAYERS["tall"]
+    a, b = jnp.asarray(rng.normal(size=(3, d_in, 3))), jnp.asarray(rng.normal(size=(3, 3, d_out)))
     maps = sketches.draw_maps(jax.random.key(1), stack)
     assert not np.array_equal(maps.left[0, 4:], maps.left[2, 4:])
     sketch = sketches.sketch_product(a, b, maps, stack)
