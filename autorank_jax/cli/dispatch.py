@@ -6,6 +6,7 @@ from autorank_jax.cli import cache
 from autorank_jax.cli.options import PROGRAM, Cache, Compare, Data, Fetch, Finetune, Ranks, Run
 from autorank_jax.cli.tables import datasets_table, make_console
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
+from autorank_jax.datasets.tables import is_table
 
 
 def execute(command: Run | Finetune | Compare | Ranks | Data | Cache) -> None:
@@ -26,6 +27,10 @@ def execute(command: Run | Finetune | Compare | Ranks | Data | Cache) -> None:
         case Data(Fetch() as fetch):
             path = fetch_dataset(fetch.name, source=fetch.source, target=fetch.target, overwrite=fetch.overwrite)
             make_console().print(f"{path} is complete", soft_wrap=True)
+            if fetch.source is not None and is_table(fetch.source):
+                make_console().print(
+                    f"{PROGRAM} run --dataset {fetch.name} --split dirichlet_lognormal trains on it", soft_wrap=True
+                )
         case Data():
             console = make_console()
             console.print(datasets_table(available_datasets()))

@@ -47,7 +47,7 @@ def problems(e: Any, known: Container[str]) -> Iterable[str]:
         if rule in known and rule not in RULES:
             yield (
                 f"aggregators: expected with --dp-epsilon out of {', '.join(RULES)}, got {rule}: what one "
-                "client changes in its sums has no bound"
+                "client changes in its sums has no bound; use --aggregators rbla"
             )
     for option, wrong in (("clip_norm", e.clip_norm), ("rerank_every", e.rerank_every)):
         if wrong:

@@ -352,11 +352,11 @@ def _check_ratio(name: str, ratio: float) -> None:
 
 
 def _check_ratios(ratios: np.ndarray) -> None:
-    bad = ratios[~((ratios > 0) & (ratios <= 1))]  # NaN is refused as well
+    bad = ratios[~((ratios > 0) & (ratios <= 1 + 1e-6))]  # NaN is refused as well, rounding above 1 is not
     if bad.size:
         raise ValueError(f"ratios: expected numbers in (0, 1], got {bad[0]:g}, probably ranks or percentages")
 
 
 def _check_max_rank(name: str, rank: int) -> None:
-    if not isinstance(rank, int | np.integer) or rank < 1:
+    if not isinstance(rank, int | np.integer) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"{name}: expected a whole number ≥ 1, got {rank!r}, probably a ratio")
