@@ -14,7 +14,7 @@ from autorank_jax.types import ClientUpdate
 
 SAID = {  # what blocks print, where it is the same on every machine
     "first_federation": ["adapted: layers/0, maximum rank 16", "MLP"],
-    "how_autorank_works": ["[0.5    0.1667 0.1667 0.1667]", "[ 1  3 10]"],
+    "how_autorank_works": ["[ 1  3 10]"],
     "resuming": ["True", "expected"],
     "your_own_rule": ["check_aggregator"],
     "ranks_for_another_stack": ["label_entropy", "hospital"],
