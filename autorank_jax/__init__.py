@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 from autorank_jax.lazy import lazy
 
 if TYPE_CHECKING:
-    from autorank_jax import adapters, aggregators, datasets, engine, evaluation, federated, models, ranks, testing
+    from autorank_jax import adapters, aggregators, datasets, engine, evaluation, federated, models, ranks
     from autorank_jax.adapters import (
         classification_loss,
         export_peft,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         task_from_nnx,
         token_loss,
     )
-    from autorank_jax.aggregators import keep_local, with_server_optimizer
+    from autorank_jax.aggregators import keep_local, testing, with_server_optimizer
     from autorank_jax.checkpoint import restore_state, save_state
     from autorank_jax.datasets import load_dataset, load_instructions
     from autorank_jax.engine import (

@@ -24,13 +24,13 @@ FLOORS = {  # a package imports from lower floors, and from itself
     3: "adapters",
     4: "ranks engine",
     5: "aggregators evaluation",
-    6: "experiment testing",
+    6: "experiment",
     7: "cli",
     8: "__init__ __main__",
     9: "manual",
 }
 FLOOR = {name: number for number, names in FLOORS.items() for name in names.split()}
-TOP = {"__init__", "__main__", "checkpoint", "lazy", "testing", "types"}
+TOP = {"__init__", "__main__", "checkpoint", "lazy", "types"}
 """The modules that lie in no package."""
 LONGEST_CHAIN = 8
 HOST = {"checkpoint", "cli", "datasets", "experiment", "manual"}
@@ -43,7 +43,7 @@ EFFECTS_ELSEWHERE = {
     "models.causal_checkpoint": "likewise",
     "ranks.policies": "autorank_ranks compiles what it does as one program",
     "ranks.table_file": "reads a table",
-    "testing": "compiles the rounds by which it checks a rule",
+    "aggregators.testing": "compiles the rounds by which it checks a rule",
 }
 ENGINE_KNOWS_NOTHING_OF = {"aggregators", "evaluation", "models", "ranks"}
 OPTIONAL = {"dp_accounting", "jinja2", "matplotlib", "PIL", "rich", "safetensors", "tensorboardX", "tokenizers", "tyro"}

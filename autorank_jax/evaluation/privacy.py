@@ -48,11 +48,9 @@ def spent_epsilon(
         return float("inf")
     if not rounds and release is None:
         return 0.0
-    events = [] if release is None else [_gaussian(release, clients)]
-    if rounds:
-        events.append(_library().SelfComposedDpEvent(_round(noise_multiplier, rate, clients), rounds))
-    bound = _epsilon(_renyi(clients), events, delta)
-    return bound if clients is not None or bound > _LARGEST else _epsilon(_library().pld.PLDAccountant(), events, delta)
+    event = _all(noise_multiplier, rounds, rate, clients, release)
+    bound = _epsilon(_renyi(clients), event, delta)
+    return bound if clients is not None or bound > _LARGEST else _epsilon(_library().pld.PLDAccountant(), event, delta)
 
 
 def calibrated_noise(
@@ -84,13 +82,12 @@ def calibrated_noise(
     library = _library()
 
     def event(noise: float) -> Any:
-        once = [] if release is None else [_gaussian(release, clients)]
-        return library.ComposedDpEvent([*once, library.SelfComposedDpEvent(_round(noise, rate, clients), rounds)])
+        return _all(noise, rounds, rate, clients, release)
 
     def search(make: Any, bracket: Any) -> float:
         return float(library.calibrate_dp_mechanism(make, event, epsilon, delta, bracket, tol=1e-3))
 
-    if _epsilon(_renyi(clients), [event(_LEAST_NOISE)], delta) <= epsilon:
+    if _epsilon(_renyi(clients), event(_LEAST_NOISE), delta) <= epsilon:
         return _LEAST_NOISE
     try:
         bound = search(lambda: _renyi(clients), library.LowerEndpointAndGuess(_LEAST_NOISE, 1.0))
@@ -139,8 +136,8 @@ def _library() -> Any:
     return dp_accounting
 
 
-def _epsilon(accountant: Any, events: list[Any], delta: float) -> float:
-    accountant.compose(_library().ComposedDpEvent(events))
+def _epsilon(accountant: Any, event: Any, delta: float) -> float:
+    accountant.compose(event)
     return float(accountant.get_epsilon(delta))
 
 
@@ -149,6 +146,14 @@ def _renyi(clients: int | None) -> Any:
     if clients is None:
         return library.rdp.RdpAccountant(_ORDERS)
     return library.rdp.RdpAccountant(neighboring_relation=library.NeighboringRelation.REPLACE_ONE)
+
+
+def _all(noise: float, rounds: int, rate: float, clients: int | None, release: float | None) -> Any:
+    """Return what is released once, and all rounds, as one event."""
+    events = [] if release is None else [_gaussian(release, clients)]
+    if rounds:
+        events.append(_library().SelfComposedDpEvent(_round(noise, rate, clients), rounds))
+    return _library().ComposedDpEvent(events)
 
 
 def _gaussian(noise_multiplier: float, clients: int | None) -> Any:

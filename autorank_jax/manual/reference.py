@@ -10,7 +10,7 @@ from types import ModuleType
 import autorank_jax
 
 ROOMS = ("datasets", "models", "federated", "adapters", "ranks", "engine", "aggregators", "evaluation", "experiment")
-ALONE = ("types", "checkpoint", "testing")
+ALONE = ("types", "checkpoint")
 """Modules that lie in no room."""
 
 TITLES = {
@@ -25,7 +25,6 @@ TITLES = {
     "experiment": "one whole experiment",
     "types": "the nouns",
     "checkpoint": "any pytree to a folder and back",
-    "testing": "checks of rules of one's own",
 }
 
 

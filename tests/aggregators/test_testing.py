@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from autorank_jax import aggregators
-from autorank_jax.testing import check_aggregator
+from autorank_jax.aggregators.testing import check_aggregator
 from autorank_jax.types import Client
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
