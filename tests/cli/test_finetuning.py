@@ -1,18 +1,21 @@
 """The command `finetune`: what it leaves behind, and a line for every mistake."""
 
 import csv
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
 
+from autorank_jax.cli import finetuning
 from autorank_jax.cli import main as cli
 from autorank_jax.cli.finetuning import ADAPTER
 from autorank_jax.experiment import language
 from autorank_jax.experiment.language_options import LanguageOptions
 from autorank_jax.experiment.language_setup import load, shortest_prompt
 from autorank_jax.models.causal_lm import ByteTokenizer
+from autorank_jax.types import Base, Server, State, Task, Trainable
 from tests.cli.cases import fails
 from tests.models.causal_cases import CONFIG
 
@@ -22,6 +25,51 @@ def lines_of(path, *values, **more):
     rows = [{"instruction": f"Say {n}", "output": str(n), "category": v, **more} for n, v in enumerate(values)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def made_by_hand(options, *, on_event, on_round):
+    """What a run finds, with numbers whose sums are known; its task has no layers, so that nothing can be exported."""
+    rows = tuple(
+        language.LanguageRow(n, p, math.log(p), None, 0.5 * n, 100.0 * n, 10.0 * n, 7.0 * n, 0)
+        for n, p in enumerate((40.0, 20.0, 10.0))
+    )
+    clients = (
+        language.LanguageClient("cooking", 30, 1.0, 8, 50.0, 12.0),
+        language.LanguageClient("history", 9, 0.25, 2, 30.0, 18.0),
+        language.LanguageClient("sport", 3, 0.125, 1, None, None),  # without held-out texts
+    )
+    on_event(language.Stage("loading", 0.25, "3 clients"))
+    for row in rows:
+        on_round(row)
+    task = Task(Server(Trainable({}, ()), Base({}, ())), None, None)
+    state = State(task.server, (), {}, None, {}, None, None, ())
+    sample = language.Sample("What is 1 + 1?", "2", "?", "Two.")
+    return language.LanguageResults(
+        dataclasses.asdict(options), "42 texts", {"size": 1.0}, rows, clients, sample, 5.0, task, state
+    )
+
+
+def test_what_is_shown_and_written_is_worked_by_hand(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(finetuning, "run_language", made_by_hand)
+    folder = tmp_path / "out"
+    assert cli.main(["finetune", "--rounds", "2", "--out", str(folder)]) == 0
+    captured = capsys.readouterr()
+    assert "loading: 0.2 s, 3 clients" in captured.out
+    assert "round 2: perplexity 10, 1.0 s" in captured.out
+    assert "adapter: not written" in captured.err
+    shown = {line.split("  ")[0].strip(): line.split()[-1] for line in captured.out.splitlines() if line.strip()}
+    assert (shown["mean client"], shown["worst client"], shown["seconds of rounds"]) == ("15", "18", "1.5")
+    assert shown["sport"] == "–"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["perplexity"] == {"before": 40.0, "after": 10.0}
+    assert summary["clients_perplexity"] == {
+        "before": {"mean": 40.0, "worst": 50.0}, "after": {"mean": 15.0, "worst": 18.0},
+    }  # fmt: skip
+    assert summary["ranks"] == {"least": 1, "mean": pytest.approx(11 / 3), "most": 8}
+    assert (summary["bytes_up"], summary["bytes_down"], summary["flops"]) == (300.0, 30.0, 21.0)
+    assert (folder / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    assert [row["round"] for row in json.loads((folder / "history.json").read_text())] == [0, 1, 2]
+    assert not (folder / ADAPTER).exists()
 
 
 @pytest.mark.slow

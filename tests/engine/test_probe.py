@@ -42,7 +42,6 @@ def test_the_default_policy_works_with_the_probe():
     assert info.matrix.shape[1] == 5
 
 
-@pytest.mark.slow
 def test_a_probe_at_a_small_rank_under_any_rule():
     """The rule of the state does not matter, not even one that freezes a factor or keeps clients' models."""
     stats = [

@@ -6,6 +6,7 @@ import inspect
 import pytest
 
 import autorank_jax
+from autorank_jax.manual import __main__ as command
 from autorank_jax.manual import build, check_links, code_blocks, guides, sources
 from autorank_jax.manual.docstrings import field_comments, shorten, to_rst
 from autorank_jax.manual.reference import ROOMS, gallery, reference
@@ -89,6 +90,21 @@ def test_a_folder_with_other_things_is_refused_and_stays(tmp_path, monkeypatch):
     monkeypatch.setattr("autorank_jax.manual.site.NEEDED", ("no_such_package",))
     with pytest.raises(ManualError, match=r"no_such_package, got none: pip install 'autorank-jax\[docs\]'"):
         build(tmp_path / "new")
+
+
+def test_the_command_says_where_the_manual_is_or_what_is_in_the_way(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        command, "build", lambda folder, *, execute: asked.append((folder, execute)) or folder / "index.html"
+    )
+    assert command.main([str(tmp_path / "a"), "--no-execute"]) == 0
+    assert command.main([str(tmp_path / "b")]) == 0
+    assert asked == [(tmp_path / "a", False), (tmp_path / "b", True)]
+    assert f"open {tmp_path / 'a' / 'index.html'}" in capsys.readouterr().out
+    monkeypatch.undo()
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert command.main([str(tmp_path)]) == 2
+    assert "expected" in capsys.readouterr().err
 
 
 @pytest.mark.slow
