@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from autorank_jax.adapters.lora import init_adapter, key_of, product
 from autorank_jax.adapters.low_rank import Form
+from autorank_jax.arguments import checked
 from autorank_jax.types import Adapter, Array, Base, Batch, Key, Origin, PyTree, Server, Task, TaskReport, Trainable
 
 Flat = dict[str, Array]
@@ -95,6 +96,7 @@ def merged_values(model: Model, server: Server) -> Flat:
     }
 
 
+@checked
 def merge(task: Task, server: Server) -> Any:
     """Return the user's own model with the adapters merged into its weights; it needs this package no more.
 

@@ -102,6 +102,7 @@ from autorank_jax.aggregators.privacy import (
 )
 from autorank_jax.aggregators.products import flexlora, florist, lora_fair, raflora
 from autorank_jax.aggregators.server import with_norm_clipping, with_server_optimizer
+from autorank_jax.arguments import checked
 from autorank_jax.types import Aggregator
 
 RULES: Mapping[str, Callable[..., Aggregator]] = MappingProxyType(
@@ -116,6 +117,7 @@ RULES: Mapping[str, Callable[..., Aggregator]] = MappingProxyType(
 """Every rule by name: call it, with options if you like, to get an `Aggregator`."""
 
 
+@checked
 def make_rule(name: str, **options: Any) -> Aggregator:
     """Make a rule by its name in `RULES`.
 

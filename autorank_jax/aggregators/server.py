@@ -9,6 +9,7 @@ import optax
 
 from autorank_jax.adapters.lora import nonzero_positions
 from autorank_jax.aggregators.base import anything, choose, owned
+from autorank_jax.arguments import checked
 from autorank_jax.engine.checks import check_rule
 from autorank_jax.types import (
     Adapter,
@@ -25,6 +26,7 @@ from autorank_jax.types import (
 )
 
 
+@checked
 def with_server_optimizer(rule: Aggregator, optimizer: optax.GradientTransformation) -> Aggregator:
     """Let an optimiser take the step towards what a rule averages (FedOpt, arXiv 2003.00295).
 
@@ -127,6 +129,7 @@ def _frozen(
     return jax.tree.map(jnp.where, flags, after, before)
 
 
+@checked
 def with_norm_clipping(rule: Aggregator, max_norm: float) -> Aggregator:
     """Shrink what a client sends to a norm: `start + Δ min(1, c / ‖Δ‖)`, Δ over all factors and dense parameters.
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax.adapters.lora import over_columns, over_rows
+from autorank_jax.arguments import checked
 from autorank_jax.engine import init_state, make_round
 from autorank_jax.engine.checks import check_rule
 from autorank_jax.federated.participation import Cohort
@@ -54,6 +55,7 @@ class _Case(NamedTuple):
     of_someone: float = 0.0  # added to the numbers that one client trains on
 
 
+@checked
 def check_aggregator(rule: Aggregator, *, rounds: int = 2) -> None:
     """Check what must hold of every aggregation rule, on a small federation whose local training is made up.
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from autorank_jax.arguments import checked
 from autorank_jax.types import Adapter, Batch, FederatedData, Task
 
 
@@ -16,6 +17,7 @@ class FlopModel(NamedTuple):
     per_rank: dict[str, float]
 
 
+@checked
 def training_flops(task: Task, data: FederatedData, *, batch_size: int = 8) -> FlopModel:
     """Count forward and backward FLOPs per example by lowering the gradient at rank 0 and at one rank per layer.
 

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.arguments import checked
 from autorank_jax.engine.flops import training_flops
 from autorank_jax.federated.checks import check_known
 from autorank_jax.types import FederatedData, Task
@@ -12,6 +13,7 @@ _STEP_FLOPS = {"cpu": 2.0**25, "gpu": 2.0**34, "tpu": 2.0**34}
 _MOST = {"cpu": 64, "gpu": 1024, "tpu": 1024}
 
 
+@checked
 def choose_lanes(
     data: FederatedData, task: Task, *, batch_size: int, cohort: int | None = None, platform: str | None = None
 ) -> int:

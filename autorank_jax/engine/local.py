@@ -9,6 +9,7 @@ import optax
 from jax import lax
 
 from autorank_jax.adapters.lora import over_columns, over_rows
+from autorank_jax.arguments import checked
 from autorank_jax.engine.checks import check_losses
 from autorank_jax.engine.optimizers import (
     Optimizer,
@@ -44,18 +45,21 @@ Scale = Callable[[Array], Array]
 """LoRA scale of a client by its rank."""
 
 
+@checked
 def constant_scale(value: float = 1.0) -> Scale:
     """Scale every client's update alike: `x W + value · (x A) B`."""
     _check_positive("value", value)
     return lambda rank: jnp.full_like(rank, value)
 
 
+@checked
 def alpha_over_rank(alpha: float) -> Scale:
     """Scale by `alpha / rank`, LoRA's own rule (arXiv 2106.09685)."""
     _check_positive("alpha", alpha)
     return lambda rank: alpha / jnp.maximum(rank, 1)
 
 
+@checked
 def alpha_over_sqrt_rank(alpha: float) -> Scale:
     """Scale by `alpha / √rank`, the rank-stabilised rule (arXiv 2312.03732)."""
     _check_positive("alpha", alpha)
@@ -72,12 +76,14 @@ def from_task_loss(loss: Callable[[PyTree, Trainable, Batch, Key], Array]) -> Lo
     return lambda frozen, trainable, start, batch, key: loss(frozen, trainable, batch, key)  # noqa: ARG005
 
 
+@checked
 def with_penalty(value: Array | Penalised, penalty: Array) -> Penalised:
     """Add a scalar penalty to what a local loss returns."""
     losses, before = value if isinstance(value, Penalised) else (value, jnp.zeros((), value.dtype))
     return Penalised(losses, before + penalty.astype(before.dtype))
 
 
+@checked
 def with_proximal_term(loss: LocalLoss, strength: float) -> LocalLoss:
     """Add FedProx's pull to the start, `strength/2 · ‖w - start‖²`, to a local loss (arXiv 1812.06127).
 
@@ -99,6 +105,7 @@ def with_proximal_term(loss: LocalLoss, strength: float) -> LocalLoss:
     return proximal
 
 
+@checked
 def make_local_training(
     task: Task,
     optimizer: Optimizer,

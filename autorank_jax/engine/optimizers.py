@@ -16,6 +16,7 @@ import optax
 from optax import contrib
 
 from autorank_jax.adapters.selection import dense_names
+from autorank_jax.arguments import checked
 from autorank_jax.types import Adapter, Array, Hparams, Key, PyTree, Trainable
 
 Optimizer: TypeAlias = "optax.GradientTransformation | Callable[[Hparams], optax.GradientTransformation]"
@@ -204,6 +205,7 @@ def _is_key(leaf: Array) -> bool:
     return leaf.dtype == jnp.uint32 and leaf.shape == (2,)
 
 
+@checked
 def scale_updates(
     *, lora_a: float = 1.0, lora_b: float = 1.0, dense: float = 1.0, layers: Mapping[str, float] | None = None
 ) -> optax.GradientTransformation:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.arguments import checked
 from autorank_jax.engine.round import make_round
 from autorank_jax.federated.data import client_stats
 from autorank_jax.types import (
@@ -23,6 +24,7 @@ from autorank_jax.types import (
 )
 
 
+@checked
 def probe(
     key: Key,
     local: LocalTraining,

@@ -8,6 +8,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.arguments import checked
 from autorank_jax.engine.checks import check_local, check_round, check_rule
 from autorank_jax.engine.lanes import Program, Round, Totals, make_queue, no_totals, run_queue, steps_of_epochs
 from autorank_jax.engine.levels import RankLevels, resolve_levels
@@ -28,6 +29,7 @@ from autorank_jax.types import (
 )
 
 
+@checked
 def make_round(
     local: LocalTraining,
     aggregator: Aggregator,

@@ -10,6 +10,7 @@ from jax import lax
 from jax.tree_util import Partial
 
 from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.arguments import checked
 from autorank_jax.engine.checks import check_rule, check_server
 from autorank_jax.types import (
     Aggregator,
@@ -35,6 +36,7 @@ class History(NamedTuple):
     metrics: dict[str, Array]  # leaves (rounds, ...), from `evaluate`
 
 
+@checked
 def init_state(
     server: Server,
     aggregator: Aggregator,
@@ -133,6 +135,7 @@ def _check_ranks(server: Server, ranks: Mapping[str, Array], clients: int | None
     return clients
 
 
+@checked
 def simulate(
     key: Key,
     round_fn: RoundFn,

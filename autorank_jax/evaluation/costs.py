@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autorank_jax.adapters.selection import leave_out
+from autorank_jax.arguments import checked
 from autorank_jax.engine.flops import FlopModel
 from autorank_jax.types import Adapter, Array, Server, Traffic, Travels
 
@@ -24,6 +25,7 @@ class ClientCosts(NamedTuple):
     flops: np.ndarray  # of local training
 
 
+@checked
 def client_costs(
     server: Server,
     ranks: Mapping[str, Array],

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from autorank_jax.adapters.lora import cut, level_widths, max_ranks, rank_level, rank_masks
 from autorank_jax.adapters.losses import check_outputs, regression_loss
+from autorank_jax.arguments import checked
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
 from autorank_jax.types import (
     Aggregator,
@@ -30,6 +31,7 @@ Metrics = Callable[[Array, PyTree], dict[str, Array]]
 """`(outputs, targets) -> (b,)` numbers of each example, to be averaged."""
 
 
+@checked
 def classification_metrics(logits: Array, labels: Array) -> dict[str, Array]:
     """Return whether each example is right (`accuracy`) and its cross-entropy in nats (`loss`).
 
@@ -46,6 +48,7 @@ def classification_metrics(logits: Array, labels: Array) -> dict[str, Array]:
     }
 
 
+@checked
 def regression_metrics(targets: ArrayLike) -> Metrics:
     """Make the metrics of a regression: the share of variance explained (`r2`), and the mean squared error (`loss`).
 
@@ -65,6 +68,7 @@ def regression_metrics(targets: ArrayLike) -> Metrics:
     return metrics
 
 
+@checked
 def make_evaluate(
     task: Task, inputs: PyTree, targets: PyTree, *, metrics: Metrics = classification_metrics, batch_size: int = 1000
 ) -> EvaluateFn:
@@ -139,6 +143,7 @@ def _by_batch(
     return {name: value.reshape(-1) for name, value in values.items()}
 
 
+@checked
 def class_accuracy(task: Task, server: Server, inputs: Array, labels: Array, *, classes: int) -> Array:
     """Return the server's accuracy on each class, `(classes,)`; 0 for a class without test examples."""
     correct = _by_batch(_predictor(task, server), (inputs, labels), classification_metrics, 1000)["accuracy"]
@@ -146,6 +151,7 @@ def class_accuracy(task: Task, server: Server, inputs: Array, labels: Array, *, 
     return members.T @ correct[: labels.shape[0]] / jnp.maximum(jnp.sum(members, axis=0), 1)
 
 
+@checked
 def label_weighted_accuracy(
     task: Task, state: State, label_counts: Array, inputs: Array, labels: Array, *, rank_levels: int = 4
 ) -> Array:
@@ -195,6 +201,7 @@ class PersonalScores(NamedTuple):
     examples: Array  # (clients,) int32 they were measured on; 0 for clients without any, absent, or diverged
 
 
+@checked
 def with_personal_scores(rule: Aggregator, task: Task, held_out: FederatedData, *, batch_size: int = 64) -> Aggregator:
     """Make a rule measure, in place of aggregating, every client before and after its local training.
 
@@ -245,6 +252,7 @@ def with_personal_scores(rule: Aggregator, task: Task, held_out: FederatedData, 
     )
 
 
+@checked
 def summarise_clients(values: Array, examples: Array) -> dict[str, Array]:
     """Return the mean over clients, the mean weighted by examples, and the worst client.
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from autorank_jax.arguments import checked
 from autorank_jax.federated.checks import (
     INT32_MAX,
     check_examples,
@@ -25,6 +26,7 @@ from autorank_jax.federated.checks import (
 from autorank_jax.types import ClientStats, FederatedData, PyTree
 
 
+@checked
 def from_parts(
     inputs: PyTree,
     targets: PyTree,
@@ -67,6 +69,7 @@ def from_parts(
     return _assemble(inputs, targets, order, size, np.arange(len(size)) if ids is None else check_ids(ids, len(size)))
 
 
+@checked
 def from_client_ids(
     inputs: PyTree, targets: PyTree, client_ids: ArrayLike, *, classes: int | None = None
 ) -> FederatedData:
@@ -106,6 +109,7 @@ def from_client_ids(
     return _assemble(inputs, targets, order, np.diff(first, append=n), owner[order[first]])
 
 
+@checked
 def client_stats(
     data: FederatedData,
     *,

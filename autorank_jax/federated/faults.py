@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from autorank_jax.arguments import checked
 from autorank_jax.federated.participation import Cohort, Participation
 from autorank_jax.types import Array, Client, FederatedData, Key, LocalState, LocalTraining, Trainable
 
@@ -18,6 +19,7 @@ Fault = Callable[[Key, Array, FederatedData, Cohort], Cohort]
 """`(key, round, data, cohort) -> cohort`: what becomes of the clients that were invited; `round` counts from 0."""
 
 
+@checked
 def drop_out(probability: float | Array) -> Fault:
     """Let every client of every round drop out with a probability: it sends nothing, as if it had been away.
 
@@ -35,6 +37,7 @@ def drop_out(probability: float | Array) -> Fault:
     return fault
 
 
+@checked
 def drop_out_schedule(away: ArrayLike) -> Fault:
     """Let clients drop out by a table.
 
@@ -62,6 +65,7 @@ def drop_out_schedule(away: ArrayLike) -> Fault:
     return fault
 
 
+@checked
 def limit_steps(max_steps: ArrayLike, *, probability: float = 1.0) -> Fault:
     """Give clients a budget of local steps: a straggler sends what it has when its budget is spent.
 
@@ -92,6 +96,7 @@ def limit_steps(max_steps: ArrayLike, *, probability: float = 1.0) -> Fault:
     return fault
 
 
+@checked
 def with_nan_clients(local: LocalTraining, broken: ArrayLike) -> LocalTraining:
     """Let the local training of some clients end in NaN, to see what becomes of the others.
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from autorank_jax.arguments import checked
 from autorank_jax.types import Array, FederatedData, Key
 
 
@@ -28,6 +29,7 @@ def everyone(key: Key, data: FederatedData) -> Cohort:  # noqa: ARG001
     return Cohort(jnp.arange(clients, dtype=jnp.int32), jnp.ones(clients, bool))
 
 
+@checked
 def sample_uniformly(cohort: int) -> Participation:
     """Sample a fixed number of clients without replacement; who is drawn follows identities, not positions.
 
@@ -38,6 +40,7 @@ def sample_uniformly(cohort: int) -> Participation:
     return lambda key, data: _take_largest(_draw(key, data), cohort)
 
 
+@checked
 def sample_by_size(cohort: int) -> Participation:
     """Sample a fixed number of clients without replacement, each next one in proportion to its examples.
 
@@ -57,6 +60,7 @@ def sample_by_size(cohort: int) -> Participation:
     return sample
 
 
+@checked
 def sample_independently(probability: float) -> Participation:
     """Let every client take part with a probability, whatever the others do: the cohort's size is random, even 0.
 

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from autorank_jax.arguments import checked
 from autorank_jax.federated.checks import concatenate_parts, part_sizes
 
 Seed = int | np.random.Generator
 Parts = list[np.ndarray]  # of each client, (n_i,) int64
 
 
+@checked
 def iid(labels: ArrayLike, clients: int, *, seed: Seed) -> Parts:
     """Split at random into equal amounts (they differ by at most one example).
 
@@ -35,6 +37,7 @@ def iid(labels: ArrayLike, clients: int, *, seed: Seed) -> Parts:
     return _parts(_generator(seed).permutation(np.arange(n) % clients), clients)
 
 
+@checked
 def quantity(labels: ArrayLike, clients: int, *, sigma: float = 1.0, seed: Seed) -> Parts:
     """Split at random into log-normal amounts: `n_i ∝ exp(σ z_i)`, `z_i` standard normal, at least 1.
 
@@ -53,6 +56,7 @@ def quantity(labels: ArrayLike, clients: int, *, sigma: float = 1.0, seed: Seed)
     return _parts(rng.permutation(np.repeat(np.arange(clients), sizes)), clients)
 
 
+@checked
 def dirichlet(labels: ArrayLike, clients: int, *, alpha: float = 0.3, seed: Seed) -> Parts:
     """Split each class over the clients in Dirichlet shares: `q_c ~ Dir(α, …, α)` over clients, `n_ic ≈ q_ci n_c`.
 
@@ -78,6 +82,7 @@ def dirichlet(labels: ArrayLike, clients: int, *, alpha: float = 0.3, seed: Seed
     return _parts(_without_empty(rng, owner, clients), clients)
 
 
+@checked
 def shards(labels: ArrayLike, clients: int, *, classes_per_client: int = 2, seed: Seed) -> Parts:
     """Give each client `classes_per_client` classes, each class in equal parts to the clients that hold it.
 
@@ -118,6 +123,7 @@ def shards(labels: ArrayLike, clients: int, *, classes_per_client: int = 2, seed
     return _parts(_without_empty(rng, owner, clients), clients)
 
 
+@checked
 def staircase(labels: ArrayLike, clients: int | None = None, *, seed: Seed) -> Parts:
     """Give client `i` the classes `0 .. i`: class `c` is cut into `classes - c` equal parts for clients `c, c+1, …`.
 
@@ -155,6 +161,7 @@ def staircase(labels: ArrayLike, clients: int | None = None, *, seed: Seed) -> P
     return _parts(owner, count)
 
 
+@checked
 def dirichlet_lognormal(
     labels: ArrayLike, clients: int, *, alpha: float = 0.3, sigma: float = 1.0, seed: Seed
 ) -> Parts:
@@ -212,6 +219,7 @@ SPLITS: Mapping[str, Split] = {
 }
 
 
+@checked
 def partition(name: str, labels: ArrayLike, clients: int, *, seed: Seed, **options: Any) -> Parts:
     """Split by name. Options of other splits are ignored, so that one set of them serves every split.
 
@@ -238,6 +246,7 @@ def partition(name: str, labels: ArrayLike, clients: int, *, seed: Seed, **optio
     return split.function(labels, clients, seed=seed, **{key: options[key] for key in split.options if key in options})
 
 
+@checked
 def bins(targets: ArrayLike, count: int = 10) -> np.ndarray:
     """Return for every example in which of equally filled bins its target lies, for splits where there are no labels.
 
@@ -261,6 +270,7 @@ def bins(targets: ArrayLike, count: int = 10) -> np.ndarray:
     return np.unique(np.searchsorted(edges, values, side="right"), return_inverse=True)[1].astype(np.int32)
 
 
+@checked
 def holdout(parts: Sequence[ArrayLike], fraction: float, *, seed: Seed) -> tuple[Parts, Parts]:
     """Hold out a random share of every client's examples: `floor(fraction · n_i)` of them, so at least one stays.
 

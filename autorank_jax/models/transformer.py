@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from autorank_jax.arguments import checked
 from autorank_jax.types import Array
 
 Tokens = dict[str, Array]
@@ -78,6 +79,7 @@ class Block(nnx.Module):
 class Encoder(nnx.Module):
     """A BERT-style encoder (arXiv 1810.04805) of texts, which can hold the weights of all-MiniLM-L6-v2."""
 
+    @checked
     def __init__(self, vocabulary: int, size: Size, *, segments: int = 2, rngs: nnx.Rngs) -> None:
         """Make the layers `words`, `positions`, `segments`, `norm` and `blocks/0` and so on.
 
@@ -114,6 +116,7 @@ def mean_pool(x: Array, mask: Array) -> Array:
 class TextClassifier(nnx.Module):
     """An encoder, the mean over its tokens, and a linear head."""
 
+    @checked
     def __init__(self, encoder: Encoder, classes: int, *, rngs: nnx.Rngs) -> None:
         """Make the layers `encoder` and `head`.
 
@@ -133,6 +136,7 @@ class TextClassifier(nnx.Module):
 class Transformer(nnx.Module):
     """A classifier of sequences of vectors, for instance the rows of an image."""
 
+    @checked
     def __init__(self, features: int, classes: int, size: Size, *, rngs: nnx.Rngs) -> None:
         """Make the layers `embed`, `positions`, `blocks/0` and so on, `norm` and `head`.
 
@@ -160,6 +164,7 @@ class Transformer(nnx.Module):
 class Decoder(nnx.Module):
     """A causal language model whose output layer is tied to its embedding."""
 
+    @checked
     def __init__(self, vocabulary: int, size: Size, *, rngs: nnx.Rngs) -> None:
         """Make the layers `words`, `positions`, `blocks/0` and so on, and `norm`.
 

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from autorank_jax.arguments import checked
 from autorank_jax.types import Array
 
 
 class MLP(nnx.Module):
     """A multi-layer perceptron with ReLU; `MLP((784, 200, 200, 10))` is the reference network of AutoRank."""
 
+    @checked
     def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs) -> None:
         """Make the layers `layers/0`, `layers/1` and so on.
 
@@ -43,6 +45,7 @@ def max_pool(images: Array) -> Array:
 class CNN(nnx.Module):
     """A small convolutional network: 3×3 convolutions with ReLU and 2×2 max pooling, then a linear layer."""
 
+    @checked
     def __init__(self, channels: Sequence[int], classes: int, *, image: tuple[int, int], rngs: nnx.Rngs) -> None:
         """Make the layers `convs/0` and so on, then `head`.
 
@@ -76,6 +79,7 @@ class DeepCNN(nnx.Module):
     for evaluation; averaged over clients with different data these belong to no model that was ever trained.
     """
 
+    @checked
     def __init__(self, channels: Sequence[int], classes: int, *, groups: int = 8, rngs: nnx.Rngs) -> None:
         """Make the layers `convs/0`, `norms/0` and so on, then `head`.
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from autorank_jax.arguments import checked
 from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy
 
 WEIGHTS = ("clients", "examples")
@@ -25,6 +26,7 @@ _PROFILES: Mapping[str, Mapping[int, float]] = {
 RESOURCE_PROFILES = (*_PROFILES, "normal")
 
 
+@checked
 def with_budget(
     policy: RankPolicy,
     mean_ratio: float | Array,
@@ -81,6 +83,7 @@ def with_budget(
     return budgeted
 
 
+@checked
 def with_one_ratio(policy: RankPolicy, weight: str = "clients") -> RankPolicy:
     """Give every client a policy's mean ratio: the control of equal cost without personal ranks.
 
@@ -103,6 +106,7 @@ def with_one_ratio(policy: RankPolicy, weight: str = "clients") -> RankPolicy:
     return one_ratio
 
 
+@checked
 def with_caps(policy: RankPolicy) -> RankPolicy:
     """Let no client's ratio exceed what its device can do: `min(ρ_i, stats.max_ratio_i)` in every layer.
 
@@ -121,6 +125,7 @@ def with_caps(policy: RankPolicy) -> RankPolicy:
     return capped
 
 
+@checked
 def with_coverage(policy: RankPolicy, share: float | Array = 0.5) -> RankPolicy:
     """Cut the highest ratios until the owners of every rank position in use hold a share of all examples.
 
@@ -158,6 +163,7 @@ def with_coverage(policy: RankPolicy, share: float | Array = 0.5) -> RankPolicy:
     return covered
 
 
+@checked
 def resource_profile(name: str, key: Key, clients: int, *, levels: Sequence[float] = DEVICE_LEVELS) -> Array:
     """Draw the largest ratio that each client's device can train, for `ClientStats.max_ratio`.
 
@@ -211,6 +217,7 @@ def _check_weight(weight: str) -> None:
         raise ValueError(f"weight: expected one of {WEIGHTS}, got {weight!r}, probably a misspelling")
 
 
+@checked
 def mean_of_ratios(
     ratios: Array, stats: ClientStats, weight: str = "clients", *, layer_weights: Sequence[float] | None = None
 ) -> Array:

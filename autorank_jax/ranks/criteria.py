@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from autorank_jax.arguments import checked
 from autorank_jax.types import Array, ClientStats
 
 Criterion = Callable[[ClientStats], Array]  # -> (clients,)
 
 
+@checked
 def label_entropy(label_counts: ArrayLike) -> Array:
     """Return the Shannon entropy of the labels, `-Σ_c p_c ln p_c`.
 
@@ -35,6 +37,7 @@ def label_entropy(label_counts: ArrayLike) -> Array:
     return _entropy(_shares(_as_float(label_counts)))
 
 
+@checked
 def gini_simpson(label_counts: ArrayLike) -> Array:
     """Return the probability that two examples differ in label, `1 - Σ_c p_c²`.
 
@@ -56,6 +59,7 @@ def gini_simpson(label_counts: ArrayLike) -> Array:
     return jnp.sum(p, axis=-1) - jnp.sum(jnp.square(p), axis=-1)  # Σ p is 1, and 0 for an empty client
 
 
+@checked
 def loss_entropy(epoch_losses: ArrayLike, epochs: ArrayLike | None = None) -> Array:
     """Return how evenly the loss spreads over the epochs, `-(1/ln T) Σ_t q_t ln q_t` with `q_t = L_t / Σ_t L_t`.
 
@@ -130,6 +134,7 @@ CRITERIA: Mapping[str, Criterion] = {
 NEEDS_LOSSES = frozenset({"loss_entropy"})  # of `CRITERIA`, those that need a probe
 
 
+@checked
 def complexity_matrix(stats: ClientStats, *, criteria: Sequence[str | Criterion] = tuple(CRITERIA)) -> Array:
     """Build the decision matrix `X[client, criterion]` of `mcda.critic_weights` and `mcda.topsis`.
 

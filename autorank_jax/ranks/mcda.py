@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from autorank_jax.arguments import checked
 from autorank_jax.types import Array
 
 NORMALIZATIONS = ("vector", "minmax")
 
 
+@checked
 def critic_weights(
     matrix: ArrayLike, *, benefit: ArrayLike | Sequence[bool] | None = None, where: ArrayLike | None = None
 ) -> Array:
@@ -72,6 +74,7 @@ def critic_weights(
     return jnp.where(total > 0, C / jnp.where(total > 0, total, 1), share / jnp.sum(share))
 
 
+@checked
 def topsis(
     matrix: ArrayLike,
     weights: ArrayLike | None = None,

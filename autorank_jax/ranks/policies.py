@@ -19,6 +19,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from autorank_jax.adapters import lora
+from autorank_jax.arguments import checked
 from autorank_jax.ranks import mcda
 from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES, Criterion, complexity_matrix, criterion_names
 from autorank_jax.types import (
@@ -37,6 +38,7 @@ from autorank_jax.types import (
 _RERANK = 0x72616E6B  # fold_in tag: keys of re-ranking never meet those of a round, whose identities are round numbers
 
 
+@checked
 def autorank(
     *,
     criteria: Sequence[str | Criterion] = tuple(CRITERIA),
@@ -77,6 +79,7 @@ def autorank(
     return policy
 
 
+@checked
 def by_size(*, min_ratio: float = 0.1) -> RankPolicy:
     """Rank clients by their number of examples alone: AutoRank with the size as the score.
 
@@ -101,6 +104,7 @@ def by_size(*, min_ratio: float = 0.1) -> RankPolicy:
     return policy
 
 
+@checked
 def uniform(ratio: float = 1.0) -> RankPolicy:
     """Give every client the same ratio.
 
@@ -121,6 +125,7 @@ def uniform(ratio: float = 1.0) -> RankPolicy:
     return policy
 
 
+@checked
 def manual(ratios: ArrayLike | Sequence[float] | Sequence[Sequence[float]]) -> RankPolicy:
     """Give every client the ratio that is written down for it.
 
@@ -151,6 +156,7 @@ def manual(ratios: ArrayLike | Sequence[float] | Sequence[Sequence[float]]) -> R
     return policy
 
 
+@checked
 def ratios_from_scores(scores: ArrayLike, *, min_ratio: float = 0.1, where: ArrayLike | None = None) -> Array:
     """Turn scores into rank ratios, `ρ_i = ρ_min + (1 - ρ_min) (s_i - min s) / (max s - min s)`.
 
@@ -182,6 +188,7 @@ def ratios_from_scores(scores: ArrayLike, *, min_ratio: float = 0.1, where: Arra
     return ratios if where is None else jnp.where(where, ratios, min_ratio)
 
 
+@checked
 def ranks_from_ratios(ratios: ArrayLike, max_ranks: Mapping[str, int]) -> dict[str, Array]:
     """Return integer ranks, `r_il = max(1, ⌊ρ_i R_l⌋)`, rounded so that a ratio of 0.7 of 10 is 7.
 
@@ -223,6 +230,7 @@ def ranks_from_ratios(ratios: ArrayLike, max_ranks: Mapping[str, int]) -> dict[s
     return ranks
 
 
+@checked
 def with_reranking(round_fn: RoundFn, policy: RankPolicy, stats: ClientStats, *, every: int) -> RoundFn:
     """Set the ranks anew after every `every`-th round, from the loss curves that training records anyway.
 
@@ -260,6 +268,7 @@ def with_reranking(round_fn: RoundFn, policy: RankPolicy, stats: ClientStats, *,
     return round_then_rank
 
 
+@checked
 def autorank_ranks(
     label_counts: ArrayLike | Sequence[Sequence[int]],
     epoch_losses: ArrayLike | Sequence[Sequence[float]] | None = None,

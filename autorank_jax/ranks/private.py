@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from autorank_jax.arguments import checked
 from autorank_jax.types import ClientStats, Key
 
 
+@checked
 def private_counts(key: Key, stats: ClientStats, *, clip: float, noise_multiplier: float) -> ClientStats:
     """Release every client's label counts under differential privacy, and nothing else of its data.
 
