@@ -33,7 +33,7 @@ import numpy as np
 
 from autorank_jax.arguments.kinds import KEY, LOOKED_AT, Kind, is_traced, is_whole, kinds_of, takes
 
-__all__ = ["check_key", "check_kind", "check_least", "check_name", "checked", "describe"]
+__all__ = ["check_counts", "check_key", "check_kind", "check_least", "check_name", "check_share", "checked", "describe"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 MOST_SHOWN = 60  # characters of a value in a message
@@ -97,14 +97,40 @@ def check_least(name: str, value: float, least: int = 1) -> None:
         raise ValueError(f"expected {name} >= {least}, got {value}")
 
 
-def check_name(what: str, name: Any, names: collections.abc.Iterable[str]) -> None:
-    """Raise `ValueError` unless something is one of the names, and tell which of them are close."""
-    known = list(names)
-    if isinstance(name, str) and name in known:
+def check_counts(name: str, values: collections.abc.Sequence[int], least: int = 1) -> None:
+    """Raise `ValueError` unless there are so many numbers and each is at least 1."""
+    if len(values) < least or min(values, default=1) < 1:
+        raise ValueError(f"expected {name} as {least} or more whole numbers >= 1, got {describe(values)}")
+
+
+def check_share(name: str, value: Any, within: str = "(0, 1]", cause: str = "a percentage") -> None:
+    """Raise `ValueError` unless a number lies between 0 and 1, as far as it is known yet.
+
+    Args:
+        name: of the argument.
+        value: a number or an array.
+        within: which of the ends belong to it.
+        cause: why it may be above 1.
+    """
+    if hasattr(value, "dtype") and not isinstance(value, np.ndarray | np.generic) and is_traced(value):
         return
-    close = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
+    known = np.asarray(value, float)
+    low = known >= 0 if within[0] == "[" else known > 0
+    high = known <= 1 if within[-1] == "]" else known < 1
+    bad = known[~(low & high)]  # NaN too
+    if bad.size:
+        hint = f", probably {cause}" if 1 < bad.flat[0] < np.inf else ""
+        raise ValueError(f"expected {name} in {within}, got {bad.flat[0]:g}{hint}")
+
+
+def check_name(name: str, value: Any, names: collections.abc.Iterable[str]) -> None:
+    """Raise `ValueError` unless something is one of the names, and tell which of them is close."""
+    known = list(names)
+    if isinstance(value, str) and value in known:
+        return
+    close = difflib.get_close_matches(value, known, n=1) if isinstance(value, str) else []
     hint = f", probably {close[0]!r}" if close else ""
-    raise ValueError(f"expected {what} out of {', '.join(known)}, got {describe(name)}{hint}")
+    raise ValueError(f"expected {name} out of {', '.join(known)}, got {describe(value)}{hint}")
 
 
 def describe(value: Any) -> str:

@@ -158,13 +158,11 @@ def is_array_like(value: Any) -> bool:
 
 
 def is_traced(value: Any) -> bool:
-    """Return whether a number has no value yet."""
+    """Return whether an array has no values yet."""
     try:
-        bool(value)
+        np.asarray(value)
     except TypeError:
         return True
-    except ValueError:  # of several numbers
-        return False
     return False
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from autorank_jax.arguments import checked
+from autorank_jax.arguments import check_name, checked
 from autorank_jax.types import Array, ClientStats
 
 Criterion = Callable[[ClientStats], Array]  # -> (clients,)
@@ -88,13 +88,10 @@ def loss_entropy(epoch_losses: ArrayLike, epochs: ArrayLike | None = None) -> Ar
     """
     losses = _as_float(epoch_losses)
     if losses.ndim == 0 or losses.shape[-1] == 0:
-        raise ValueError(
-            f"epoch_losses: expected shape (..., epochs), at least one epoch, got {losses.shape}, probably a mean over "
-            "epochs or a probe of no epochs"
-        )
+        raise ValueError(f"epoch_losses: expected shape (..., epochs), at least one epoch, got {losses.shape}")
     T = jnp.full(losses.shape[:-1], losses.shape[-1], jnp.int32) if epochs is None else jnp.asarray(epochs)
     if T.shape != losses.shape[:-1]:
-        raise ValueError(f"epochs: expected shape {losses.shape[:-1]}, got {T.shape}, probably those of other clients")
+        raise ValueError(f"epochs: expected shape {losses.shape[:-1]}, got {T.shape}")
 
     run = lax.broadcasted_iota(jnp.int32, losses.shape, losses.ndim - 1) < T[..., None].astype(jnp.int32)
     known = (T > 0) & jnp.all(jnp.isfinite(losses) | ~run, axis=-1)
@@ -167,16 +164,12 @@ def complexity_matrix(stats: ClientStats, *, criteria: Sequence[str | Criterion]
     """
     clients = jnp.shape(stats.size)[0]
     if jnp.shape(stats.where) != (clients,):
-        raise ValueError(
-            f"stats.where: expected shape ({clients},), got {jnp.shape(stats.where)}, probably other clients'"
-        )
+        raise ValueError(f"stats.where: expected shape ({clients},), got {jnp.shape(stats.where)}")
     columns = []
     for name, criterion in zip(criterion_names(stats, criteria=criteria), criteria, strict=False):
         column = _as_float((CRITERIA[criterion] if isinstance(criterion, str) else criterion)(stats))
         if column.shape != (clients,):
-            raise ValueError(
-                f"criterion {name!r}: expected shape ({clients},), got {column.shape}, probably not one value each"
-            )
+            raise ValueError(f"criterion {name!r}: expected shape ({clients},), got {column.shape}")
         columns.append(column[:, None])
     if stats.extra is not None:
         columns.append(_as_float(stats.extra))
@@ -205,19 +198,22 @@ def criterion_names(stats: ClientStats, *, criteria: Sequence[str | Criterion] =
     clients = jnp.shape(stats.size)[0]
     extra = (clients, 0) if stats.extra is None else jnp.shape(stats.extra)
     if len(extra) != 2 or extra[0] != clients:
-        raise ValueError(
-            f"stats.extra: expected shape ({clients}, k), got {extra}, probably one column without [:, None]"
-        )
-    for criterion in criteria:
-        if isinstance(criterion, str) and criterion not in CRITERIA:
-            raise ValueError(
-                f"criteria: expected names among {tuple(CRITERIA)}, got {criterion!r}, probably a misspelling"
-            )
+        raise ValueError(f"stats.extra: expected shape ({clients}, k), got {extra}")
+    check_criteria(criteria)
     names = tuple(c if isinstance(c, str) else getattr(c, "__name__", "criterion") for c in criteria)
     names += tuple(f"extra_{k}" for k in range(extra[1]))
     if not names:
-        raise ValueError("criteria: expected at least one, got none, probably an empty list without stats.extra")
+        raise ValueError("criteria: expected at least one, got none, and no stats.extra")
     return names
+
+
+def check_criteria(criteria: Sequence[str | Criterion]) -> None:
+    """Raise `ValueError` for a name that is no criterion, or a criterion that is there twice."""
+    for number, criterion in enumerate(criteria):
+        if isinstance(criterion, str):
+            check_name("criteria", criterion, CRITERIA)
+        if criterion in tuple(criteria)[:number]:
+            raise ValueError(f"expected every criterion once, got {criterion!r} twice")
 
 
 def _shares(counts: Array) -> Array:
