@@ -67,8 +67,6 @@ def max_ranks(trainable: Trainable | Server | Task) -> dict[str, int]:
         trainable = trainable.server
     if isinstance(trainable, Server):
         trainable = trainable.trainable
-    if not isinstance(trainable, Trainable):
-        raise TypeError(f"expected a Trainable, a Server or a Task, got {type(trainable).__name__}, probably the model")
     return {path: trainable.adapters[path].lora_a.shape[-1] for path in sorted(trainable.adapters)}
 
 

@@ -99,7 +99,7 @@ def check_least(name: str, value: float, least: int = 1) -> None:
 
 def check_counts(name: str, values: collections.abc.Sequence[int], least: int = 1) -> None:
     """Raise `ValueError` unless there are so many numbers and each is at least 1."""
-    if len(values) < least or min(values, default=1) < 1:
+    if len(values) < least or not all(is_whole(value) and value >= 1 for value in values):
         raise ValueError(f"expected {name} as {least} or more whole numbers >= 1, got {describe(values)}")
 
 

@@ -140,7 +140,8 @@ def is_whole(value: Any) -> bool:
     return not isinstance(value, bool)
 
 
-def _is_real(value: Any) -> bool:
+def is_real(value: Any) -> bool:
+    """Return whether something is a number whose value is known, and no bool."""
     if isinstance(value, bool | np.bool_):
         return False
     if hasattr(value, "dtype"):
@@ -151,10 +152,14 @@ def _is_real(value: Any) -> bool:
 def is_array_like(value: Any) -> bool:
     """Return whether something is numbers, or lists of them; what is inside arrays of objects is not looked at."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return not np.issubdtype(value.dtype, np.character)
+        return _is_numeric(value)
     if isinstance(value, list | tuple | range):
         return all(map(is_array_like, value[:LOOKED_AT]))
     return isinstance(value, numbers.Number)
+
+
+def _is_numeric(value: Any) -> bool:
+    return getattr(getattr(value, "dtype", None), "kind", "U") not in "US"
 
 
 def is_traced(value: Any) -> bool:
@@ -174,7 +179,7 @@ def _is_key(value: Any) -> bool:
 
 SIMPLE: dict[Any, Kind] = {
     int: Kind("a whole number", is_whole),
-    float: Kind("a number", _is_real),
+    float: Kind("a number", is_real),
     bool: Kind("True or False", lambda value: isinstance(value, bool | np.bool_)),
     str: Kind("text", lambda value: isinstance(value, str)),
     None: Kind("None", lambda value: value is None),
@@ -183,7 +188,7 @@ SIMPLE: dict[Any, Kind] = {
 }
 KEY = Kind("a random key", _is_key)
 ARRAY_LIKE = Kind("an array of numbers", is_array_like)
-ARRAY = Kind("an array", lambda value: hasattr(value, "shape") and hasattr(value, "dtype"))
+ARRAY = Kind("an array", lambda value: hasattr(value, "shape") and _is_numeric(value))
 MAKERS: dict[Any, Callable[..., Kind]] = {
     typing.Literal: _literal,
     collections.abc.Callable: _function,

@@ -4,52 +4,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from autorank_jax.types import Aggregator, FederatedData, LocalTraining, PyTree, Server, State
-
-
-def check_rule(rule: Any) -> None:
-    """Raise `TypeError` unless something is an aggregation rule."""
-    if isinstance(rule, Aggregator):
-        return
-    name = getattr(rule, "__name__", type(rule).__name__)
-    cause = f"a rule that was not called: {name}()" if callable(rule) else "an argument in the wrong place"
-    raise TypeError(f"expected an aggregation rule, got {_kind(rule)}, probably {cause}")
-
-
-def check_local(local: Any) -> None:
-    """Raise `TypeError` unless something is local training."""
-    if not isinstance(local, LocalTraining):
-        raise TypeError(
-            f"expected local training, got {_kind(local)}, probably the task or an optimizer: "
-            "make_local_training(task, optimizer, batch_size=...)"
-        )
-
-
-def check_server(server: Any) -> None:
-    """Raise `TypeError` unless something is a server."""
-    if not isinstance(server, Server):
-        raise TypeError(f"expected a server, got {_kind(server)}, probably the task itself: task.server")
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, jax.Array):
-        return f"an array {value.dtype}{list(value.shape)}"
-    name = getattr(value, "__name__", None)
-    return f"the {type(value).__name__} {name!r}" if name else f"a {type(value).__name__}"
+from autorank_jax.arguments import check_key, describe
+from autorank_jax.types import Aggregator, FederatedData, PyTree, State
 
 
 def check_round(key: Any, state: Any, data: Any, rule: Aggregator) -> None:
     """Raise an error unless key, state and data are those of a round under a rule."""
     if not isinstance(state, State) or not isinstance(data, FederatedData):
         raise TypeError(
-            f"expected a round of (key, state, data), got {_kind(state)} for the state and {_kind(data)} for the data, "
-            "probably in another order"
+            f"expected a round of (key, state, data), got {describe(state)} for the state and {describe(data)} for the "
+            "data, probably in another order"
         )
-    if not isinstance(key, jax.Array) or not (
-        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
-    ):
-        raise TypeError(f"expected a random key, got {_kind(key)}, probably a seed: jax.random.key(seed)")
+    check_key(key)
     _check_clients(state, data)
     _check_rule_state(state, rule)
 
@@ -67,10 +35,17 @@ def _check_clients(state: State, data: FederatedData) -> None:
             )
     for path, rank in state.ranks.items():
         if not jnp.issubdtype(rank.dtype, jnp.integer):
-            raise ValueError(
-                f"expected integer ranks, got {rank.dtype} for {path!r}, probably ratios: ranks_from_ratios makes "
-                "ranks of them"
-            )
+            raise ValueError(f"expected integer ranks, got {rank.dtype} for {path!r}{why_no_ranks(rank)}")
+
+
+def why_no_ranks(ranks: Any) -> str:
+    """Guess why ranks are no integers, from their values where these are known."""
+    known = None if isinstance(ranks, jax.core.Tracer) else np.asarray(ranks)
+    if known is not None and known.size and (known > 0).all() and (known <= 1).all():
+        return ", probably ratios: ranks_from_ratios makes ranks of them"
+    if known is not None and np.all(known == np.round(known)):
+        return ", probably ranks that were computed: .astype(int)"
+    return ""
 
 
 def _check_rule_state(state: State, rule: Aggregator) -> None:

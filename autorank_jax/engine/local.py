@@ -9,11 +9,12 @@ import optax
 from jax import lax
 
 from autorank_jax.adapters.lora import over_columns, over_rows
-from autorank_jax.arguments import checked
+from autorank_jax.arguments import check_least, checked
 from autorank_jax.engine.checks import check_losses
 from autorank_jax.engine.optimizers import (
     Optimizer,
     begin_optimizer,
+    check_optimizer,
     make_transformation,
     params_to_send,
     step_optimizer,
@@ -67,7 +68,7 @@ def alpha_over_sqrt_rank(alpha: float) -> Scale:
 
 
 def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
+    if not 0 < value < float("inf"):
         raise ValueError(f"expected a positive LoRA {name}, got {value}")
 
 
@@ -94,7 +95,7 @@ def with_proximal_term(loss: LocalLoss, strength: float) -> LocalLoss:
     Raises:
         ValueError: if the strength is negative.
     """
-    if strength < 0:
+    if not 0 <= strength < float("inf"):
         raise ValueError(f"expected a proximal strength >= 0, got {strength}")
 
     def proximal(frozen: PyTree, trainable: Trainable, start: Trainable, batch: Batch, key: Key) -> Penalised:
@@ -139,15 +140,12 @@ def make_local_training(
             parameters than they mean; the default knows schedule-free ones and SAM.
 
     Raises:
-        TypeError: for what is no task.
+        TypeError: for what is no task or no optimizer, such as `optax.sgd`, which was not called, or a number.
         ValueError: if the batch size is below 1; when traced, for an optimiser that needs more than it can be given or
             ignores the state's learning rate, or a loss that is not of shape `(b,)`.
     """
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
-    if not isinstance(task, Task):
-        kind = type(task).__name__
-        raise TypeError(f"expected a task, got a {kind}, probably the model itself: task_from_nnx(model)")
+    check_least("batch_size", batch_size)
+    check_optimizer(optimizer)
     local_loss = loss or from_task_loss(task.loss)
 
     def begin(hparams: Hparams, start: Trainable, client: Client) -> LocalState:

@@ -16,7 +16,8 @@ import optax
 from optax import contrib
 
 from autorank_jax.adapters.selection import dense_names
-from autorank_jax.arguments import checked
+from autorank_jax.arguments import checked, describe
+from autorank_jax.arguments.kinds import is_real, takes
 from autorank_jax.types import Adapter, Array, Hparams, Key, PyTree, Trainable
 
 Optimizer: TypeAlias = "optax.GradientTransformation | Callable[[Hparams], optax.GradientTransformation]"
@@ -53,6 +54,27 @@ class _Given(dict):
     def __iter__(self) -> Iterator[str]:  # of **hparams
         self.asked = True
         return super().__iter__()
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise `TypeError` unless something is an optimiser, or a function of the hyper-parameters, as far as it says."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        return
+    made = getattr(optimizer, "func", optimizer)  # of a functools.partial
+    own = callable(optimizer) and takes(optimizer, 1)
+    if own and not str(getattr(made, "__module__", "")).startswith("optax"):
+        return
+    cause = ""
+    if isinstance(optimizer, optax.MultiSteps):
+        cause = ", probably one step too early: .gradient_transformation()"
+    elif callable(optimizer):
+        name = getattr(made, "__name__", "optimizer")
+        cause = f', probably not called: optax.{name}(...), or lambda h: optax.{name}(h["learning_rate"])'
+    elif is_real(optimizer):
+        cause = f", probably its learning rate alone: optax.sgd({optimizer})"
+    raise TypeError(
+        f"expected an optimizer as optax makes them, or a function of hparams, got {describe(optimizer)}{cause}"
+    )
 
 
 def make_transformation(optimizer: Optimizer, hparams: Hparams) -> optax.GradientTransformationExtraArgs:
@@ -226,7 +248,7 @@ def scale_updates(
     """
     patterns = dict(layers or {})
     for name, factor in {"lora_a": lora_a, "lora_b": lora_b, "dense": dense, **patterns}.items():
-        if not factor >= 0:
+        if not 0 <= factor < float("inf"):
             raise ValueError(f"expected factors of updates >= 0, got {factor} for {name!r}")
 
     def of_layer(path: str) -> float:

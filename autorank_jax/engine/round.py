@@ -8,8 +8,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from autorank_jax.adapters.lora import max_ranks
-from autorank_jax.arguments import checked
-from autorank_jax.engine.checks import check_local, check_round, check_rule
+from autorank_jax.arguments import check_least, checked
+from autorank_jax.engine.checks import check_round
 from autorank_jax.engine.lanes import Program, Round, Totals, make_queue, no_totals, run_queue, steps_of_epochs
 from autorank_jax.engine.levels import RankLevels, resolve_levels
 from autorank_jax.engine.optimizers import at_round
@@ -69,11 +69,9 @@ def make_round(
     """
     if mesh is not None:
         check_mesh(mesh)
-    for name, value in (("lanes", lanes), ("rank_levels", rank_levels)):
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"expected {name} >= 1, got {value}")
-    check_local(local)
-    check_rule(aggregator)
+    check_least("lanes", lanes)
+    if isinstance(rank_levels, int):
+        check_least("rank_levels", rank_levels)
 
     def round_fn(key: Key, state: State, data: FederatedData) -> tuple[State, RoundInfo]:
         check_round(key, state, data, aggregator)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from autorank_jax.arguments import checked
+from autorank_jax.arguments import check_counts, check_least, checked
 from autorank_jax.types import Array
 
 
@@ -23,6 +23,7 @@ class MLP(nnx.Module):
             sizes: features of the input, the hidden layers and the output.
             rngs: random numbers of the initial weights.
         """
+        check_counts("sizes", sizes, least=2)
         self.layers = nnx.List([nnx.Linear(d_in, d_out, rngs=rngs) for d_in, d_out in pairwise(sizes)])
 
     def __call__(self, inputs: Array) -> Array:
@@ -55,6 +56,14 @@ class CNN(nnx.Module):
             image: height and width of the input.
             rngs: random numbers of the initial weights.
         """
+        check_counts("channels", channels, least=2)
+        check_counts("image", image, least=2)
+        check_least("classes", classes)
+        if min(image) < 2 ** (len(channels) - 1):
+            raise ValueError(
+                f"expected an image of at least {2 ** (len(channels) - 1)} pixels a side, halved by each of "
+                f"{len(channels) - 1} convolutions, got {image}"
+            )
         self.convs = nnx.List([nnx.Conv(c_in, c_out, (3, 3), rngs=rngs) for c_in, c_out in pairwise(channels)])
         shrink = 2 ** len(self.convs)
         self.head = nnx.Linear((image[0] // shrink) * (image[1] // shrink) * channels[-1], classes, rngs=rngs)
@@ -89,6 +98,9 @@ class DeepCNN(nnx.Module):
             groups: of channels that are normalised together, at most; the largest number that divides the channels.
             rngs: random numbers of the initial weights.
         """
+        check_counts("channels", channels, least=2)
+        check_least("classes", classes)
+        check_least("groups", groups)
         self.convs = nnx.List(
             [nnx.Conv(c_in, c_out, (3, 3), use_bias=False, rngs=rngs) for c_in, c_out in pairwise(channels)]
         )
