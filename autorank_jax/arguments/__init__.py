@@ -64,7 +64,8 @@ def checked(function: F) -> F:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:
             return  # which the call itself tells
-        for name, value in {**given, **given.pop(options, {})}.items():
+        named = given.pop(options, {})
+        for name, value in {**given, **named}.items():
             check_kind(name, value, kinds.get(name, kinds.get(options or "", ())))
 
     def call(*args: Any, **kwargs: Any) -> Any:

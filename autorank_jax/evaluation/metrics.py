@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from autorank_jax.adapters.lora import cut, level_widths, max_ranks, rank_level, rank_masks
 from autorank_jax.adapters.losses import check_outputs, regression_loss
-from autorank_jax.arguments import checked
+from autorank_jax.arguments import check_least, checked
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
 from autorank_jax.types import (
     Aggregator,
@@ -87,22 +87,30 @@ def make_evaluate(
     Raises:
         ValueError: if inputs and targets differ in length or are empty; where labels outnumber the model's outputs.
     """
+    check_least("batch_size", batch_size)
     inputs, targets = jax.tree.map(jnp.asarray, (inputs, targets))
     examples = _length(inputs, targets)
+    _check_evaluation(_predictor(task, task.server), metrics, inputs, targets)
 
     def evaluate(state: State) -> dict[str, Array]:
-        if metrics is classification_metrics:
-            _check_classes(_predictor(task, state.server), inputs, targets)
         values = _by_batch(_predictor(task, state.server), (inputs, targets), metrics, batch_size)
         return {name: jnp.sum(value) / examples for name, value in values.items()}
 
     return evaluate
 
 
-def _check_classes(predict: Callable[[PyTree], Array], inputs: PyTree, labels: Array) -> None:
+def _check_evaluation(predict: Callable[[PyTree], Array], metrics: Metrics, inputs: PyTree, targets: PyTree) -> None:
+    """Raise an error where the model does not take the inputs, the metrics the targets, or a label has no output."""
+    x, y = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), (inputs, targets))
+    logits = jax.eval_shape(predict, x)
+    jax.eval_shape(metrics, logits, y)
+    if metrics is classification_metrics:
+        _check_classes(logits.shape, targets)
+
+
+def _check_classes(logits: tuple[int, ...], labels: Array) -> None:
     """Raise `ValueError` for a label without an output of its own: no rule of indexing makes a number of it."""
-    logits = jax.eval_shape(predict, jax.tree.map(lambda leaf: leaf[:1], inputs)).shape
-    if isinstance(labels, jax.core.Tracer) or len(logits) != 2 or labels.ndim != 1:
+    if isinstance(labels, jax.core.Tracer):
         return
     largest = int(np.asarray(labels).max())
     if largest >= logits[1]:
@@ -113,11 +121,9 @@ def _check_classes(predict: Callable[[PyTree], Array], inputs: PyTree, labels: A
 
 
 def _length(inputs: PyTree, targets: PyTree) -> int:
-    lengths = {leaf.shape[0] for leaf in jax.tree.leaves((inputs, targets))}
+    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves((inputs, targets))}
     if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(
-            f"expected inputs and targets of one length >= 1, got {sorted(lengths)}, probably from different sets"
-        )
+        raise ValueError(f"expected inputs and targets of one length >= 1, got {sorted(lengths)}")
     return lengths.pop()
 
 
@@ -174,11 +180,12 @@ def label_weighted_accuracy(
     Raises:
         ValueError: for label counts of other clients than the state's.
     """
-    if label_counts.shape[:1] != state.epochs.shape:
+    if label_counts.ndim != 2 or label_counts.shape[:1] != state.epochs.shape:
         raise ValueError(
             f"expected label counts of the state's {state.epochs.shape[0]} clients, got shape {label_counts.shape}, "
             "probably statistics of another split"
         )
+    check_least("rank_levels", rank_levels)
     widest = max_ranks(state.server.trainable)
     ladder = level_widths(widest, rank_levels)
     by_class = []

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from autorank_jax.arguments import checked
+from autorank_jax.arguments import check_share, checked
 from autorank_jax.federated.participation import Cohort, Participation
 from autorank_jax.types import Array, Client, FederatedData, Key, LocalState, LocalTraining, Trainable
 
@@ -29,7 +29,7 @@ def drop_out(probability: float | Array) -> Fault:
     Raises:
         ValueError: for a probability outside 0..1.
     """
-    _check_share("probability", probability)
+    check_share("probability", probability, "[0, 1]")
 
     def fault(key: Key, number: Array, data: FederatedData, cohort: Cohort) -> Cohort:  # noqa: ARG001
         return cohort._replace(present=cohort.present & ~_struck(key, data, cohort, probability))
@@ -52,7 +52,7 @@ def drop_out_schedule(away: ArrayLike) -> Fault:
     if table.ndim != 2 or table.dtype != bool:
         raise ValueError(
             f"expected a schedule of bools of shape (rounds, clients), got {table.dtype} of shape {table.shape}, "
-            "probably a list of names or numbers of clients"
+            "one for each round and client"
         )
 
     def fault(key: Key, number: Array, data: FederatedData, cohort: Cohort) -> Cohort:  # noqa: ARG001
@@ -79,10 +79,10 @@ def limit_steps(max_steps: ArrayLike, *, probability: float = 1.0) -> Fault:
     budget = np.asarray(max_steps)
     if budget.dtype.kind not in "iu" or budget.ndim > 1 or budget.size == 0 or budget.min() < 1:
         raise ValueError(
-            f"expected max_steps as whole numbers of at least 1, one for all or one per client, got {max_steps!r}, "
-            "probably meant to drop clients out: use drop_out"
+            f"expected max_steps as whole numbers of at least 1, one for all or one per client, got {max_steps!r}"
+            + (", probably to drop clients out: use drop_out" if np.any(budget == 0) else "")
         )
-    _check_share("probability", probability)
+    check_share("probability", probability, "[0, 1]")
 
     def fault(key: Key, number: Array, data: FederatedData, cohort: Cohort) -> Cohort:  # noqa: ARG001
         clients = data.size.shape[0]
@@ -153,8 +153,3 @@ def _struck(key: Key, data: FederatedData, cohort: Cohort, probability: float | 
     """Draw who is struck, `(cohort,)` bool."""
     draw = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))
     return draw(data.id[cohort.row]) < probability
-
-
-def _check_share(name: str, value: float | Array) -> None:
-    if not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:
-        raise ValueError(f"expected a {name} in 0 .. 1, got {value}, probably a percentage")

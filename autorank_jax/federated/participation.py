@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from autorank_jax.arguments import checked
+from autorank_jax.arguments import check_share, checked
 from autorank_jax.types import Array, FederatedData, Key
 
 
@@ -67,8 +67,7 @@ def sample_independently(probability: float) -> Participation:
     Raises:
         ValueError: for a probability that is not above 0 and at most 1.
     """
-    if not 0 < probability <= 1:
-        raise ValueError(f"expected a probability above 0 and at most 1, got {probability}, probably a percentage")
+    check_share("probability", probability)
 
     def sample(key: Key, data: FederatedData) -> Cohort:
         return Cohort(jnp.arange(data.size.shape[0], dtype=jnp.int32), _draw(key, data) < probability)

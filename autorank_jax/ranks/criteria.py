@@ -34,7 +34,7 @@ def label_entropy(label_counts: ArrayLike) -> Array:
         >>> print(label_entropy(jnp.array([[10, 0], [5, 5], [30, 10]])))
         [0.     0.6931 0.5623]
     """
-    return _entropy(_shares(_as_float(label_counts)))
+    return _entropy(_shares(_counts(label_counts)))
 
 
 @checked
@@ -55,7 +55,7 @@ def gini_simpson(label_counts: ArrayLike) -> Array:
         >>> print(gini_simpson(jnp.array([[10, 0], [5, 5], [30, 10]])))
         [0.    0.5   0.375]
     """
-    p = _shares(_as_float(label_counts))
+    p = _shares(_counts(label_counts))
     return jnp.sum(p, axis=-1) - jnp.sum(jnp.square(p), axis=-1)  # Σ p is 1, and 0 for an empty client
 
 
@@ -220,6 +220,13 @@ def _shares(counts: Array) -> Array:
     """Return `p = n / Σ n` along the last axis, 0 where there is nothing to share."""
     total = jnp.sum(counts, axis=-1, keepdims=True)
     return jnp.where(total > 0, counts / jnp.where(total > 0, total, 1), 0)
+
+
+def _counts(label_counts: ArrayLike) -> Array:
+    counts = _as_float(label_counts)
+    if counts.ndim == 0:
+        raise ValueError("expected label_counts of shape (..., classes), got one number")
+    return counts
 
 
 def _entropy(p: Array) -> Array:
