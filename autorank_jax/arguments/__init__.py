@@ -64,7 +64,7 @@ def checked(function: F) -> F:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:
             return  # which the call itself tells
-        named = given.pop(options, {})
+        named = given.pop(options, {}) if options else {}
         for name, value in {**given, **named}.items():
             check_kind(name, value, kinds.get(name, kinds.get(options or "", ())))
 
@@ -81,10 +81,14 @@ def check_kind(name: str, value: Any, kinds: tuple[Kind, ...]) -> None:
     if not kinds or any(kind.fits(value) for kind in kinds):
         return
     words = " or ".join(kind.words for kind in kinds)
-    cause, origin = next(_causes(value, words), ""), ORIGINS.get(name, "".join(kind.origin for kind in kinds))
+    cause, origin = next(_causes(value, words), ""), ORIGINS.get(name, _first_origin(kinds))
     message = f"expected {words if any(kind.origin for kind in kinds) else f'{name} as {words}'}, got {describe(value)}"
     message += f", probably {cause}" if cause else f"; {origin}" if origin else ""
     raise (ValueError if isinstance(value, str) and "one of" in words else TypeError)(message)
+
+
+def _first_origin(kinds: tuple[Kind, ...]) -> str:
+    return next((kind.origin for kind in kinds if kind.origin), "")
 
 
 def check_key(key: Any) -> None:
@@ -167,6 +171,10 @@ def _causes(value: Any, words: str) -> Iterator[str]:
         yield "the task itself: task.server"
     if "a random key" in words and is_whole(value):
         yield f"a seed: jax.random.key({value})"
+    if "a random key" in words and str(getattr(value, "dtype", "")).startswith("key<"):
+        yield "several: one key is wanted"
+    if "a random key" in words and getattr(value, "shape", None) == ():
+        yield "a seed: jax.random.key(seed)"
     if isinstance(value, str) and "a sequence" in words:
         yield f"one name alone: ({value!r},)"
     if isinstance(value, str) and numeric and value.replace(".", "", 1).isdecimal():

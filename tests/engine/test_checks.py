@@ -34,7 +34,7 @@ def mean_loss(*given):
     [
         (lambda: one_round(state=state(clients=2)), "a state of the 3 clients of the data, got ranks.*(2,).*anoth"),
         (lambda: one_round(state=state(clients=5)), "a state of the 3 clients of the data, got ranks.*(5,).*anoth"),
-        (lambda: state(ranks={"layers/0": np.array([1.5, 1.0, 2.0])}), "integer ranks, got float.*ranks_from_ratios"),
+        (lambda: state(ranks={"layers/0": np.array([0.5, 1.0, 0.2])}), "integer ranks, got float.*ranks_from_ratios"),
         (lambda: state(ranks={"layers/0": jnp.ones(3)}), "integer ranks, got float32"),
         (
             lambda: one_round(state=state(), loss=mean_loss),
@@ -44,7 +44,7 @@ def mean_loss(*given):
         (lambda: one_round(state=state(aggregators.fedsa_lora())), "expected State.clients as this rule makes it"),
         (lambda: one_round(state=state(), rule=aggregators.local_only()), "expected State.clients as this rule makes"),
         (lambda: one_round(optax.lookahead(optax.sgd(1.0), 2, 0.5), state=state()), "probably one that needs param"),
-        (lambda: one_round(optax.sgd, state=state()), "probably optax.sgd itself: lambda h"),
+        (lambda: one_round(optax.sgd, state=state()), "probably not called: optax.sgd"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(call, message):
@@ -58,15 +58,15 @@ def test_values_that_do_not_fit_are_refused(call, message):
     [
         (
             lambda: one_round(rule=aggregators.rbla),
-            r"got the function 'rbla', probably a rule that was not called: rbla\(",
+            r"got the function 'rbla', probably not called: rbla\(",
         ),
-        (lambda: state(aggregators.rbla), r"got the function 'rbla', probably a rule that was not called: rbla\(\)"),
-        (lambda: make_round(task(), RULE), "expected local training, got a Task, probably the task or an optimizer"),
-        (lambda: make_local_training(None, optax.sgd(1.0), batch_size=4), "expected a task, got a NoneType, probably"),
+        (lambda: state(aggregators.rbla), r"got the function 'rbla', probably not called: rbla\(\)"),
+        (lambda: make_round(task(), RULE), "expected local training, got a Task; make_local_training"),
+        (lambda: make_local_training(None, optax.sgd(1.0), batch_size=4), "expected a task, got None; task_from_nnx"),
         (lambda: init_state(task(), RULE, None, clients=3), "expected a server, got a Task, probably.*task.server"),
         (
             lambda: one_round(state=state(), key=0),
-            r"expected a random key, got an array int.*, probably a seed: jax.random.key",
+            r"expected key as a random key, got an array int.*, probably a seed: jax.random.key",
         ),
         (
             lambda: one_round(state=data(), data=state),
@@ -100,7 +100,7 @@ def test_states_are_made_inside_jit():
 
 def test_max_ranks_of_a_task_or_a_server():
     assert max_ranks(task()) == max_ranks(task().server) == max_ranks(task().server.trainable) == {"layers/0": 2}
-    with pytest.raises(TypeError, match="expected a Trainable, a Server or a Task, got dict"):
+    with pytest.raises(TypeError, match="expected a Trainable or a server or a task, got"):
         max_ranks({})
 
 
