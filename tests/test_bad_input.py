@@ -186,7 +186,7 @@ CASES = {
     "percentages of labels": (lambda _: policies.autorank_ranks([[99.5, 0.5]], max_rank=4), "sum to 100 in every row"),
     "maximum rank as text": (lambda _: policies.autorank_ranks([[1, 2]], max_rank="16"), "was not converted: 16"),
     "maximum rank as a flag": (lambda _: policies.autorank_ranks([[1, 2]], max_rank=True), "whole number, got True"),
-    "ragged counts": (lambda _: policies.autorank_ranks([[1, 2], [3]], max_rank=4), "got [[1, 2], [3]]"),
+    "ragged counts": (lambda _: policies.autorank_ranks([[1, 2], [3]], max_rank=4), "rows of 1 and 2"),
     "negative counts": (lambda _: policies.autorank_ranks([[1, -2]], max_rank=4), "numbers >= 0, got -2"),
     "one maximum rank": (lambda _: policies.ranks_from_ratios([0.5], 16), "got 16; ar.max_ranks(task) makes them"),
     "one rank for all": (
@@ -209,7 +209,7 @@ CASES = {
         lambda _: budgets.resource_profile("random", jax.random.split(KEY, 2), 3), "several: one key is wanted",
     ),
     "dataset of no name": (lambda _: datasets.load_dataset(None), "expected name as text, got None"),
-    "model by name": (lambda _: task_from_nnx("mlp", max_rank=2), "expected a Flax module, got 'mlp'"),
+    "model by name": (lambda _: task_from_nnx("mlp", max_rank=2), "expected model as a Flax module, got 'mlp'"),
     "class of a model": (lambda _: task_from_nnx(nnx.Linear, max_rank=2), "probably the class itself: Linear(...)"),
     "lanes as text": (lambda _: engine.make_round(TRAINING, aggregators.rbla(), lanes="4"), "not converted: 4"),
     "lanes as a quotient": (lambda _: engine.make_round(TRAINING, aggregators.rbla(), lanes=4.0), "a quotient: 4"),

@@ -1,5 +1,6 @@
 """From a model's leaves to a `Task`: what is frozen, adapted and trained whole. Every front end ends here."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -85,10 +86,23 @@ def make_task(
     def merge(server: Server) -> Any:
         return model.rebuild(merged_values(model, server))
 
-    report = TaskReport(dict(ranks), tuple(sorted(dense)), tuple(sorted(rest)), dict(unadapted or {}))
+    sides = {path: (model.forms[path].d_in, model.forms[path].d_out) for path in adapters}
+    _warn_of_ranks(ranks, sides)
+    report = TaskReport(dict(ranks), tuple(sorted(dense)), tuple(sorted(rest)), dict(unadapted or {}), sides)
     return Task(
         server, loss, predict, Origin(merge, {p: model.forms[p].kind for p in adapters}, _shapes(model)), report
     )
+
+
+def _warn_of_ranks(ranks: Mapping[str, int], sides: Mapping[str, tuple[int, int]]) -> None:
+    """Warn of maximum ranks above both sides of their layers."""
+    wide = [f"{path!r} ({d_in} × {d_out})" for path, (d_in, d_out) in sides.items() if ranks[path] > max(d_in, d_out)]
+    if wide:
+        warnings.warn(
+            f"maximum ranks above both sides of the layers {', '.join(wide[:5])}{' and more' * (len(wide) > 5)}: "
+            "nothing is gained beyond the smaller side; max_rank may be a dict of path patterns",
+            stacklevel=4,
+        )
 
 
 def merged_values(model: Model, server: Server) -> Flat:

@@ -149,7 +149,7 @@ def describe(value: Any) -> str:
         return f"a {type(value).__name__} of {len(value)}"
     name = getattr(value, "__name__", None)
     kind = "class" if isinstance(value, type) else type(value).__name__
-    return f"the {kind} {name!r}" if name else f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
+    return f"the {kind} {name!r}" if name else f"{'an' if kind[0] in 'AEIOUaeio' else 'a'} {kind}"
 
 
 def _is_plain(value: Any) -> bool:

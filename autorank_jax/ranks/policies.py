@@ -353,7 +353,11 @@ def _numbers(name: str, table: ArrayLike | Sequence[Any]) -> np.ndarray:
     try:
         return np.asarray(table, float)
     except (TypeError, ValueError):
-        raise ValueError(f"expected {name} as numbers in rows of one length, got {describe(table)}") from None
+        lengths = (
+            sorted({len(row) for row in table if isinstance(row, Sequence)}) if isinstance(table, Sequence) else []
+        )
+        got = f"rows of {' and '.join(map(str, lengths))}" if len(lengths) > 1 else describe(table)
+        raise ValueError(f"expected {name} as numbers in rows of one length, got {got}") from None
 
 
 def _clients(stats: ClientStats) -> int:
