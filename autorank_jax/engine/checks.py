@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax.arguments import check_key, describe
-from autorank_jax.types import Aggregator, FederatedData, PyTree, State
+from autorank_jax.types import Aggregator, Array, FederatedData, PyTree, State
 
 
 def check_round(key: Any, state: Any, data: Any, rule: Aggregator) -> None:
@@ -71,6 +71,47 @@ def _check_like(name: str, found: PyTree, expected: PyTree) -> None:
 
 def _same_shape(found: Any, expected: Any) -> bool:
     return jnp.shape(found) == expected.shape
+
+
+def summable(sums: PyTree) -> PyTree:
+    """Return a summand as arrays whose sums have their types: bools and small integers become int32.
+
+    Raises:
+        TypeError: for a leaf that is no array of numbers.
+    """
+
+    def one(leaf: Any) -> Array:
+        if not isinstance(leaf, jax.Array | np.ndarray | int | float) or _is_key(leaf):
+            raise TypeError(f"expected a summand of arrays of numbers, got {describe(leaf)} in it")
+        array = jnp.asarray(leaf)
+        small = not jnp.issubdtype(array.dtype, jnp.inexact) and array.dtype.itemsize < 4
+        return array.astype(jnp.int32) if small else array
+
+    return jax.tree.map(one, sums)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def check_update(updated: Any, state: State) -> None:
+    """Raise `TypeError` unless a rule's `update` returned a server and a state built like those before.
+
+    It is the only function of a rule whose result goes on to the next round.
+    """
+    pair = type(updated) is tuple and len(updated) == 2
+    for name, before, after in zip(("server", "state"), (state.server, state.aggregator), updated, strict=False):
+        if not pair or jax.tree.structure(before) != jax.tree.structure(after):
+            raise TypeError(
+                f"expected the rule's update to return (server, state), built like those before, got "
+                f"{describe(after if pair else updated)} for the {name if pair else 'two'}"
+            )
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            if jnp.shape(old) != jnp.shape(new) or jnp.result_type(old) != jnp.result_type(new):
+                raise TypeError(
+                    f"expected the rule's update to leave shapes and dtypes of the {name} as they are, got "
+                    f"{describe(jnp.asarray(new))} in place of {describe(old)}"
+                )
 
 
 def check_losses(losses: Any, examples: int, what: str) -> None:

@@ -109,8 +109,8 @@ def _call(optimizer: Callable[[Hparams], Any], given: Hparams) -> Any:
         return optimizer(given)
     except (AttributeError, TypeError) as error:
         raise TypeError(
-            f"expected an optimizer, or a function that makes one of hparams, got one that fails with {_first(error)}, "
-            'probably optax.sgd itself: lambda h: optax.sgd(h["learning_rate"])'
+            f"expected an optimizer, or a function that makes one of hparams, got one that fails with {_first(error)}; "
+            'of hparams it takes what it needs: lambda h: optax.sgd(h["learning_rate"])'
         ) from error
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.arguments import check_least, checked
-from autorank_jax.engine.checks import check_round
+from autorank_jax.engine.checks import check_round, check_update
 from autorank_jax.engine.lanes import Program, Round, Totals, make_queue, no_totals, run_queue, steps_of_epochs
 from autorank_jax.engine.levels import RankLevels, resolve_levels
 from autorank_jax.engine.optimizers import at_round
@@ -105,7 +105,9 @@ def make_round(
             totals = _train_exactly(train, cohort, weight, blank)
         else:
             totals = train(weight)
-        server, memory = aggregator.update(server_step, totals.sums, state.aggregator, state.server)
+        updated = aggregator.update(server_step, totals.sums, state.aggregator, state.server)
+        check_update(updated, state)
+        server, memory = updated
         diagnostics = aggregator.report(totals.sums, state.server, server)
         state = state._replace(
             server=server,

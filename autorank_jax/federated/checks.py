@@ -1,6 +1,5 @@
 """Checks of client data on the host. Messages say what was expected, what came, and the likely cause."""
 
-import numbers
 from collections.abc import Sequence
 
 import jax
@@ -59,7 +58,7 @@ def check_examples(inputs: PyTree, targets: PyTree, classes: int | None) -> int:
 def check_array(name: str, leaf: PyTree) -> int:
     """Check one array of numbers and return its length."""
     if not isinstance(leaf, (np.ndarray, jax.Array)) or leaf.ndim == 0:
-        cause = "; probably a list: use np.asarray" if isinstance(leaf, list | numbers.Number) else ""
+        cause = "; probably a list: use np.asarray" if isinstance(leaf, list | int | float) else ""
         raise ValueError(f"expected an array at {name}, got {describe(leaf)}{cause}")
     values = np.asarray(leaf)
     if values.dtype.kind in "OSUMm":

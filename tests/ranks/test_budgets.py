@@ -208,5 +208,5 @@ def test_profiles_take_any_number_of_levels(name):
     ],
 )
 def test_mistakes_are_named(mistake, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         mistake()
