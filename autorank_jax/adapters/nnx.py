@@ -86,7 +86,7 @@ def task_from_nnx(
     return make_task(built, ranks, dense, key=key, reading=reading, unadapted=unadapted)
 
 
-def _value(path: tuple, variable: Any) -> Array:
+def _value(path: tuple, variable: Any) -> Any:
     """Return the array of a variable."""
     value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
     if not isinstance(value, jax.Array | np.ndarray):

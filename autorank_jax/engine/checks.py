@@ -60,8 +60,7 @@ def _check_rule_state(state: State, rule: Aggregator) -> None:
 
 
 def _check_like(name: str, found: PyTree, expected: PyTree) -> None:
-    same = bool(jax.tree.structure(found) == jax.tree.structure(expected))  # type: ignore[operator]
-    if same and all(map(_same_shape, jax.tree.leaves(found), jax.tree.leaves(expected))):
+    if _same_structure(found, expected) and all(map(_same_shape, jax.tree.leaves(found), jax.tree.leaves(expected))):
         return
     raise ValueError(
         f"expected {name} as this rule makes it, got that of another rule or of another model, probably a state made "
@@ -94,6 +93,10 @@ def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def _same_structure(one: PyTree, other: PyTree) -> bool:
+    return bool(jax.tree.structure(one) == jax.tree.structure(other))  # type: ignore[operator]
+
+
 def check_update(updated: Any, state: State) -> None:
     """Raise `TypeError` unless a rule's `update` returned a server and a state built like those before.
 
@@ -101,7 +104,7 @@ def check_update(updated: Any, state: State) -> None:
     """
     pair = type(updated) is tuple and len(updated) == 2
     for name, before, after in zip(("server", "state"), (state.server, state.aggregator), updated, strict=False):
-        if not pair or jax.tree.structure(before) != jax.tree.structure(after):
+        if not pair or not _same_structure(before, after):
             raise TypeError(
                 f"expected the rule's update to return (server, state), built like those before, got "
                 f"{describe(after if pair else updated)} for the {name if pair else 'two'}"
