@@ -60,7 +60,8 @@ def make_round(
             `sharding.owned_data`. Results depend on the mesh by rounding only.
 
     Returns:
-        `round(key, state, data) -> (state, info)`. The same `key` serves all rounds: each folds in its number.
+        `round(key, state, data) -> (state, info)`. The same `key` serves all rounds: each folds in its number. A state
+        may go on under another rule that remembers things of the same form; most remember nothing.
 
     Raises:
         TypeError: for what is no local training or no rule, such as one that was not called.

@@ -1,5 +1,7 @@
 """What a round, a state or a loss is given wrongly is said in one line: expected, got, probably."""
 
+# ruff: noqa: ARG005
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from autorank_jax import aggregators
 from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.engine import init_state, local, make_local_training, make_round, simulate
+from autorank_jax.types import Aggregator, Trains
 from tests.engine.test_optimizers import CLIENTS, data, task
 
 RULE = aggregators.rbla()
@@ -77,6 +80,61 @@ def test_values_that_do_not_fit_are_refused(call, message):
 def test_arguments_in_the_wrong_place_are_refused(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+def rule_of(**parts):
+    """Make a rule that does nothing, but for what is given."""
+    nothing = {
+        "init": lambda server: (),
+        "start": lambda server, state, client: server.trainable,
+        "trains": lambda state: Trains(),
+        "summand": lambda update, server, plan: update.client.weight,
+        "update": lambda key, sums, state, server: (server, state),
+    }
+    return Aggregator(**nothing | parts)
+
+
+ODD_SUMS = {
+    "a whole number": lambda update, server, plan: 1,
+    "small integers": lambda update, server, plan: jnp.ones(3, jnp.uint8),
+    "bools": lambda update, server, plan: update.client.weight > 0,
+    "nothing": lambda update, server, plan: (),
+    "None": lambda update, server, plan: None,
+    "nested": lambda update, server, plan: {"a": {"b": [update.client.weight, {"c": (np.ones(2),)}]}},
+    "half precision": lambda update, server, plan: jax.tree.map(lambda x: x.astype(jnp.bfloat16), update.trained),
+    "of the plan": lambda update, server, plan: {p: plan.owners[p] * update.client.weight for p in plan.owners},
+}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", ODD_SUMS)
+def test_rules_may_sum_whatever_is_numbers(name):
+    rule = rule_of(summand=ODD_SUMS[name])
+    one_round(rule=rule, state=state(rule))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"summand": lambda update, server, plan: "sum"}, "summand of arrays of numbers, got 'sum' in it"),
+        ({"summand": lambda update, server, plan: jax.random.key(0)}, "summand of arrays of numbers, got an array key"),
+        ({"update": lambda key, sums, state, server: server}, "update to return .server, state., .*got a Server"),
+        (
+            {"update": lambda key, sums, state, server: (state, server)},
+            "built like those before, got .* for the server",
+        ),
+        (
+            {"init": lambda server: jnp.int32(0), "update": lambda key, sums, state, server: (server, state + 0.5)},
+            "shapes and dtypes of the state as they are, got an array float32.. in place of an array int32..",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("standard_promotion")
+def test_rules_that_return_something_else_are_refused(parts, message):
+    rule = rule_of(**parts)
+    with pytest.raises(TypeError, match=message) as caught:
+        one_round(rule=rule, state=state(rule))
+    assert "\n" not in str(caught.value)
 
 
 def test_weights_are_one_of_every_client():
