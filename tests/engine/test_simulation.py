@@ -83,7 +83,8 @@ def test_history_is_scalars_per_round():
     assert history.info.participants.tolist() == [4] * 5
 
 
-@pytest.mark.parametrize("mapped", ["lax.map", pytest.param("vmap", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mapped", ["lax.map", "vmap"])
 def test_many_seeds_at_once_equal_separate_runs(mapped):
     keys = jax.random.split(jax.random.key(1), 3)
     step, initial, data = round_fn(), start(), federation().data  # outside the trace: others use them

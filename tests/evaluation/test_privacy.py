@@ -19,9 +19,13 @@ SETTINGS = [
     (1.0, 1000, 1e-5, 0.001),
     (3.0, 20, 1e-5, 0.3),
 ]
+CHEAP = (2, 4, 7)
 
 
-@pytest.mark.parametrize(("noise", "rounds", "delta", "rate"), SETTINGS)
+@pytest.mark.parametrize(
+    ("noise", "rounds", "delta", "rate"),
+    [pytest.param(*s, marks=[pytest.mark.slow] * (n not in CHEAP)) for n, s in enumerate(SETTINGS)],
+)
 def test_independent_draws_are_accounted_as_the_library_does(noise, rounds, delta, rate):
     accountant = dp.pld.PLDAccountant()
     for part in (rounds // 2, rounds - rounds // 2):
