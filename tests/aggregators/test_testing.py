@@ -85,7 +85,7 @@ def unguarded():
 @pytest.mark.parametrize(
     ("make", "lines"),
     [
-        (undivided, ["weights in another unit"]),
+        slow(undivided, ["weights in another unit"]),
         slow(lambda: aggregators.raflora()._replace(exact_plan=False), ["a client that sends NaN"]),
         (unguarded, ["nobody reports", "rank levels"]),
         slow(by_place, ["order of clients"]),

@@ -145,6 +145,7 @@ def test_servers_with_weak_types_compile_once():
     assert (state.clients.dense["gain"] != 2).all()
 
 
+@pytest.mark.slow
 def test_random_numbers_are_used_once():
     """The key checker of JAX finds no key that is used twice: dropout inside, sampling, faults and a random restart."""
 

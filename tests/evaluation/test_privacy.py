@@ -47,7 +47,8 @@ def test_a_fixed_cohort_costs_more_than_independent_draws_because_a_client_is_re
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "clients"), [(1.0, None), (3.0, 1000), pytest.param(8.0, None, marks=pytest.mark.slow)]
+    ("epsilon", "clients"),
+    [(1.0, None), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3.0, 1000), (8.0, None)))],
 )
 def test_calibrated_noise_keeps_the_budget_and_no_more(epsilon, clients):
     how = {"rate": 0.1, "clients": clients}
