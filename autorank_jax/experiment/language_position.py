@@ -86,7 +86,9 @@ def restore(
     extra = read_about(checkpoints.folder, config=config).extra
     rows = tuple(LanguageRow(**row) for row in extra["rows"])
     if options.rounds < rows[-1].round:
-        raise ConfigurationError([f"rounds: expected at least the {rows[-1].round} that are done, got {options.rounds}"])
+        raise ConfigurationError(
+            [f"rounds: expected at least the {rows[-1].round} that are done, got {options.rounds}"]
+        )
     begun = begin(options, parts, None)
     clients = jnp.zeros(len(parts.names), jnp.float32)
     like = _arrays(parts, begun, clients, clients, jnp.zeros(options.tokens, jnp.int32))
