@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from autorank_jax.adapters.functions import task_from_function
     from autorank_jax.adapters.linen import task_from_linen
     from autorank_jax.adapters.lora import max_ranks
-    from autorank_jax.adapters.losses import classification_loss, regression_loss, token_loss
     from autorank_jax.adapters.lora_params import task_from_lora_params
+    from autorank_jax.adapters.losses import classification_loss, regression_loss, token_loss
     from autorank_jax.adapters.nnx import task_from_nnx
     from autorank_jax.adapters.peft import export_peft
     from autorank_jax.adapters.task import merge
