@@ -223,7 +223,9 @@ def check_statistics(state: Any, frozen: bool) -> None:
 def fresh_randomness(flat: Flat, key: Key | None) -> Flat:
     """Give every random-number stream inside the model its own fresh key, as `nnx.merge` under jit needs."""
     streams = sorted(
-        name for name, value in flat.items() if jnp.issubdtype(getattr(value, "dtype", None), jax.dtypes.prng_key)
+        name
+        for name, value in flat.items()  # of quantised weights a value is no array
+        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
     )
     if key is None or not streams:
         return dict(flat)

@@ -36,7 +36,7 @@ from autorank_jax.cli.terminal import tell
 from autorank_jax.experiment.config import GLOBAL_RULES
 from autorank_jax.experiment.events import Resumed
 from autorank_jax.experiment.language import run_language
-from autorank_jax.experiment.language_options import LanguageOptions, as_json
+from autorank_jax.experiment.language_options import as_json
 from autorank_jax.experiment.language_results import Begun, LanguageEvent, LanguageResults, LanguageRow, Stage, Waiting
 from autorank_jax.experiment.mistakes import ConfigurationError
 from autorank_jax.experiment.results import si
@@ -81,10 +81,11 @@ def finetune(command: Finetune) -> None:
 def train_in(folder: Path, command: Finetune, console: Console) -> LanguageResults:
     """Train in a folder, and say how to go on where it is stopped."""
     checkpoints = checkpoints_of(folder, every=command.checkpoint_every, keep=command.keep_checkpoints)
+    options = command.training
 
     def note() -> None:
-        paths = {name: path and path.expanduser().absolute() for name, path in _files(command.training).items()}
-        write_run(folder, {"training": as_json(dataclasses.replace(command.training, **paths))}, checkpoints)
+        model, data = (path and path.expanduser().absolute() for path in (options.model, options.data))
+        write_run(folder, {"training": as_json(dataclasses.replace(options, model=model, data=data))}, checkpoints)
 
     try:
         with Interruption() as interruption, Stages(console) as stages:
@@ -102,7 +103,7 @@ def train_in(folder: Path, command: Finetune, console: Console) -> LanguageResul
                 sys.stdout.flush()
                 interruption.stop_after(f"round {row.round}")
 
-            return run_language(command.training, on_event=on_event, on_round=on_round, checkpoints=checkpoints)
+            return run_language(options, on_event=on_event, on_round=on_round, checkpoints=checkpoints)
     except KeyboardInterrupt as stop:
         if isinstance(stop, Interrupted):
             note()
@@ -128,10 +129,6 @@ def show_stage(stages: Stages, event: LanguageEvent) -> None:
             stages.say(f"Going on after {rounds} rounds of an earlier process.")
             for difference in differences:
                 stages.say(f"Since then: {difference}; results are equal up to rounding only.")
-
-
-def _files(options: LanguageOptions) -> dict[str, Path | None]:
-    return {"model": options.model, "data": options.data}
 
 
 def write_language_results(folder: Path, results: LanguageResults) -> list[str]:

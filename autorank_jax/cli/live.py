@@ -44,13 +44,13 @@ class Display(Stages):
 
     def __init__(self, console: Console, experiment: Experiment) -> None:
         """Prepare to show an experiment on a console."""
-        super().__init__(console)
         self.experiment = experiment
         rounds = experiment.rounds * experiment.seeds
         self.bars = {self._name(p, a): Bar(rounds) for a in experiment.aggregators for p in experiment.rank_policies}
         self.score, self.training = "accuracy", False
         self.latest = time.monotonic()
         self.measured: list[float] = []  # seconds of every round of this process, evaluation included
+        super().__init__(console)  # it looks at the view
 
     def leave(self) -> None:
         """End the stage, with a line that stays where nothing moves."""

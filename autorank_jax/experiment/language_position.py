@@ -125,5 +125,5 @@ def belongs_to(options: LanguageOptions, parts: Parts) -> dict[str, Any]:
 def _checksum(tree: PyTree) -> str:
     found = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
-        found.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+        found.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return found.hexdigest()[:16]

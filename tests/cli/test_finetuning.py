@@ -272,6 +272,7 @@ def test_a_stopped_run_says_how_it_goes_on(tmp_path, monkeypatch, capsys):
     assert given[1][0] == dataclasses.replace(given[0][0], rounds=12)
     assert given[1][1] == given[0][1]
     assert given[0][1].every == 4
+    capsys.readouterr()
     assert "probably of another command" in fails(capsys, "run", "--resume", folder)
     assert "out: expected none beside --resume" in fails(capsys, "finetune", "--resume", folder, "--out", tmp_path)
     assert "without checkpoints/run.json" in fails(capsys, "finetune", "--resume", tmp_path)
