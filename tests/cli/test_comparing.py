@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -13,14 +15,21 @@ from tests.cli.cases import fails
 from tests.cli.test_files import make_results
 
 
-@pytest.fixture
-def runs(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """Two runs, the second of which has other options and one rule more."""
+    folder = tmp_path_factory.mktemp("written")
     other = make_results(("rbla", "zero_pad"))
     other = other._replace(config=other.config | {"learning_rate": 0.5}, stopped="interrupted after round 3")
     for name, results in (("one", make_results()), ("[other]", other)):
-        write_results(tmp_path / name, results)
-    return [tmp_path / "one", tmp_path / "[other]"]
+        write_results(folder / name, results)
+    return folder
+
+
+@pytest.fixture
+def runs(written, tmp_path):
+    """A copy of them that may be damaged."""
+    return [Path(shutil.copytree(written / name, tmp_path / name)) for name in ("one", "[other]")]
 
 
 def test_runs_beside_each_other(runs, tmp_path, monkeypatch, capsys):

@@ -115,7 +115,9 @@ OTHERS = {
 
 
 @in_64_bit
-@pytest.mark.parametrize("name", list(OTHERS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("lamb", "lars", "rmsprop"))) for name in OTHERS]
+)
 def test_training_under_a_rank_equals_training_truncated_matrices(name):
     got, losses = train_cut(make(OTHERS[name]))
     expected, other = train_narrow(make(OTHERS[name]))

@@ -83,7 +83,8 @@ def test_history_is_scalars_per_round():
     assert history.info.participants.tolist() == [4] * 5
 
 
-@pytest.mark.parametrize("mapped", ["lax.map", pytest.param("vmap", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mapped", ["lax.map", "vmap"])
 def test_many_seeds_at_once_equal_separate_runs(mapped):
     keys = jax.random.split(jax.random.key(1), 3)
     step, initial, data = round_fn(), start(), federation().data  # outside the trace: others use them
@@ -144,6 +145,7 @@ def test_servers_with_weak_types_compile_once():
     assert (state.clients.dense["gain"] != 2).all()
 
 
+@pytest.mark.slow
 def test_random_numbers_are_used_once():
     """The key checker of JAX finds no key that is used twice: dropout inside, sampling, faults and a random restart."""
 

@@ -103,6 +103,7 @@ def test_scores_of_absent_clients_do_not_move_the_others():
     np.testing.assert_allclose(ratios, [1, 0.1, 0.1, 0.55], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True])
 def test_ranks_of_hundredths_are_exact_up_to_4096(jit):
     hundredths = np.arange(1, 101)
