@@ -11,7 +11,7 @@ import autorank_jax as ar
 from autorank_jax.types import Adapter
 
 RNG = np.random.default_rng(0)
-INPUTS = RNG.normal(size=(20, 4))
+INPUTS = RNG.normal(size=(20, 4)).astype(np.float32)
 TARGETS = RNG.integers(0, 3, 20)
 
 
@@ -50,7 +50,6 @@ def after_a_round(task, rule):
     return jax.jit(round_fn)(jax.random.key(0), ar.init_state(task.server, rule, ranks), data)[0].server
 
 
-@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("rule", ["rbla", pytest.param("raflora", marks=pytest.mark.slow)])
 def test_a_round_is_that_of_our_adapters(rule):
     ours, theirs, model = pair()
@@ -59,10 +58,10 @@ def test_a_round_is_that_of_our_adapters(rule):
     one, other = after_a_round(ours, made), after_a_round(theirs, made)
     for path, adapter in one.trainable.adapters.items():
         product = other.trainable.adapters[f"{path}/lora"]
-        np.testing.assert_allclose(product.lora_a @ product.lora_b, adapter.lora_a @ adapter.lora_b, atol=1e-6)
+        np.testing.assert_allclose(product.lora_a @ product.lora_b, adapter.lora_a @ adapter.lora_b, atol=1e-5)
         assert jnp.max(jnp.abs(adapter.lora_b - ours.server.trainable.adapters[path].lora_b)) > 1e-3
     trained = ar.merge(theirs, other)
-    np.testing.assert_allclose(trained(jnp.asarray(INPUTS)), ar.merge(ours, one)(jnp.asarray(INPUTS)), atol=1e-6)
+    np.testing.assert_allclose(trained(jnp.asarray(INPUTS)), ar.merge(ours, one)(jnp.asarray(INPUTS)), atol=1e-5)
     assert jnp.max(jnp.abs(trained(jnp.asarray(INPUTS)) - model(jnp.asarray(INPUTS)))) > 1e-3
 
 
@@ -131,6 +130,6 @@ def test_a_quantised_base_takes_its_bytes():
 
     whole, small = (ar.task_from_lora_params(of_qwix(**o)) for o in ({}, {"weight_qtype": "int8"}))
     saved = bytes_of(whole) - bytes_of(small)
-    assert saved > 4 * 64 / 2  # of float32; scales stay
+    assert saved == 4 * 64 - 64 - 4 * 16  # a scale for each of 16 channels
     state = after_a_round(small, ar.aggregators.rbla())
     assert jnp.any(state.trainable.adapters["w"].lora_b != 0)
