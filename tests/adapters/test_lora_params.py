@@ -50,7 +50,25 @@ def after_a_round(task, rule):
     return jax.jit(round_fn)(jax.random.key(0), ar.init_state(task.server, rule, ranks), data)[0].server
 
 
-@pytest.mark.parametrize("rule", ["rbla", pytest.param("raflora", marks=pytest.mark.slow)])
+def test_gradients_are_those_of_our_adapters():
+    ours, theirs, _ = pair()
+    batch = ar.Batch(jnp.asarray(INPUTS), jnp.asarray(TARGETS), jnp.ones(20))
+
+    def gradients(task):
+        def loss(trainable):
+            return jnp.sum(task.loss(task.server.frozen, trainable, batch, jax.random.key(0)))
+
+        return jax.grad(loss)(task.server.trainable).adapters
+
+    found = gradients(theirs)
+    for path, gradient in gradients(ours).items():
+        assert jnp.max(jnp.abs(gradient.lora_b)) > 0.1
+        for one, other in zip(gradient, found[f"{path}/lora"], strict=True):
+            np.testing.assert_allclose(other, one, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["rbla", "raflora"])
 def test_a_round_is_that_of_our_adapters(rule):
     ours, theirs, model = pair()
     assert sorted(ar.max_ranks(theirs)) == ["first/lora", "second/lora"]
