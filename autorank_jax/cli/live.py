@@ -2,15 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from autorank_jax.cli.stages import Stages, spoken
 from autorank_jax.cli.tables import scores_table
 from autorank_jax.engine import LevelChoice
 from autorank_jax.experiment.config import Experiment
@@ -41,36 +39,22 @@ class Bar:
         self.accuracy = self.speed = self.faults = ""
 
 
-class Display:
+class Display(Stages):
     """A context manager to be called with the events of an experiment."""
 
     def __init__(self, console: Console, experiment: Experiment) -> None:
         """Prepare to show an experiment on a console."""
-        self.console = console
         self.experiment = experiment
-        self.moving = console.is_terminal and not console.is_dumb_terminal
         rounds = experiment.rounds * experiment.seeds
         self.bars = {self._name(p, a): Bar(rounds) for a in experiment.aggregators for p in experiment.rank_policies}
-        self.stage, self.score = "", "accuracy"
-        self.training = False
-        self.since = self.latest = time.monotonic()
+        self.score, self.training = "accuracy", False
+        self.latest = time.monotonic()
         self.measured: list[float] = []  # seconds of every round of this process, evaluation included
-        self.spinner = Spinner("line" if console.options.ascii_only else "dots")
-        self.live = Live(console=console, get_renderable=self._view, refresh_per_second=5)
+        super().__init__(console)  # it looks at the view
 
-    def __enter__(self) -> "Display":
-        """Begin to show."""
-        if self.moving:
-            self.live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave the terminal as it was, the bars at where they stand."""
+    def leave(self) -> None:
+        """End the stage, with a line that stays where nothing moves."""
         self._enter("")
-        if self.moving:
-            self.live.stop()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -147,10 +131,8 @@ class Display:
         """Return the block: what is done just now, and a bar for every policy once there are rounds."""
         parts: list[RenderableType] = []
         if self.stage:
-            elapsed = "" if self.stage.startswith("round ") else f" {time.monotonic() - self.since:.0f} s"
-            line = Table.grid(padding=(0, 1))
-            line.add_row(self.spinner, Text(self.stage + elapsed, no_wrap=True, overflow="ellipsis"))
-            parts.append(line)
+            elapsed = "" if self.stage.startswith("round ") else f" {self.elapsed()}"
+            parts.append(self._line(self.stage + elapsed))
         if self.training:
             parts.append(self._bars())
         return Group(*parts)
@@ -186,13 +168,6 @@ def about_levels(choice: LevelChoice) -> str:
         f"One rank level: another would save about {choice.saved:.1f} s of training and cost {choice.paid:.1f} s of "
         "compilation."
     )
-
-
-def spoken(seconds: float) -> str:
-    """Return a duration in the unit that suits it."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def faults_of(rows: Sequence[Row]) -> list[str]:

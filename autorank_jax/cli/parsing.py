@@ -15,7 +15,8 @@ import tyro
 from autorank_jax.cli.formats import read_config, read_run
 from autorank_jax.cli.help import GROUPS, NEARBY, help_on_run
 from autorank_jax.cli.options import PROGRAM, Cache, Compare, Data, Finetune, Ranks, Run
-from autorank_jax.experiment.config import ConfigurationError
+from autorank_jax.experiment.config import ConfigurationError, experiment_from
+from autorank_jax.experiment.language_options import language_options_from
 
 COMMANDS = ("run", "finetune", "compare", "ranks", "data", "cache")
 SHELLS = ("bash", "zsh", "fish", "tcsh")
@@ -48,7 +49,7 @@ def parse(arguments: Sequence[str]) -> Run | Finetune | Compare | Ranks | Data |
     registry.primitive_rule(comma_separated)
     commands = (
         Annotated[Run, tyro.conf.subcommand("run", default=starting_point(words))]
-        | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+        | Annotated[Finetune, tyro.conf.subcommand("finetune", default=taken_up(words))]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Ranks, tyro.conf.subcommand("ranks")]
         | Annotated[Data, tyro.conf.subcommand("data")]
@@ -102,9 +103,18 @@ def starting_point(arguments: Sequence[str]) -> Run:
     if config and resume:
         raise ConfigurationError(["resume: expected no --config beside it: a run goes on with its own options"])
     if resume:
-        experiment, every, keep = read_run(Path(resume))
+        experiment, every, keep = read_run(Path(resume), "experiment", experiment_from)
         return Run(experiment, checkpoint_every=every, keep_checkpoints=keep)
     return Run(read_config(Path(config))) if config else Run()
+
+
+def taken_up(arguments: Sequence[str]) -> Finetune:
+    """Return the defaults of `finetune`: those of the package, or of a run to be taken up again."""
+    resume = word_after(arguments, "--resume") if list(arguments[:1]) == ["finetune"] else None
+    if not resume:
+        return Finetune()
+    options, every, keep = read_run(Path(resume), "training", language_options_from)
+    return Finetune(options, checkpoint_every=every, keep_checkpoints=keep)
 
 
 def comma_separated(info: Any) -> Any:

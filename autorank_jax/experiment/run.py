@@ -62,6 +62,7 @@ from autorank_jax.experiment.setup import (
     metrics_of,
     start_state,
 )
+from autorank_jax.experiment.waiting import wait_for
 from autorank_jax.federated import by_examples, equally
 from autorank_jax.types import Aggregator, Array, EvaluateFn, RoundFn, State
 
@@ -394,6 +395,6 @@ def run_round(program: Program, federation: Federation, state: State, *, tested:
     """Run one round, and evaluate it if it is time to."""
     begin = time.perf_counter()
     state, info = program.round(federation.keys["training"], state, federation.data)
-    jax.block_until_ready((state, info))
+    wait_for((state, info))
     seconds = time.perf_counter() - begin
     return state, Measured(info, program.evaluate(state) if tested else {}, seconds)
