@@ -14,6 +14,9 @@ from jax import lax
 from autorank_jax.adapters.lora import cut, max_ranks, narrow, pad_like, rank_level, rank_masks
 from autorank_jax.engine.levels import Widths
 from autorank_jax.engine.optimizers import follow_client
+from autorank_jax.engine.packing import all_finite
+from autorank_jax.engine.totals import Tally, Totals, add_lanes, close_level, open_level, zeros
+from autorank_jax.engine.totals import no_totals as totals_of_nobody
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
 from autorank_jax.federated.participation import Cohort
 from autorank_jax.types import (
@@ -41,6 +44,7 @@ class Program(NamedTuple):
     aggregator: Aggregator
     lanes: int
     levels: list[Widths]
+    packed: bool = False  # finite checks and sums take whole trees in one vector
 
 
 class Queue(NamedTuple):
@@ -95,21 +99,6 @@ class Lanes(NamedTuple):
     losses: Array  # (lanes, max_epochs + 1) summed losses by epoch; the last column takes all later epochs
 
 
-class Totals(NamedTuple):
-    """What a round adds up."""
-
-    sums: Sums
-    lost: Sums  # what rounding took from the small leaves of `sums`, given back with the next summand
-    epoch_losses: Array  # (clients, max_epochs)
-    epochs: Array  # (clients,)
-    clients: PyTree
-    finite: Array  # (clients,) bool
-    loss: Array
-    examples: Array
-    steps: Array
-    lane_steps: Array
-
-
 def make_queue(
     key: Key, state: State, data: FederatedData, cohort: Cohort, weight: Array, *, program: Program
 ) -> Queue:
@@ -122,7 +111,7 @@ def make_queue(
     level = jnp.where(cohort.present & (weight > 0) & (steps > 0), level, len(program.levels))
     order = jnp.lexsort((-steps, level))
     numbers = jnp.arange(len(program.levels), dtype=jnp.int32)
-    ends = jnp.searchsorted(level[order], numbers, side="right").astype(jnp.int32)
+    ends = jnp.sum(level[None, :] <= numbers[:, None], axis=1, dtype=jnp.int32)
     row = cohort.row[order]
     shuffle, noise = jax.vmap(lambda i: tuple(jax.random.split(jax.random.fold_in(key, i))))(data.id[row])
     words = jax.vmap(lambda k: jax.random.bits(k, (2,), jnp.uint32))(shuffle)
@@ -147,38 +136,20 @@ def steps_of_epochs(state: State, data: FederatedData, row: Array, batch_size: i
 def run_queue(program: Program, round_: Round) -> Totals:
     """Train the whole cohort, one loop per rank level, with one totals carried through all of them."""
     levels = [_make_level(program, round_, widths) for widths in program.levels]
-    totals = _no_totals(_whole_level(levels[-1]), round_.state)
+    totals = totals_of_nobody(_whole_level(levels[-1]).blank[0], round_.state)
     begin = jnp.zeros((), jnp.int32)
     for level, end in zip(levels, round_.queue.ends, strict=True):
-        sums = totals.sums
-        blank = _zeros(level.blank[0])
-        totals = totals._replace(sums=blank, lost=_no_loss(blank))
-        totals = run_level(level, (begin, end), totals)
-        total = jax.tree.map(jnp.add, sums, pad_like(totals.sums, sums))
-        totals = totals._replace(sums=total, lost=_no_loss(total))
+        blank = level.blank[0]
+        inside = run_level(level, (begin, end), open_level(totals, blank, packed=program.packed))
+        totals = close_level(inside, totals, blank, packed=program.packed)
         begin = end
     return totals
 
 
 def no_totals(program: Program, round_: Round) -> Totals:
     """Return the totals of a cohort of nobody, in the shapes of `run_queue`; no training is traced."""
-    return _no_totals(_make_level(program, round_, max_ranks(round_.state.server)), round_.state)
-
-
-def _no_totals(level: Level, state: State) -> Totals:
-    dtype = jnp.result_type(float)
-    return Totals(
-        sums=(nothing := _zeros(level.blank[0])),
-        lost=_no_loss(nothing),
-        epoch_losses=state.epoch_losses,
-        epochs=state.epochs,
-        clients=state.clients,
-        finite=jnp.ones(state.epochs.shape, bool),
-        loss=jnp.zeros((), dtype),
-        examples=jnp.zeros((), dtype),
-        steps=jnp.zeros((), jnp.int32),
-        lane_steps=jnp.zeros((), jnp.int32),
-    )
+    blank = _make_level(program, round_, max_ranks(round_.state.server)).blank[0]
+    return totals_of_nobody(blank, round_.state)
 
 
 def _whole_level(level: Level) -> Level:
@@ -216,11 +187,12 @@ def run_level(level: Level, bounds: tuple[Array, Array], totals: Totals) -> Tota
         active = lanes.place < end
         remaining = jnp.where(active, assignments.steps - lanes.step, jnp.iinfo(jnp.int32).max)
         count = jnp.where(jnp.any(active), jnp.min(remaining), 0)  # 0: under vmap, while others still train
-        step = jax.vmap(lambda assignment, lane: _advance(level, assignment, lane))
-        lanes = lax.fori_loop(0, count, lambda _, lanes: step(assignments, lanes), lanes)
+        step = jax.vmap(lambda assignment, lane, more: _advance(level, assignment, lane, more), in_axes=(0, 0, None))
+        lanes = lax.fori_loop(0, count, lambda more, lanes: step(assignments, lanes, more), lanes)
+        lanes = lanes._replace(step=lanes.step + count)
         done = active & (lanes.step == assignments.steps)
         finished = jax.vmap(lambda *lane: finish(level, *lane))(assignments, lanes.local, done)
-        totals = _add(totals, assignments, finished, lanes.losses, done)
+        totals = _add(level, totals, assignments, finished, lanes.losses, done)
         totals = totals._replace(lane_steps=totals.lane_steps + count * level.program.lanes)
         return lanes._replace(free=done | ~active), following, totals
 
@@ -255,18 +227,17 @@ def _begin(level: Level, assignment: Assignment) -> LocalState:
     return local._replace(optimizer=follow_client(local.optimizer, assignment.noise))
 
 
-def _advance(level: Level, assignment: Assignment, lane: Lanes) -> Lanes:
-    """Take one step of the client that one lane holds."""
-    local, state = level.program.local, level.round.state
-    batch, epoch = take_batch(level.round.data, assignment.client.row, assignment.words, lane.step, local.batch_size)
+def _advance(level: Level, assignment: Assignment, lane: Lanes, more: Array) -> Lanes:
+    """Take one step of the client that one lane holds, `more` steps after those that the lane counts."""
+    local, state, number = level.program.local, level.round.state, lane.step + more
+    batch, epoch = take_batch(level.round.data, assignment.client.row, assignment.words, number, local.batch_size)
     trains = level.program.aggregator.trains(state.aggregator)
     setting = Setting(assignment.client, assignment.start, state.server.frozen, trains)
-    trained, losses = local.step(
-        state.hparams, setting, lane.local, batch, jax.random.fold_in(assignment.noise, lane.step)
-    )
+    key = jax.random.fold_in(assignment.noise, number)
+    trained, losses = local.step(state.hparams, setting, lane.local, batch, key)
     column = jnp.minimum(epoch, lane.losses.shape[0] - 1)
     summed = lane.losses.at[column].add(jnp.sum(losses).astype(lane.losses.dtype))
-    return lane._replace(local=trained, losses=summed, step=lane.step + 1)
+    return lane._replace(local=trained, losses=summed)
 
 
 def finish(level: Level, assignment: Assignment, local: LocalState, done: Array) -> tuple[Sums, Array, PyTree]:
@@ -276,20 +247,16 @@ def finish(level: Level, assignment: Assignment, local: LocalState, done: Array)
     rule sees its start with weight 0.
     """
     trained = level.program.local.end(local, assignment.client)
-    finite = _all_finite(trained)
+    finite = all_finite(trained, packed=level.program.packed)
     counts = done & finite
     trained = jax.tree.map(lambda new, old: jnp.where(counts, new, old), trained, assignment.start)
     client = assignment.client._replace(weight=jnp.where(counts, assignment.client.weight, 0))
     update, server = ClientUpdate(trained, assignment.start, client), level.round.state.server
     sums = level.program.aggregator.summand(update, server, level.round.plan)
     kept = level.program.aggregator.client_keep(update, server)
-    finite &= _all_finite((sums, kept))  # finite factors may have an infinite product
+    finite &= all_finite((sums, kept), packed=level.program.packed)  # finite factors may have an infinite product
     sums = jax.tree.map(lambda leaf: jnp.where(done & finite, leaf, 0), sums)
     return sums, finite, pad_like(kept, assignment.client.state)
-
-
-def _all_finite(tree: PyTree) -> Array:
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], bool))
 
 
 def _empty_lanes(level: Level, end: Array) -> Lanes:
@@ -298,13 +265,9 @@ def _empty_lanes(level: Level, end: Array) -> Lanes:
         place=jnp.broadcast_to(end, (lanes,)),
         step=jnp.zeros(lanes, jnp.int32),
         free=jnp.ones(lanes, bool),
-        local=_zeros(level.blank[1], lanes),
+        local=zeros(level.blank[1], lanes),
         losses=jnp.zeros((lanes, epochs.shape[1] + 1), epochs.dtype),
     )
-
-
-def _zeros(shapes: PyTree, *leading: int) -> PyTree:
-    return jax.tree.map(lambda s: jnp.zeros((*leading, *s.shape), s.dtype), shapes)
 
 
 def _claim(lanes: Lanes, following: Array) -> tuple[Lanes, Array]:
@@ -322,7 +285,12 @@ def _select(flags: Array, new: PyTree, old: PyTree) -> PyTree:
 
 
 def _add(
-    totals: Totals, assignments: Assignment, finished: tuple[Sums, Array, PyTree], losses: Array, done: Array
+    level: Level,
+    totals: Totals,
+    assignments: Assignment,
+    finished: tuple[Sums, Array, PyTree],
+    losses: Array,
+    done: Array,
 ) -> Totals:
     """Add the finished lanes to the totals; remember of each client what was finite."""
     sums, finite, kept = finished
@@ -333,35 +301,14 @@ def _add(
     size, max_epochs = jnp.maximum(assignments.size, 1).astype(losses.dtype), losses.shape[1] - 1
     whole = jnp.arange(max_epochs, dtype=jnp.int32)[None, :] < assignments.epochs[:, None]
     mean_losses = jnp.where(whole, losses[:, :max_epochs] / size[:, None], 0)
-    sums = jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
-    summed, lost = (jax.tree.map(part, totals.sums, totals.lost, sums) for part in (_with_lost, _lost))
-    return totals._replace(
-        sums=summed,
-        lost=lost,
+    tally = Tally(
+        jnp.where(good[:, None], losses, 0),
+        jnp.where(good, assignments.examples, 0),
+        jnp.where(good, assignments.steps, 0),
+    )
+    return add_lanes(totals, sums, tally, packed=level.program.packed)._replace(
         epoch_losses=totals.epoch_losses.at[whole_row].set(mean_losses, mode="drop"),
         epochs=totals.epochs.at[whole_row].set(jnp.minimum(assignments.epochs, max_epochs), mode="drop"),
         clients=jax.tree.map(lambda a, k: a.at[good_row].set(k, mode="drop"), totals.clients, kept),
         finite=totals.finite.at[row].set(finite, mode="drop"),
-        loss=totals.loss + jnp.sum(jnp.where(good[:, None], losses, 0)).astype(totals.loss.dtype),
-        examples=totals.examples + jnp.sum(jnp.where(good, assignments.examples, 0)),
-        steps=totals.steps + jnp.sum(jnp.where(good, assignments.steps, 0), dtype=jnp.int32),
     )
-
-
-def _with_lost(total: Array, lost: Array, summand: Array) -> Array:
-    """Add to a running total what it lost before (Kahan 1965): a million float32 weights of 37 would lose 1.5 %.
-
-    Only leaves up to a vector are worth it: denominators. Matrices hold differences of either sign.
-    """
-    return total + (summand - lost) if total.ndim <= 1 else total + summand
-
-
-def _lost(total: Array, lost: Array, summand: Array) -> Array:
-    if total.ndim > 1:
-        return lost
-    corrected = summand - lost
-    return ((total + corrected) - total) - corrected
-
-
-def _no_loss(sums: Sums) -> Sums:
-    return jax.tree.map(lambda total: jnp.zeros_like(total) if total.ndim <= 1 else jnp.zeros((), total.dtype), sums)
