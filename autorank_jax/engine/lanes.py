@@ -5,7 +5,7 @@ queue, all lanes train until the first of them is done, and finished clients are
 O(lanes + data), work is O(total steps), whatever the imbalance.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,7 @@ from jax import lax
 from autorank_jax.adapters.lora import cut, max_ranks, narrow, pad_like, rank_level, rank_masks
 from autorank_jax.engine.levels import Widths
 from autorank_jax.engine.optimizers import follow_client
-from autorank_jax.engine.packing import all_finite
-from autorank_jax.engine.totals import Tally, Totals, add_lanes, close_level, open_level, zeros
+from autorank_jax.engine.totals import LEAF_BY_LEAF, Summation, Totals, Turn, zeros
 from autorank_jax.engine.totals import no_totals as totals_of_nobody
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
 from autorank_jax.federated.participation import Cohort
@@ -36,6 +35,8 @@ from autorank_jax.types import (
     Trainable,
 )
 
+T = TypeVar("T")
+
 
 class Program(NamedTuple):
     """What a round is compiled for."""
@@ -44,7 +45,7 @@ class Program(NamedTuple):
     aggregator: Aggregator
     lanes: int
     levels: list[Widths]
-    packed: bool = False  # finite checks and sums take whole trees in one vector
+    summation: Summation = LEAF_BY_LEAF
 
 
 class Queue(NamedTuple):
@@ -140,10 +141,16 @@ def run_queue(program: Program, round_: Round) -> Totals:
     begin = jnp.zeros((), jnp.int32)
     for level, end in zip(levels, round_.queue.ends, strict=True):
         blank = level.blank[0]
-        inside = run_level(level, (begin, end), open_level(totals, blank, packed=program.packed))
-        totals = close_level(inside, totals, blank, packed=program.packed)
+        inside = run_level(level, (begin, end), program.summation.open(totals, blank))
+        totals = program.summation.close(inside, totals, blank)
         begin = end
-    return totals
+    return totals._replace(steps=_steps_trained(round_.queue, totals.finite))
+
+
+def _steps_trained(queue: Queue, finite: Array) -> Array:
+    """Add up the steps of the clients that trained and are finite."""
+    trained = (jnp.arange(queue.row.shape[0], dtype=jnp.int32) < queue.ends[-1]) & finite[queue.row]
+    return jnp.sum(jnp.where(trained, queue.steps, 0), dtype=jnp.int32)
 
 
 def no_totals(program: Program, round_: Round) -> Totals:
@@ -170,15 +177,15 @@ def _make_level(program: Program, round_: Round, widths: Widths) -> Level:
     return level._replace(blank=jax.eval_shape(one, jnp.zeros((), jnp.int32)))
 
 
-def run_level(level: Level, bounds: tuple[Array, Array], totals: Totals) -> Totals:
-    """Train the clients between two places of the queue at one adapter width."""
+def run_level(level: Level, bounds: tuple[Array, Array], totals: T) -> T:
+    """Train the clients between two places of the queue at one adapter width; totals are as `Summation.open` makes them."""
     begin, end = bounds
 
-    def busy(carry: tuple[Lanes, Array, Totals]) -> Array:
+    def busy(carry: tuple[Lanes, Array, T]) -> Array:
         lanes, following, _ = carry
         return (following < end) | jnp.any(~lanes.free)
 
-    def turn(carry: tuple[Lanes, Array, Totals]) -> tuple[Lanes, Array, Totals]:
+    def turn(carry: tuple[Lanes, Array, T]) -> tuple[Lanes, Array, T]:
         lanes, following, totals = carry
         lanes, following = _claim(lanes, following)
         assignments = jax.vmap(lambda place: look_up(level, place))(lanes.place)
@@ -192,8 +199,8 @@ def run_level(level: Level, bounds: tuple[Array, Array], totals: Totals) -> Tota
         lanes = lanes._replace(step=lanes.step + count)
         done = active & (lanes.step == assignments.steps)
         finished = jax.vmap(lambda *lane: finish(level, *lane))(assignments, lanes.local, done)
-        totals = _add(level, totals, assignments, finished, lanes.losses, done)
-        totals = totals._replace(lane_steps=totals.lane_steps + count * level.program.lanes)
+        ended = _end_turn(assignments, finished, lanes.losses, done, nowhere=level.round.data.size.shape[0])
+        totals = level.program.summation.add(totals, ended._replace(lane_steps=count * level.program.lanes))
         return lanes._replace(free=done | ~active), following, totals
 
     return lax.while_loop(busy, turn, (_empty_lanes(level, end), begin, totals))[2]
@@ -247,14 +254,14 @@ def finish(level: Level, assignment: Assignment, local: LocalState, done: Array)
     rule sees its start with weight 0.
     """
     trained = level.program.local.end(local, assignment.client)
-    finite = all_finite(trained, packed=level.program.packed)
+    finite = level.program.summation.all_finite(trained)
     counts = done & finite
     trained = jax.tree.map(lambda new, old: jnp.where(counts, new, old), trained, assignment.start)
     client = assignment.client._replace(weight=jnp.where(counts, assignment.client.weight, 0))
     update, server = ClientUpdate(trained, assignment.start, client), level.round.state.server
     sums = level.program.aggregator.summand(update, server, level.round.plan)
     kept = level.program.aggregator.client_keep(update, server)
-    finite &= all_finite((sums, kept), packed=level.program.packed)  # finite factors may have an infinite product
+    finite &= level.program.summation.all_finite((sums, kept))  # finite factors may have an infinite product
     sums = jax.tree.map(lambda leaf: jnp.where(done & finite, leaf, 0), sums)
     return sums, finite, pad_like(kept, assignment.client.state)
 
@@ -276,7 +283,7 @@ def _claim(lanes: Lanes, following: Array) -> tuple[Lanes, Array]:
     place = jnp.where(lanes.free, following + taken - 1, lanes.place)
     step = jnp.where(lanes.free, 0, lanes.step)
     losses = jnp.where(lanes.free[:, None], 0, lanes.losses)
-    return lanes._replace(place=place, step=step, losses=losses), following + taken[-1]
+    return lanes._replace(place=place, step=step, losses=losses), following + jnp.sum(lanes.free, dtype=jnp.int32)
 
 
 def _select(flags: Array, new: PyTree, old: PyTree) -> PyTree:
@@ -284,31 +291,27 @@ def _select(flags: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda n, o: jnp.where(flags.reshape(-1, *[1] * (n.ndim - 1)), n, o), new, old)
 
 
-def _add(
-    level: Level,
-    totals: Totals,
-    assignments: Assignment,
-    finished: tuple[Sums, Array, PyTree],
-    losses: Array,
-    done: Array,
-) -> Totals:
-    """Add the finished lanes to the totals; remember of each client what was finite."""
+def _end_turn(
+    assignments: Assignment, finished: tuple[Sums, Array, PyTree], losses: Array, done: Array, *, nowhere: int
+) -> Turn:
+    """Return what the lanes that are done add to the totals, and of which clients it is noted."""
     sums, finite, kept = finished
-    good, nowhere = done & finite, totals.finite.shape[0]
+    good = done & finite
     row, good_row, whole_row = (
         jnp.where(flag, assignments.client.row, nowhere) for flag in (done, good, good & (assignments.epochs > 0))
     )
     size, max_epochs = jnp.maximum(assignments.size, 1).astype(losses.dtype), losses.shape[1] - 1
     whole = jnp.arange(max_epochs, dtype=jnp.int32)[None, :] < assignments.epochs[:, None]
-    mean_losses = jnp.where(whole, losses[:, :max_epochs] / size[:, None], 0)
-    tally = Tally(
-        jnp.where(good[:, None], losses, 0),
-        jnp.where(good, assignments.examples, 0),
-        jnp.where(good, assignments.steps, 0),
-    )
-    return add_lanes(totals, sums, tally, packed=level.program.packed)._replace(
-        epoch_losses=totals.epoch_losses.at[whole_row].set(mean_losses, mode="drop"),
-        epochs=totals.epochs.at[whole_row].set(jnp.minimum(assignments.epochs, max_epochs), mode="drop"),
-        clients=jax.tree.map(lambda a, k: a.at[good_row].set(k, mode="drop"), totals.clients, kept),
-        finite=totals.finite.at[row].set(finite, mode="drop"),
+    return Turn(
+        sums=sums,
+        losses=jnp.where(good[:, None], losses, 0),
+        examples=jnp.where(good, assignments.examples, 0),
+        row=row,
+        good_row=good_row,
+        whole_row=whole_row,
+        mean_losses=jnp.where(whole, losses[:, :max_epochs] / size[:, None], 0),
+        epochs=jnp.minimum(assignments.epochs, max_epochs),
+        finite=finite,
+        kept=kept,
+        lane_steps=jnp.zeros((), jnp.int32),
     )

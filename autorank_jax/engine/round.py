@@ -12,7 +12,7 @@ from autorank_jax.engine.checks import check_local, check_round, check_rule
 from autorank_jax.engine.lanes import Program, Round, make_queue, no_totals, run_queue, steps_of_epochs
 from autorank_jax.engine.levels import RankLevels, resolve_levels
 from autorank_jax.engine.optimizers import at_round
-from autorank_jax.engine.packing import Pack, resolve_pack
+from autorank_jax.engine.packing import Pack, choose_summation
 from autorank_jax.engine.sharding import add_up, check_mesh, on_mesh, own_clients
 from autorank_jax.engine.totals import Totals
 from autorank_jax.federated.faults import Fault, draw_cohort, round_keys
@@ -83,7 +83,7 @@ def make_round(
         hparams, state = state.hparams, state._replace(hparams=at_round(state.hparams, state.round))
         _, training, server_step, _ = round_keys(key, state.round)
         levels = resolve_levels(widest := max_ranks(state.server), rank_levels)
-        program = Program(local, aggregator, lanes, levels, resolve_pack(pack, mesh))
+        program = Program(local, aggregator, lanes, levels, choose_summation(pack, mesh))
         invited, cohort = draw_cohort(key, state.round, data, participation, faults)
         weights = weigh(data)
         if weights.shape != data.size.shape:

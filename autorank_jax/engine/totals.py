@@ -1,17 +1,20 @@
-"""What a round adds up: sums over clients, without what rounding would take from them, and what is noted of each."""
+"""What a round adds up: sums over clients, without what rounding would take from them, and what is noted of each.
 
+How it is added up is a `Summation`: leaf by leaf here, whole trees at once in `packing`.
+"""
+
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from autorank_jax.adapters.lora import pad_like
-from autorank_jax.engine.packing import pack, unpack
 from autorank_jax.types import Array, PyTree, State, Sums
 
 
 class Totals(NamedTuple):
-    """What a round adds up; while a level of a packed round trains, `sums` are vectors that hold the tally too."""
+    """What a round adds up."""
 
     sums: Sums
     lost: Sums  # what rounding took from the small leaves of `sums`, given back with the next summand
@@ -25,12 +28,29 @@ class Totals(NamedTuple):
     lane_steps: Array
 
 
-class Tally(NamedTuple):
-    """How much was trained: of each lane, `(lanes, ...)`, or of all."""
+class Turn(NamedTuple):
+    """What one turn of the lanes adds, every leaf but the last `(lanes, ...)`; rows beyond the clients go nowhere."""
 
-    losses: Array  # (..., max_epochs + 1) summed losses by epoch
+    sums: Sums  # zeros where a lane has nothing to add, here and in losses and examples
+    losses: Array  # (lanes, max_epochs + 1) summed losses by epoch
     examples: Array
-    steps: Array
+    row: Array  # of clients that are done
+    good_row: Array  # of those that are finite
+    whole_row: Array  # of those with a whole epoch
+    mean_losses: Array  # (lanes, max_epochs)
+    epochs: Array
+    finite: Array
+    kept: PyTree
+    lane_steps: Array  # ()
+
+
+class Summation(NamedTuple):
+    """How finite checks and sums go over the leaves of a tree."""
+
+    all_finite: Callable[[PyTree], Array]  # of one lane: () bool
+    open: Callable[[Totals, Sums], PyTree]  # totals, shapes of a level's summands -> what its turns are added to
+    add: Callable[[PyTree, Turn], PyTree]
+    close: Callable[[PyTree, Totals, Sums], Totals]  # what turns were added to, totals before the level, shapes
 
 
 def no_totals(blank: Sums, state: State) -> Totals:
@@ -43,7 +63,7 @@ def no_totals(blank: Sums, state: State) -> Totals:
     dtype = jnp.result_type(float)
     return Totals(
         sums=(nothing := zeros(blank)),
-        lost=_no_loss(nothing),
+        lost=no_loss(nothing),
         epoch_losses=state.epoch_losses,
         epochs=state.epochs,
         clients=state.clients,
@@ -55,52 +75,27 @@ def no_totals(blank: Sums, state: State) -> Totals:
     )
 
 
-def open_level(totals: Totals, blank: Sums, *, packed: bool) -> Totals:
-    """Return the same totals with sums of nobody, in the shapes of a level's summands."""
-    nothing = zeros(blank)
-    if packed:
-        nothing = pack((nothing, zeros(_tally_like(totals))))
-    return totals._replace(sums=nothing, lost=_no_loss(nothing))
-
-
-def close_level(totals: Totals, before: Totals, blank: Sums, *, packed: bool) -> Totals:
-    """Return the totals after a level, whose sums are added to those `before`, padded with zeros."""
-    sums = totals.sums
-    if packed:
-        sums, tally = unpack(totals.sums, (blank, _tally_like(totals)))
-        totals = _count(totals, tally)
-    total = jax.tree.map(jnp.add, before.sums, pad_like(sums, before.sums))
-    return totals._replace(sums=total, lost=_no_loss(total))
-
-
-def add_lanes(totals: Totals, sums: Sums, tally: Tally, *, packed: bool) -> Totals:
-    """Add summands and tallies of lanes, zeros where a lane counts nothing."""
-    if packed:
-        sums = jax.vmap(pack)((sums, tally))
-    else:
-        totals = _count(totals, tally)
-    sums = jax.tree.map(lambda s: jnp.sum(s, axis=0, dtype=s.dtype), sums)
-    summed, lost = (jax.tree.map(part, totals.sums, totals.lost, sums) for part in (_with_lost, _lost))
-    return totals._replace(sums=summed, lost=lost)
-
-
 def zeros(shapes: PyTree, *leading: int) -> PyTree:
     """Return zeros in the shapes of a tree, with leading axes before them."""
     return jax.tree.map(lambda s: jnp.zeros((*leading, *s.shape), s.dtype), shapes)
 
 
-def _tally_like(totals: Totals) -> Tally:
-    losses = totals.epoch_losses
-    columns = jax.ShapeDtypeStruct((losses.shape[1] + 1,), losses.dtype)
-    return Tally(columns, *(jax.ShapeDtypeStruct((), leaf.dtype) for leaf in (totals.examples, totals.steps)))
+def add_lanes(sums: PyTree, lost: PyTree, parts: PyTree) -> tuple[PyTree, PyTree]:
+    """Add the parts of all lanes to running sums, and return them with what they lost."""
+    parts = jax.tree.map(lambda part: jnp.sum(part, axis=0), parts)
+    summed, lost = (jax.tree.map(function, sums, lost, parts) for function in (_with_lost, _lost))
+    return summed, lost
 
 
-def _count(totals: Totals, tally: Tally) -> Totals:
-    return totals._replace(
-        loss=totals.loss + jnp.sum(tally.losses).astype(totals.loss.dtype),
-        examples=totals.examples + jnp.sum(tally.examples),
-        steps=totals.steps + jnp.sum(tally.steps, dtype=jnp.int32),
-    )
+def add_level(total: Sums, sums: Sums) -> dict[str, Sums]:
+    """Return the sums of all levels with those of one more, padded with zeros, as fields of `Totals`."""
+    total = jax.tree.map(jnp.add, total, pad_like(sums, total))
+    return {"sums": total, "lost": no_loss(total)}
+
+
+def no_loss(sums: Sums) -> Sums:
+    """Return what sums lost that are exact."""
+    return jax.tree.map(lambda total: jnp.zeros_like(total) if total.ndim <= 1 else jnp.zeros((), total.dtype), sums)
 
 
 def _with_lost(total: Array, lost: Array, summand: Array) -> Array:
@@ -118,5 +113,33 @@ def _lost(total: Array, lost: Array, summand: Array) -> Array:
     return ((total + corrected) - total) - corrected
 
 
-def _no_loss(sums: Sums) -> Sums:
-    return jax.tree.map(lambda total: jnp.zeros_like(total) if total.ndim <= 1 else jnp.zeros((), total.dtype), sums)
+def _all_finite(tree: PyTree) -> Array:
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], bool))
+
+
+def _open(totals: Totals, blank: Sums) -> Totals:
+    nothing = zeros(blank)
+    return totals._replace(sums=nothing, lost=no_loss(nothing))
+
+
+def _add(totals: Totals, turn: Turn) -> Totals:
+    sums, lost = add_lanes(totals.sums, totals.lost, turn.sums)
+    return totals._replace(
+        sums=sums,
+        lost=lost,
+        epoch_losses=totals.epoch_losses.at[turn.whole_row].set(turn.mean_losses, mode="drop"),
+        epochs=totals.epochs.at[turn.whole_row].set(turn.epochs, mode="drop"),
+        clients=jax.tree.map(lambda a, k: a.at[turn.good_row].set(k, mode="drop"), totals.clients, turn.kept),
+        finite=totals.finite.at[turn.row].set(turn.finite, mode="drop"),
+        loss=totals.loss + jnp.sum(turn.losses).astype(totals.loss.dtype),
+        examples=totals.examples + jnp.sum(turn.examples),
+        lane_steps=totals.lane_steps + turn.lane_steps,
+    )
+
+
+def _close(totals: Totals, before: Totals, blank: Sums) -> Totals:  # noqa: ARG001
+    return totals._replace(**add_level(before.sums, totals.sums))
+
+
+LEAF_BY_LEAF = Summation(_all_finite, _open, _add, _close)
+"""Every leaf by itself: what suits a CPU."""
