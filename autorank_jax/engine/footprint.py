@@ -93,9 +93,9 @@ def _inner(eqn: Any) -> Iterator[Jaxpr]:
     """Yield the computations inside an equation: bodies of loops, branches, calls."""
     for value in eqn.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
-            part = getattr(part, "jaxpr", part)
-            if hasattr(part, "eqns"):
-                yield part
+            inner = getattr(part, "jaxpr", part)
+            if hasattr(inner, "eqns"):
+                yield inner
 
 
 def _bytes_of(leaves: Sequence[PyTree]) -> int:

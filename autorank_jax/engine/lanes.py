@@ -178,7 +178,7 @@ def _make_level(program: Program, round_: Round, widths: Widths) -> Level:
 
 
 def run_level(level: Level, bounds: tuple[Array, Array], totals: T) -> T:
-    """Train the clients between two places of the queue at one adapter width; totals are as `Summation.open` makes them."""
+    """Train the clients between two places of the queue at one adapter width; totals come of `Summation.open`."""
     begin, end = bounds
 
     def busy(carry: tuple[Lanes, Array, T]) -> Array:

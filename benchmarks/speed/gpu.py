@@ -1,4 +1,4 @@
-"""One accelerator, everything: agreement with the CPU, speed by lanes, a million clients, language models, XLA's options.
+"""One accelerator, everything: agreement with the CPU, speed by lanes, a million clients, language models, options.
 
 Every part runs in a process of its own under a limit of seconds, the most important first; each row is written as soon
 as it is there. Called again, it goes on with the parts that are not finished (`--again` measures all anew).
