@@ -94,8 +94,9 @@ class Lanes(NamedTuple):
     """The stacked lanes; every leaf begins with `(lanes,)`."""
 
     place: Array  # int32 place in the queue; at or beyond the level's end: idle
-    step: Array  # int32 steps done
+    since: Array  # int32 steps that all lanes had made when it took its client
     free: Array  # bool: takes a new client next
+    following: Array  # int32 first place of the queue that no lane has taken, the same in all
     local: LocalState
     losses: Array  # (lanes, max_epochs + 1) summed losses by epoch; the last column takes all later epochs
 
@@ -141,8 +142,9 @@ def run_queue(program: Program, round_: Round) -> Totals:
     begin = jnp.zeros((), jnp.int32)
     for level, end in zip(levels, round_.queue.ends, strict=True):
         blank = level.blank[0]
-        inside = run_level(level, (begin, end), program.summation.open(totals, blank))
+        inside, clock = run_level(level, (begin, end), program.summation.open(totals, blank))
         totals = program.summation.close(inside, totals, blank)
+        totals = totals._replace(lane_steps=totals.lane_steps + clock * program.lanes)
         begin = end
     return totals._replace(steps=_steps_trained(round_.queue, totals.finite))
 
@@ -177,33 +179,40 @@ def _make_level(program: Program, round_: Round, widths: Widths) -> Level:
     return level._replace(blank=jax.eval_shape(one, jnp.zeros((), jnp.int32)))
 
 
-def run_level(level: Level, bounds: tuple[Array, Array], totals: T) -> T:
-    """Train the clients between two places of the queue at one adapter width; totals come of `Summation.open`."""
+def run_level(level: Level, bounds: tuple[Array, Array], totals: T) -> tuple[T, Array]:
+    """Train the clients between two places of the queue at one adapter width.
+
+    Args:
+        level: the width, and the round.
+        bounds: the first place, and the one behind the last.
+        totals: what to add to, of `Summation.open`.
+
+    Returns:
+        The totals, and the steps for which every lane was held.
+    """
     begin, end = bounds
 
     def busy(carry: tuple[Lanes, Array, T]) -> Array:
-        lanes, following, _ = carry
-        return (following < end) | jnp.any(~lanes.free)
+        return jnp.any(~carry[0].free | (carry[0].following < end))
 
     def turn(carry: tuple[Lanes, Array, T]) -> tuple[Lanes, Array, T]:
-        lanes, following, totals = carry
-        lanes, following = _claim(lanes, following)
+        lanes, clock, totals = carry
+        lanes = _claim(lanes, clock)
         assignments = jax.vmap(lambda place: look_up(level, place))(lanes.place)
         fresh = jax.vmap(lambda assignment: _begin(level, assignment))(assignments)
         lanes = lanes._replace(local=_select(lanes.free, fresh, lanes.local))
         active = lanes.place < end
-        remaining = jnp.where(active, assignments.steps - lanes.step, jnp.iinfo(jnp.int32).max)
-        count = jnp.where(jnp.any(active), jnp.min(remaining), 0)  # 0: under vmap, while others still train
-        step = jax.vmap(lambda assignment, lane, more: _advance(level, assignment, lane, more), in_axes=(0, 0, None))
-        lanes = lax.fori_loop(0, count, lambda more, lanes: step(assignments, lanes, more), lanes)
-        lanes = lanes._replace(step=lanes.step + count)
-        done = active & (lanes.step == assignments.steps)
+        remaining = jnp.where(active, lanes.since + assignments.steps - clock, jnp.iinfo(jnp.int32).max)
+        until = clock + jnp.where(jnp.any(active), jnp.min(remaining), 0)  # 0: under vmap, while others still train
+        step = jax.vmap(lambda assignment, lane, now: _advance(level, assignment, lane, now), in_axes=(0, 0, None))
+        lanes = lax.fori_loop(clock, until, lambda now, lanes: step(assignments, lanes, now), lanes)
+        done = active & (lanes.since + assignments.steps == until)
         finished = jax.vmap(lambda *lane: finish(level, *lane))(assignments, lanes.local, done)
         ended = _end_turn(assignments, finished, lanes.losses, done, nowhere=level.round.data.size.shape[0])
-        totals = level.program.summation.add(totals, ended._replace(lane_steps=count * level.program.lanes))
-        return lanes._replace(free=done | ~active), following, totals
+        return lanes._replace(free=done | ~active), until, level.program.summation.add(totals, ended)
 
-    return lax.while_loop(busy, turn, (_empty_lanes(level, end), begin, totals))[2]
+    _, clock, totals = lax.while_loop(busy, turn, (_empty_lanes(level, begin, end), jnp.zeros((), jnp.int32), totals))
+    return totals, clock
 
 
 def look_up(level: Level, place: Array) -> Assignment:
@@ -234,9 +243,9 @@ def _begin(level: Level, assignment: Assignment) -> LocalState:
     return local._replace(optimizer=follow_client(local.optimizer, assignment.noise))
 
 
-def _advance(level: Level, assignment: Assignment, lane: Lanes, more: Array) -> Lanes:
-    """Take one step of the client that one lane holds, `more` steps after those that the lane counts."""
-    local, state, number = level.program.local, level.round.state, lane.step + more
+def _advance(level: Level, assignment: Assignment, lane: Lanes, now: Array) -> Lanes:
+    """Take one step of the client that one lane holds."""
+    local, state, number = level.program.local, level.round.state, now - lane.since
     batch, epoch = take_batch(level.round.data, assignment.client.row, assignment.words, number, local.batch_size)
     trains = level.program.aggregator.trains(state.aggregator)
     setting = Setting(assignment.client, assignment.start, state.server.frozen, trains)
@@ -266,24 +275,27 @@ def finish(level: Level, assignment: Assignment, local: LocalState, done: Array)
     return sums, finite, pad_like(kept, assignment.client.state)
 
 
-def _empty_lanes(level: Level, end: Array) -> Lanes:
+def _empty_lanes(level: Level, begin: Array, end: Array) -> Lanes:
     lanes, epochs = level.program.lanes, level.round.state.epoch_losses
     return Lanes(
         place=jnp.broadcast_to(end, (lanes,)),
-        step=jnp.zeros(lanes, jnp.int32),
+        since=jnp.zeros(lanes, jnp.int32),
         free=jnp.ones(lanes, bool),
+        following=jnp.broadcast_to(begin, (lanes,)),
         local=zeros(level.blank[1], lanes),
         losses=jnp.zeros((lanes, epochs.shape[1] + 1), epochs.dtype),
     )
 
 
-def _claim(lanes: Lanes, following: Array) -> tuple[Lanes, Array]:
+def _claim(lanes: Lanes, clock: Array) -> Lanes:
     """Give each free lane the next place of the queue."""
     taken = jnp.cumsum(lanes.free, dtype=jnp.int32)
-    place = jnp.where(lanes.free, following + taken - 1, lanes.place)
-    step = jnp.where(lanes.free, 0, lanes.step)
-    losses = jnp.where(lanes.free[:, None], 0, lanes.losses)
-    return lanes._replace(place=place, step=step, losses=losses), following + jnp.sum(lanes.free, dtype=jnp.int32)
+    return lanes._replace(
+        place=jnp.where(lanes.free, lanes.following + taken - 1, lanes.place),
+        since=jnp.where(lanes.free, clock, lanes.since),
+        losses=jnp.where(lanes.free[:, None], 0, lanes.losses),
+        following=lanes.following + jnp.sum(lanes.free, dtype=jnp.int32),
+    )
 
 
 def _select(flags: Array, new: PyTree, old: PyTree) -> PyTree:
@@ -313,5 +325,4 @@ def _end_turn(
         epochs=jnp.minimum(assignments.epochs, max_epochs),
         finite=finite,
         kept=kept,
-        lane_steps=jnp.zeros((), jnp.int32),
     )

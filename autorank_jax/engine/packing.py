@@ -31,7 +31,6 @@ class PackedTotals(NamedTuple):
     lost: tuple[Array, ...]
     records: Array  # (clients, max_epochs + 2) mean losses by epoch, epochs, 1 where finite
     clients: PyTree
-    lane_steps: Array
 
 
 def choose_summation(pack: Pack, mesh: Mesh | None) -> Summation:
@@ -80,7 +79,7 @@ def _open(totals: Totals, blank: Sums) -> PackedTotals:
     vectors = pack(zeros(_summed(totals, blank)))
     columns = [totals.epoch_losses, *(column[:, None] for column in (totals.epochs, totals.finite))]
     records = jnp.concatenate([column.astype(totals.epoch_losses.dtype) for column in columns], axis=1)
-    return PackedTotals(vectors, no_loss(vectors), records, totals.clients, totals.lane_steps)
+    return PackedTotals(vectors, no_loss(vectors), records, totals.clients)
 
 
 def _add(totals: PackedTotals, turn: Turn) -> PackedTotals:
@@ -96,7 +95,6 @@ def _add(totals: PackedTotals, turn: Turn) -> PackedTotals:
         lost,
         totals.records.at[row, number].set(values, mode="drop"),
         jax.tree.map(lambda a, k: a.at[turn.good_row].set(k, mode="drop"), totals.clients, turn.kept),
-        totals.lane_steps + turn.lane_steps,
     )
 
 
@@ -110,7 +108,6 @@ def _close(totals: PackedTotals, before: Totals, blank: Sums) -> Totals:
         finite=totals.records[:, -1] > 0,
         loss=before.loss + jnp.sum(losses).astype(before.loss.dtype),
         examples=before.examples + examples,
-        lane_steps=totals.lane_steps,
     )
 
 

@@ -29,7 +29,7 @@ class Totals(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What one turn of the lanes adds, every leaf but the last `(lanes, ...)`; rows beyond the clients go nowhere."""
+    """What one turn of the lanes adds, every leaf `(lanes, ...)`; rows beyond the clients go nowhere."""
 
     sums: Sums  # zeros where a lane has nothing to add, here and in losses and examples
     losses: Array  # (lanes, max_epochs + 1) summed losses by epoch
@@ -41,7 +41,6 @@ class Turn(NamedTuple):
     epochs: Array
     finite: Array
     kept: PyTree
-    lane_steps: Array  # ()
 
 
 class Summation(NamedTuple):
@@ -133,7 +132,6 @@ def _add(totals: Totals, turn: Turn) -> Totals:
         finite=totals.finite.at[turn.row].set(turn.finite, mode="drop"),
         loss=totals.loss + jnp.sum(turn.losses).astype(totals.loss.dtype),
         examples=totals.examples + jnp.sum(turn.examples),
-        lane_steps=totals.lane_steps + turn.lane_steps,
     )
 
 
