@@ -96,7 +96,6 @@ class Lanes(NamedTuple):
     place: Array  # int32 place in the queue; at or beyond the level's end: idle
     since: Array  # int32 steps that all lanes had made when it took its client
     free: Array  # bool: takes a new client next
-    following: Array  # int32 first place of the queue that no lane has taken, the same in all
     local: LocalState
     losses: Array  # (lanes, max_epochs + 1) summed losses by epoch; the last column takes all later epochs
 
@@ -192,26 +191,32 @@ def run_level(level: Level, bounds: tuple[Array, Array], totals: T) -> tuple[T, 
     """
     begin, end = bounds
 
-    def busy(carry: tuple[Lanes, Array, T]) -> Array:
-        return jnp.any(~carry[0].free | (carry[0].following < end))
+    def busy(carry: tuple[Lanes, Array, Array, T]) -> Array:
+        lanes, following, *_ = carry
+        return (following < end) | jnp.any(~lanes.free)
 
-    def turn(carry: tuple[Lanes, Array, T]) -> tuple[Lanes, Array, T]:
-        lanes, clock, totals = carry
-        lanes = _claim(lanes, clock)
+    def turn(carry: tuple[Lanes, Array, Array, T]) -> tuple[Lanes, Array, Array, T]:
+        lanes, following, clock, totals = carry
+        lanes, following = _claim(lanes, following, clock)
         assignments = jax.vmap(lambda place: look_up(level, place))(lanes.place)
         fresh = jax.vmap(lambda assignment: _begin(level, assignment))(assignments)
         lanes = lanes._replace(local=_select(lanes.free, fresh, lanes.local))
         active = lanes.place < end
         remaining = jnp.where(active, lanes.since + assignments.steps - clock, jnp.iinfo(jnp.int32).max)
         until = clock + jnp.where(jnp.any(active), jnp.min(remaining), 0)  # 0: under vmap, while others still train
-        step = jax.vmap(lambda assignment, lane, now: _advance(level, assignment, lane, now), in_axes=(0, 0, None))
-        lanes = lax.fori_loop(clock, until, lambda now, lanes: step(assignments, lanes, now), lanes)
-        done = active & (lanes.since + assignments.steps == until)
+
+        def step(training: tuple[Array, Lanes]) -> tuple[Array, Lanes]:
+            now, lanes = training
+            return now + 1, jax.vmap(lambda *lane: _advance(level, *lane, now))(assignments, lanes)
+
+        clock, lanes = lax.while_loop(lambda training: training[0] < until, step, (clock, lanes))
+        done = active & (lanes.since + assignments.steps == clock)
         finished = jax.vmap(lambda *lane: finish(level, *lane))(assignments, lanes.local, done)
         ended = _end_turn(assignments, finished, lanes.losses, done, nowhere=level.round.data.size.shape[0])
-        return lanes._replace(free=done | ~active), until, level.program.summation.add(totals, ended)
+        return lanes._replace(free=done | ~active), following, clock, level.program.summation.add(totals, ended)
 
-    _, clock, totals = lax.while_loop(busy, turn, (_empty_lanes(level, begin, end), jnp.zeros((), jnp.int32), totals))
+    none = _empty_lanes(level, end), begin, jnp.zeros((), jnp.int32), totals
+    _, _, clock, totals = lax.while_loop(busy, turn, none)
     return totals, clock
 
 
@@ -275,27 +280,24 @@ def finish(level: Level, assignment: Assignment, local: LocalState, done: Array)
     return sums, finite, pad_like(kept, assignment.client.state)
 
 
-def _empty_lanes(level: Level, begin: Array, end: Array) -> Lanes:
+def _empty_lanes(level: Level, end: Array) -> Lanes:
     lanes, epochs = level.program.lanes, level.round.state.epoch_losses
     return Lanes(
         place=jnp.broadcast_to(end, (lanes,)),
         since=jnp.zeros(lanes, jnp.int32),
         free=jnp.ones(lanes, bool),
-        following=jnp.broadcast_to(begin, (lanes,)),
         local=zeros(level.blank[1], lanes),
         losses=jnp.zeros((lanes, epochs.shape[1] + 1), epochs.dtype),
     )
 
 
-def _claim(lanes: Lanes, clock: Array) -> Lanes:
+def _claim(lanes: Lanes, following: Array, clock: Array) -> tuple[Lanes, Array]:
     """Give each free lane the next place of the queue."""
     taken = jnp.cumsum(lanes.free, dtype=jnp.int32)
-    return lanes._replace(
-        place=jnp.where(lanes.free, lanes.following + taken - 1, lanes.place),
-        since=jnp.where(lanes.free, clock, lanes.since),
-        losses=jnp.where(lanes.free[:, None], 0, lanes.losses),
-        following=lanes.following + jnp.sum(lanes.free, dtype=jnp.int32),
-    )
+    place = jnp.where(lanes.free, following + taken - 1, lanes.place)
+    since = jnp.where(lanes.free, clock, lanes.since)
+    losses = jnp.where(lanes.free[:, None], 0, lanes.losses)
+    return lanes._replace(place=place, since=since, losses=losses), following + taken[-1]
 
 
 def _select(flags: Array, new: PyTree, old: PyTree) -> PyTree:
