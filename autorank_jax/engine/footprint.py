@@ -37,7 +37,7 @@ def training_footprint(task: Task, data: FederatedData, *, batch_size: int) -> F
     inputs, targets = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), (data.inputs, data.targets)
     )
-    batch = Batch(inputs, targets, jax.ShapeDtypeStruct((batch_size,), jnp.float32))
+    batch = Batch(inputs, targets, jax.eval_shape(lambda: jnp.ones(batch_size, jnp.float32)))
     trained = jax.eval_shape(lambda: task.server.trainable)
 
     def gradient(trained: Trainable, batch: Batch) -> Trainable:
@@ -89,7 +89,7 @@ def _products(jaxpr: Jaxpr) -> int:
     return total
 
 
-def _inner(eqn: Any) -> Iterator[Jaxpr]:
+def _inner(eqn: Any) -> Iterator[Any]:
     """Yield the computations inside an equation: bodies of loops, branches, calls."""
     for value in eqn.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):

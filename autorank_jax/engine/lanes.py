@@ -207,7 +207,7 @@ def run_level(level: Level, bounds: tuple[Array, Array], totals: T) -> tuple[T, 
 
         def step(training: tuple[Array, Lanes]) -> tuple[Array, Lanes]:
             now, lanes = training
-            return now + 1, jax.vmap(lambda *lane: _advance(level, *lane, now))(assignments, lanes)
+            return now + 1, jax.vmap(lambda held, lane: _advance(level, held, lane, now))(assignments, lanes)
 
         clock, lanes = lax.while_loop(lambda training: training[0] < until, step, (clock, lanes))
         done = active & (lanes.since + assignments.steps == clock)

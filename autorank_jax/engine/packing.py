@@ -7,7 +7,7 @@ a compiler fuses the concatenation into what reads it, which takes code for ever
 
 import math
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ def _close(totals: PackedTotals, before: Totals, blank: Sums) -> Totals:
     )
 
 
-def _summed(totals: Totals, blank: Sums) -> tuple[Sums, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def _summed(totals: Totals, blank: Sums) -> tuple[Sums, Any, Any]:
     """Return the shapes of what is summed over lanes: summands, losses by epoch, examples."""
     losses = totals.epoch_losses
     by_epoch = jax.ShapeDtypeStruct((losses.shape[1] + 1,), losses.dtype)
