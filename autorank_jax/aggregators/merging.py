@@ -133,8 +133,6 @@ def fedex_lora(*, owners: bool = False) -> Aggregator:
 
 def _remember(rule: str, restart: Restart, levels: Levels = None) -> Callable[[Server], dict[str, Array]]:
     """Make the `init` that remembers the first `lora_a` of each adapter."""
-    if restart not in ("start", "fresh"):
-        raise ValueError(f"expected restart to be 'start' or 'fresh', got {restart!r}")
 
     def init(server: Server) -> dict[str, Array]:
         check_mergeable(server, rule)

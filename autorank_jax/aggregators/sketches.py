@@ -83,8 +83,6 @@ def make_prepare(*, exact: bool | str) -> Callable[[Key, AggState, Server], dict
     Raises:
         ValueError: for another `exact` than True, False or "auto".
     """
-    if exact not in (True, False, "auto"):
-        raise ValueError(f"expected exact to be True, False or 'auto', got {exact!r}")
 
     def prepare(key: Key, state: AggState, server: Server) -> dict[str, Maps]:  # noqa: ARG001
         key, adapters = jax.random.fold_in(key, _SKETCH), server.trainable.adapters
