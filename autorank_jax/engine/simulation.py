@@ -46,7 +46,7 @@ def init_state(
     local_epochs: int = 1,
     max_epochs: int = 5,
     clients: int | None = None,
-    **hparams: float | Schedule,
+    **hparams: float | Array | Schedule,
 ) -> State:
     """Make the state before the first round.
 
