@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from autorank_jax.adapters.losses import as_float, classification_loss
@@ -13,11 +14,13 @@ from autorank_jax.adapters.low_rank import Form
 from autorank_jax.adapters.nnx_layers import ADAPTED, Factor
 from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, why_unadapted
 from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task, without_values
+from autorank_jax.arguments import checked, describe
 from autorank_jax.types import Adapter, Array, Key, PyTree, Task
 
 __all__ = ["as_float", "classification_loss", "match_layers", "task_from_nnx"]
 
 
+@checked
 def task_from_nnx(
     model: nnx.Module,
     *,
@@ -66,7 +69,7 @@ def task_from_nnx(
     plain = nnx.split(adapted)
     check_statistics(plain[1], frozen_statistics)
     ranks = match_layers(adapted, max_rank, where)
-    values = {name_of(path): v.get_value() for path, v in nnx.to_flat_state(plain[1])}
+    values = {name_of(path): _value(path, v) for path, v in nnx.to_flat_state(plain[1])}
     weights, forms = _insert_adapters(adapted, ranks, values)
     names = [name_of(p) for p, v in nnx.to_flat_state(plain[1]) if isinstance(v, nnx.Param)]
     dense = choose_parameters([n for n in names if n not in weights.values()], train_dense)
@@ -81,6 +84,21 @@ def task_from_nnx(
     unadapted = why_unadapted(modules, matrices, tuple(ADAPTED), wanted=(max_rank, where))
     reading = Reading(loss, preprocess, compute_dtype)
     return make_task(built, ranks, dense, key=key, reading=reading, unadapted=unadapted)
+
+
+def _value(path: tuple, variable: Any) -> Any:
+    """Return the array of a variable."""
+    value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+    if not isinstance(value, jax.Array | np.ndarray):
+        raise ValueError(
+            f"expected a model of arrays, got {describe(value)} at {name_of(path)!r}"
+            + (
+                ", probably of nnx.eval_shape, which makes shapes alone"
+                if isinstance(value, jax.ShapeDtypeStruct)
+                else ""
+            )
+        )
+    return value
 
 
 def match_layers(model: nnx.Module, max_rank: MaxRank, where: Where = "*") -> dict[str, int]:
@@ -214,7 +232,7 @@ def check_statistics(state: Any, frozen: bool) -> None:
     for path, variable in nnx.to_flat_state(state):
         if isinstance(variable, nnx.BatchStat) and not frozen:
             raise ValueError(
-                f"expected a model without mutable statistics, got {name_of(path)!r}, probably from nnx.BatchNorm: "
+                f"expected a model without mutable statistics, got {name_of(path)!r}, such as nnx.BatchNorm has: "
                 "clients with different data have no common statistics; use nnx.GroupNorm or nnx.LayerNorm, or keep "
                 "those of a pretrained model with frozen_statistics=True"
             )

@@ -37,6 +37,7 @@ from autorank_jax.aggregators.owners import (
     owner_product,
 )
 from autorank_jax.aggregators.sketches import LowRank, Maps, Sketch, by_shape, make_prepare, reconstruct
+from autorank_jax.arguments import checked
 from autorank_jax.types import (
     Adapter,
     Aggregator,
@@ -68,6 +69,7 @@ Keep = Callable[[Array, Array], Array]  # singular values, descending; () least 
 MakeStep = Callable[[dict[str, Maps]], ServerStep]
 
 
+@checked
 def flexlora(*, sigma: Sigma = "both", exact: Exact = "auto") -> Aggregator:
     """Split the mean product `Σ_k w_k A_k B_k / Σ_k w_k` by SVD (FlexLoRA, arXiv 2402.11505).
 
@@ -86,6 +88,7 @@ def flexlora(*, sigma: Sigma = "both", exact: Exact = "auto") -> Aggregator:
     return _product_rule(make_summand(products=True), _svd_steps(_mean_products, sigma), exact)
 
 
+@checked
 def raflora(*, levels: Levels = None, sigma: Sigma = "both", exact: Exact = "auto") -> Aggregator:
     """Split the product whose rank positions are averaged over their owners by SVD (raFLoRA, arXiv 2602.13486).
 
@@ -111,6 +114,7 @@ def raflora(*, levels: Levels = None, sigma: Sigma = "both", exact: Exact = "aut
     return _product_rule(make_owner_summand(levels), steps, exact, init=init, exact_plan=True)
 
 
+@checked
 def florist(*, tau: float = 0.99, sigma: Sigma = "both", exact: Exact = "auto") -> Aggregator:
     """Split the mean product by SVD and keep an energy threshold of it (FLoRIST, arXiv 2506.09199).
 
@@ -139,6 +143,7 @@ def florist(*, tau: float = 0.99, sigma: Sigma = "both", exact: Exact = "auto") 
     return _product_rule(make_summand(products=True), steps, exact, traffic=traffic)
 
 
+@checked
 def lora_fair(*, ridge: float = 0.01, owners: bool = False, exact: Exact = "auto") -> Aggregator:
     """Average factors and correct `lora_b` towards the mean product P (LoRA-FAIR, arXiv 2411.14961).
 

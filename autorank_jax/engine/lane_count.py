@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.arguments import check_least, check_name, checked
 from autorank_jax.engine.flops import training_flops
 from autorank_jax.federated.checks import check_known
 from autorank_jax.types import FederatedData, Task
@@ -12,6 +13,7 @@ _STEP_FLOPS = {"cpu": 2.0**25, "gpu": 2.0**34, "tpu": 2.0**34}
 _MOST = {"cpu": 64, "gpu": 1024, "tpu": 1024}
 
 
+@checked
 def choose_lanes(
     data: FederatedData, task: Task, *, batch_size: int, cohort: int | None = None, platform: str | None = None
 ) -> int:
@@ -35,8 +37,9 @@ def choose_lanes(
     """
     check_known("choose_lanes", data)
     platform = platform or jax.default_backend()
-    if platform not in _STEP_FLOPS:
-        raise ValueError(f"expected a platform among {sorted(_STEP_FLOPS)}, got {platform!r}")
+    check_name("a platform", platform, _STEP_FLOPS)
+    check_least("batch_size", batch_size)
+    check_least("cohort", 1 if cohort is None else cohort)
     flops = training_flops(task, data, batch_size=batch_size)
     per_example = flops.base + sum(
         flops.per_rank[path] * rank for path, rank in max_ranks(task.server.trainable).items()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from autorank_jax.adapters.lora import cut, max_ranks, narrow, pad_like, rank_level, rank_masks
+from autorank_jax.engine.checks import summable
 from autorank_jax.engine.levels import Widths
 from autorank_jax.engine.optimizers import follow_client
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
@@ -281,7 +282,7 @@ def finish(level: Level, assignment: Assignment, local: LocalState, done: Array)
     trained = jax.tree.map(lambda new, old: jnp.where(counts, new, old), trained, assignment.start)
     client = assignment.client._replace(weight=jnp.where(counts, assignment.client.weight, 0))
     update, server = ClientUpdate(trained, assignment.start, client), level.round.state.server
-    sums = level.program.aggregator.summand(update, server, level.round.plan)
+    sums = summable(level.program.aggregator.summand(update, server, level.round.plan))
     kept = level.program.aggregator.client_keep(update, server)
     finite &= _all_finite((sums, kept))  # finite factors may have an infinite product
     sums = jax.tree.map(lambda leaf: jnp.where(done & finite, leaf, 0), sums)

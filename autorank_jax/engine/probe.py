@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.arguments import check_least, check_share, checked
 from autorank_jax.engine.round import make_round
 from autorank_jax.federated.data import client_stats
 from autorank_jax.types import (
@@ -24,6 +25,7 @@ from autorank_jax.types import (
 )
 
 
+@checked
 def probe(
     key: Key,
     local: LocalTraining,
@@ -69,8 +71,8 @@ def probe(
     """
     if epochs < 2:
         raise ValueError(f"expected epochs >= 2, got {epochs}: one epoch is no curve")
-    if not 0 < ratio <= 1:
-        raise ValueError(f"expected a ratio in (0, 1], got {ratio}, probably a rank: divide by the maximum")
+    check_share("ratio", ratio, cause="a rank: divide by the maximum")
+    check_least("lanes", lanes)
     plain = client_stats(data, classes=classes, groups=groups, extra=extra, max_ratio=max_ratio)
     clients, dtype = data.size.shape[0], state.epoch_losses.dtype
     widest = max_ranks(state.server.trainable)

@@ -8,7 +8,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from autorank_jax.adapters.lora import max_ranks
-from autorank_jax.engine.checks import check_local, check_round, check_rule
+from autorank_jax.arguments import check_least, checked
+from autorank_jax.engine.checks import check_round, check_update
 from autorank_jax.engine.lanes import Program, Round, Totals, make_queue, no_totals, run_queue, steps_of_epochs
 from autorank_jax.engine.levels import RankLevels, resolve_levels
 from autorank_jax.engine.optimizers import at_round
@@ -28,6 +29,7 @@ from autorank_jax.types import (
 )
 
 
+@checked
 def make_round(
     local: LocalTraining,
     aggregator: Aggregator,
@@ -58,7 +60,8 @@ def make_round(
             `sharding.owned_data`. Results depend on the mesh by rounding only.
 
     Returns:
-        `round(key, state, data) -> (state, info)`. The same `key` serves all rounds: each folds in its number.
+        `round(key, state, data) -> (state, info)`. The same `key` serves all rounds: each folds in its number. A state
+        may go on under another rule that remembers things of the same form; most remember nothing.
 
     Raises:
         TypeError: for what is no local training or no rule, such as one that was not called.
@@ -67,11 +70,9 @@ def make_round(
     """
     if mesh is not None:
         check_mesh(mesh)
-    for name, value in (("lanes", lanes), ("rank_levels", rank_levels)):
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"expected {name} >= 1, got {value}")
-    check_local(local)
-    check_rule(aggregator)
+    check_least("lanes", lanes)
+    if isinstance(rank_levels, int):
+        check_least("rank_levels", rank_levels)
 
     def round_fn(key: Key, state: State, data: FederatedData) -> tuple[State, RoundInfo]:
         check_round(key, state, data, aggregator)
@@ -105,7 +106,9 @@ def make_round(
             totals = _train_exactly(train, cohort, weight, blank)
         else:
             totals = train(weight)
-        server, memory = aggregator.update(server_step, totals.sums, state.aggregator, state.server)
+        updated = aggregator.update(server_step, totals.sums, state.aggregator, state.server)
+        check_update(updated, state)
+        server, memory = updated
         diagnostics = aggregator.report(totals.sums, state.server, server)
         state = state._replace(
             server=server,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from autorank_jax.adapters import max_ranks
+from autorank_jax.arguments import checked
 from autorank_jax.datasets import Dataset
 from autorank_jax.engine import FlopModel, make_local_training, make_round, training_flops
 from autorank_jax.engine.probe import discard
@@ -103,6 +104,7 @@ class Program(NamedTuple):
     cost: CostFn
 
 
+@checked
 def run_experiment(
     experiment: Experiment,
     *,

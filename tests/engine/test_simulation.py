@@ -183,7 +183,7 @@ SERVER_RANKS = {"layers/0": [1, 2, 3]}
         ({"layer": [1]}, {}, r"expected ranks for the adapters \['layers/0'\], got \['layer'\]"),
         ({"layers/0": [[1], [2]]}, {}, r"expected ranks of shape \(clients,\) = \(2,\) .* got .*\(2, 1\)"),
         ({"layers/0": [1, 2]}, {"clients": 3}, r"expected ranks of shape \(clients,\) = \(3,\) .* got .*\(2,\)"),
-        ({"layers/0": [1, 0]}, {}, r"expected ranks of 'layers/0' in 1..4, got 0..1, probably ranks made for a larger"),
+        ({"layers/0": [1, 0]}, {}, r"expected ranks of 'layers/0' in 1..4, got 0..1$"),
         ({"layers/0": [1, 5]}, {}, r"expected ranks of 'layers/0' in 1..4, got 1..5, probably ranks made for a larger"),
         ({"layers/0": [1, 2]}, {"local_epochs": 0}, "expected local_epochs >= 1, got 0"),
     ],
@@ -197,11 +197,6 @@ def test_adapters_need_ranks_of_one_length():
     task = task_from_nnx(MLP((6, 5, 3), rngs=nnx.Rngs(0)), max_rank=2)
     with pytest.raises(ValueError, match=r"expected ranks of shape .* for every adapter, got .*\(3,\)"):
         init_state(task.server, RULE, {"layers/0": np.ones(2, int), "layers/1": np.ones(3, int)})
-
-
-def test_rounds_below_one_are_refused():
-    with pytest.raises(ValueError, match="expected rounds >= 1, got 0"):
-        simulate(jax.random.key(0), None, None, None, rounds=0)
 
 
 def test_whole_models_train_without_adapters():
