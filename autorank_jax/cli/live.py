@@ -64,9 +64,12 @@ class Display(Stages):
             case Leveled(choice):
                 self._enter("")
                 self._print(about_levels(choice))
-            case Compiled(aggregator, seconds):
+            case Compiled(aggregator, seconds, lanes):
                 self._enter("")
-                self._print(f"Compiled one round of {aggregator} in {seconds:.1f} s; it serves every policy.")
+                self._print(
+                    f"Compiled one round of {aggregator} in {seconds:.1f} s; it serves every policy and trains "
+                    f"{lanes} client{'s' * (lanes > 1)} at a time."
+                )
             case Scored(scores) if scores.seed == self.experiment.first_seed:
                 self._enter("")
                 self.console.print(scores_table(scores))

@@ -27,7 +27,7 @@ def story():
     yield Leveled(LevelChoice(({"a": 4},), 1.5, 2.1))
     for number, rule in enumerate(EXPERIMENT.aggregators, 1):
         yield Stage("compiling", number, 2)
-        yield Compiled(rule, 2.0)
+        yield Compiled(rule, 2.0, 4)
         for policy in EXPERIMENT.rank_policies:
             yield Started(policy, rule, 0)
             yield from (RoundDone(row(policy, rule, n), 100.0) for n in (1, 2, 3))
