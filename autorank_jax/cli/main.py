@@ -16,7 +16,7 @@ from autorank_jax.experiment.results import DivergedError, LanguageDivergedError
 from autorank_jax.ranks.table_file import CriteriaError
 
 INTERRUPTED = 130
-EXTRA = ("tyro", "rich", "matplotlib")
+EXTRA = ("rich", "matplotlib")
 
 _LOST = "another process ended or cannot be reached"
 _WATCH = "import sys; sys.stdin.read() or sys.stderr.write(sys.argv[1])"

@@ -49,7 +49,7 @@ class Experiment:
 
     Attributes:
         dataset: name of a dataset; `autorank-jax data` lists them
-        split: how examples are split over clients: iid, dirichlet, shards, quantity, staircase, dirichlet_lognormal
+        split: who gets which examples: iid, dirichlet, shards, quantity, staircase, dirichlet_lognormal
         clients: number of clients
         alpha: Dirichlet concentration of the label mixes, small = few classes per client
         sigma: size imbalance of the log-normal splits, 0 = equal sizes
@@ -61,7 +61,7 @@ class Experiment:
         rank_policies: what gives the clients their ranks, each tried in turn; the end of this help explains them
         ratios: rank ratio of every client, for the policy 'manual'
         min_ratio: smallest rank ratio, of the least complex client
-        criteria: columns of the decision matrix: size, classes, label_entropy, gini_simpson, loss_entropy
+        criteria: columns of the decision matrix; default all that there are
         probe_epochs: epochs of the probe behind the criterion loss_entropy
         rerank_every: rounds after which ranks are set anew, 0 = set once
         aggregators: aggregation rules, each tried in turn, rbla for the paper's own; the end of this help explains them
@@ -200,7 +200,7 @@ def experiment_from(config: Any) -> Experiment:
     """
     if not isinstance(config, Mapping):
         raise ConfigurationError([f"config: expected options by name, got {type(config).__name__}"])
-    problems = list(unknown("config", config, Experiment.__dataclass_fields__))
+    problems = list(unknown("config", config, Experiment.__dataclass_fields__, listed="run --help-all"))
     values: dict[str, Any] = {}
     for name, field in Experiment.__dataclass_fields__.items():
         if name not in config:
