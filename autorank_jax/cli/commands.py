@@ -1,5 +1,6 @@
 """The command `run`: an experiment shown while it goes on, and written to its folder."""
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from rich.console import Console
 
-from autorank_jax.checkpoint import CheckpointError
+from autorank_jax.checkpoint import CheckpointError, saved_steps
 from autorank_jax.cli import cache
 from autorank_jax.cli.files import checkpoints_of, how_to_resume, save_results, write_results, write_run
 from autorank_jax.cli.folders import ReportError, check_folder, default_folder, occupied
@@ -18,11 +19,12 @@ from autorank_jax.cli.logs import Logs, log_problems
 from autorank_jax.cli.options import PROGRAM, Run
 from autorank_jax.cli.tables import comparison_tables, footnotes, make_console
 from autorank_jax.cli.terminal import tell
+from autorank_jax.experiment.checkpoints import Checkpoints, expected_rounds
 from autorank_jax.experiment.config import ConfigurationError, Experiment, outside
 from autorank_jax.experiment.doubts import doubts
 from autorank_jax.experiment.events import Compiled, Event, Resumed, Scored, Stopped
 from autorank_jax.experiment.launch import is_first, start
-from autorank_jax.experiment.results import DivergedError, Results
+from autorank_jax.experiment.results import DivergedError, Record, Results
 from autorank_jax.experiment.run import run_experiment
 
 
@@ -105,8 +107,21 @@ def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
         raise Interrupted(f"{stop}; {rounds}; go on with: {how_to_resume(folder)}", stop.code) from None
     paths, problem = save_results(folder, results)
     show(console, experiment, results, paths)
+    console.print(about_extension(folder, experiment, results, checkpoints), soft_wrap=True)
     if problem:
         raise problem
+
+
+def about_extension(folder: Path, experiment: Experiment, results: Results, checkpoints: Checkpoints) -> str:
+    """Say how a finished run goes on to more rounds, or why it cannot."""
+    if not saved_steps(checkpoints.folder):
+        return "It cannot be extended by more rounds, as no checkpoints were kept: --checkpoint-every N keeps some."
+    records = [Record(run.policy, run.aggregator, run.seed, run.rows, over=True) for run in results.runs]
+    more = dataclasses.replace(experiment, rounds=experiment.rounds + 1)
+    kept = expected_rounds(records, more, experiment.rounds)
+    if kept:
+        return f"It cannot be extended by more rounds, {kept.partition(', ')[2]}."
+    return f"It can be extended by more rounds: {how_to_resume(folder)} --rounds N"
 
 
 def check_run(command: Run) -> None:

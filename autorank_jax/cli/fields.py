@@ -1,7 +1,6 @@
 """The options of a command, read off the fields of its dataclass and their docstring."""
 
 import dataclasses
-import functools
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,6 @@ class Option(NamedTuple):
         return self.bare or f"--{self.name.replace('_', '-')}"
 
 
-@functools.cache
 def options_of(command: type) -> Mapping[str, Option]:
     """Return the options of a command by the names of their fields, those of its parts among them."""
     return {option.name: option for option in _options(command, "")}
@@ -38,7 +36,7 @@ def _options(kind: type, part: str) -> Iterator[Option]:
     hints, about = get_type_hints(kind), explanations(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from _options(hint, field.name)
         else:
             single, several, words = _taken_apart(hint)

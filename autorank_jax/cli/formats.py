@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,14 @@ def read_run(folder: Path) -> tuple[Experiment, int, int]:
     """
     path = folder.expanduser() / CHECKPOINTS / RUN_FILE
     if not os.path.exists(path):  # where `path.exists()` raises for a name of 300 letters
-        raise ConfigurationError(
-            [f"resume: expected the folder of a run with checkpoints, got {folder} without {CHECKPOINTS}/{RUN_FILE}; "
-             "probably another folder, or a run without --checkpoint-every"]
-        )  # fmt: skip
+        if not os.path.exists(folder.expanduser() / "config.json"):
+            problem = f"got {folder} without {CHECKPOINTS}/{RUN_FILE}, probably another folder"
+        else:
+            problem = (
+                f"got {folder}, a run that kept none, so that its models are gone; run it anew: autorank-jax run "
+                f"--config {shlex.quote(os.fspath(folder / 'config.json'))} --checkpoint-every 5, with more --rounds"
+            )
+        raise ConfigurationError([f"resume: expected the folder of a run with checkpoints, {problem}"])
     content = read_json("resume", path)
     try:
         return experiment_from(content["experiment"]), int(content["every"]), int(content["keep"])

@@ -64,24 +64,28 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "run": ("--split dirichlet_lognormal --clients 20 --seeds 3",),
     "finetune": ("--rounds 2", "--model FOLDER --data FILE.jsonl --clients-by category"),
     "compare": ("runs/one runs/two --output both.png",),
-    "ranks": ("--criteria clients.csv --max-rank 64 --cost latency", "--criteria - --columns size,classes --json < FILE"),
+    "ranks": (
+        "--criteria clients.csv --max-rank 64 --cost latency",
+        "--criteria - --columns size,classes --json < FILE",
+    ),
     "data": ("", "fetch mnist", "fetch --help"),
     "data fetch": ("cifar100", "mine --source pictures/", "houses --source houses.csv --target price"),
     "cache": ("--clear",),
 }
 
 _NEARBY = {
-    "lr": "learning-rate", "policy": "rank-policies", "policies": "rank-policies policy", "method": "rank-policies policy",
-    "rule": "aggregators aggregator", "rules": "aggregators aggregator", "algorithm": "aggregators aggregator",
-    "strategy": "aggregators aggregator", "epochs": "local-epochs", "epoch": "local-epochs", "bs": "batch-size",
-    "batch": "batch-size", "data": "dataset", "seed": "first-seed", "rank": "max-ranks max-rank", "r": "max-ranks max-rank",
-    "max-rank": "max-ranks", "output": "out", "o": "out output", "output-dir": "out", "folder": "out source model",
-    "gpus": "devices", "workers": "devices", "num-clients": "clients", "n-clients": "clients", "num-rounds": "rounds",
-    "fraction": "participation", "dropout": "drop-out", "partition": "split", "network": "model", "optim": "optimizer",
-    "force": "overwrite", "silent": "quiet", "q": "quiet", "layers": "hidden", "widths": "hidden",
-    "checkpoints": "checkpoint-every", "noniid": "split", "dirichlet": "alpha", "input": "criteria source data",
-    "file": "criteria source data", "csv": "criteria source", "i": "criteria source", "label": "target", "url": "source",
-    "delete": "clear", "empty": "clear", "out": "output", "png": "output", "picture": "output", "name": "model",
+    "lr": "learning-rate", "policy": "rank-policies", "policies": "rank-policies policy",
+    "method": "rank-policies policy", "rule": "aggregators aggregator", "rules": "aggregators aggregator",
+    "algorithm": "aggregators aggregator", "strategy": "aggregators aggregator", "epochs": "local-epochs",
+    "epoch": "local-epochs", "bs": "batch-size", "batch": "batch-size", "data": "dataset", "seed": "first-seed",
+    "rank": "max-ranks max-rank", "max-rank": "max-ranks", "output": "out", "o": "out output", "output-dir": "out",
+    "folder": "out source model", "gpus": "devices", "workers": "devices", "num-clients": "clients",
+    "n-clients": "clients", "num-rounds": "rounds", "fraction": "participation", "dropout": "drop-out",
+    "partition": "split", "network": "model", "optim": "optimizer", "force": "overwrite", "silent": "quiet",
+    "q": "quiet", "layers": "hidden", "widths": "hidden", "checkpoints": "checkpoint-every", "noniid": "split",
+    "dirichlet": "alpha", "input": "criteria source data", "file": "criteria source data", "csv": "criteria source",
+    "i": "criteria source", "label": "target", "delete": "clear", "empty": "clear", "out": "output", "png": "output",
+    "picture": "output", "name": "model",
 }  # fmt: skip
 NEARBY: Mapping[str, tuple[str, ...]] = {word: tuple(here.split()) for word, here in _NEARBY.items()}
 """What other programs call an option, and its names here."""
@@ -89,7 +93,12 @@ NEARBY: Mapping[str, tuple[str, ...]] = {word: tuple(here.split()) for word, her
 
 def help_on_program() -> str:
     """Return the list of commands."""
-    lines = [f"usage: {PROGRAM} COMMAND [OPTIONS]", "", "Federated LoRA with a rank for every client, chosen by AutoRank.", ""]
+    lines = [
+        f"usage: {PROGRAM} COMMAND [OPTIONS]",
+        "",
+        "Federated LoRA with a rank for every client, chosen by AutoRank.",
+        "",
+    ]
     for name, kind in COMMANDS.items():
         lines += _entry(f"  {name}", _summary(kind), 15)
     lines += _entry("  completion", "Print a script that completes words in a shell: bash, zsh, fish or tcsh.", 15)

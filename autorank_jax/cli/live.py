@@ -1,5 +1,9 @@
-"""What a run shows while it goes on: one block that is updated in place on a terminal, a line per stage elsewhere."""
+"""What a run shows while it goes on: one block that is updated in place on a terminal.
 
+Elsewhere there is a line for every stage, and one now and then for what takes longer.
+"""
+
+import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -29,6 +33,8 @@ from autorank_jax.experiment.results import Row, accuracies
 
 NARROW = 76
 """Columns below which speed and faults are not shown."""
+SILENCE = 10.0
+"""Seconds after which there is another line where nothing moves."""
 
 
 class Bar:
@@ -57,17 +63,21 @@ class Display:
         self.measured: list[float] = []  # seconds of every round of this process, evaluation included
         self.spinner = Spinner("line" if console.options.ascii_only else "dots")
         self.live = Live(console=console, get_renderable=self._view, refresh_per_second=5)
+        self.said, self.over = time.monotonic(), threading.Event()
 
     def __enter__(self) -> "Display":
         """Begin to show."""
         if self.moving:
             self.live.start()
+        elif not self.console.quiet:
+            threading.Thread(target=self._break_silence, daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the terminal as it was, the bars at where they stand."""
+        self.over.set()
         self._enter("")
         if self.moving:
             self.live.stop()
@@ -108,12 +118,25 @@ class Display:
         return f"{policy}+{aggregator}" if len(self.experiment.aggregators) > 1 else policy
 
     def _print(self, line: str) -> None:
+        self.said = time.monotonic()
         self.console.print(line, markup=False)
+
+    def _break_silence(self) -> None:
+        """Say what is done just now, whenever nothing was said for a while."""
+        while not self.over.wait(max(self.said + SILENCE - time.monotonic(), 0.01)):
+            stage, now = self.stage, time.monotonic()
+            if now - self.said >= SILENCE:
+                self._print(
+                    stage if self._between_rounds() else f"{stage or 'working'}: {now - self.since:.0f} s so far"
+                )
+
+    def _between_rounds(self) -> bool:
+        return ": round " in self.stage
 
     def _enter(self, stage: str) -> None:
         """End a stage, with a line that stays where nothing moves, and begin another."""
         now = time.monotonic()
-        if self.stage and not self.moving:
+        if self.stage and not self.moving and not self._between_rounds():
             self._print(f"{self.stage}: {now - self.since:.1f} s")
         self.stage, self.since = stage, now
 
@@ -134,14 +157,14 @@ class Display:
         bar.accuracy = bar.accuracy if row.accuracy is None else f"{100 * row.accuracy:.1f} %"
         bar.speed = f"{examples / max(row.seconds, 1e-9):,.0f} samples/s"
         bar.faults = ", ".join(faults_of([row]))
-        if self.moving:
-            self._say_round(row, bar)
+        self._say_round(name, row, bar)
 
-    def _say_round(self, row: Row, bar: Bar) -> None:
+    def _say_round(self, name: str, row: Row, bar: Bar) -> None:
         left = sum(bar.total - bar.done for bar in self.bars.values())
         seconds = left * sum(self.measured) / len(self.measured)
         accuracy = f", {bar.accuracy}" if bar.accuracy else ""
-        self.stage = f"round {row.round} of {self.experiment.rounds}{accuracy}, about {spoken(seconds)} left"
+        where = "" if self.moving else f"{name}, seed {row.seed}: "
+        self.stage = f"{where}round {row.round} of {self.experiment.rounds}{accuracy}, about {spoken(seconds)} left"
 
     def _view(self) -> RenderableType:
         """Return the block: what is done just now, and a bar for every policy once there are rounds."""

@@ -139,7 +139,7 @@ class Cache:
 
 
 Command = Run | Finetune | Compare | Ranks | Listing | Fetch | Cache
-COMMANDS: Mapping[str, type[Command]] = {
+COMMANDS: Mapping[str, type[Any]] = {
     "run": Run, "finetune": Finetune, "compare": Compare, "ranks": Ranks, "data": Listing, "data fetch": Fetch,
     "cache": Cache,
 }  # fmt: skip

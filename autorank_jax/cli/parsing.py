@@ -2,9 +2,11 @@
 
 import dataclasses
 import difflib
+import functools
+import re
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple, NoReturn
 
@@ -207,7 +209,7 @@ def _no_option(command: str, flag: str, options: Mapping[str, Option]) -> str:
 
 
 def nearby(flag: str, options: Mapping[str, Option]) -> str:
-    """Return the option that is meant by a word that other programs have, by a misspelling, or by a part of its name."""
+    """Return the option that is meant by another program's word for it, by a misspelling, or by a part of its name."""
     name = flag.strip("-").replace("_", "-")
     known = {option.name.replace("_", "-"): option.flag for option in options.values()}
     exact = any(name.replace("-", "_") in options_of(kind) for kind in COMMANDS.values())
@@ -217,12 +219,13 @@ def nearby(flag: str, options: Mapping[str, Option]) -> str:
     return known[(other or close or parts)[0]] if other or close or parts else ""
 
 
-def _made(kind: type[Command], given: Mapping[str, Any]) -> Command:
+def _made(kind: type[Any], given: Mapping[str, Any]) -> Command:
     """Make a command of what is given, and of the defaults for everything else."""
     options = options_of(kind)
     own = {name: value for name, value in given.items() if not options[name].part}
     if kind not in (Run, Finetune):
-        return kind(**own)
+        made: Command = kind(**own)
+        return made
     begin = starting_point(given) if kind is Run else kind()
     for part in dict.fromkeys(option.part for option in options.values() if option.part):
         values = {name: value for name, value in given.items() if options[name].part == part}
@@ -241,23 +244,24 @@ def starting_point(given: Mapping[str, Any]) -> Run:
     return Run(read_config(config)) if config else Run()
 
 
-def _further(kind: type[Command], given: Mapping[str, Any], problems: Iterable[str]) -> list[str]:
+def _further(kind: type[Any], given: Mapping[str, Any], problems: Iterable[str]) -> list[str]:
     """Return what is wrong with the options that could be read, beside those that could not."""
     unread = {line.partition(":")[0] for line in problems}
     found: list[str] = []
     try:
-        match _made(kind, given) if kind in (Run, Finetune) else None:
-            case Run(experiment, launch):
-                checks = (experiment.validate, launch.validate)
-            case Finetune(training):
-                checks = (lambda: training.validate(GLOBAL_RULES),)
-            case _:
-                checks = ()
+        made = _made(kind, given) if kind in (Run, Finetune) else None
     except ConfigurationError as error:
         return list(error.problems)
-    for check in checks:
-        try:
-            check()
-        except ConfigurationError as error:
-            found += error.problems
-    return [line for line in found if not any(word in line.replace(":", " ").split() for word in unread)]
+    for part in (made.launch, made.experiment) if isinstance(made, Run) else ():
+        found += _complaints(part.validate)
+    if isinstance(made, Finetune):
+        found += _complaints(functools.partial(made.training.validate, GLOBAL_RULES))
+    return [line for line in found if unread.isdisjoint(re.findall(r"[\w-]+", line))]
+
+
+def _complaints(check: Callable[[], None]) -> Sequence[str]:
+    try:
+        check()
+    except ConfigurationError as error:
+        return error.problems
+    return ()

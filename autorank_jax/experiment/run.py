@@ -338,7 +338,7 @@ def probe(
         epochs = jnp.asarray(experiment.probe_epochs, jnp.int32)
         state = state._replace(hparams=state.hparams | {"local_epochs": epochs})
         state, _ = compiled.run(federation.keys["probe"], state, federation.data)
-        curves.append((state.epoch_losses, state.epochs))
+        curves.append(jax.block_until_ready((state.epoch_losses, state.epochs)))  # or ranking would wait for it
     return tuple(curves)
 
 
