@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -13,14 +15,21 @@ from tests.cli.cases import fails
 from tests.cli.test_files import make_results
 
 
-@pytest.fixture
-def runs(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """Two runs, the second of which has other options and one rule more."""
+    folder = tmp_path_factory.mktemp("written")
     other = make_results(("rbla", "zero_pad"))
     other = other._replace(config=other.config | {"learning_rate": 0.5}, stopped="interrupted after round 3")
     for name, results in (("one", make_results()), ("[other]", other)):
-        write_results(tmp_path / name, results)
-    return [tmp_path / "one", tmp_path / "[other]"]
+        write_results(folder / name, results)
+    return folder
+
+
+@pytest.fixture
+def runs(written, tmp_path):
+    """Copies of the two runs, to be changed."""
+    return [Path(shutil.copytree(written / name, tmp_path / name)) for name in ("one", "[other]")]
 
 
 def test_runs_beside_each_other(runs, tmp_path, monkeypatch, capsys):
@@ -81,20 +90,23 @@ def test_names_with_one_end_are_numbered(runs, tmp_path, monkeypatch, capsys):
 
 
 def test_accuracy_and_r2_are_not_mixed(runs, tmp_path, monkeypatch, capsys):
-    regression = tmp_path / "regression"
-    write_results(regression, make_results()._replace(score="r2"))
+    regression, second = (Path(shutil.copytree(runs[0], tmp_path / name)) for name in ("regression", "second"))
+    for folder in (regression, second):
+        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps(summary | {"score": "r2"}))
     assert fails(capsys, "compare", runs[0], regression) == (
         "autorank-jax: runs: expected one measure in all of them, got accuracy (as in one) and R² (as in regression); "
         "compare those of a kind\n"
     )
-    write_results(tmp_path / "second", make_results()._replace(score="r2"))
     drawn, comparing = [], importlib.import_module("autorank_jax.cli.comparing")
     real = comparing.curves_figure
     monkeypatch.setattr(
         comparing, "curves_figure", lambda *given, **named: drawn.append(real(*given, **named)) or drawn[0]
     )
-    assert cli.main(["compare", str(regression), str(tmp_path / "second"), "--output", str(tmp_path / "a.png")]) == 0
-    assert "accuracy" not in capsys.readouterr().out.replace("accuracy.png", "")
+    assert cli.main(["compare", str(regression), str(second), "--output", str(tmp_path / "a.png")]) == 0
+    text = capsys.readouterr().out.replace(str(tmp_path), "")
+    assert "accuracy" not in text
+    assert "R²" in text
     assert drawn[0].axes[0].get_ylabel() == "test R²"
 
 

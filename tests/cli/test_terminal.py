@@ -35,16 +35,18 @@ def training(monkeypatch):
 
 
 def test_a_run_says_whether_it_can_be_extended(tmp_path, training, monkeypatch, capsys):  # noqa: ARG001
-    out = tmp_path / "out"
+    out, commands = tmp_path / "out", importlib.import_module("autorank_jax.cli.commands")
+    monkeypatch.setattr(commands, "save_results", lambda folder, _: ([folder / "config.json"], None))  # it draws
     assert cli.main([*RUN, "--out", str(out)]) == 0
     without = "It cannot be extended by more rounds, as no checkpoints were kept: --checkpoint-every N keeps some.\n"
     assert capsys.readouterr().out.endswith(without)
+    out.mkdir()
+    (out / "config.json").write_text("{}")
     assert fails(capsys, "run", "--resume", out, "--rounds", "9") == (
         f"autorank-jax: resume: expected the folder of a run with checkpoints, got {out}, a run that kept none, so "
         f"that its models are gone; run it anew: autorank-jax run --config {out}/config.json --checkpoint-every 5, "
         "with more --rounds\n"
     )
-    commands = importlib.import_module("autorank_jax.cli.commands")
     monkeypatch.setattr(commands, "saved_steps", lambda _: [3])
     assert cli.main([*RUN, "--out", str(out), "--overwrite"]) == 0
     assert capsys.readouterr().out.endswith(
