@@ -13,7 +13,7 @@ from autorank_jax.checkpoint import CheckpointError, saved_steps
 from autorank_jax.cli import cache
 from autorank_jax.cli.files import checkpoints_of, how_to_resume, save_results, write_results, write_run
 from autorank_jax.cli.folders import ReportError, check_folder, default_folder, occupied
-from autorank_jax.cli.interrupts import INTERRUPTED, Interrupted, Interruption
+from autorank_jax.cli.interrupts import Interrupted, Interruption
 from autorank_jax.cli.live import Display
 from autorank_jax.cli.logs import Logs, log_problems
 from autorank_jax.cli.options import PROGRAM, Run
@@ -84,8 +84,9 @@ def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
             for line in doubts(event.scores):
                 tell(line)
 
+    interruption = Interruption()
     try:
-        with Interruption() as interruption, Logs(command.log, folder) as logs, Display(console, experiment) as display:
+        with interruption, Logs(command.log, folder) as logs, Display(console, experiment) as display:
             results = run_experiment(
                 experiment,
                 mesh=mesh,
@@ -102,7 +103,7 @@ def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
             write_results(folder, results, overwrite=True)
         rounds = f"the rounds so far are in {folder}" if partial else "nothing was written"
         if not isinstance(stop, Interrupted):  # in the middle of a round
-            raise Interrupted(f"interrupted; {rounds}", INTERRUPTED) from None
+            raise Interrupted(f"interrupted; {rounds}", interruption.code) from None
         write_run(folder, experiment, checkpoints)
         raise Interrupted(f"{stop}; {rounds}; go on with: {how_to_resume(folder)}", stop.code) from None
     paths, problem = save_results(folder, results)

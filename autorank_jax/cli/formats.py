@@ -74,12 +74,13 @@ def read_run(folder: Path) -> tuple[Experiment, int, int]:
 
 
 def read_config(path: Path) -> Experiment:
-    """Read the `config.json` of a run.
+    """Read the `config.json` of a run, or that in its folder.
 
     Raises:
         ConfigurationError: for a file that cannot be read, or holds anything else; all mistakes at once.
     """
-    return experiment_from(read_json("config", path.expanduser()))
+    path = path.expanduser()
+    return experiment_from(read_json("config", path / "config.json" if path.is_dir() else path))
 
 
 def read_json(option: str, path: Path) -> Any:
@@ -93,7 +94,11 @@ def read_json(option: str, path: Path) -> Any:
             raise ValueError(f"more than {MOST_BYTES >> 20} MB")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        problem = f"{path}, got: {error.strerror or error}"
+        problem = f"the file {path}, got: {error.strerror or error}"
+    except json.JSONDecodeError as error:
+        problem = f"JSON in {path}, got {f'none from line {error.lineno} on' if error.doc.strip() else 'an empty file'}"
+    except UnicodeDecodeError:
+        problem = f"JSON in {path}, got bytes that are no text"
     except (ValueError, RecursionError) as error:
         problem = f"JSON in {path}, got: {error}"
     raise ConfigurationError([f"{option}: expected {problem}"])

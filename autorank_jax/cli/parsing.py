@@ -15,7 +15,7 @@ from autorank_jax.cli.fields import Option, expected, options_of, read_word, sho
 from autorank_jax.cli.formats import read_config, read_run
 from autorank_jax.cli.help import NEARBY, help_on, help_on_program
 from autorank_jax.cli.options import COMMANDS, PROGRAM, Command, Finetune, Run
-from autorank_jax.experiment.config import GLOBAL_RULES, ConfigurationError
+from autorank_jax.experiment.config import GLOBAL_RULES, ConfigurationError, Experiment
 
 HELP = ("-h", "--help", "--help-all")
 FIRST = (*dict.fromkeys(name.partition(" ")[0] for name in COMMANDS), "completion")
@@ -158,6 +158,7 @@ def read_pieces(
     for name in ("config", "resume"):  # the defaults of all others come from there
         if names.count(name) > 1:
             problems.append(f"{name}: expected it once, got it {names.count(name)} times")
+            given.pop(name, None)
     missing = [o for o in options.values() if o.default is dataclasses.MISSING and o.name not in {*given, *names}]
     if len(missing) == len(strays) == 1 and not missing[0].bare:
         word = strays.pop()[1]
@@ -240,8 +241,25 @@ def starting_point(given: Mapping[str, Any]) -> Run:
         raise ConfigurationError(["resume: expected no --config beside it: a run goes on with its own options"])
     if resume:
         experiment, every, keep = read_run(resume)
+        _check_unchanged(experiment, given)
         return Run(experiment, checkpoint_every=every, keep_checkpoints=keep)
     return Run(read_config(config)) if config else Run()
+
+
+def _check_unchanged(experiment: Experiment, given: Mapping[str, Any]) -> None:
+    """Check that what is taken up again is asked to do the same, but for the number of rounds."""
+    problems = [
+        f"{name.replace('_', '-')}: expected {_spelled(getattr(experiment, name))} beside --resume, as that run has it,"
+        f" got {_spelled(value)}; a run with other options begins anew: --config in place of --resume"
+        for name, value in given.items()
+        if name != "rounds" and hasattr(experiment, name) and value != getattr(experiment, name)
+    ]
+    if problems:
+        raise ConfigurationError(problems)
+
+
+def _spelled(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _further(kind: type[Any], given: Mapping[str, Any], problems: Iterable[str]) -> list[str]:

@@ -38,6 +38,8 @@ POLICIES: Mapping[str, str] = {
     "reversed": "AutoRank's ratios, largest to the least complex client",
     "manual": "the ratios given as --ratios",
 }
+MOST_STRANGE = 3
+"""Names in a file of options that are none, from more than which on it is another file."""
 SAMPLINGS = ("uniform", "by_size", "independent")
 SCORED = ("autorank", "covered", "uniform", "uniform_bytes", "by_size_bytes", "shuffled", "reversed")
 """Policies that need AutoRank's scores, if only for their mean."""
@@ -200,7 +202,11 @@ def experiment_from(config: Any) -> Experiment:
     """
     if not isinstance(config, Mapping):
         raise ConfigurationError([f"config: expected options by name, got {type(config).__name__}"])
-    problems = list(unknown("config", config, Experiment.__dataclass_fields__, listed="run --help-all"))
+    strange = [str(name) for name in config if name not in Experiment.__dataclass_fields__]
+    if len(strange) > MOST_STRANGE:
+        names = f"{', '.join(strange[:MOST_STRANGE])} and {len(strange) - MOST_STRANGE} more"
+        raise ConfigurationError([f"config: expected options of a run, got {names}, probably another file"])
+    problems = list(unknown("config", strange, Experiment.__dataclass_fields__, listed="run --help-all"))
     values: dict[str, Any] = {}
     for name, field in Experiment.__dataclass_fields__.items():
         if name not in config:

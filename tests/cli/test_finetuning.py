@@ -134,7 +134,7 @@ def test_policies_of_one_rank(policy):
         (["--dtype", "int8"], "dtype: expected one of"),
         (["--learning-rate", "0"], "learning-rate: expected a number above 0"),
         (["--max-rank", "65"], "max-rank: expected at most the model's width, 64, got 65"),
-        (["--clients-by", "topic"], "expected clients_by to be a field of the lines, one of ['category']"),
+        (["--clients-by", "topic"], "expected a field of the lines to take clients by, one of ['category']"),
         (["--clients", "500"], "data: expected"),
         (["--hold-out", "0.001"], "hold-out: expected a share that leaves some client a text"),
         (["--model", "nowhere"], "model: expected config.json in 'nowhere'"),

@@ -4,14 +4,17 @@ import csv
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from autorank_jax.cli import main as cli
 from autorank_jax.cli.folders import FILES, default_folder
+from autorank_jax.cli.signals import heard
 from autorank_jax.experiment.results import Row
 from tests.cli.cases import fails
 
@@ -130,7 +133,7 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
         ("--config a.json --config=b.json", "config: expected it once, got it 2 times"),
         ("--resume a --resume a", "resume: expected it once, got it 2 times"),
         ("--resume " + "x" * 300, "without checkpoints/run.json"),
-        ("--hidden 8,x", "--hidden"),
+        ("--hidden 8,x", "hidden: expected whole numbers with commas between them"),
         ("--participation 50", "probably a percentage"),
         ("--rank-policies manual --ratios 0.5,64,1,1", "probably a rank"),
         (
@@ -248,6 +251,33 @@ def test_interrupt(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.entry()
     assert ended == [130]
+
+
+def test_an_interrupt_is_not_lost_where_python_ignores_exceptions():
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    with heard(), pytest.raises(KeyboardInterrupt):
+        time.sleep(20 * bool(Finalized()))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_waits_for_what_is_being_loaded(tmp_path, monkeypatch):
+    (tmp_path / "loaded_slowly.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with heard(), pytest.raises(KeyboardInterrupt):
+        time.sleep(20 * importlib.import_module("loaded_slowly").whole)
+    assert sys.modules["loaded_slowly"].whole
+
+
+def test_an_interrupt_before_anything_began(monkeypatch, capsys):
+    def interrupted(name):  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert cli.main(["data"]) == 130
+    assert capsys.readouterr().err == "autorank-jax: interrupted; nothing was written\n"
 
 
 def test_the_exit_code_is_that_of_the_command(monkeypatch):

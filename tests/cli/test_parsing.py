@@ -10,10 +10,12 @@ import autorank_jax
 from autorank_jax.cli import main as cli
 from autorank_jax.cli.completion import SHELLS, completion
 from autorank_jax.cli.fields import options_of
+from autorank_jax.cli.files import write_run
 from autorank_jax.cli.help import GROUPS, NEARBY
 from autorank_jax.cli.options import COMMANDS
 from autorank_jax.cli.parsing import parse
 from autorank_jax.experiment import config as configuration
+from autorank_jax.experiment.checkpoints import Checkpoints
 from tests.cli.cases import fails
 
 SEE = "(see autorank-jax {} --help)"
@@ -98,6 +100,34 @@ def test_a_file_of_options_goes_before_the_others(tmp_path, capsys):
         "autorank-jax: config: expected one of 46 names, got 'roundz', probably 'rounds'",
         "autorank-jax: config: expected one of 46 names, got 'nothing_like_it' (run --help-all)",
         "autorank-jax: seeds: expected a number, got 'x'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "config: expected JSON in {}, got an empty file"),
+        (b'{"rounds": 3,\n x', "config: expected JSON in {}, got none from line 2 on"),
+        (b"\x89PNG", "config: expected JSON in {}, got bytes that are no text"),
+        (b'{"a": 1, "b": 1, "c": 1, "d": 1}', "config: expected options of a run, got a, b, c and 1 more, probably "
+         "another file"),
+    ],
+)  # fmt: skip
+def test_files_that_hold_no_options(content, message, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    for given in (path, tmp_path):  # the folder of a run stands for its file
+        assert fails(capsys, "run", "--config", given) == f"autorank-jax: {message.format(path)}\n"
+
+
+def test_a_run_that_is_taken_up_stays_as_it_is(tmp_path, capsys):
+    write_run(tmp_path, configuration.Experiment(rank_policies=("full",)), Checkpoints(tmp_path / "checkpoints", 5, 3))
+    read = parse(["run", "--resume", str(tmp_path), "--rounds", "99", "--rank-policies", "full", "--quiet"])
+    assert (read.experiment.rounds, read.checkpoint_every, read.quiet) == (99, 5, True)
+    changed = ["--learning-rate", "0.5", "--rank-policies", "full,uniform"]
+    assert [line.partition("; ")[0] for line in fails(capsys, "run", "--resume", tmp_path, *changed).splitlines()] == [
+        "autorank-jax: learning-rate: expected 0.01 beside --resume, as that run has it, got 0.5",
+        "autorank-jax: rank-policies: expected full beside --resume, as that run has it, got full,uniform",
     ]
 
 
