@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from autorank_jax.arguments import checked
 from autorank_jax.types import Array, PyTree
 
 FORMAT = 1
@@ -47,6 +48,7 @@ class Restored(NamedTuple):
     about: About
 
 
+@checked
 def save_state(
     folder: str | Path,
     state: PyTree,
@@ -98,6 +100,7 @@ def save_state(
     return target
 
 
+@checked
 def restore_state(
     folder: str | Path, like: PyTree, *, step: int | None = None, config: Mapping[str, Any] | None = None
 ) -> Restored:
@@ -128,6 +131,7 @@ def restore_state(
     return Restored(jax.tree.unflatten(jax.tree.structure(like), leaves), _about(content))
 
 
+@checked
 def read_about(folder: str | Path, *, step: int | None = None, config: Mapping[str, Any] | None = None) -> About:
     """Read what a checkpoint says about itself, and check it as `restore_state` does.
 
@@ -140,6 +144,7 @@ def read_about(folder: str | Path, *, step: int | None = None, config: Mapping[s
     return _about(content)
 
 
+@checked
 def saved_steps(folder: str | Path) -> list[int]:
     """Return the steps of the checkpoints in a folder, in ascending order."""
     folder = Path(folder).expanduser()

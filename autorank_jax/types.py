@@ -61,10 +61,16 @@ class TaskReport(NamedTuple):
     dense: tuple[str, ...]  # parameters trained whole
     frozen: tuple[str, ...]  # all others
     unadapted: dict[str, str]  # by path of layers among the frozen ones that hold matrices, why they have no adapter
+    sides: dict[str, tuple[int, int]] = {}  # noqa: RUF012  # by path of the adapted layers, (d_in, d_out)
 
     def __str__(self) -> str:
         """Return a line for each layer and parameter."""
-        lines = [f"adapted: {path}, maximum rank {rank}" for path, rank in self.adapted.items()]
+        useful = {path: min(self.sides.get(path, (rank,))) for path, rank in self.adapted.items()}
+        lines = [
+            f"adapted: {path}, maximum rank {rank}"
+            + (f" (beyond {useful[path]} nothing is gained)" * (rank > useful[path]))
+            for path, rank in self.adapted.items()
+        ]
         lines += [f"trained whole: {name}" for name in self.dense] + [f"frozen: {name}" for name in self.frozen]
         lines += [f"holds matrices but is not adapted: {path}, because {why}" for path, why in self.unadapted.items()]
         return "\n".join(lines)

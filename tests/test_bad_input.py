@@ -1,6 +1,7 @@
 """Bad input at every public entry: each mistake raises at once, in words, never from inside JAX."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -14,11 +15,12 @@ import pytest
 from flax import nnx
 
 import autorank_jax
-from autorank_jax import aggregators, datasets, engine, federated
+from autorank_jax import aggregators, datasets, engine, federated, models
 from autorank_jax.adapters.nnx import task_from_nnx
 from autorank_jax.checkpoint import CheckpointError, read_about, restore_state, save_state
 from autorank_jax.cli import main as cli
 from autorank_jax.engine import local, simulation
+from autorank_jax.evaluation import make_evaluate
 from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
 from autorank_jax.federated import faults, participation, partition
 from autorank_jax.models.vision import MLP
@@ -107,11 +109,11 @@ CASES = {
     "label of minus one": (lambda _: ids(Y, y=Y - 1, classes=3), "got -1 .. 1"),
     "real labels": (lambda _: ids(Y, y=Y + 0.5, classes=3), "expected targets as integers, got float64"),
     "one-hot labels": (lambda _: ids(Y, y=np.eye(6), classes=6), "got (6, 6); probably one-hot"),
-    "lengths": (lambda _: ids(Y, y=Y[:5]), "of one length, got inputs 6, targets 5; probably training mixed with test"),
+    "lengths": (lambda _: ids(Y, y=Y[:5]), "of one length, got inputs 6, targets 5"),
     "missing values": (lambda _: ids(Y, x=X * np.nan), "got NaN or infinity in example 0, 1, 2"),
     "infinite values": (lambda _: ids(Y, x=X + np.inf), "probably missing values"),
     "lists": (lambda _: ids(Y, x=X.tolist()), "probably a list: use np.asarray"),
-    "text": (lambda _: ids(Y, x=np.array(list("abcdef"))), "probably ragged rows or text"),
+    "text": (lambda _: ids(Y, x=np.array(list("abcdef"))), "got <U1: encode them"),
     "names of clients": (lambda _: ids(np.array(list("aabbcc"))), "np.unique(names, return_inverse=True)[1]"),
     "too few client numbers": (lambda _: ids(np.array([0, 1])), "one per example, got (2,)"),
     "equal ids": (lambda _: parts([0, 1, 2], [3, 4, 5], ids=[7, 7]), "expected different ids, got 7 more than once"),
@@ -124,11 +126,11 @@ CASES = {
     "sigma": (lambda _: partition.quantity(LABELS, 3, sigma=-1, seed=0), "expected sigma of at least 0"),
     "staircase": (lambda _: partition.staircase(LABELS, 3, seed=0), "expected 10 clients for 10 classes"),
     "shards": (lambda _: partition.shards(LABELS, 3, classes_per_client=2, seed=0), "expected classes_per_client in"),
-    "seed": (lambda _: partition.iid(LABELS, 3, seed=-1), "expected seed as a whole number"),
+    "seed": (lambda _: partition.iid(LABELS, 3, seed=-1), "expected seed >= 0, got -1"),
     "name of a split": (lambda _: partition.partition("stairs", LABELS, 3, seed=0), "expected a split out of"),
     "fraction": (lambda _: partition.holdout([np.arange(3)], 20, seed=0), "probably a percentage"),
     # criteria, scores, ranks
-    "one criterion as a vector": (lambda _: mcda.critic_weights(np.ones(3)), "wants `[:, None]`"),
+    "one criterion as a vector": (lambda _: mcda.critic_weights(np.ones(3)), "a single criterion: `[:, None]`"),
     "normalisation": (lambda _: mcda.topsis(np.ones((2, 2)), np.ones(2), normalization="max"), "got 'max'"),
     "weights": (lambda _: mcda.topsis(np.ones((2, 2)), np.ones(3)), "weights: expected shape (2,), got (3,)"),
     "losses": (lambda _: loss_entropy(np.ones((3, 0))), "at least one epoch"),
@@ -136,14 +138,14 @@ CASES = {
     "criterion": (lambda _: policies.autorank(criteria=("entropy",))(KEY, stats()), "got 'entropy'"),
     "no criteria": (lambda _: policies.autorank(criteria=())(KEY, stats()), "expected at least one, got none"),
     "smallest ratio": (lambda _: policies.by_size(min_ratio=10), "probably a percentage or a rank"),
-    "uniform ratio": (lambda _: policies.uniform(0.0), "expected a number in (0, 1], got 0.0"),
-    "ranks by hand": (lambda _: policies.manual([8, 16]), "probably ranks or percentages"),
+    "uniform ratio": (lambda _: policies.uniform(0.0), "expected ratio in (0, 1], got 0"),
+    "ranks by hand": (lambda _: policies.manual([8, 16]), "got 8, probably a percentage or a rank"),
     "ratios of other clients": (lambda _: policies.manual([0.5] * 3)(KEY, stats()), "probably written for another"),
-    "maximum rank": (lambda _: policies.ranks_from_ratios([0.5], {"a": 0.5}), "probably a ratio"),
-    "counts": (lambda _: policies.autorank_ranks([[1.0, float("nan")]], max_rank=4), "expected finite numbers"),
-    "budget": (lambda _: budgets.with_budget(policies.uniform(), 0.01), "probably a budget"),
+    "maximum rank": (lambda _: policies.ranks_from_ratios([0.5], {"a": 0.5}), "max_ranks as a dict, each value"),
+    "counts": (lambda _: policies.autorank_ranks([[1.0, float("nan")]], max_rank=4), "as finite numbers >= 0, got nan"),
+    "budget": (lambda _: budgets.with_budget(policies.uniform(), 0.01), "of at least min_ratio = 0.1, got"),
     "budget of what": (lambda _: budgets.with_budget(policies.uniform(), 0.5, weight="flops"), "got 'flops'"),
-    "profile": (lambda _: budgets.resource_profile("weak", KEY, 3), "resource profile: expected one of"),
+    "profile": (lambda _: budgets.resource_profile("weak", KEY, 3), "expected a resource profile out of"),
     # models, training, rules, rounds
     "no layer matches": (lambda _: task(where="conv*"), "conv"),
     "rank of a layer": (lambda _: task(max_rank=0), "got 0"),
@@ -164,13 +166,92 @@ CASES = {
     "rank of a client": (lambda _: state({p: np.full(2, 9) for p in ("layers/0", "layers/1")}), "in 1..2, got 9..9"),
     "ranks of another model": (lambda _: state({"head": np.ones(2, int)}), "expected ranks for the adapters"),
     "epochs": (lambda _: state(local_epochs=0), "expected local_epochs >= 1, got 0"),
-    "rounds": (lambda _: simulation.simulate(KEY, None, None, None, rounds=0), "expected rounds >= 1, got 0"),
+    "rounds": (lambda _: simulation.simulate(KEY, lambda *_: 0, state(), parts([0]), rounds=0), "rounds >= 1, got 0"),
     "cohort": (lambda _: participation.sample_uniformly(0), "expected a cohort of at least one client, got 0"),
     "cohort by size": (lambda _: participation.sample_by_size(0), "expected a cohort of at least one client, got 0"),
     "probability": (lambda _: participation.sample_independently(50), "probably a percentage"),
-    "drop-out": (lambda _: faults.drop_out(-0.1), "expected a probability in 0 .. 1, got -0.1"),
-    "schedule": (lambda _: faults.drop_out_schedule([[3, 4]]), "probably a list of names or numbers"),
-    "budget of steps": (lambda _: faults.limit_steps(0), "probably meant to drop clients out"),
+    "drop-out": (lambda _: faults.drop_out(-0.1), "expected probability in [0, 1], got -0.1"),
+    "schedule": (lambda _: faults.drop_out_schedule([[3, 4]]), "of bools of shape (rounds, clients), got int64 of"),
+    "budget of steps": (lambda _: faults.limit_steps(0), "probably to drop clients out: use drop_out"),
+    # what is of another kind
+    "one criterion as text": (lambda _: policies.autorank(criteria="size"), "one name alone: ('size',)"),
+    "criterion misspelt": (lambda _: policies.autorank(criteria=("sizes",)), "got 'sizes', probably 'size'"),
+    "criterion twice": (lambda _: policies.autorank(criteria=("size", "size")), "once, got 'size' twice"),
+    "too few directions": (
+        lambda _: policies.autorank(criteria=("size", "classes"), benefit=(True,)), "benefit of 2 criteria",
+    ),
+    "ratio as text": (lambda _: policies.by_size(min_ratio="0.1"), "probably text that was not converted: 0.1"),
+    "policy not called": (lambda _: budgets.with_budget(policies.uniform, 0.5), "probably not called: uniform()"),
+    "proportions": (lambda _: policies.autorank_ranks([[0.9, 0.1], [0.5, 0.5]], max_rank=4), "probably proportions"),
+    "percentages of labels": (lambda _: policies.autorank_ranks([[99.5, 0.5]], max_rank=4), "sum to 100 in every row"),
+    "maximum rank as text": (lambda _: policies.autorank_ranks([[1, 2]], max_rank="16"), "was not converted: 16"),
+    "maximum rank as a flag": (lambda _: policies.autorank_ranks([[1, 2]], max_rank=True), "whole number, got True"),
+    "ragged counts": (lambda _: policies.autorank_ranks([[1, 2], [3]], max_rank=4), "rows of 1 and 2"),
+    "negative counts": (lambda _: policies.autorank_ranks([[1, -2]], max_rank=4), "numbers >= 0, got -2"),
+    "one maximum rank": (lambda _: policies.ranks_from_ratios([0.5], 16), "got 16; ar.max_ranks(task) makes them"),
+    "one rank for all": (
+        lambda _: simulation.init_state(task().server, aggregators.rbla(), 8), "expected ranks as a dict, each value",
+    ),
+    "computed ranks": (
+        lambda _: state({p: np.full(2, 2.0) for p in ("layers/0", "layers/1")}), "probably ranks that were computed",
+    ),
+    "ratios for ranks": (
+        lambda _: state({p: np.full(2, 0.5) for p in ("layers/0", "layers/1")}), "probably ratios: ranks_from_ratios",
+    ),
+    "rank of nobody": (lambda _: state({p: np.zeros(2, int) for p in ("layers/0", "layers/1")}), "in 1..2, got 0..0"),
+    "rounds as text": (
+        lambda _: simulation.simulate(KEY, lambda *_: 0, state(), parts([0]), rounds="5"), "not converted: 5",
+    ),
+    "seed for a key": (
+        lambda _: simulation.simulate(3, lambda *_: 0, state(), parts([0]), rounds=5), "a seed: jax.random.key(3)",
+    ),
+    "several keys": (
+        lambda _: budgets.resource_profile("random", jax.random.split(KEY, 2), 3), "several: one key is wanted",
+    ),
+    "dataset of no name": (lambda _: datasets.load_dataset(None), "expected name as text, got None"),
+    "model by name": (lambda _: task_from_nnx("mlp", max_rank=2), "expected model as a Flax module, got 'mlp'"),
+    "class of a model": (lambda _: task_from_nnx(nnx.Linear, max_rank=2), "probably the class itself: Linear(...)"),
+    "lanes as text": (lambda _: engine.make_round(TRAINING, aggregators.rbla(), lanes="4"), "not converted: 4"),
+    "lanes as a quotient": (lambda _: engine.make_round(TRAINING, aggregators.rbla(), lanes=4.0), "a quotient: 4"),
+    "batch size as a flag": (
+        lambda _: local.make_local_training(task(), optax.sgd(0.1), batch_size=True), "a whole number, got True",
+    ),
+    "optimizer not called": (
+        lambda _: local.make_local_training(task(), optax.sgd, batch_size=4), "probably not called: optax.sgd(...)",
+    ),
+    "optimizer in part": (
+        lambda _: local.make_local_training(task(), functools.partial(optax.sgd, momentum=0.9), batch_size=4),
+        "probably not called: optax.sgd(...)",
+    ),
+    "learning rate for an optimizer": (
+        lambda _: local.make_local_training(task(), 0.05, batch_size=4), "its learning rate alone: optax.sgd(0.05)",
+    ),
+    "name for an optimizer": (lambda _: local.make_local_training(task(), "sgd", batch_size=4), "got 'sgd'"),
+    "no optimizer": (lambda _: local.make_local_training(task(), None, batch_size=4), "of hparams, got None"),
+    "MultiSteps": (
+        lambda _: local.make_local_training(task(), optax.MultiSteps(optax.sgd(0.1), 2), batch_size=4),
+        "probably one step too early: .gradient_transformation()",
+    ),
+    "loss of a task for a local one": (
+        lambda _: local.make_local_training(task(), optax.sgd(0.1), batch_size=4, loss=task().loss),
+        "expected loss as a function of 5 arguments",
+    ),
+    "one layer alone": (lambda _: MLP((784,), rngs=nnx.Rngs(0)), "2 or more whole numbers >= 1, got (784,)"),
+    "layer of no width": (lambda _: MLP((784, 0, 10), rngs=nnx.Rngs(0)), "whole numbers >= 1, got (784, 0, 10)"),
+    "layer of half a unit": (lambda _: MLP((784, 1.5), rngs=nnx.Rngs(0)), "each a whole number, got (784, 1.5)"),
+    "small image": (
+        lambda _: models.CNN((1, 4, 4), 2, image=(2, 2), rngs=nnx.Rngs(0)), "an image of at least 4 pixels a side",
+    ),
+    "transformer of no depth": (
+        lambda _: models.Transformer(4, 2, models.Size(8, 0, 2, 8, 8), rngs=nnx.Rngs(0)), "got (8, 0, 2, 8, 8)",
+    ),
+    "labels and images swapped": (
+        lambda _: ids(Y, x=Y, y=np.zeros((6, 4, 4)), classes=3), "probably inputs and targets swapped",
+    ),
+    "test set swapped": (
+        lambda _: make_evaluate(task(), Y, np.zeros((6, 4, 4))), "expected inputs that the model takes, got an array",
+    ),
+    "clients as text": (lambda _: partition.iid(LABELS, "3", seed=0), "text that was not converted: 3"),
     # files
     "dataset": (lambda _: datasets.load_dataset("mnits", fetch=False), "mnits"),
     "dataset file": (lambda d: datasets.read_dataset(written(d, "no zip", "x.npz"), name="x"), "x.npz"),

@@ -17,6 +17,8 @@ MODULES = sorted(
     if not module.name.endswith("__main__")  # importing it runs the command line
 )
 PACKAGES = ["autorank_jax", *(m.name for m in pkgutil.iter_modules(autorank_jax.__path__, "autorank_jax.") if m.ispkg)]
+COMPILES_MUCH = ("models", "aggregators", "adapters", "experiment", "engine")
+EXAMPLES = [pytest.param(n, marks=[pytest.mark.slow] * n.endswith(COMPILES_MUCH)) for n in PACKAGES]
 EQUATIONS = ("autorank_jax.ranks.mcda", "autorank_jax.ranks.criteria")
 
 
@@ -37,7 +39,7 @@ def test_every_equation_has_an_example(name):
     assert without == []
 
 
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_every_package_teaches_by_an_example_that_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = importlib.import_module(name).__doc__

@@ -18,7 +18,7 @@ ROOT = Path(autorank_jax.__file__).parent
 REPOSITORY = Path(__file__).parent.parent
 
 FLOORS = {  # a package imports from lower floors, and from itself
-    0: "lazy",
+    0: "lazy arguments",
     1: "types datasets",
     2: "checkpoint models federated",
     3: "adapters",

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from autorank_jax.adapters.low_rank import LowRank, linear_form
 from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks
 from autorank_jax.adapters.task import Flat, Model, Reading, cast, make_task
+from autorank_jax.arguments import checked
 from autorank_jax.models.causal_lm import CausalLM, causal_logits, causal_losses
 from autorank_jax.types import Adapter, Array, Batch, Key, PyTree, Scored, Task, Trainable
 
 
+@checked
 def task_from_causal_lm(
     model: CausalLM,
     *,
@@ -76,6 +78,7 @@ def task_from_causal_lm(
     return task._replace(loss=loss)
 
 
+@checked
 def token_weighted(nats: Array, batch: Batch) -> Array:
     """Return losses of examples whose mean over the batch is the mean over its counted tokens.
 

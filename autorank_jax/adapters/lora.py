@@ -13,6 +13,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
+from autorank_jax.arguments import checked
 from autorank_jax.types import Adapter, Array, Base, Key, PyTree, Server, Task, Trainable
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ def key_of(key: Key, path: str) -> Key:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
+@checked
 def max_ranks(trainable: Trainable | Server | Task) -> dict[str, int]:
     """Return the number of rank positions of each adapter, by path in sorted order; of a server or a task alike.
 
@@ -65,8 +67,6 @@ def max_ranks(trainable: Trainable | Server | Task) -> dict[str, int]:
         trainable = trainable.server
     if isinstance(trainable, Server):
         trainable = trainable.trainable
-    if not isinstance(trainable, Trainable):
-        raise TypeError(f"expected a Trainable, a Server or a Task, got {type(trainable).__name__}, probably the model")
     return {path: trainable.adapters[path].lora_a.shape[-1] for path in sorted(trainable.adapters)}
 
 

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from autorank_jax.arguments import checked
 from autorank_jax.types import Array, PyTree
 
 
+@checked
 def classification_loss(logits: Array, labels: Array) -> Array:
     """Return the softmax cross-entropy of each example.
 
@@ -23,6 +25,7 @@ def classification_loss(logits: Array, labels: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels.astype(jnp.int32))
 
 
+@checked
 def regression_loss(outputs: Array, targets: Array) -> Array:
     """Return the mean squared error of each example.
 
@@ -44,6 +47,7 @@ def regression_loss(outputs: Array, targets: Array) -> Array:
     return jnp.mean(jnp.square(flat - targets.reshape(flat.shape).astype(flat.dtype)), axis=-1)
 
 
+@checked
 def token_loss(logits: Array, tokens: Array) -> Array:
     """Return the mean cross-entropy of the tokens of each example, for language models.
 
@@ -65,7 +69,7 @@ def check_outputs(name: str, outputs: Any, targets: Any, axes: tuple[int, int] |
 
     Raises:
         TypeError: for models that return several arrays.
-        ValueError: for other numbers of axes.
+        ValueError: for other numbers of axes, other examples, or targets that are no integers where axes are given.
     """
     for what, value in (("outputs", outputs), ("targets", targets)):
         if not hasattr(value, "ndim"):
@@ -74,10 +78,22 @@ def check_outputs(name: str, outputs: Any, targets: Any, axes: tuple[int, int] |
                 "several: choose one by a loss of your own, loss=lambda outputs, targets: ..."
             )
     if axes is not None and (outputs.ndim, targets.ndim) != axes:
+        cause = ", probably a loss for another kind of model"
+        if targets.ndim > outputs.ndim:
+            cause = ", probably inputs and targets swapped"
+        elif axes == (2, 1) and outputs.shape == targets.shape:
+            cause = ", probably one-hot targets: argmax(axis=-1) makes labels of them"
         raise ValueError(
             f"{name}: expected outputs of {axes[0]} axes and targets of {axes[1]}, got shapes {outputs.shape} and "
-            f"{targets.shape}, probably one-hot targets, or a loss for another kind of model"
+            f"{targets.shape}{cause}"
         )
+    if axes is not None and outputs.shape[: axes[1]] != targets.shape:
+        raise ValueError(
+            f"{name}: expected targets of shape {outputs.shape[: axes[1]]}, as the outputs {outputs.shape} have, got "
+            f"{targets.shape}"
+        )
+    if axes is not None and jnp.issubdtype(targets.dtype, jnp.floating):
+        raise ValueError(f"{name}: expected integer targets, got {targets.dtype}, probably those of a regression")
 
 
 def as_float(inputs: PyTree) -> PyTree:

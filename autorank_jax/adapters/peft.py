@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from autorank_jax.arguments import checked
 from autorank_jax.types import Adapter, Array, Server, Task
 
 T = TypeVar("T")
@@ -17,6 +18,7 @@ Names = Callable[[str], str | None]
 """Path of a layer -> name of the module in PyTorch, None for what the PyTorch model does not have."""
 
 
+@checked
 def export_peft(
     path: str | Path,
     task: Task,

@@ -1,5 +1,6 @@
 """From a model's leaves to a `Task`: what is frozen, adapted and trained whole. Every front end ends here."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from autorank_jax.adapters.lora import init_adapter, key_of, product
 from autorank_jax.adapters.low_rank import Form
+from autorank_jax.arguments import checked, describe
 from autorank_jax.types import Adapter, Array, Base, Batch, Key, Origin, PyTree, Server, Task, TaskReport, Trainable
 
 Flat = dict[str, Array]
@@ -59,28 +61,48 @@ def make_task(
     server = Server(Trainable(adapters, {n: model.values[n] for n in sorted(dense)}), Base(kernels, rest))
     model = model._replace(values=without_values(model.values))  # the task's functions hold no second copy
 
-    def apply(training: bool, frozen: Base, trainable: Trainable, inputs: PyTree, key: Key | None) -> PyTree:
+    def apply(
+        frozen: Base, trainable: Trainable, batch: tuple[PyTree, PyTree], key: Key | None, *, training: bool
+    ) -> PyTree:
+        inputs, targets = batch
         kernels = cast(frozen.kernels, dtype)
         matrices = {model.weights[p]: model.forms[p].weight(kernel) for p, kernel in kernels.items()}
         values = {**frozen.rest, **cast(trainable.dense, dtype), **matrices}
-        outputs = model.run(
-            training, values, cast(trainable.adapters, dtype), cast(reading.preprocess(inputs), dtype), key
-        )
+        try:
+            prepared = cast(reading.preprocess(inputs), dtype)
+            outputs = model.run(training, values, cast(trainable.adapters, dtype), prepared, key)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            if "expected" in str(error):  # it says what it wants
+                raise
+            raise ValueError(_refusal(inputs, targets, error)) from error
         return outputs if dtype is None else cast(outputs, jnp.float32)
 
     def loss(frozen: Base, trainable: Trainable, batch: Batch, key: Key) -> Array:
-        return reading.loss(apply(True, frozen, trainable, batch.inputs, key), batch.targets)
+        return reading.loss(apply(frozen, trainable, batch[:2], key, training=True), batch.targets)
 
     def predict(frozen: Base, trainable: Trainable, inputs: PyTree, key: Key | None = None) -> PyTree:
-        return apply(key is not None, frozen, trainable, inputs, key)
+        return apply(frozen, trainable, (inputs, None), key, training=key is not None)
 
     def merge(server: Server) -> Any:
         return model.rebuild(merged_values(model, server))
 
-    report = TaskReport(dict(ranks), tuple(sorted(dense)), tuple(sorted(rest)), dict(unadapted or {}))
+    sides = {path: (model.forms[path].d_in, model.forms[path].d_out) for path in adapters}
+    _warn_of_ranks(ranks, sides)
+    report = TaskReport(dict(ranks), tuple(sorted(dense)), tuple(sorted(rest)), dict(unadapted or {}), sides)
     return Task(
         server, loss, predict, Origin(merge, {p: model.forms[p].kind for p in adapters}, _shapes(model)), report
     )
+
+
+def _warn_of_ranks(ranks: Mapping[str, int], sides: Mapping[str, tuple[int, int]]) -> None:
+    """Warn of maximum ranks above both sides of their layers."""
+    wide = [f"{path!r} ({d_in} × {d_out})" for path, (d_in, d_out) in sides.items() if ranks[path] > max(d_in, d_out)]
+    if wide:
+        warnings.warn(
+            f"maximum ranks above both sides of the layers {', '.join(wide[:5])}{' and more' * (len(wide) > 5)}: "
+            "nothing is gained beyond the smaller side; max_rank may be a dict of path patterns",
+            stacklevel=4,
+        )
 
 
 def merged_values(model: Model, server: Server) -> Flat:
@@ -95,6 +117,7 @@ def merged_values(model: Model, server: Server) -> Flat:
     }
 
 
+@checked
 def merge(task: Task, server: Server) -> Any:
     """Return the user's own model with the adapters merged into its weights; it needs this package no more.
 
@@ -112,6 +135,19 @@ def merge(task: Task, server: Server) -> Any:
     if task.origin is None:
         raise ValueError("expected a task made by a task_from_ function, got one built by hand, which has no model")
     return task.origin.merge(server)
+
+
+def _refusal(inputs: PyTree, targets: PyTree, error: Exception) -> str:
+    """Say that a model does not take its inputs, and why it may be so."""
+    axes = [max((leaf.ndim for leaf in jax.tree.leaves(tree)), default=0) for tree in (inputs, targets)]
+    cause = ""
+    if axes[0] < axes[1]:
+        cause = ", probably inputs and targets swapped"
+    elif axes[0] == 1:
+        cause = ", probably labels in place of inputs"
+    got = ", ".join(map(describe, jax.tree.leaves(inputs)))
+    said = (str(error).strip().splitlines() or [""])[0][:200]
+    return f"expected inputs that the model takes, got {got}{cause}; it says {type(error).__name__}: {said}"
 
 
 def without_values(tree: Any) -> Any:

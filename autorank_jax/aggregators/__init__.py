@@ -84,7 +84,6 @@ ar.testing.check_aggregator(mine)
 """  # noqa: E501
 
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
@@ -102,6 +101,7 @@ from autorank_jax.aggregators.privacy import (
 )
 from autorank_jax.aggregators.products import flexlora, florist, lora_fair, raflora
 from autorank_jax.aggregators.server import with_norm_clipping, with_server_optimizer
+from autorank_jax.arguments import check_name, checked
 from autorank_jax.types import Aggregator
 
 RULES: Mapping[str, Callable[..., Aggregator]] = MappingProxyType(
@@ -116,6 +116,7 @@ RULES: Mapping[str, Callable[..., Aggregator]] = MappingProxyType(
 """Every rule by name: call it, with options if you like, to get an `Aggregator`."""
 
 
+@checked
 def make_rule(name: str, **options: Any) -> Aggregator:
     """Make a rule by its name in `RULES`.
 
@@ -127,10 +128,7 @@ def make_rule(name: str, **options: Any) -> Aggregator:
         ValueError: for a name that is no rule.
         TypeError: for an option that the rule does not have.
     """
-    if name not in RULES:
-        close = get_close_matches(name, RULES, n=1)
-        hint = f", probably {close[0]!r}" if close else ""
-        raise ValueError(f"expected an aggregation rule out of {', '.join(RULES)}, got {name!r}{hint}")
+    check_name("an aggregation rule", name, RULES)
     return RULES[name](**options)
 
 

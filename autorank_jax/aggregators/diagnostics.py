@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from autorank_jax.adapters.lora import per_layer
 from autorank_jax.aggregators.base import ClientSums, make_summand, mean_factors, mean_product
-from autorank_jax.engine.checks import check_rule
+from autorank_jax.arguments import checked
 from autorank_jax.types import Adapter, Aggregator, AggState, Array, ClientUpdate, Key, Plan, Server, Sums
 
 
@@ -17,6 +17,7 @@ class Diagnosed(NamedTuple):
     clients: ClientSums
 
 
+@checked
 def with_diagnostics(rule: Aggregator) -> Aggregator:
     """Report what a rule does to each adapter, by path, at the price of summing products too and an SVD per round.
 
@@ -27,7 +28,6 @@ def with_diagnostics(rule: Aggregator) -> Aggregator:
     - `gap/PATH`: `‖P - Ā B̄‖_F / ‖P‖_F` between the clients' mean product and the product of their (padded) mean
       factors, 0 where `P` vanishes
     """
-    check_rule(rule)
     inspect = make_summand(factors=True, products=True)
 
     def summand(update: ClientUpdate, server: Server, plan: Plan) -> Diagnosed:

@@ -17,6 +17,7 @@ from autorank_jax.aggregators.base import (
     train_all,
     write_trainable,
 )
+from autorank_jax.arguments import checked
 from autorank_jax.types import Adapter, Aggregator, AggState, Array, Server, ServerStep, Traffic, Trains, Travels
 
 
@@ -67,6 +68,7 @@ def rbla() -> Aggregator:
     return assemble(make_summand(factors=True), factor_step(owners=True))
 
 
+@checked
 def ffa_lora(*, owners: bool = False) -> Aggregator:
     """Freeze `lora_a` at its start and average `lora_b` (FFA-LoRA, arXiv 2403.12313).
 
@@ -84,6 +86,7 @@ def ffa_lora(*, owners: bool = False) -> Aggregator:
     return assemble(make_summand(factors=True), step, trains=only_b, traffic=Traffic(only, only))
 
 
+@checked
 def rolora(*, owners: bool = False) -> Aggregator:
     """Train and average `lora_b` in rounds 0, 2, 4 and `lora_a` in rounds 1, 3, 5 (RoLoRA, arXiv 2502.01755).
 

@@ -19,6 +19,7 @@ from autorank_jax.aggregators.base import (
     weighted,
     write_trainable,
 )
+from autorank_jax.arguments import checked
 from autorank_jax.engine.local import LocalLoss, with_penalty
 from autorank_jax.types import (
     Adapter,
@@ -55,6 +56,7 @@ class HetSums(NamedTuple):
     by_size: dict[str, PathSums]
 
 
+@checked
 def hetlora(*, per: Literal["model", "layer"] = "model", prune: float | None = None) -> Aggregator:
     """Average padded factors with weights `S_k / Σ_k S_k`, `S_k = ‖A_k B_k‖_F` (HetLoRA, arXiv 2401.06432).
 
@@ -101,6 +103,7 @@ def hetlora(*, per: Literal["model", "layer"] = "model", prune: float | None = N
     return assemble(summand, _step(), start=start, client_init=full, client_keep=keep, client_ranks=own)
 
 
+@checked
 def with_tail_penalty(loss: LocalLoss, shrink: float, strength: float) -> LocalLoss:
     """Add HetLoRA's pull on the last rank positions, `λ Σ_l ‖A[:, ⌊γ r⌋:r]‖_F ‖B[⌊γ r⌋:r]‖_F`, to a local loss.
 

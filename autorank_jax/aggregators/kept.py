@@ -8,7 +8,7 @@ from autorank_jax.adapters.lora import over_columns, over_rows
 from autorank_jax.adapters.selection import choose_parts, leave_out
 from autorank_jax.aggregators.personal import merge_owned
 from autorank_jax.aggregators.server import step_taken
-from autorank_jax.engine.checks import check_rule
+from autorank_jax.arguments import checked
 from autorank_jax.types import (
     Adapter,
     Aggregator,
@@ -26,6 +26,7 @@ from autorank_jax.types import (
 )
 
 
+@checked
 def keep_local(rule: Aggregator, patterns: str | tuple[str, ...]) -> Aggregator:
     """Let layers stay with their clients: every client goes on from its own, the rule sees nothing of them.
 
@@ -43,7 +44,6 @@ def keep_local(rule: Aggregator, patterns: str | tuple[str, ...]) -> Aggregator:
         TypeError: for what is no rule.
         ValueError: when initialised, for a pattern that matches nothing.
     """
-    check_rule(rule)
     globs = (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
     def less(server: Server) -> Server:

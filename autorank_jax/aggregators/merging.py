@@ -25,6 +25,7 @@ from autorank_jax.aggregators.owners import (
     make_owner_summand,
     owner_product,
 )
+from autorank_jax.arguments import checked
 from autorank_jax.types import (
     Adapter,
     Aggregator,
@@ -51,6 +52,7 @@ _MERGED = Traffic(down=Travels(lora_a=0, lora_b=0, kernels=True, stack=True))
 """Clients fetch what is merged; adapters restart from what they know."""
 
 
+@checked
 def flora(*, restart: Restart = "start") -> Aggregator:
     """Merge the mean product and restart the adapters: `W + Σ_k w_k A_k B_k / Σ_k w_k` (FLoRA, arXiv 2409.05976).
 
@@ -72,6 +74,7 @@ def flora(*, restart: Restart = "start") -> Aggregator:
     return assemble(make_summand(products=True), _merge_step("flora", product, restart), init=init, traffic=_MERGED)
 
 
+@checked
 def owner_merge(*, levels: Levels = None, restart: Restart = "start") -> Aggregator:
     """Merge the product whose rank positions are averaged over their owners, and restart the adapters (ours).
 
@@ -92,6 +95,7 @@ def owner_merge(*, levels: Levels = None, restart: Restart = "start") -> Aggrega
     return assemble(make_owner_summand(levels), step, init=init, exact_plan=True, traffic=_MERGED)
 
 
+@checked
 def fedex_lora(*, owners: bool = False) -> Aggregator:
     """Average factors and merge what is missing: `W + Σ_k p_k A_k B_k - Ā B̄` (FedEx-LoRA, arXiv 2410.09432).
 

@@ -13,6 +13,7 @@ from autorank_jax.aggregators.base import (
     start_from_server,
 )
 from autorank_jax.aggregators.factors import factor_step
+from autorank_jax.arguments import checked
 from autorank_jax.types import (
     Adapter,
     Aggregator,
@@ -36,6 +37,7 @@ class Nothing(NamedTuple):
     weight: Array  # () Σ w_k
 
 
+@checked
 def fedsa_lora(*, owners: bool = True) -> Aggregator:
     """Share and average `lora_a`; `lora_b` stays with its client (FedSA-LoRA, arXiv 2410.01463).
 

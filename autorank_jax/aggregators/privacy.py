@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.aggregators.base import ClientSums, make_summand
+from autorank_jax.arguments import checked
 from autorank_jax.types import (
     Aggregator,
     AggState,
@@ -52,6 +53,7 @@ class PrivateSums(NamedTuple):
     below: Array  # () Σ_k (b_k - ½) of the clients that took part: a half where the norm was kept, else minus a half
 
 
+@checked
 def with_differential_privacy(
     rule: Aggregator,
     *,
@@ -200,6 +202,7 @@ def _count_noise(adaptive: AdaptiveClip | None, noise_multiplier: float, denomin
     return noise
 
 
+@checked
 def set_expected_owners(state: State, rate: float) -> State:
     """Fix the denominators of a private rule to the owners that the state's public ranks let expect.
 
@@ -219,6 +222,7 @@ def set_expected_owners(state: State, rate: float) -> State:
     return state._replace(aggregator=state.aggregator._replace(owners=owners))
 
 
+@checked
 def expected_owners(ranks: Mapping[str, ArrayLike], max_ranks: Mapping[str, int], rate: float) -> dict[str, Array]:
     """Count the clients expected in a round that own each rank position.
 

@@ -29,6 +29,7 @@ from autorank_jax.aggregators.base import (
     update_with,
     write_trainable,
 )
+from autorank_jax.aggregators.decompositions import svd
 from autorank_jax.aggregators.owners import (
     Levels,
     check_levels,
@@ -37,6 +38,7 @@ from autorank_jax.aggregators.owners import (
     owner_product,
 )
 from autorank_jax.aggregators.sketches import LowRank, Maps, Sketch, by_shape, make_prepare, reconstruct
+from autorank_jax.arguments import checked
 from autorank_jax.types import (
     Adapter,
     Aggregator,
@@ -68,6 +70,7 @@ Keep = Callable[[Array, Array], Array]  # singular values, descending; () least 
 MakeStep = Callable[[dict[str, Maps]], ServerStep]
 
 
+@checked
 def flexlora(*, sigma: Sigma = "both", exact: Exact = "auto") -> Aggregator:
     """Split the mean product `Σ_k w_k A_k B_k / Σ_k w_k` by SVD (FlexLoRA, arXiv 2402.11505).
 
@@ -86,6 +89,7 @@ def flexlora(*, sigma: Sigma = "both", exact: Exact = "auto") -> Aggregator:
     return _product_rule(make_summand(products=True), _svd_steps(_mean_products, sigma), exact)
 
 
+@checked
 def raflora(*, levels: Levels = None, sigma: Sigma = "both", exact: Exact = "auto") -> Aggregator:
     """Split the product whose rank positions are averaged over their owners by SVD (raFLoRA, arXiv 2602.13486).
 
@@ -111,6 +115,7 @@ def raflora(*, levels: Levels = None, sigma: Sigma = "both", exact: Exact = "aut
     return _product_rule(make_owner_summand(levels), steps, exact, init=init, exact_plan=True)
 
 
+@checked
 def florist(*, tau: float = 0.99, sigma: Sigma = "both", exact: Exact = "auto") -> Aggregator:
     """Split the mean product by SVD and keep an energy threshold of it (FLoRIST, arXiv 2506.09199).
 
@@ -139,6 +144,7 @@ def florist(*, tau: float = 0.99, sigma: Sigma = "both", exact: Exact = "auto") 
     return _product_rule(make_summand(products=True), steps, exact, traffic=traffic)
 
 
+@checked
 def lora_fair(*, ridge: float = 0.01, owners: bool = False, exact: Exact = "auto") -> Aggregator:
     """Average factors and correct `lora_b` towards the mean product P (LoRA-FAIR, arXiv 2411.14961).
 
@@ -292,11 +298,11 @@ def split_product(product: Array | LowRank, old: Adapter, *, sigma: Sigma, keep:
 def _svd(product: Array) -> tuple[Array, Array, Array, Array]:
     """Return `U, Σ, Vᵀ` of a matrix, and 0: there is no energy but that of `Σ`."""
     wide = product.astype(jnp.promote_types(product.dtype, jnp.float32))  # no SVD in half precision
-    u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
+    u, s, vt = svd(wide)
     return u, s, vt, jnp.zeros((), s.dtype)
 
 
 @jax.default_matmul_precision("highest")
 def _svd_of_low_rank(product: LowRank) -> tuple[Array, Array, Array, Array]:
-    u, s, vt = jnp.linalg.svd(product.core)
+    u, s, vt = svd(product.core)
     return product.left @ u, s, vt @ product.right, product.energy

@@ -9,7 +9,7 @@ import optax
 
 from autorank_jax.adapters.lora import nonzero_positions
 from autorank_jax.aggregators.base import anything, choose, owned
-from autorank_jax.engine.checks import check_rule
+from autorank_jax.arguments import checked
 from autorank_jax.types import (
     Adapter,
     Aggregator,
@@ -25,6 +25,7 @@ from autorank_jax.types import (
 )
 
 
+@checked
 def with_server_optimizer(rule: Aggregator, optimizer: optax.GradientTransformation) -> Aggregator:
     """Let an optimiser take the step towards what a rule averages (FedOpt, arXiv 2003.00295).
 
@@ -46,7 +47,6 @@ def with_server_optimizer(rule: Aggregator, optimizer: optax.GradientTransformat
         TypeError: for what is no rule or no optimiser.
         ValueError: if the rule has a server optimiser; when traced, if it has no `step` and changes the base.
     """
-    check_rule(rule)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(f"expected a server optimizer as optax makes them, got a {type(optimizer).__name__}")
     if rule.step is not None and rule.step.read is step_taken:
@@ -127,6 +127,7 @@ def _frozen(
     return jax.tree.map(jnp.where, flags, after, before)
 
 
+@checked
 def with_norm_clipping(rule: Aggregator, max_norm: float) -> Aggregator:
     """Shrink what a client sends to a norm: `start + Δ min(1, c / ‖Δ‖)`, Δ over all factors and dense parameters.
 
@@ -139,8 +140,7 @@ def with_norm_clipping(rule: Aggregator, max_norm: float) -> Aggregator:
     Raises:
         ValueError: if the norm is not positive.
     """
-    check_rule(rule)
-    if not max_norm > 0:
+    if not 0 < max_norm < float("inf"):
         raise ValueError(f"expected a positive max_norm, got {max_norm}")
 
     def clip(update: ClientUpdate) -> ClientUpdate:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax.adapters.lora import over_columns, over_rows
+from autorank_jax.arguments import checked
 from autorank_jax.engine import init_state, make_round
-from autorank_jax.engine.checks import check_rule
 from autorank_jax.federated.participation import Cohort
 from autorank_jax.types import (
     Adapter,
@@ -54,6 +54,7 @@ class _Case(NamedTuple):
     of_someone: float = 0.0  # added to the numbers that one client trains on
 
 
+@checked
 def check_aggregator(rule: Aggregator, *, rounds: int = 2) -> None:
     """Check what must hold of every aggregation rule, on a small federation whose local training is made up.
 
@@ -76,7 +77,6 @@ def check_aggregator(rule: Aggregator, *, rounds: int = 2) -> None:
         TypeError: for what is no rule.
         AssertionError: with a line for each check that fails.
     """
-    check_rule(rule)
     broken: list[str] = []
     plain = jax.jit(_make_round(rule, lanes=1, rank_levels=1))
 

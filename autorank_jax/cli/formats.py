@@ -6,12 +6,14 @@ import io
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from autorank_jax.cli.folders import CHECKPOINTS
 from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
+
+T = TypeVar("T")
 
 MOST_BYTES = 2**28
 """Of a file that is read whole."""
@@ -50,15 +52,20 @@ def write_file(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def read_run(folder: Path) -> tuple[Experiment, int, int]:
-    """Read what was run in a folder: the experiment, the rounds between checkpoints, and how many stay.
+def read_run(folder: Path, what: str, make: Callable[[Any], T]) -> tuple[T, int, int]:
+    """Read what was run in a folder: its options, the rounds between checkpoints, and how many stay.
+
+    Args:
+        folder: of the run.
+        what: the name of the options in there, which tells the commands apart.
+        make: makes the options of what was written.
 
     Raises:
-        ConfigurationError: if it holds no run with checkpoints.
+        ConfigurationError: if it holds no run of this command with checkpoints.
     """
     path = folder.expanduser() / CHECKPOINTS / RUN_FILE
     if not os.path.exists(path):  # where `path.exists()` raises for a name of 300 letters
-        if not os.path.exists(folder.expanduser() / "config.json"):
+        if what != "experiment" or not os.path.exists(folder.expanduser() / "config.json"):
             problem = f"got {folder} without {CHECKPOINTS}/{RUN_FILE}, probably another folder"
         else:
             problem = (
@@ -68,9 +75,11 @@ def read_run(folder: Path) -> tuple[Experiment, int, int]:
         raise ConfigurationError([f"resume: expected the folder of a run with checkpoints, {problem}"])
     content = read_json("resume", path)
     try:
-        return experiment_from(content["experiment"]), int(content["every"]), int(content["keep"])
+        return make(content[what]), int(content["every"]), int(content["keep"])
     except (TypeError, KeyError) as error:
-        raise ConfigurationError([f"resume: expected {path} as a run leaves it, got another content"]) from error
+        raise ConfigurationError(
+            [f"resume: expected {path} as this command leaves it, got another content; probably of another command"]
+        ) from error
 
 
 def read_config(path: Path) -> Experiment:

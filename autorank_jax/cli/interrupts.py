@@ -68,7 +68,14 @@ class Interruption:
 
     def on_round(self, end: RoundEnd) -> None:
         """Stop after a round in which a signal came."""
+        row = end.row
+        self.stop_after(f"round {row.round} of {row.policy} with {row.aggregator}, seed {row.seed}")
+
+    def stop_after(self, what: str) -> None:
+        """Stop after what it was in which a signal came.
+
+        Raises:
+            Interrupted: if one did.
+        """
         if self.signal is not None:
-            row = end.row
-            where = f"round {row.round} of {row.policy} with {row.aggregator}, seed {row.seed}"
-            raise Interrupted(f"interrupted after {where}", self.code)
+            raise Interrupted(f"interrupted after {what}", self.code)

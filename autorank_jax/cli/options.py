@@ -55,12 +55,18 @@ class Finetune:
 
     Attributes:
         training: what to train
+        resume: folder of a run to go on with from its latest checkpoint, also beyond its end, by more --rounds
+        checkpoint_every: rounds between checkpoints, 0 = only when interrupted
+        keep_checkpoints: how many of the latest checkpoints stay
         out: folder of the results; default runs/MODEL-DATA, with a number where that is taken
         overwrite: replace the run that the folder holds
         quiet: print nothing but errors
     """
 
     training: LanguageOptions = dataclasses.field(default_factory=LanguageOptions)
+    resume: Path | None = None
+    checkpoint_every: int = 1
+    keep_checkpoints: int = 3
     out: Path | None = None
     overwrite: bool = False
     quiet: bool = False

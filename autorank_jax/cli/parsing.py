@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from autorank_jax.cli.completion import SHELLS, completion
@@ -15,7 +16,8 @@ from autorank_jax.cli.fields import Option, expected, options_of, read_word, sho
 from autorank_jax.cli.formats import read_config, read_run
 from autorank_jax.cli.help import NEARBY, help_on, help_on_program
 from autorank_jax.cli.options import COMMANDS, PROGRAM, Command, Finetune, Run
-from autorank_jax.experiment.config import GLOBAL_RULES, ConfigurationError, Experiment
+from autorank_jax.experiment.config import GLOBAL_RULES, ConfigurationError, experiment_from
+from autorank_jax.experiment.language_options import language_options_from
 
 HELP = ("-h", "--help", "--help-all")
 FIRST = (*dict.fromkeys(name.partition(" ")[0] for name in COMMANDS), "completion")
@@ -227,38 +229,42 @@ def _made(kind: type[Any], given: Mapping[str, Any]) -> Command:
     if kind not in (Run, Finetune):
         made: Command = kind(**own)
         return made
-    begin = starting_point(given) if kind is Run else kind()
+    begin = starting_point(kind, given)
     for part in dict.fromkeys(option.part for option in options.values() if option.part):
         values = {name: value for name, value in given.items() if options[name].part == part}
         own[part] = dataclasses.replace(getattr(begin, part), **values)
     return dataclasses.replace(begin, **own)
 
 
-def starting_point(given: Mapping[str, Any]) -> Run:
-    """Return a run's defaults: those of the package, of a file of options, or of a run to be taken up again."""
+def starting_point(kind: type[Any], given: Mapping[str, Any]) -> Run | Finetune:
+    """Return the defaults: those of the package, of a file of options, or of a run to be taken up again."""
     config, resume = given.get("config"), given.get("resume")
     if config and resume:
         raise ConfigurationError(["resume: expected no --config beside it: a run goes on with its own options"])
     if resume:
-        experiment, every, keep = read_run(resume)
-        _check_unchanged(experiment, given)
-        return Run(experiment, checkpoint_every=every, keep_checkpoints=keep)
-    return Run(read_config(config)) if config else Run()
+        make = experiment_from if kind is Run else language_options_from
+        options, every, keep = read_run(resume, "experiment" if kind is Run else "training", make)
+        _check_unchanged(options, given)
+        begin: Run | Finetune = kind(options, checkpoint_every=every, keep_checkpoints=keep)
+        return begin
+    return Run(read_config(config)) if config else kind()
 
 
-def _check_unchanged(experiment: Experiment, given: Mapping[str, Any]) -> None:
+def _check_unchanged(options: object, given: Mapping[str, Any]) -> None:
     """Check that what is taken up again is asked to do the same, but for the number of rounds."""
     problems = [
-        f"{name.replace('_', '-')}: expected {_spelled(getattr(experiment, name))} beside --resume, as that run has it,"
-        f" got {_spelled(value)}; a run with other options begins anew: --config in place of --resume"
+        f"{name.replace('_', '-')}: expected {_spelled(getattr(options, name))} beside --resume, as that run has it,"
+        f" got {_spelled(value)}; what has other options begins anew, without --resume"
         for name, value in given.items()
-        if name != "rounds" and hasattr(experiment, name) and value != getattr(experiment, name)
+        if name != "rounds" and _spelled(value) != _spelled(getattr(options, name, value))
     ]
     if problems:
         raise ConfigurationError(problems)
 
 
 def _spelled(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value.expanduser().absolute())
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

@@ -42,6 +42,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from autorank_jax.arguments import checked
 from autorank_jax.datasets.base import (
     ENVIRONMENT_VARIABLE,
     KEYS,
@@ -85,6 +86,7 @@ __all__ = [
 ]
 
 
+@checked
 def load_dataset(name: str, *, cache: str | Path | None = None, fetch: bool = True) -> Dataset:
     """Load a dataset by name: embedded, made, from the cache folder, or fetched into it.
 
@@ -115,6 +117,7 @@ def load_dataset(name: str, *, cache: str | Path | None = None, fetch: bool = Tr
     return read_dataset(path, name=name, expected=KNOWN.get(name))
 
 
+@checked
 def fetch_dataset(
     name: str,
     *,
@@ -175,6 +178,7 @@ def fetch_dataset(
         return save_dataset(path, dataset, expected=known)
 
 
+@checked
 def available_datasets(*, cache: str | Path | None = None) -> list[DatasetInfo]:
     """List every dataset that can be named: built in, published, and further files of the cache folder."""
     folder = cache_folder(cache)
@@ -192,6 +196,7 @@ def _info(path: Path, description: str) -> DatasetInfo:
     return DatasetInfo(path.stem, present, str(path), description, present and not zipfile.is_zipfile(path))
 
 
+@checked
 def how_to_get(name: str) -> str:
     """Return what to do about a published dataset whose file is not there, as part of a sentence."""
     if name in FOLDERS:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from autorank_jax.arguments import checked
+
 ENVIRONMENT_VARIABLE = "AUTORANK_JAX_DATA"
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -54,6 +56,7 @@ KNOWN: Mapping[str, Known] = {
 }
 
 
+@checked
 def cache_folder(cache: str | Path | None = None) -> Path:
     """Return the folder of cached datasets: `cache`, else `$AUTORANK_JAX_DATA`, else the user's cache folder."""
     if cache is not None:

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from autorank_jax.arguments import checked
 from autorank_jax.datasets.base import ENVIRONMENT_VARIABLE, KEYS, Dataset, DatasetError, Known
 from autorank_jax.datasets.folders import FOLDERS
 
@@ -22,6 +23,7 @@ GAPS = 100  # times as many numbers as there are different labels do not count c
 STARTS = (b"PK", b"\x93NUMPY")  # of npz files and of single arrays
 
 
+@checked
 def read_dataset(file: str | Path | IO[bytes], *, name: str, expected: Known | None = None) -> Dataset:
     """Read and check a dataset in the npz format of the cache.
 
@@ -50,6 +52,7 @@ def read_dataset(file: str | Path | IO[bytes], *, name: str, expected: Known | N
     )
 
 
+@checked
 def save_dataset(path: str | Path, dataset: Dataset, *, expected: Known | None = None) -> Path:
     """Write a dataset in the npz format of the cache, whole or not at all.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from autorank_jax.arguments import checked
 from autorank_jax.datasets.base import Dataset, DatasetError, Known
 from autorank_jax.datasets.progress import OnProgress, Progress
 
@@ -27,6 +28,7 @@ def are_image_folders(root: Path) -> bool:
     return any((root / part).is_dir() for part in PARTS)
 
 
+@checked
 def read_image_folders(
     root: str | Path, *, name: str, expected: Known | None = None, on_progress: OnProgress = lambda _: None
 ) -> Dataset:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from autorank_jax.arguments import checked
 from autorank_jax.datasets.base import DatasetError
 
 MINI = "instructions_mini"
@@ -51,6 +52,7 @@ class Instructions(NamedTuple):
         return Instructions(examples, fields, lines)
 
 
+@checked
 def load_instructions(path: str | Path = MINI, *, skip: bool = False) -> Instructions:
     r"""Read instructions from a file of JSON lines, each an object in one of these forms.
 
@@ -169,6 +171,7 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
+@checked
 def split_instructions(
     instructions: Instructions, *, test: float = 0.1, seed: int = 0
 ) -> tuple[Instructions, Instructions]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from autorank_jax.arguments import checked
 from autorank_jax.datasets.base import Dataset, DatasetError
 
 TEST_SHARE = 0.2
@@ -20,6 +21,7 @@ def is_table(path: Path) -> bool:
     return path.suffix.lower() in (".csv", ".tsv")
 
 
+@checked
 def read_table(path: str | Path, *, name: str, target: str | None = None) -> Dataset:
     """Read a dataset of a CSV file.
 

@@ -4,52 +4,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from autorank_jax.types import Aggregator, FederatedData, LocalTraining, PyTree, Server, State
-
-
-def check_rule(rule: Any) -> None:
-    """Raise `TypeError` unless something is an aggregation rule."""
-    if isinstance(rule, Aggregator):
-        return
-    name = getattr(rule, "__name__", type(rule).__name__)
-    cause = f"a rule that was not called: {name}()" if callable(rule) else "an argument in the wrong place"
-    raise TypeError(f"expected an aggregation rule, got {_kind(rule)}, probably {cause}")
-
-
-def check_local(local: Any) -> None:
-    """Raise `TypeError` unless something is local training."""
-    if not isinstance(local, LocalTraining):
-        raise TypeError(
-            f"expected local training, got {_kind(local)}, probably the task or an optimizer: "
-            "make_local_training(task, optimizer, batch_size=...)"
-        )
-
-
-def check_server(server: Any) -> None:
-    """Raise `TypeError` unless something is a server."""
-    if not isinstance(server, Server):
-        raise TypeError(f"expected a server, got {_kind(server)}, probably the task itself: task.server")
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, jax.Array):
-        return f"an array {value.dtype}{list(value.shape)}"
-    name = getattr(value, "__name__", None)
-    return f"the {type(value).__name__} {name!r}" if name else f"a {type(value).__name__}"
+from autorank_jax.arguments import check_key, describe
+from autorank_jax.types import Aggregator, Array, FederatedData, PyTree, State
 
 
 def check_round(key: Any, state: Any, data: Any, rule: Aggregator) -> None:
     """Raise an error unless key, state and data are those of a round under a rule."""
     if not isinstance(state, State) or not isinstance(data, FederatedData):
         raise TypeError(
-            f"expected a round of (key, state, data), got {_kind(state)} for the state and {_kind(data)} for the data, "
-            "probably in another order"
+            f"expected a round of (key, state, data), got {describe(state)} for the state and {describe(data)} for the "
+            "data, probably in another order"
         )
-    if not isinstance(key, jax.Array) or not (
-        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
-    ):
-        raise TypeError(f"expected a random key, got {_kind(key)}, probably a seed: jax.random.key(seed)")
+    check_key(key)
     _check_clients(state, data)
     _check_rule_state(state, rule)
 
@@ -67,10 +35,17 @@ def _check_clients(state: State, data: FederatedData) -> None:
             )
     for path, rank in state.ranks.items():
         if not jnp.issubdtype(rank.dtype, jnp.integer):
-            raise ValueError(
-                f"expected integer ranks, got {rank.dtype} for {path!r}, probably ratios: ranks_from_ratios makes "
-                "ranks of them"
-            )
+            raise ValueError(f"expected integer ranks, got {rank.dtype} for {path!r}{why_no_ranks(rank)}")
+
+
+def why_no_ranks(ranks: Any) -> str:
+    """Guess why ranks are no integers, from their values where these are known."""
+    known = None if isinstance(ranks, jax.core.Tracer) else np.asarray(ranks)
+    if known is not None and known.size and (known > 0).all() and (known <= 1).all():
+        return ", probably ratios: ranks_from_ratios makes ranks of them"
+    if known is not None and np.all(known == np.round(known)):
+        return ", probably ranks that were computed: .astype(int)"
+    return ""
 
 
 def _check_rule_state(state: State, rule: Aggregator) -> None:
@@ -85,8 +60,7 @@ def _check_rule_state(state: State, rule: Aggregator) -> None:
 
 
 def _check_like(name: str, found: PyTree, expected: PyTree) -> None:
-    same = bool(jax.tree.structure(found) == jax.tree.structure(expected))  # type: ignore[operator]
-    if same and all(map(_same_shape, jax.tree.leaves(found), jax.tree.leaves(expected))):
+    if _same_structure(found, expected) and all(map(_same_shape, jax.tree.leaves(found), jax.tree.leaves(expected))):
         return
     raise ValueError(
         f"expected {name} as this rule makes it, got that of another rule or of another model, probably a state made "
@@ -96,6 +70,51 @@ def _check_like(name: str, found: PyTree, expected: PyTree) -> None:
 
 def _same_shape(found: Any, expected: Any) -> bool:
     return jnp.shape(found) == expected.shape
+
+
+def summable(sums: PyTree) -> PyTree:
+    """Return a summand as arrays whose sums have their types: bools and small integers become int32.
+
+    Raises:
+        TypeError: for a leaf that is no array of numbers.
+    """
+
+    def one(leaf: Any) -> Array:
+        if not isinstance(leaf, jax.Array | np.ndarray | int | float) or _is_key(leaf):
+            raise TypeError(f"expected a summand of arrays of numbers, got {describe(leaf)} in it")
+        array = jnp.asarray(leaf)
+        small = not jnp.issubdtype(array.dtype, jnp.inexact) and array.dtype.itemsize < 4
+        return array.astype(jnp.int32) if small else array
+
+    return jax.tree.map(one, sums)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _same_structure(one: PyTree, other: PyTree) -> bool:
+    return bool(jax.tree.structure(one) == jax.tree.structure(other))  # type: ignore[operator]
+
+
+def check_update(updated: Any, state: State) -> None:
+    """Raise `TypeError` unless a rule's `update` returned a server and a state built like those before.
+
+    It is the only function of a rule whose result goes on to the next round.
+    """
+    pair = type(updated) is tuple and len(updated) == 2
+    for name, before, after in zip(("server", "state"), (state.server, state.aggregator), updated, strict=False):
+        if not pair or not _same_structure(before, after):
+            raise TypeError(
+                f"expected the rule's update to return (server, state), built like those before, got "
+                f"{describe(after if pair else updated)} for the {name if pair else 'two'}"
+            )
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            if jnp.shape(old) != jnp.shape(new) or jnp.result_type(old) != jnp.result_type(new):
+                raise TypeError(
+                    f"expected the rule's update to leave shapes and dtypes of the {name} as they are, got "
+                    f"{describe(jnp.asarray(new))} in place of {describe(old)}"
+                )
 
 
 def check_losses(losses: Any, examples: int, what: str) -> None:

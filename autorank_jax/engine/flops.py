@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from autorank_jax.arguments import check_least, checked
 from autorank_jax.types import Adapter, Batch, FederatedData, Task
 
 
@@ -16,6 +17,7 @@ class FlopModel(NamedTuple):
     per_rank: dict[str, float]
 
 
+@checked
 def training_flops(task: Task, data: FederatedData, *, batch_size: int = 8) -> FlopModel:
     """Count forward and backward FLOPs per example by lowering the gradient at rank 0 and at one rank per layer.
 
@@ -35,6 +37,7 @@ def training_flops(task: Task, data: FederatedData, *, batch_size: int = 8) -> F
     Raises:
         RuntimeError: where this version of XLA does not count for this device.
     """
+    check_least("batch_size", batch_size)
     count = min(batch_size, jax.tree.leaves(data.inputs)[0].shape[0])
     blank = jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape[1:]), leaf.dtype), (data.inputs, data.targets))
     batch = Batch(blank[0], blank[1], jnp.ones(count))  # closed over: preparing inputs is no training

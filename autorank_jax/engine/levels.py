@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autorank_jax.adapters.lora import level_widths
+from autorank_jax.arguments import checked
 from autorank_jax.engine.flops import FlopModel
 
 Widths = dict[str, int]
@@ -59,6 +60,7 @@ def resolve_levels(widest: Mapping[str, int], rank_levels: RankLevels) -> list[W
     return levels
 
 
+@checked
 def choose_levels(
     workloads: Sequence[Workload],
     flops: FlopModel,

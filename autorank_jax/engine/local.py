@@ -9,10 +9,12 @@ import optax
 from jax import lax
 
 from autorank_jax.adapters.lora import over_columns, over_rows
+from autorank_jax.arguments import check_least, checked
 from autorank_jax.engine.checks import check_losses
 from autorank_jax.engine.optimizers import (
     Optimizer,
     begin_optimizer,
+    check_optimizer,
     make_transformation,
     params_to_send,
     step_optimizer,
@@ -44,18 +46,21 @@ Scale = Callable[[Array], Array]
 """LoRA scale of a client by its rank."""
 
 
+@checked
 def constant_scale(value: float = 1.0) -> Scale:
     """Scale every client's update alike: `x W + value · (x A) B`."""
     _check_positive("value", value)
     return lambda rank: jnp.full_like(rank, value)
 
 
+@checked
 def alpha_over_rank(alpha: float) -> Scale:
     """Scale by `alpha / rank`, LoRA's own rule (arXiv 2106.09685)."""
     _check_positive("alpha", alpha)
     return lambda rank: alpha / jnp.maximum(rank, 1)
 
 
+@checked
 def alpha_over_sqrt_rank(alpha: float) -> Scale:
     """Scale by `alpha / √rank`, the rank-stabilised rule (arXiv 2312.03732)."""
     _check_positive("alpha", alpha)
@@ -63,7 +68,7 @@ def alpha_over_sqrt_rank(alpha: float) -> Scale:
 
 
 def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
+    if not 0 < value < float("inf"):
         raise ValueError(f"expected a positive LoRA {name}, got {value}")
 
 
@@ -72,12 +77,14 @@ def from_task_loss(loss: Callable[[PyTree, Trainable, Batch, Key], Array]) -> Lo
     return lambda frozen, trainable, start, batch, key: loss(frozen, trainable, batch, key)  # noqa: ARG005
 
 
+@checked
 def with_penalty(value: Array | Penalised, penalty: Array) -> Penalised:
     """Add a scalar penalty to what a local loss returns."""
     losses, before = value if isinstance(value, Penalised) else (value, jnp.zeros((), value.dtype))
     return Penalised(losses, before + penalty.astype(before.dtype))
 
 
+@checked
 def with_proximal_term(loss: LocalLoss, strength: float) -> LocalLoss:
     """Add FedProx's pull to the start, `strength/2 · ‖w - start‖²`, to a local loss (arXiv 1812.06127).
 
@@ -88,7 +95,7 @@ def with_proximal_term(loss: LocalLoss, strength: float) -> LocalLoss:
     Raises:
         ValueError: if the strength is negative.
     """
-    if strength < 0:
+    if not 0 <= strength < float("inf"):
         raise ValueError(f"expected a proximal strength >= 0, got {strength}")
 
     def proximal(frozen: PyTree, trainable: Trainable, start: Trainable, batch: Batch, key: Key) -> Penalised:
@@ -99,6 +106,7 @@ def with_proximal_term(loss: LocalLoss, strength: float) -> LocalLoss:
     return proximal
 
 
+@checked
 def make_local_training(
     task: Task,
     optimizer: Optimizer,
@@ -132,15 +140,12 @@ def make_local_training(
             parameters than they mean; the default knows schedule-free ones and SAM.
 
     Raises:
-        TypeError: for what is no task.
+        TypeError: for what is no task or no optimizer, such as `optax.sgd`, which was not called, or a number.
         ValueError: if the batch size is below 1; when traced, for an optimiser that needs more than it can be given or
             ignores the state's learning rate, or a loss that is not of shape `(b,)`.
     """
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
-    if not isinstance(task, Task):
-        kind = type(task).__name__
-        raise TypeError(f"expected a task, got a {kind}, probably the model itself: task_from_nnx(model)")
+    check_least("batch_size", batch_size)
+    check_optimizer(optimizer)
     local_loss = loss or from_task_loss(task.loss)
 
     def begin(hparams: Hparams, start: Trainable, client: Client) -> LocalState:

@@ -16,6 +16,8 @@ import optax
 from optax import contrib
 
 from autorank_jax.adapters.selection import dense_names
+from autorank_jax.arguments import checked, describe
+from autorank_jax.arguments.kinds import is_real, takes
 from autorank_jax.types import Adapter, Array, Hparams, Key, PyTree, Trainable
 
 Optimizer: TypeAlias = "optax.GradientTransformation | Callable[[Hparams], optax.GradientTransformation]"
@@ -54,6 +56,27 @@ class _Given(dict):
         return super().__iter__()
 
 
+def check_optimizer(optimizer: Any) -> None:
+    """Raise `TypeError` unless something is an optimiser, or a function of the hyper-parameters, as far as it says."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        return
+    made = getattr(optimizer, "func", optimizer)  # of a functools.partial
+    own = callable(optimizer) and takes(optimizer, 1)
+    if own and not str(getattr(made, "__module__", "")).startswith("optax"):
+        return
+    cause = ""
+    if isinstance(optimizer, optax.MultiSteps):
+        cause = ", probably one step too early: .gradient_transformation()"
+    elif callable(optimizer):
+        name = getattr(made, "__name__", "optimizer")
+        cause = f', probably not called: optax.{name}(...), or lambda h: optax.{name}(h["learning_rate"])'
+    elif is_real(optimizer):
+        cause = f", probably its learning rate alone: optax.sgd({optimizer})"
+    raise TypeError(
+        f"expected an optimizer as optax makes them, or a function of hparams, got {describe(optimizer)}{cause}"
+    )
+
+
 def make_transformation(optimizer: Optimizer, hparams: Hparams) -> optax.GradientTransformationExtraArgs:
     """Return the optimiser for these hyper-parameters.
 
@@ -86,8 +109,8 @@ def _call(optimizer: Callable[[Hparams], Any], given: Hparams) -> Any:
         return optimizer(given)
     except (AttributeError, TypeError) as error:
         raise TypeError(
-            f"expected an optimizer, or a function that makes one of hparams, got one that fails with {_first(error)}, "
-            'probably optax.sgd itself: lambda h: optax.sgd(h["learning_rate"])'
+            f"expected an optimizer, or a function that makes one of hparams, got one that fails with {_first(error)}; "
+            'of hparams it takes what it needs: lambda h: optax.sgd(h["learning_rate"])'
         ) from error
 
 
@@ -204,6 +227,7 @@ def _is_key(leaf: Array) -> bool:
     return leaf.dtype == jnp.uint32 and leaf.shape == (2,)
 
 
+@checked
 def scale_updates(
     *, lora_a: float = 1.0, lora_b: float = 1.0, dense: float = 1.0, layers: Mapping[str, float] | None = None
 ) -> optax.GradientTransformation:
@@ -224,7 +248,7 @@ def scale_updates(
     """
     patterns = dict(layers or {})
     for name, factor in {"lora_a": lora_a, "lora_b": lora_b, "dense": dense, **patterns}.items():
-        if not factor >= 0:
+        if not 0 <= factor < float("inf"):
             raise ValueError(f"expected factors of updates >= 0, got {factor} for {name!r}")
 
     def of_layer(path: str) -> float:

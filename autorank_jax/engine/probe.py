@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.arguments import check_least, check_share, checked
 from autorank_jax.engine.round import make_round
 from autorank_jax.federated.data import client_stats
 from autorank_jax.types import (
@@ -23,6 +25,7 @@ from autorank_jax.types import (
 )
 
 
+@checked
 def probe(
     key: Key,
     local: LocalTraining,
@@ -36,6 +39,7 @@ def probe(
     groups: ArrayLike | None = None,
     extra: ArrayLike | None = None,
     max_ratio: ArrayLike | None = None,
+    run: Callable[..., Any] | None = None,
 ) -> ClientStats:
     """Train every client once from the server and return the statistics that rank policies look at, losses included.
 
@@ -55,6 +59,7 @@ def probe(
         groups: examples' groups, in place of labels.
         extra: the user's own criteria.
         max_ratio: largest rank ratio by device.
+        run: `(round, key, state, data) -> (state, info)`, how that round is compiled and run; `jax.jit` where None.
 
     Returns:
         Statistics of all clients. A client whose training was not finite has no curve, `epochs` 0, and takes the mean
@@ -66,8 +71,8 @@ def probe(
     """
     if epochs < 2:
         raise ValueError(f"expected epochs >= 2, got {epochs}: one epoch is no curve")
-    if not 0 < ratio <= 1:
-        raise ValueError(f"expected a ratio in (0, 1], got {ratio}, probably a rank: divide by the maximum")
+    check_share("ratio", ratio, cause="a rank: divide by the maximum")
+    check_least("lanes", lanes)
     plain = client_stats(data, classes=classes, groups=groups, extra=extra, max_ratio=max_ratio)
     clients, dtype = data.size.shape[0], state.epoch_losses.dtype
     widest = max_ranks(state.server.trainable)
@@ -79,7 +84,8 @@ def probe(
         epoch_losses=jnp.zeros((clients, epochs), dtype),
         epochs=jnp.zeros(clients, jnp.int32),
     )
-    after, _ = jax.jit(make_round(local, discard(), lanes=lanes))(key, state, data)
+    one = make_round(local, discard(), lanes=lanes)
+    after, _ = run(one, key, state, data) if run else jax.jit(one)(key, state, data)
     known = jnp.all(jnp.isfinite(after.epoch_losses), axis=1)
     ran = jnp.where(known, after.epochs, 0)
     _check_finite(np.asarray(ran), np.asarray(data.size))

@@ -8,11 +8,14 @@ from jax import lax
 from jax.sharding import Mesh
 
 from autorank_jax.adapters.lora import max_ranks
-from autorank_jax.engine.checks import check_local, check_round, check_rule
-from autorank_jax.engine.lanes import Program, Round, Totals, make_queue, no_totals, run_queue, steps_of_epochs
+from autorank_jax.arguments import check_least, checked
+from autorank_jax.engine.checks import check_round, check_update
+from autorank_jax.engine.lanes import Program, Round, make_queue, no_totals, run_queue, steps_of_epochs
 from autorank_jax.engine.levels import RankLevels, resolve_levels
 from autorank_jax.engine.optimizers import at_round
+from autorank_jax.engine.packing import Pack, choose_summation
 from autorank_jax.engine.sharding import add_up, check_mesh, on_mesh, own_clients
+from autorank_jax.engine.totals import Totals
 from autorank_jax.federated.faults import Fault, draw_cohort, round_keys
 from autorank_jax.federated.participation import Cohort, Participation, by_examples, everyone
 from autorank_jax.types import (
@@ -28,6 +31,7 @@ from autorank_jax.types import (
 )
 
 
+@checked
 def make_round(
     local: LocalTraining,
     aggregator: Aggregator,
@@ -38,6 +42,7 @@ def make_round(
     faults: Sequence[Fault] = (),
     weigh: Callable[[FederatedData], Array] = by_examples,
     mesh: Mesh | None = None,
+    pack: Pack = "auto",
 ) -> RoundFn:
     """Make the function of one federated round, to be jitted by the caller.
 
@@ -56,9 +61,12 @@ def make_round(
         mesh: devices to shard the clients over, from `sharding.client_mesh`, on one host or many; where None the round
             runs where its arrays are. Place state, key and data by `sharding.replicate`, or make data by
             `sharding.owned_data`. Results depend on the mesh by rounding only.
+        pack: whether a turn of the lanes checks and sums whole trees in one vector, not leaf by leaf: fewer kernels,
+            more memory traffic. "auto" packs everywhere but on a CPU. Results depend on it by rounding only.
 
     Returns:
-        `round(key, state, data) -> (state, info)`. The same `key` serves all rounds: each folds in its number.
+        `round(key, state, data) -> (state, info)`. The same `key` serves all rounds: each folds in its number. A state
+        may go on under another rule that remembers things of the same form; most remember nothing.
 
     Raises:
         TypeError: for what is no local training or no rule, such as one that was not called.
@@ -67,17 +75,16 @@ def make_round(
     """
     if mesh is not None:
         check_mesh(mesh)
-    for name, value in (("lanes", lanes), ("rank_levels", rank_levels)):
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"expected {name} >= 1, got {value}")
-    check_local(local)
-    check_rule(aggregator)
+    check_least("lanes", lanes)
+    if isinstance(rank_levels, int):
+        check_least("rank_levels", rank_levels)
 
     def round_fn(key: Key, state: State, data: FederatedData) -> tuple[State, RoundInfo]:
         check_round(key, state, data, aggregator)
         hparams, state = state.hparams, state._replace(hparams=at_round(state.hparams, state.round))
         _, training, server_step, _ = round_keys(key, state.round)
-        program = Program(local, aggregator, lanes, resolve_levels(widest := max_ranks(state.server), rank_levels))
+        levels = resolve_levels(widest := max_ranks(state.server), rank_levels)
+        program = Program(local, aggregator, lanes, levels, choose_summation(pack, mesh))
         invited, cohort = draw_cohort(key, state.round, data, participation, faults)
         weights = weigh(data)
         if weights.shape != data.size.shape:
@@ -105,7 +112,9 @@ def make_round(
             totals = _train_exactly(train, cohort, weight, blank)
         else:
             totals = train(weight)
-        server, memory = aggregator.update(server_step, totals.sums, state.aggregator, state.server)
+        updated = aggregator.update(server_step, totals.sums, state.aggregator, state.server)
+        check_update(updated, state)
+        server, memory = updated
         diagnostics = aggregator.report(totals.sums, state.server, server)
         state = state._replace(
             server=server,

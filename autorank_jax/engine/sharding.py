@@ -15,7 +15,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
-from autorank_jax.engine.lanes import Program, Totals, steps_and_levels
+from autorank_jax.arguments import checked
+from autorank_jax.engine.lanes import Program, steps_and_levels
+from autorank_jax.engine.totals import Totals
 from autorank_jax.federated.checks import (
     check_array,
     check_ids,
@@ -33,6 +35,7 @@ AXIS = "clients"
 _PIECES = 32  # per device, into which a large cohort is cut
 
 
+@checked
 def client_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make a mesh of one axis, `clients`, of the given devices; of all there are, on all hosts, where None."""
     return Mesh(np.asarray(jax.devices() if devices is None else devices), (AXIS,))
@@ -47,6 +50,7 @@ def check_mesh(mesh: Mesh) -> None:
         )
 
 
+@checked
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Put a tree of arrays on every device of a mesh; every host must hold the same values.
 
@@ -110,6 +114,7 @@ def assign(cost: Array, devices: int) -> Array:
     return jnp.zeros(count, jnp.int32).at[order].set(holder[piece])
 
 
+@checked
 def owned_data(
     mesh: Mesh,
     inputs: PyTree,

@@ -10,7 +10,8 @@ from jax import lax
 from jax.tree_util import Partial
 
 from autorank_jax.adapters.lora import max_ranks
-from autorank_jax.engine.checks import check_rule, check_server
+from autorank_jax.arguments import check_least, checked
+from autorank_jax.engine.checks import why_no_ranks
 from autorank_jax.types import (
     Aggregator,
     Array,
@@ -35,6 +36,7 @@ class History(NamedTuple):
     metrics: dict[str, Array]  # leaves (rounds, ...), from `evaluate`
 
 
+@checked
 def init_state(
     server: Server,
     aggregator: Aggregator,
@@ -44,7 +46,7 @@ def init_state(
     local_epochs: int = 1,
     max_epochs: int = 5,
     clients: int | None = None,
-    **hparams: float,
+    **hparams: float | Schedule,
 ) -> State:
     """Make the state before the first round.
 
@@ -68,10 +70,9 @@ def init_state(
         ValueError: if ranks are missing, no integers, have unequal lengths, or lie outside `1..max_rank`, or if
             local_epochs is below 1.
     """
-    check_server(server)
-    check_rule(aggregator)
-    if local_epochs < 1:
-        raise ValueError(f"expected local_epochs >= 1, got {local_epochs}")
+    for name, value in {"local_epochs": local_epochs, "max_epochs": max_epochs, "clients": clients}.items():
+        if value is not None:
+            check_least(name, value)
     if ranks is None:
         if clients is None:
             raise ValueError("expected clients=, got none: there are no ranks to count them by")
@@ -117,22 +118,20 @@ def _check_ranks(server: Server, ranks: Mapping[str, Array], clients: int | None
     for path, rank in ranks.items():
         widest = adapters[path].lora_a.shape[-1]
         if not jnp.issubdtype(jnp.result_type(rank), jnp.integer):
-            raise ValueError(
-                f"expected integer ranks, got {jnp.result_type(rank)} for {path!r}, probably ratios: ranks_from_ratios "
-                "makes ranks of them"
-            )
+            raise ValueError(f"expected integer ranks, got {jnp.result_type(rank)} for {path!r}{why_no_ranks(rank)}")
         if isinstance(rank, jax.core.Tracer):
             continue
         known = np.asarray(rank)  # in NumPy: under jit, JAX would trace ranks that are known
         least, most = known.min(), known.max()
         if least < 1 or most > widest:
             raise ValueError(
-                f"expected ranks of {path!r} in 1..{widest}, got {least}..{most}, "
-                "probably ranks made for a larger max_rank"
+                f"expected ranks of {path!r} in 1..{widest}, got {least}..{most}"
+                + (", probably ranks made for a larger max_rank" if most > widest else "")
             )
     return clients
 
 
+@checked
 def simulate(
     key: Key,
     round_fn: RoundFn,
@@ -158,8 +157,7 @@ def simulate(
     Raises:
         ValueError: if rounds is below 1.
     """
-    if rounds < 1:
-        raise ValueError(f"expected rounds >= 1, got {rounds}")
+    check_least("rounds", rounds)
     measure: Callable[[State], dict[str, Array]] = evaluate or (lambda _: {})
 
     def one(state: State, _: None) -> tuple[State, History]:

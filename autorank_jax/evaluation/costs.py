@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autorank_jax.adapters.selection import leave_out
+from autorank_jax.arguments import check_least, check_share, checked
 from autorank_jax.engine.flops import FlopModel
 from autorank_jax.types import Adapter, Array, Server, Traffic, Travels
 
@@ -24,6 +25,7 @@ class ClientCosts(NamedTuple):
     flops: np.ndarray  # of local training
 
 
+@checked
 def client_costs(
     server: Server,
     ranks: Mapping[str, Array],
@@ -47,10 +49,22 @@ def client_costs(
         local_epochs: passes over the data per round.
         traffic: what the rule sends, `rule.traffic`.
         attendance: how often each client takes part, in 0..1: a stack of factors has those of the participants.
+
+    Raises:
+        ValueError: for ranks of other adapters or clients, or an attendance outside 0..1.
     """
+    check_least("local_epochs", local_epochs)
+    check_share("attendance", attendance, "[0, 1]")
     examples = np.asarray(size, np.float64)
     own = {path: np.asarray(rank, np.float64) for path, rank in ranks.items()}
     adapters = server.trainable.adapters
+    shapes = {"size": examples.shape} | {f"ranks[{path!r}]": rank.shape for path, rank in own.items()}
+    if examples.ndim != 1 or set(own) != set(adapters) or set(shapes.values()) != {examples.shape}:
+        raise ValueError(
+            f"expected size and ranks of the adapters {sorted(adapters)}, one number for each client, got {shapes}"
+        )
+    if np.shape(attendance) not in ((), examples.shape):
+        raise ValueError(f"expected attendance as one number or {len(examples)}, got shape {np.shape(attendance)}")
     dense = sum(float(leaf.size) for leaf in jax.tree.leaves(server.trainable.dense))
     per_rank = {path: sum(_numbers(adapter)) for path, adapter in adapters.items()}
     parameters = dense + sum((own[path] * each for path, each in per_rank.items()), np.zeros_like(examples))

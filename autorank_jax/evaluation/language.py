@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from autorank_jax.adapters.lora import cut, max_ranks, rank_masks
+from autorank_jax.arguments import checked
 from autorank_jax.engine.flops import FlopModel
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
 from autorank_jax.models.causal_config import CausalConfig
 from autorank_jax.types import Array, EvaluateFn, FederatedData, PyTree, Scored, Server, State, Task
 
 
+@checked
 def make_evaluate_language(task: Task, inputs: PyTree, targets: PyTree, *, batch_size: int = 8) -> EvaluateFn:
     """Make the evaluation of the server model on completions.
 
@@ -49,6 +51,7 @@ def make_evaluate_language(task: Task, inputs: PyTree, targets: PyTree, *, batch
     return evaluate
 
 
+@checked
 def client_perplexities(task: Task, state: State, data: FederatedData, *, batch_size: int = 8) -> Array:
     """Return the perplexity of the server, cut to each client's ranks, on that client's completions, `(clients,)`.
 
@@ -86,6 +89,7 @@ def client_perplexities(task: Task, state: State, data: FederatedData, *, batch_
     return lax.map(one, jnp.arange(clients, dtype=jnp.int32))
 
 
+@checked
 def continue_text(task: Task, server: Server, prompt: Array, *, tokens: int) -> Array:
     """Continue a text greedily, all of it computed anew for every token: for short samples.
 
@@ -124,6 +128,7 @@ def _whole_batches(leaf: Array, batch_size: int) -> Array:
     return leaf[index].reshape(batches, batch_size, *leaf.shape[1:])
 
 
+@checked
 def language_flops(config: CausalConfig, task: Task, *, length: int) -> FlopModel:
     """Count the FLOPs of training a causal decoder on one row, from its sizes.
 

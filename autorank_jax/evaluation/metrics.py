@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from autorank_jax.adapters.lora import cut, level_widths, max_ranks, rank_level, rank_masks
 from autorank_jax.adapters.losses import check_outputs, regression_loss
+from autorank_jax.arguments import check_least, checked
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
 from autorank_jax.types import (
     Aggregator,
@@ -30,6 +31,7 @@ Metrics = Callable[[Array, PyTree], dict[str, Array]]
 """`(outputs, targets) -> (b,)` numbers of each example, to be averaged."""
 
 
+@checked
 def classification_metrics(logits: Array, labels: Array) -> dict[str, Array]:
     """Return whether each example is right (`accuracy`) and its cross-entropy in nats (`loss`).
 
@@ -46,6 +48,7 @@ def classification_metrics(logits: Array, labels: Array) -> dict[str, Array]:
     }
 
 
+@checked
 def regression_metrics(targets: ArrayLike) -> Metrics:
     """Make the metrics of a regression: the share of variance explained (`r2`), and the mean squared error (`loss`).
 
@@ -65,6 +68,7 @@ def regression_metrics(targets: ArrayLike) -> Metrics:
     return metrics
 
 
+@checked
 def make_evaluate(
     task: Task, inputs: PyTree, targets: PyTree, *, metrics: Metrics = classification_metrics, batch_size: int = 1000
 ) -> EvaluateFn:
@@ -83,22 +87,30 @@ def make_evaluate(
     Raises:
         ValueError: if inputs and targets differ in length or are empty; where labels outnumber the model's outputs.
     """
+    check_least("batch_size", batch_size)
     inputs, targets = jax.tree.map(jnp.asarray, (inputs, targets))
     examples = _length(inputs, targets)
+    _check_evaluation(_predictor(task, task.server), metrics, inputs, targets)
 
     def evaluate(state: State) -> dict[str, Array]:
-        if metrics is classification_metrics:
-            _check_classes(_predictor(task, state.server), inputs, targets)
         values = _by_batch(_predictor(task, state.server), (inputs, targets), metrics, batch_size)
         return {name: jnp.sum(value) / examples for name, value in values.items()}
 
     return evaluate
 
 
-def _check_classes(predict: Callable[[PyTree], Array], inputs: PyTree, labels: Array) -> None:
+def _check_evaluation(predict: Callable[[PyTree], Array], metrics: Metrics, inputs: PyTree, targets: PyTree) -> None:
+    """Raise an error where the model does not take the inputs, the metrics the targets, or a label has no output."""
+    x, y = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), (inputs, targets))
+    logits = jax.eval_shape(predict, x)
+    jax.eval_shape(metrics, logits, y)
+    if metrics is classification_metrics:
+        _check_classes(logits.shape, targets)
+
+
+def _check_classes(logits: tuple[int, ...], labels: Array) -> None:
     """Raise `ValueError` for a label without an output of its own: no rule of indexing makes a number of it."""
-    logits = jax.eval_shape(predict, jax.tree.map(lambda leaf: leaf[:1], inputs)).shape
-    if isinstance(labels, jax.core.Tracer) or len(logits) != 2 or labels.ndim != 1:
+    if isinstance(labels, jax.core.Tracer):
         return
     largest = int(np.asarray(labels).max())
     if largest >= logits[1]:
@@ -109,11 +121,9 @@ def _check_classes(predict: Callable[[PyTree], Array], inputs: PyTree, labels: A
 
 
 def _length(inputs: PyTree, targets: PyTree) -> int:
-    lengths = {leaf.shape[0] for leaf in jax.tree.leaves((inputs, targets))}
+    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves((inputs, targets))}
     if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(
-            f"expected inputs and targets of one length >= 1, got {sorted(lengths)}, probably from different sets"
-        )
+        raise ValueError(f"expected inputs and targets of one length >= 1, got {sorted(lengths)}")
     return lengths.pop()
 
 
@@ -139,6 +149,7 @@ def _by_batch(
     return {name: value.reshape(-1) for name, value in values.items()}
 
 
+@checked
 def class_accuracy(task: Task, server: Server, inputs: Array, labels: Array, *, classes: int) -> Array:
     """Return the server's accuracy on each class, `(classes,)`; 0 for a class without test examples."""
     correct = _by_batch(_predictor(task, server), (inputs, labels), classification_metrics, 1000)["accuracy"]
@@ -146,6 +157,7 @@ def class_accuracy(task: Task, server: Server, inputs: Array, labels: Array, *, 
     return members.T @ correct[: labels.shape[0]] / jnp.maximum(jnp.sum(members, axis=0), 1)
 
 
+@checked
 def label_weighted_accuracy(
     task: Task, state: State, label_counts: Array, inputs: Array, labels: Array, *, rank_levels: int = 4
 ) -> Array:
@@ -168,11 +180,12 @@ def label_weighted_accuracy(
     Raises:
         ValueError: for label counts of other clients than the state's.
     """
-    if label_counts.shape[:1] != state.epochs.shape:
+    if label_counts.ndim != 2 or label_counts.shape[:1] != state.epochs.shape:
         raise ValueError(
             f"expected label counts of the state's {state.epochs.shape[0]} clients, got shape {label_counts.shape}, "
             "probably statistics of another split"
         )
+    check_least("rank_levels", rank_levels)
     widest = max_ranks(state.server.trainable)
     ladder = level_widths(widest, rank_levels)
     by_class = []
@@ -195,6 +208,7 @@ class PersonalScores(NamedTuple):
     examples: Array  # (clients,) int32 they were measured on; 0 for clients without any, absent, or diverged
 
 
+@checked
 def with_personal_scores(rule: Aggregator, task: Task, held_out: FederatedData, *, batch_size: int = 64) -> Aggregator:
     """Make a rule measure, in place of aggregating, every client before and after its local training.
 
@@ -245,6 +259,7 @@ def with_personal_scores(rule: Aggregator, task: Task, held_out: FederatedData, 
     )
 
 
+@checked
 def summarise_clients(values: Array, examples: Array) -> dict[str, Array]:
     """Return the mean over clients, the mean weighted by examples, and the worst client.
 

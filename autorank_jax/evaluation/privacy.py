@@ -8,6 +8,8 @@ A fixed size: by one client in place of another.
 import functools
 from typing import Any
 
+from autorank_jax.arguments import checked
+
 _LEAST_NOISE = 0.2
 _LARGEST = 30.0
 """A privacy loss distribution of a larger ε needs much time and memory to tell that hardly anything is protected."""
@@ -53,6 +55,7 @@ def spent_epsilon(
     return bound if clients is not None or bound > _LARGEST else _epsilon(_library().pld.PLDAccountant(), event, delta)
 
 
+@checked
 def calibrated_noise(
     epsilon: float,
     rounds: int,
@@ -102,6 +105,7 @@ def calibrated_noise(
         ) from None
 
 
+@checked
 def calibrated_release(epsilon: float, delta: float, *, clients: int | None = None) -> float:
     """Return the noise multiplier with which what is released once spends at most ε: that of the rounds `clients=`.
 

@@ -28,6 +28,10 @@ class Checkpoints(NamedTuple):
     every: int = 0  # rounds of a run between them; 0: only when the experiment is interrupted
     keep: int = 3  # how many of the latest stay
 
+    def due(self, number: int, *, over: bool) -> bool:
+        """Return whether it is time to save after a round."""
+        return bool(self.every) and (over or number % self.every == 0)
+
 
 def make_save(
     checkpoints: Checkpoints | None, experiment: Experiment, dataset: Dataset, machine: Mapping[str, Any]
@@ -39,8 +43,7 @@ def make_save(
 
     def save(position: Position, last_chance: bool) -> None:
         record = position.records[-1]
-        due = checkpoints.every and (record.over or record.round % checkpoints.every == 0)
-        if not (due or last_chance):
+        if not (checkpoints.due(record.round, over=record.over) or last_chance):
             return
         records = [r._asdict() | {"rows": [row._asdict() for row in r.rows]} for r in position.records]
         extra = {
@@ -85,10 +88,9 @@ def restore_position(
     probes = tuple((jnp.zeros_like(state.epoch_losses), jnp.zeros_like(state.epochs)) for _ in federations)
     like = {"state": state, "probes": probes if experiment.probed else ()}
     restored = restore_state(checkpoints.folder, like, config=config).state
-    then, now = _flat(extra["about"]), _flat(machine)
-    differences = tuple(f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name])
     levels = tuple(extra.get("levels", ()))
-    return Position(records, restored["state"], restored["probes"], extra["seconds"], levels), differences
+    position = Position(records, restored["state"], restored["probes"], extra["seconds"], levels)
+    return position, differences(extra["about"], machine)
 
 
 def with_rounds(records: tuple[Record, ...], experiment: Experiment, before: int) -> tuple[Record, ...]:
@@ -146,6 +148,12 @@ def full_configuration(experiment: Experiment, dataset: Dataset) -> dict[str, An
     for name in ("x_train", "y_train", "x_test", "y_test"):
         checksum.update(np.ascontiguousarray(getattr(dataset, name)).tobytes())
     return dataclasses.asdict(experiment) | {"checksum of the dataset": checksum.hexdigest()[:16]}
+
+
+def differences(before: Mapping[str, Any], machine: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what differs in device and versions, in words."""
+    then, now = _flat(before), _flat(machine)
+    return tuple(f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name])
 
 
 def _flat(machine: Mapping[str, Any]) -> dict[str, str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from autorank_jax import datasets
+from autorank_jax.arguments import checked
 from autorank_jax.experiment import privacy
 from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, outside, unknown
 from autorank_jax.experiment.names import AGGREGATORS, CRITERIA, NEEDS_LOSSES, SPLITS
@@ -194,6 +195,7 @@ class Experiment:
         return range(self.first_seed, self.first_seed + self.seeds)
 
 
+@checked
 def experiment_from(config: Any) -> Experiment:
     """Make an experiment of what `config.json` holds; options that are not there have their defaults.
 

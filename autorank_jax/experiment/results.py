@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from autorank_jax.arguments import checked
+
 
 class Row(NamedTuple):
     """One round of one run: a row of the history."""
@@ -130,6 +132,7 @@ def accuracies(run: Run) -> list[tuple[int, float]]:
     return [(row.round, row.accuracy) for row in run.rows if row.accuracy is not None]
 
 
+@checked
 def summarize(results: Results) -> dict[str, Any]:
     """Sum up an experiment as the contents of `summary.json`."""
     weights = [s.weights for s in results.scores if s.weights is not None]

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
+from autorank_jax.arguments import describe
 from autorank_jax.types import PyTree
 
 INT32_MAX = int(np.iinfo(np.int32).max)
@@ -27,7 +28,8 @@ def first_few(numbers: np.ndarray) -> str:
 def check_range(values: np.ndarray, end: int, what: str, cause: str) -> None:
     """Check that integers lie in 0 .. end-1."""
     if values.size and (values.min() < 0 or values.max() >= end):
-        raise ValueError(f"expected {what} in 0 .. {end - 1}, got {values.min()} .. {values.max()}; probably {cause}")
+        hint = f"; probably {cause}" if cause else ""
+        raise ValueError(f"expected {what} in 0 .. {end - 1}, got {values.min()} .. {values.max()}{hint}")
 
 
 def check_examples(inputs: PyTree, targets: PyTree, classes: int | None) -> int:
@@ -41,7 +43,13 @@ def check_examples(inputs: PyTree, targets: PyTree, classes: int | None) -> int:
         raise ValueError(f"expected between 1 and 2³¹-1 examples, got {n}")
     if len(set(lengths.values())) > 1:
         got = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(f"expected inputs and targets of one length, got {got}; probably training mixed with test")
+        raise ValueError(f"expected inputs and targets of one length, got {got}")
+    axes = [max(leaf.ndim for leaf in jax.tree.leaves(tree)) for tree in (inputs, targets)]
+    if classes is not None and axes[0] < axes[1]:
+        raise ValueError(
+            f"expected inputs, then targets as labels in 0 .. {classes - 1}, got inputs of {axes[0]} axes and targets "
+            f"of {axes[1]}, probably inputs and targets swapped"
+        )
     if classes is not None:
         check_labels(targets, n, classes, "targets")
     return n
@@ -50,10 +58,12 @@ def check_examples(inputs: PyTree, targets: PyTree, classes: int | None) -> int:
 def check_array(name: str, leaf: PyTree) -> int:
     """Check one array of numbers and return its length."""
     if not isinstance(leaf, (np.ndarray, jax.Array)) or leaf.ndim == 0:
-        raise ValueError(f"expected an array at {name}, got {type(leaf).__name__}; probably a list: use np.asarray")
+        cause = "; probably a list: use np.asarray" if isinstance(leaf, list | int | float) else ""
+        raise ValueError(f"expected an array at {name}, got {describe(leaf)}{cause}")
     values = np.asarray(leaf)
     if values.dtype.kind in "OSUMm":
-        raise ValueError(f"expected numbers at {name}, got {values.dtype}; probably ragged rows or text: encode them")
+        cause = {"O": "; probably ragged rows", "S": ": encode them", "U": ": encode them"}.get(values.dtype.kind, "")
+        raise ValueError(f"expected numbers at {name}, got {values.dtype}{cause}")
     if values.dtype.kind not in "biu" and not np.isfinite(values).all():
         bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
         raise ValueError(
@@ -71,9 +81,10 @@ def _check_width(name: str, values: np.ndarray) -> None:
         return
     limits = np.finfo(narrow) if values.dtype.kind == "f" else np.iinfo(narrow)
     if values.min() < limits.min or values.max() > limits.max:
+        hint = "probably hashes: number them, or " if values.dtype.kind in "iu" else ""
         raise ValueError(
-            f"expected numbers that fit {narrow} at {name}, got {values.min()} .. {values.max()}; "
-            "probably hashes: number them, or enable jax_enable_x64"
+            f"expected numbers that fit {narrow} at {name}, got {values.min()} .. {values.max()}; {hint}enable "
+            "jax_enable_x64"
         )
 
 
@@ -81,17 +92,19 @@ def check_labels(labels: ArrayLike, n: int, classes: int | None, what: str) -> n
     """Check that labels are a vector of integers in 0 .. classes-1."""
     labels = np.asarray(labels)
     if labels.shape != (n,):
-        raise ValueError(
-            f"expected {what} of shape ({n},), one label per example, got {labels.shape}; "
-            "probably one-hot or not labels: give groups to count instead"
-        )
+        one_hot = labels.ndim == 2 and len(labels) == n and np.isin(labels, (0, 1)).all()
+        cause = "probably one-hot: argmax(axis=-1)" if one_hot else "if these are no labels, give groups to count"
+        raise ValueError(f"expected {what} of shape ({n},), one label per example, got {labels.shape}; {cause}")
     if labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"expected {what} as integers, got {labels.dtype}; probably a regression: give groups to count instead"
-        )
+        whole = labels.dtype.kind == "b" or (labels.dtype.kind == "f" and (labels == np.round(labels)).all())
+        cause = "astype(int) makes labels of them" if whole else "probably a regression: give groups to count instead"
+        raise ValueError(f"expected {what} as integers, got {labels.dtype}; {cause}")
     if classes is not None and classes < 1:
         raise ValueError(f"expected at least one class, got {classes}")
-    check_range(labels, classes or INT32_MAX, f"{what} as labels", "labels that count from 1, or a marker such as -1")
+    if labels.size:
+        cause = "labels that count from 1" if labels.min() == 1 and labels.max() == classes else ""
+        cause = "a marker of unknown labels" if labels.min() == -1 else cause
+        check_range(labels, classes or INT32_MAX, f"{what} as labels", cause)
     return labels
 
 
@@ -118,10 +131,8 @@ def concatenate_parts(parts: Sequence[ArrayLike], size: np.ndarray) -> np.ndarra
     else:
         problem = f"{order.dtype} of shape {order.shape}"
     if order.ndim != 1 or order.dtype.kind not in "iu":
-        raise ValueError(
-            f"expected parts as vectors of integer example numbers, got {problem}; "
-            "probably masks or the examples themselves: use np.flatnonzero(mask)"
-        )
+        cause = "; probably masks: use np.flatnonzero(mask)" if order.dtype.kind == "b" else ""
+        raise ValueError(f"expected parts as vectors of integer example numbers, got {problem}{cause}")
     return order
 
 
@@ -131,8 +142,7 @@ def check_order(order: np.ndarray, size: np.ndarray, n: int, require_all: bool) 
     outside = (order < 0) | (order >= n)
     if outside.any():
         raise ValueError(
-            f"expected example numbers in 0 .. {n - 1}, got {order[outside][0]} for client {owner[outside][0]}; "
-            "probably parts of another dataset"
+            f"expected example numbers in 0 .. {n - 1}, got {order[outside][0]} for client {owner[outside][0]}"
         )
     uses = np.bincount(order, minlength=n)
     if (uses > 1).any():
@@ -154,7 +164,7 @@ def check_ids(ids: ArrayLike, clients: int) -> np.ndarray:
     ids = np.asarray(ids)
     if ids.shape != (clients,) or ids.dtype.kind not in "iu":
         raise ValueError(f"expected ids as {clients} integers, one per client, got {ids.dtype} of shape {ids.shape}")
-    check_range(ids, INT32_MAX + 1, "ids", "hashed names: number them 0, 1, …")
+    check_range(ids, INT32_MAX + 1, "ids", "hashed names: number them 0, 1, …" if ids.max() > INT32_MAX else "")
     values, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
         raise ValueError(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from autorank_jax.arguments import check_share, checked
 from autorank_jax.federated.checks import (
     INT32_MAX,
     check_examples,
@@ -25,6 +26,7 @@ from autorank_jax.federated.checks import (
 from autorank_jax.types import ClientStats, FederatedData, PyTree
 
 
+@checked
 def from_parts(
     inputs: PyTree,
     targets: PyTree,
@@ -67,6 +69,7 @@ def from_parts(
     return _assemble(inputs, targets, order, size, np.arange(len(size)) if ids is None else check_ids(ids, len(size)))
 
 
+@checked
 def from_client_ids(
     inputs: PyTree, targets: PyTree, client_ids: ArrayLike, *, classes: int | None = None
 ) -> FederatedData:
@@ -106,6 +109,7 @@ def from_client_ids(
     return _assemble(inputs, targets, order, np.diff(first, append=n), owner[order[first]])
 
 
+@checked
 def client_stats(
     data: FederatedData,
     *,
@@ -197,7 +201,8 @@ def _columns(values: ArrayLike | None, what: str, clients: int) -> np.ndarray | 
     table = np.asarray(values, dtype=float)
     table = table[:, None] if table.ndim == 1 and what == "extra" else table
     if table.ndim != 2 or len(table) != clients:
-        raise ValueError(f"expected {what} of shape ({clients}, columns), got {table.shape}; probably transposed")
+        hint = "; probably transposed" if table.ndim == 2 and table.shape[1] == clients else ""
+        raise ValueError(f"expected {what} of shape ({clients}, columns), got {table.shape}{hint}")
     return table
 
 
@@ -215,9 +220,11 @@ def _check_losses(losses: np.ndarray, ran: np.ndarray | None) -> None:
     seen = np.arange(losses.shape[1]) < (losses.shape[1] if ran is None else ran[:, None])
     bad = np.flatnonzero((seen & ~(np.isfinite(losses) & (losses >= 0))).any(axis=1))
     if bad.size:
+        finite = np.isfinite(losses[bad]).all()
+        hint = "" if finite else "; probably the probe diverged: lower its learning rate"
         raise ValueError(
-            f"expected finite epoch_losses of at least 0, got others for client {first_few(bad)}; "
-            "probably the probe diverged: lower its learning rate"
+            f"expected finite epoch_losses of at least 0, got {'negative ones' if finite else 'others'} for client "
+            f"{first_few(bad)}{hint}"
         )
 
 
@@ -226,6 +233,5 @@ def _check_ratios(values: ArrayLike, clients: int) -> np.ndarray:
     ratios = np.asarray(values, dtype=float)
     if ratios.shape not in ((), (clients,)):
         raise ValueError(f"expected max_ratio as one number or {clients} of them, got shape {ratios.shape}")
-    if not ((ratios > 0) & (ratios <= 1)).all():
-        raise ValueError("expected max_ratio above 0 and at most 1, got others; probably ranks: divide by the maximum")
+    check_share("max_ratio", ratios, cause="ranks: divide by the maximum")
     return np.broadcast_to(ratios, (clients,))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from autorank_jax.arguments import check_share, checked
 from autorank_jax.federated.participation import Cohort, Participation
 from autorank_jax.types import Array, Client, FederatedData, Key, LocalState, LocalTraining, Trainable
 
@@ -18,6 +19,7 @@ Fault = Callable[[Key, Array, FederatedData, Cohort], Cohort]
 """`(key, round, data, cohort) -> cohort`: what becomes of the clients that were invited; `round` counts from 0."""
 
 
+@checked
 def drop_out(probability: float | Array) -> Fault:
     """Let every client of every round drop out with a probability: it sends nothing, as if it had been away.
 
@@ -27,7 +29,7 @@ def drop_out(probability: float | Array) -> Fault:
     Raises:
         ValueError: for a probability outside 0..1.
     """
-    _check_share("probability", probability)
+    check_share("probability", probability, "[0, 1]")
 
     def fault(key: Key, number: Array, data: FederatedData, cohort: Cohort) -> Cohort:  # noqa: ARG001
         return cohort._replace(present=cohort.present & ~_struck(key, data, cohort, probability))
@@ -35,6 +37,7 @@ def drop_out(probability: float | Array) -> Fault:
     return fault
 
 
+@checked
 def drop_out_schedule(away: ArrayLike) -> Fault:
     """Let clients drop out by a table.
 
@@ -49,7 +52,7 @@ def drop_out_schedule(away: ArrayLike) -> Fault:
     if table.ndim != 2 or table.dtype != bool:
         raise ValueError(
             f"expected a schedule of bools of shape (rounds, clients), got {table.dtype} of shape {table.shape}, "
-            "probably a list of names or numbers of clients"
+            "one for each round and client"
         )
 
     def fault(key: Key, number: Array, data: FederatedData, cohort: Cohort) -> Cohort:  # noqa: ARG001
@@ -62,6 +65,7 @@ def drop_out_schedule(away: ArrayLike) -> Fault:
     return fault
 
 
+@checked
 def limit_steps(max_steps: ArrayLike, *, probability: float = 1.0) -> Fault:
     """Give clients a budget of local steps: a straggler sends what it has when its budget is spent.
 
@@ -75,10 +79,10 @@ def limit_steps(max_steps: ArrayLike, *, probability: float = 1.0) -> Fault:
     budget = np.asarray(max_steps)
     if budget.dtype.kind not in "iu" or budget.ndim > 1 or budget.size == 0 or budget.min() < 1:
         raise ValueError(
-            f"expected max_steps as whole numbers of at least 1, one for all or one per client, got {max_steps!r}, "
-            "probably meant to drop clients out: use drop_out"
+            f"expected max_steps as whole numbers of at least 1, one for all or one per client, got {max_steps!r}"
+            + (", probably to drop clients out: use drop_out" if np.any(budget == 0) else "")
         )
-    _check_share("probability", probability)
+    check_share("probability", probability, "[0, 1]")
 
     def fault(key: Key, number: Array, data: FederatedData, cohort: Cohort) -> Cohort:  # noqa: ARG001
         clients = data.size.shape[0]
@@ -92,6 +96,7 @@ def limit_steps(max_steps: ArrayLike, *, probability: float = 1.0) -> Fault:
     return fault
 
 
+@checked
 def with_nan_clients(local: LocalTraining, broken: ArrayLike) -> LocalTraining:
     """Let the local training of some clients end in NaN, to see what becomes of the others.
 
@@ -148,8 +153,3 @@ def _struck(key: Key, data: FederatedData, cohort: Cohort, probability: float | 
     """Draw who is struck, `(cohort,)` bool."""
     draw = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))
     return draw(data.id[cohort.row]) < probability
-
-
-def _check_share(name: str, value: float | Array) -> None:
-    if not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:
-        raise ValueError(f"expected a {name} in 0 .. 1, got {value}, probably a percentage")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from autorank_jax.arguments import check_share, checked
 from autorank_jax.types import Array, FederatedData, Key
 
 
@@ -28,6 +29,7 @@ def everyone(key: Key, data: FederatedData) -> Cohort:  # noqa: ARG001
     return Cohort(jnp.arange(clients, dtype=jnp.int32), jnp.ones(clients, bool))
 
 
+@checked
 def sample_uniformly(cohort: int) -> Participation:
     """Sample a fixed number of clients without replacement; who is drawn follows identities, not positions.
 
@@ -38,6 +40,7 @@ def sample_uniformly(cohort: int) -> Participation:
     return lambda key, data: _take_largest(_draw(key, data), cohort)
 
 
+@checked
 def sample_by_size(cohort: int) -> Participation:
     """Sample a fixed number of clients without replacement, each next one in proportion to its examples.
 
@@ -57,14 +60,14 @@ def sample_by_size(cohort: int) -> Participation:
     return sample
 
 
+@checked
 def sample_independently(probability: float) -> Participation:
     """Let every client take part with a probability, whatever the others do: the cohort's size is random, even 0.
 
     Raises:
         ValueError: for a probability that is not above 0 and at most 1.
     """
-    if not 0 < probability <= 1:
-        raise ValueError(f"expected a probability above 0 and at most 1, got {probability}, probably a percentage")
+    check_share("probability", probability)
 
     def sample(key: Key, data: FederatedData) -> Cohort:
         return Cohort(jnp.arange(data.size.shape[0], dtype=jnp.int32), _draw(key, data) < probability)

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from autorank_jax.arguments import check_least, check_name, check_share, checked
 from autorank_jax.federated.checks import concatenate_parts, part_sizes
 
 Seed = int | np.random.Generator
 Parts = list[np.ndarray]  # of each client, (n_i,) int64
 
 
+@checked
 def iid(labels: ArrayLike, clients: int, *, seed: Seed) -> Parts:
     """Split at random into equal amounts (they differ by at most one example).
 
@@ -35,6 +37,7 @@ def iid(labels: ArrayLike, clients: int, *, seed: Seed) -> Parts:
     return _parts(_generator(seed).permutation(np.arange(n) % clients), clients)
 
 
+@checked
 def quantity(labels: ArrayLike, clients: int, *, sigma: float = 1.0, seed: Seed) -> Parts:
     """Split at random into log-normal amounts: `n_i ∝ exp(σ z_i)`, `z_i` standard normal, at least 1.
 
@@ -53,6 +56,7 @@ def quantity(labels: ArrayLike, clients: int, *, sigma: float = 1.0, seed: Seed)
     return _parts(rng.permutation(np.repeat(np.arange(clients), sizes)), clients)
 
 
+@checked
 def dirichlet(labels: ArrayLike, clients: int, *, alpha: float = 0.3, seed: Seed) -> Parts:
     """Split each class over the clients in Dirichlet shares: `q_c ~ Dir(α, …, α)` over clients, `n_ic ≈ q_ci n_c`.
 
@@ -78,6 +82,7 @@ def dirichlet(labels: ArrayLike, clients: int, *, alpha: float = 0.3, seed: Seed
     return _parts(_without_empty(rng, owner, clients), clients)
 
 
+@checked
 def shards(labels: ArrayLike, clients: int, *, classes_per_client: int = 2, seed: Seed) -> Parts:
     """Give each client `classes_per_client` classes, each class in equal parts to the clients that hold it.
 
@@ -98,11 +103,11 @@ def shards(labels: ArrayLike, clients: int, *, classes_per_client: int = 2, seed
     """
     classes, members = _classes(_check(labels, clients))
     count = len(classes)
-    if not 1 <= classes_per_client <= count or classes_per_client * clients < count:
-        least = -(-count // clients)
+    least = -(-count // clients)
+    if not least <= classes_per_client <= count:
         raise ValueError(
             f"expected classes_per_client in {least} .. {count} for {count} classes and {clients} clients, "
-            f"got {classes_per_client}; probably too few classes per client to give every class an owner"
+            f"got {classes_per_client}" + ("; every class needs an owner" if 0 < classes_per_client < least else "")
         )
     rng = _generator(seed)
     used = np.zeros(count, dtype=np.int64)
@@ -118,6 +123,7 @@ def shards(labels: ArrayLike, clients: int, *, classes_per_client: int = 2, seed
     return _parts(_without_empty(rng, owner, clients), clients)
 
 
+@checked
 def staircase(labels: ArrayLike, clients: int | None = None, *, seed: Seed) -> Parts:
     """Give client `i` the classes `0 .. i`: class `c` is cut into `classes - c` equal parts for clients `c, c+1, …`.
 
@@ -155,6 +161,7 @@ def staircase(labels: ArrayLike, clients: int | None = None, *, seed: Seed) -> P
     return _parts(owner, count)
 
 
+@checked
 def dirichlet_lognormal(
     labels: ArrayLike, clients: int, *, alpha: float = 0.3, sigma: float = 1.0, seed: Seed
 ) -> Parts:
@@ -212,6 +219,7 @@ SPLITS: Mapping[str, Split] = {
 }
 
 
+@checked
 def partition(name: str, labels: ArrayLike, clients: int, *, seed: Seed, **options: Any) -> Parts:
     """Split by name. Options of other splits are ignored, so that one set of them serves every split.
 
@@ -229,8 +237,7 @@ def partition(name: str, labels: ArrayLike, clients: int, *, seed: Seed, **optio
       >>> [len(part) for part in partition("staircase", [0, 0, 1, 1], 2, seed=0, alpha=0.1)]
       [1, 3]
     """
-    if name not in SPLITS:
-        raise ValueError(f"expected a split out of {', '.join(SPLITS)}, got {name!r}; probably a typing error")
+    check_name("a split", name, SPLITS)
     known = {option for split in SPLITS.values() for option in split.options}
     if not known.issuperset(options):
         raise ValueError(f"expected options out of {', '.join(sorted(known))}, got {', '.join(options)}")
@@ -238,6 +245,7 @@ def partition(name: str, labels: ArrayLike, clients: int, *, seed: Seed, **optio
     return split.function(labels, clients, seed=seed, **{key: options[key] for key in split.options if key in options})
 
 
+@checked
 def bins(targets: ArrayLike, count: int = 10) -> np.ndarray:
     """Return for every example in which of equally filled bins its target lies, for splits where there are no labels.
 
@@ -261,6 +269,7 @@ def bins(targets: ArrayLike, count: int = 10) -> np.ndarray:
     return np.unique(np.searchsorted(edges, values, side="right"), return_inverse=True)[1].astype(np.int32)
 
 
+@checked
 def holdout(parts: Sequence[ArrayLike], fraction: float, *, seed: Seed) -> tuple[Parts, Parts]:
     """Hold out a random share of every client's examples: `floor(fraction · n_i)` of them, so at least one stays.
 
@@ -281,8 +290,7 @@ def holdout(parts: Sequence[ArrayLike], fraction: float, *, seed: Seed) -> tuple
       >>> [len(part) for part in train], [len(part) for part in held]
       ([2, 1], [2, 0])
     """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"expected fraction in 0 .. 1 (exclusive), got {fraction}; probably a percentage")
+    check_share("fraction", fraction, "[0, 1)")
     size = part_sizes(parts)
     order = concatenate_parts(parts, size)
     owner = np.repeat(np.arange(len(size)), size)
@@ -297,9 +305,10 @@ def _check(labels: ArrayLike, clients: int) -> np.ndarray:
     """Check that labels are a vector and that there are enough examples for all clients."""
     labels = np.asarray(labels)
     if labels.ndim != 1:
-        raise ValueError(f"expected labels as a vector, got shape {labels.shape}; probably one-hot labels: use argmax")
-    if isinstance(clients, bool) or not isinstance(clients, (int, np.integer)) or clients < 1:
-        raise ValueError(f"expected clients as a whole number of at least 1, got {clients!r}")
+        one_hot = labels.ndim == 2 and np.isin(labels, (0, 1)).all()
+        hint = "; probably one-hot: argmax(axis=-1)" if one_hot else ""
+        raise ValueError(f"expected labels as a vector, got shape {labels.shape}{hint}")
+    check_least("clients", clients)
     if clients > labels.size:
         raise ValueError(
             f"expected at least one example for each of {clients} clients, got {labels.size} examples; "
@@ -311,8 +320,7 @@ def _check(labels: ArrayLike, clients: int) -> np.ndarray:
 def _generator(seed: Seed) -> np.random.Generator:
     if isinstance(seed, np.random.Generator):
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise ValueError(f"expected seed as a whole number of at least 0 or a numpy Generator, got {seed!r}")
+    check_least("seed", seed, 0)
     return np.random.default_rng(seed)
 
 
@@ -320,7 +328,7 @@ def _classes(labels: np.ndarray) -> tuple[np.ndarray, Parts]:
     """Return the labels that occur, ascending, and the example numbers of each."""
     if labels.dtype.kind not in "iu":
         raise ValueError(
-            f"expected integer labels, got {labels.dtype}; probably targets of a regression: split them by a grouping"
+            f"expected integer labels, got {labels.dtype}; bins(targets) makes some of the targets of a regression"
         )
     classes, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
     return classes, _slices(np.argsort(inverse, kind="stable"), counts)

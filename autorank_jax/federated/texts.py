@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from autorank_jax.arguments import checked
 from autorank_jax.datasets.chat import Tokenizer, make_chat
 from autorank_jax.datasets.instructions import Instructions
 from autorank_jax.federated.data import client_stats, from_parts
@@ -47,6 +48,7 @@ class _Row(NamedTuple):
     members: tuple[int, ...]
 
 
+@checked
 def text_clients(
     instructions: Instructions,
     tokenizer: Tokenizer,
@@ -130,6 +132,7 @@ def _held_out(owner: np.ndarray, share: float, seed: int) -> np.ndarray:
     return held
 
 
+@checked
 def text_rows(
     instructions: Instructions,
     tokenizer: Tokenizer,

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from autorank_jax.arguments import checked
 from autorank_jax.models.causal_config import CausalConfig, parse_config
 from autorank_jax.models.causal_lm import CausalLM, param_shapes
 from autorank_jax.types import Array
@@ -16,6 +17,7 @@ _DTYPES: Mapping[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jnp.
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
+@checked
 def load_causal_lm(folder: str | Path, *, dtype: Any = None) -> CausalLM:
     """Load a causal decoder: Llama 2 and 3, SmolLM2, Mistral without sliding windows, Qwen 2 and 3.
 
@@ -40,6 +42,7 @@ def load_causal_lm(folder: str | Path, *, dtype: Any = None) -> CausalLM:
     return CausalLM(config, params, load_text_tokenizer(folder, config))
 
 
+@checked
 def causal_name(path: str) -> str:
     """Return Hugging Face's name of a module, with `{}` where the number of the block goes.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from autorank_jax.arguments import checked
 from autorank_jax.models.causal_config import CausalConfig, rope_frequencies, rotate
 from autorank_jax.types import Array, Scored, Tokens
 
@@ -62,6 +63,7 @@ def param_shapes(config: CausalConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+@checked
 def init_causal_lm(config: CausalConfig, *, seed: int = 0, dtype: Any = jnp.float32, tokenizer: Any = None) -> CausalLM:
     """Draw a decoder: matrices `N(0, 1 / width)`, scales 1, biases 0.
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from autorank_jax.arguments import check_counts, check_least, check_share, checked
 from autorank_jax.types import Array
 
 Tokens = dict[str, Array]
@@ -26,6 +27,14 @@ class Size(NamedTuple):
     dropout: float = 0.0
 
 
+def check_size(size: Size) -> None:
+    """Raise `ValueError` for a size that no transformer can have."""
+    check_counts("a size", size[:5])
+    check_share("dropout", size.dropout, "[0, 1)")
+    if size.width % size.heads:
+        raise ValueError(f"expected a width divisible by the heads, got {size.width} and {size.heads}")
+
+
 MINILM = Size(width=384, depth=6, heads=12, hidden=1536, length=512)
 """The size of all-MiniLM-L6-v2, whose vocabulary has 30,522 entries."""
 
@@ -35,8 +44,6 @@ class Attention(nnx.Module):
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs) -> None:
         """Make the layers `query`, `key`, `value` and `out`."""
-        if size.width % size.heads:
-            raise ValueError(f"expected a width divisible by the heads, got {size.width} and {size.heads}")
         self.heads = size.heads
         self.query, self.key, self.value, self.out = (nnx.Linear(size.width, size.width, rngs=rngs) for _ in range(4))
 
@@ -78,6 +85,7 @@ class Block(nnx.Module):
 class Encoder(nnx.Module):
     """A BERT-style encoder (arXiv 1810.04805) of texts, which can hold the weights of all-MiniLM-L6-v2."""
 
+    @checked
     def __init__(self, vocabulary: int, size: Size, *, segments: int = 2, rngs: nnx.Rngs) -> None:
         """Make the layers `words`, `positions`, `segments`, `norm` and `blocks/0` and so on.
 
@@ -87,6 +95,8 @@ class Encoder(nnx.Module):
             segments: token types; every token is of the first.
             rngs: random numbers of the initial weights and of dropout.
         """
+        check_size(size)
+        check_counts("vocabulary and segments", (vocabulary, segments))
         self.words = nnx.Embed(vocabulary, size.width, rngs=rngs)
         self.positions = nnx.Embed(size.length, size.width, rngs=rngs)
         self.segments = nnx.Embed(segments, size.width, rngs=rngs)
@@ -114,6 +124,7 @@ def mean_pool(x: Array, mask: Array) -> Array:
 class TextClassifier(nnx.Module):
     """An encoder, the mean over its tokens, and a linear head."""
 
+    @checked
     def __init__(self, encoder: Encoder, classes: int, *, rngs: nnx.Rngs) -> None:
         """Make the layers `encoder` and `head`.
 
@@ -122,6 +133,7 @@ class TextClassifier(nnx.Module):
             classes: outputs.
             rngs: random numbers of the head.
         """
+        check_least("classes", classes)
         self.encoder = encoder
         self.head = nnx.Linear(encoder.norm.num_features, classes, rngs=rngs)
 
@@ -133,6 +145,7 @@ class TextClassifier(nnx.Module):
 class Transformer(nnx.Module):
     """A classifier of sequences of vectors, for instance the rows of an image."""
 
+    @checked
     def __init__(self, features: int, classes: int, size: Size, *, rngs: nnx.Rngs) -> None:
         """Make the layers `embed`, `positions`, `blocks/0` and so on, `norm` and `head`.
 
@@ -142,6 +155,8 @@ class Transformer(nnx.Module):
             size: of the transformer; its length is that of the sequences, or more.
             rngs: random numbers of the initial weights and of dropout.
         """
+        check_size(size)
+        check_counts("features and classes", (features, classes))
         self.embed = nnx.Linear(features, size.width, rngs=rngs)
         self.positions = nnx.Embed(size.length, size.width, rngs=rngs)
         self.blocks = nnx.List([Block(size, pre_norm=True, rngs=rngs) for _ in range(size.depth)])
@@ -160,6 +175,7 @@ class Transformer(nnx.Module):
 class Decoder(nnx.Module):
     """A causal language model whose output layer is tied to its embedding."""
 
+    @checked
     def __init__(self, vocabulary: int, size: Size, *, rngs: nnx.Rngs) -> None:
         """Make the layers `words`, `positions`, `blocks/0` and so on, and `norm`.
 
@@ -168,6 +184,8 @@ class Decoder(nnx.Module):
             size: of the transformer.
             rngs: random numbers of the initial weights and of dropout.
         """
+        check_size(size)
+        check_least("vocabulary", vocabulary)
         self.words = nnx.Embed(vocabulary, size.width, rngs=rngs)
         self.positions = nnx.Embed(size.length, size.width, rngs=rngs)
         self.blocks = nnx.List([Block(size, pre_norm=True, rngs=rngs) for _ in range(size.depth)])

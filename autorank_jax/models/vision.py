@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from autorank_jax.arguments import check_counts, check_least, checked
 from autorank_jax.types import Array
 
 
 class MLP(nnx.Module):
     """A multi-layer perceptron with ReLU; `MLP((784, 200, 200, 10))` is the reference network of AutoRank."""
 
+    @checked
     def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs) -> None:
         """Make the layers `layers/0`, `layers/1` and so on.
 
@@ -21,6 +23,7 @@ class MLP(nnx.Module):
             sizes: features of the input, the hidden layers and the output.
             rngs: random numbers of the initial weights.
         """
+        check_counts("sizes", sizes, least=2)
         self.layers = nnx.List([nnx.Linear(d_in, d_out, rngs=rngs) for d_in, d_out in pairwise(sizes)])
 
     def __call__(self, inputs: Array) -> Array:
@@ -43,6 +46,7 @@ def max_pool(images: Array) -> Array:
 class CNN(nnx.Module):
     """A small convolutional network: 3×3 convolutions with ReLU and 2×2 max pooling, then a linear layer."""
 
+    @checked
     def __init__(self, channels: Sequence[int], classes: int, *, image: tuple[int, int], rngs: nnx.Rngs) -> None:
         """Make the layers `convs/0` and so on, then `head`.
 
@@ -52,6 +56,14 @@ class CNN(nnx.Module):
             image: height and width of the input.
             rngs: random numbers of the initial weights.
         """
+        check_counts("channels", channels, least=2)
+        check_counts("image", image, least=2)
+        check_least("classes", classes)
+        if min(image) < 2 ** (len(channels) - 1):
+            raise ValueError(
+                f"expected an image of at least {2 ** (len(channels) - 1)} pixels a side, halved by each of "
+                f"{len(channels) - 1} convolutions, got {image}"
+            )
         self.convs = nnx.List([nnx.Conv(c_in, c_out, (3, 3), rngs=rngs) for c_in, c_out in pairwise(channels)])
         shrink = 2 ** len(self.convs)
         self.head = nnx.Linear((image[0] // shrink) * (image[1] // shrink) * channels[-1], classes, rngs=rngs)
@@ -76,6 +88,7 @@ class DeepCNN(nnx.Module):
     for evaluation; averaged over clients with different data these belong to no model that was ever trained.
     """
 
+    @checked
     def __init__(self, channels: Sequence[int], classes: int, *, groups: int = 8, rngs: nnx.Rngs) -> None:
         """Make the layers `convs/0`, `norms/0` and so on, then `head`.
 
@@ -85,6 +98,9 @@ class DeepCNN(nnx.Module):
             groups: of channels that are normalised together, at most; the largest number that divides the channels.
             rngs: random numbers of the initial weights.
         """
+        check_counts("channels", channels, least=2)
+        check_least("classes", classes)
+        check_least("groups", groups)
         self.convs = nnx.List(
             [nnx.Conv(c_in, c_out, (3, 3), use_bias=False, rngs=rngs) for c_in, c_out in pairwise(channels)]
         )

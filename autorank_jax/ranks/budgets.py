@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from autorank_jax.arguments import check_least, check_name, check_share, checked
 from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy
 
 WEIGHTS = ("clients", "examples")
@@ -25,6 +26,7 @@ _PROFILES: Mapping[str, Mapping[int, float]] = {
 RESOURCE_PROFILES = (*_PROFILES, "normal")
 
 
+@checked
 def with_budget(
     policy: RankPolicy,
     mean_ratio: float | Array,
@@ -58,15 +60,11 @@ def with_budget(
     Raises:
         ValueError: for numbers out of range or an unknown `weight`; when called, for another number of layers.
     """
-    if isinstance(min_ratio, int | float) and not 0 < min_ratio <= 1:
-        raise ValueError(f"min_ratio: expected a number in (0, 1], got {min_ratio}, probably a percentage or a rank")
-    numbers = isinstance(min_ratio, int | float) and isinstance(mean_ratio, int | float)
-    if numbers and not min_ratio <= mean_ratio <= 1:
-        raise ValueError(
-            f"mean_ratio: expected a number in [min_ratio, 1] = [{min_ratio}, 1], got {mean_ratio}, probably a budget "
-            "that no ranks can meet: lower min_ratio"
-        )
-    _check_weight(weight)
+    check_share("min_ratio", min_ratio, cause="a percentage or a rank")
+    check_share("mean_ratio", mean_ratio, cause="a percentage or a rank")
+    if isinstance(min_ratio, int | float) and isinstance(mean_ratio, int | float) and not min_ratio <= mean_ratio:
+        raise ValueError(f"expected mean_ratio of at least min_ratio = {min_ratio}, got {mean_ratio}: lower min_ratio")
+    check_name("weight", weight, WEIGHTS)
 
     def budgeted(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
         ratios, info = policy(key, stats)
@@ -81,6 +79,7 @@ def with_budget(
     return budgeted
 
 
+@checked
 def with_one_ratio(policy: RankPolicy, weight: str = "clients") -> RankPolicy:
     """Give every client a policy's mean ratio: the control of equal cost without personal ranks.
 
@@ -91,7 +90,7 @@ def with_one_ratio(policy: RankPolicy, weight: str = "clients") -> RankPolicy:
     Raises:
         ValueError: for an unknown `weight`.
     """
-    _check_weight(weight)
+    check_name("weight", weight, WEIGHTS)
 
     def one_ratio(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
         ratios, info = policy(key, stats)
@@ -103,6 +102,7 @@ def with_one_ratio(policy: RankPolicy, weight: str = "clients") -> RankPolicy:
     return one_ratio
 
 
+@checked
 def with_caps(policy: RankPolicy) -> RankPolicy:
     """Let no client's ratio exceed what its device can do: `min(ρ_i, stats.max_ratio_i)` in every layer.
 
@@ -121,6 +121,7 @@ def with_caps(policy: RankPolicy) -> RankPolicy:
     return capped
 
 
+@checked
 def with_coverage(policy: RankPolicy, share: float | Array = 0.5) -> RankPolicy:
     """Cut the highest ratios until the owners of every rank position in use hold a share of all examples.
 
@@ -142,8 +143,7 @@ def with_coverage(policy: RankPolicy, share: float | Array = 0.5) -> RankPolicy:
 
     Source: ours; that positions of few owners are amplified is a known weakness of averaging over owners.
     """
-    if not isinstance(share, jax.Array) and not 0 < share <= 1:
-        raise ValueError(f"share: expected a number in (0, 1], got {share}, probably a percentage")
+    check_share("share", share)
 
     def covered(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
         ratios, info = policy(key, stats)
@@ -158,6 +158,7 @@ def with_coverage(policy: RankPolicy, share: float | Array = 0.5) -> RankPolicy:
     return covered
 
 
+@checked
 def resource_profile(name: str, key: Key, clients: int, *, levels: Sequence[float] = DEVICE_LEVELS) -> Array:
     """Draw the largest ratio that each client's device can train, for `ClientStats.max_ratio`.
 
@@ -185,12 +186,11 @@ def resource_profile(name: str, key: Key, clients: int, *, levels: Sequence[floa
     Source: FlexLoRA, arXiv 2402.11505, and its code for the shapes of the profiles. The ratios of the levels and the
     width of "normal" are ours: FlexLoRA's levels are rank 8, 30, a mixture by layer, and 200.
     """
-    if name not in RESOURCE_PROFILES:
-        raise ValueError(f"resource profile: expected one of {RESOURCE_PROFILES}, got {name!r}, probably a misspelling")
-    if clients < 1:
-        raise ValueError(f"clients: expected at least 1, got {clients}, probably an empty split")
-    if not levels or not all(0 < level <= 1 for level in levels) or list(levels) != sorted(levels):
-        raise ValueError(f"levels: expected ratios in (0, 1], weakest first, got {levels}, probably ranks")
+    check_name("a resource profile", name, RESOURCE_PROFILES)
+    check_least("clients", clients)
+    check_share("levels", list(levels), cause="ranks")
+    if not len(levels) or list(levels) != sorted(levels):
+        raise ValueError(f"expected levels as ratios, weakest first, got {levels}")
     dtype = jnp.result_type(float)
     logits = jnp.log(jnp.array(_probabilities(name, len(levels)), dtype))
     drawn = jax.vmap(lambda i: jax.random.categorical(jax.random.fold_in(key, i), logits))(jnp.arange(clients))
@@ -206,11 +206,7 @@ def _probabilities(name: str, levels: int) -> list[float]:
     return [fixed.get(k, (1 - sum(fixed.values())) / others) for k in range(levels)]
 
 
-def _check_weight(weight: str) -> None:
-    if weight not in WEIGHTS:
-        raise ValueError(f"weight: expected one of {WEIGHTS}, got {weight!r}, probably a misspelling")
-
-
+@checked
 def mean_of_ratios(
     ratios: Array, stats: ClientStats, weight: str = "clients", *, layer_weights: Sequence[float] | None = None
 ) -> Array:
@@ -222,6 +218,7 @@ def mean_of_ratios(
         weight: "clients" or "examples".
         layer_weights: one per layer, > 0; equal where None.
     """
+    check_name("weight", weight, WEIGHTS)
     return jnp.sum(ratios * _shares(stats, weight, layer_weights, ratios))
 
 

@@ -6,9 +6,11 @@ What a rank rule is worth shows only against its own ratios given to others: the
 import jax
 import jax.numpy as jnp
 
+from autorank_jax.arguments import checked
 from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy
 
 
+@checked
 def shuffled(policy: RankPolicy) -> RankPolicy:
     """Permute a policy's ratios at random among the clients present: a control that keeps the ranks, not their owners.
 
@@ -30,6 +32,7 @@ def shuffled(policy: RankPolicy) -> RankPolicy:
     return control
 
 
+@checked
 def reversed_ranks(policy: RankPolicy) -> RankPolicy:
     """Give the largest ratio to the client that had the smallest, and so on: the control that ought to be worst.
 

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from autorank_jax.arguments import check_name, checked
 from autorank_jax.types import Array, ClientStats
 
 Criterion = Callable[[ClientStats], Array]  # -> (clients,)
 
 
+@checked
 def label_entropy(label_counts: ArrayLike) -> Array:
     """Return the Shannon entropy of the labels, `-Σ_c p_c ln p_c`.
 
@@ -32,9 +34,10 @@ def label_entropy(label_counts: ArrayLike) -> Array:
         >>> print(label_entropy(jnp.array([[10, 0], [5, 5], [30, 10]])))
         [0.     0.6931 0.5623]
     """
-    return _entropy(_shares(_as_float(label_counts)))
+    return _entropy(_shares(_counts(label_counts)))
 
 
+@checked
 def gini_simpson(label_counts: ArrayLike) -> Array:
     """Return the probability that two examples differ in label, `1 - Σ_c p_c²`.
 
@@ -52,10 +55,11 @@ def gini_simpson(label_counts: ArrayLike) -> Array:
         >>> print(gini_simpson(jnp.array([[10, 0], [5, 5], [30, 10]])))
         [0.    0.5   0.375]
     """
-    p = _shares(_as_float(label_counts))
+    p = _shares(_counts(label_counts))
     return jnp.sum(p, axis=-1) - jnp.sum(jnp.square(p), axis=-1)  # Σ p is 1, and 0 for an empty client
 
 
+@checked
 def loss_entropy(epoch_losses: ArrayLike, epochs: ArrayLike | None = None) -> Array:
     """Return how evenly the loss spreads over the epochs, `-(1/ln T) Σ_t q_t ln q_t` with `q_t = L_t / Σ_t L_t`.
 
@@ -84,13 +88,10 @@ def loss_entropy(epoch_losses: ArrayLike, epochs: ArrayLike | None = None) -> Ar
     """
     losses = _as_float(epoch_losses)
     if losses.ndim == 0 or losses.shape[-1] == 0:
-        raise ValueError(
-            f"epoch_losses: expected shape (..., epochs), at least one epoch, got {losses.shape}, probably a mean over "
-            "epochs or a probe of no epochs"
-        )
+        raise ValueError(f"epoch_losses: expected shape (..., epochs), at least one epoch, got {losses.shape}")
     T = jnp.full(losses.shape[:-1], losses.shape[-1], jnp.int32) if epochs is None else jnp.asarray(epochs)
     if T.shape != losses.shape[:-1]:
-        raise ValueError(f"epochs: expected shape {losses.shape[:-1]}, got {T.shape}, probably those of other clients")
+        raise ValueError(f"epochs: expected shape {losses.shape[:-1]}, got {T.shape}")
 
     run = lax.broadcasted_iota(jnp.int32, losses.shape, losses.ndim - 1) < T[..., None].astype(jnp.int32)
     known = (T > 0) & jnp.all(jnp.isfinite(losses) | ~run, axis=-1)
@@ -130,6 +131,7 @@ CRITERIA: Mapping[str, Criterion] = {
 NEEDS_LOSSES = frozenset({"loss_entropy"})  # of `CRITERIA`, those that need a probe
 
 
+@checked
 def complexity_matrix(stats: ClientStats, *, criteria: Sequence[str | Criterion] = tuple(CRITERIA)) -> Array:
     """Build the decision matrix `X[client, criterion]` of `mcda.critic_weights` and `mcda.topsis`.
 
@@ -162,16 +164,12 @@ def complexity_matrix(stats: ClientStats, *, criteria: Sequence[str | Criterion]
     """
     clients = jnp.shape(stats.size)[0]
     if jnp.shape(stats.where) != (clients,):
-        raise ValueError(
-            f"stats.where: expected shape ({clients},), got {jnp.shape(stats.where)}, probably other clients'"
-        )
+        raise ValueError(f"stats.where: expected shape ({clients},), got {jnp.shape(stats.where)}")
     columns = []
     for name, criterion in zip(criterion_names(stats, criteria=criteria), criteria, strict=False):
         column = _as_float((CRITERIA[criterion] if isinstance(criterion, str) else criterion)(stats))
         if column.shape != (clients,):
-            raise ValueError(
-                f"criterion {name!r}: expected shape ({clients},), got {column.shape}, probably not one value each"
-            )
+            raise ValueError(f"criterion {name!r}: expected shape ({clients},), got {column.shape}")
         columns.append(column[:, None])
     if stats.extra is not None:
         columns.append(_as_float(stats.extra))
@@ -200,25 +198,35 @@ def criterion_names(stats: ClientStats, *, criteria: Sequence[str | Criterion] =
     clients = jnp.shape(stats.size)[0]
     extra = (clients, 0) if stats.extra is None else jnp.shape(stats.extra)
     if len(extra) != 2 or extra[0] != clients:
-        raise ValueError(
-            f"stats.extra: expected shape ({clients}, k), got {extra}, probably one column without [:, None]"
-        )
-    for criterion in criteria:
-        if isinstance(criterion, str) and criterion not in CRITERIA:
-            raise ValueError(
-                f"criteria: expected names among {tuple(CRITERIA)}, got {criterion!r}, probably a misspelling"
-            )
+        raise ValueError(f"stats.extra: expected shape ({clients}, k), got {extra}")
+    check_criteria(criteria)
     names = tuple(c if isinstance(c, str) else getattr(c, "__name__", "criterion") for c in criteria)
     names += tuple(f"extra_{k}" for k in range(extra[1]))
     if not names:
-        raise ValueError("criteria: expected at least one, got none, probably an empty list without stats.extra")
+        raise ValueError("criteria: expected at least one, got none, and no stats.extra")
     return names
+
+
+def check_criteria(criteria: Sequence[str | Criterion]) -> None:
+    """Raise `ValueError` for a name that is no criterion, or a criterion that is there twice."""
+    for number, criterion in enumerate(criteria):
+        if isinstance(criterion, str):
+            check_name("criteria", criterion, CRITERIA)
+        if criterion in tuple(criteria)[:number]:
+            raise ValueError(f"expected every criterion once, got {criterion!r} twice")
 
 
 def _shares(counts: Array) -> Array:
     """Return `p = n / Σ n` along the last axis, 0 where there is nothing to share."""
     total = jnp.sum(counts, axis=-1, keepdims=True)
     return jnp.where(total > 0, counts / jnp.where(total > 0, total, 1), 0)
+
+
+def _counts(label_counts: ArrayLike) -> Array:
+    counts = _as_float(label_counts)
+    if counts.ndim == 0:
+        raise ValueError("expected label_counts of shape (..., classes), got one number")
+    return counts
 
 
 def _entropy(p: Array) -> Array:

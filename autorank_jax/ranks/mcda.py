@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from autorank_jax.arguments import check_name, checked
 from autorank_jax.types import Array
 
 NORMALIZATIONS = ("vector", "minmax")
 
 
+@checked
 def critic_weights(
     matrix: ArrayLike, *, benefit: ArrayLike | Sequence[bool] | None = None, where: ArrayLike | None = None
 ) -> Array:
@@ -72,6 +74,7 @@ def critic_weights(
     return jnp.where(total > 0, C / jnp.where(total > 0, total, 1), share / jnp.sum(share))
 
 
+@checked
 def topsis(
     matrix: ArrayLike,
     weights: ArrayLike | None = None,
@@ -111,10 +114,7 @@ def topsis(
         >>> print(topsis(jnp.array([[1.0, 2.0], [2.0, 3.0], [2.0, 6.0]]), jnp.array([0.5, 0.5])))
         [0.     0.4583 1.    ]
     """
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(
-            f"normalization: expected one of {NORMALIZATIONS}, got {normalization!r}, probably a misspelling"
-        )
+    check_name("normalization", normalization, NORMALIZATIONS)
     x, benefit_, where_ = _decision_problem(matrix, benefit, where)
     w = critic_weights(x, benefit=benefit_, where=where_) if weights is None else _as_float(weights).astype(x.dtype)
     _check_shape("weights", w, (x.shape[1],), "weights of another set of criteria")
@@ -171,8 +171,8 @@ def _decision_problem(
     x = _as_float(matrix)
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(
-            f"matrix: expected shape (clients, criteria), at least one each, got {x.shape}, probably a single "
-            "criterion that wants `[:, None]` or an empty table"
+            f"matrix: expected shape (clients, criteria), at least one each, got {x.shape}"
+            + (", probably a single criterion: `[:, None]`" if x.ndim == 1 else "")
         )
     clients, criteria = x.shape
     benefit_ = jnp.ones(criteria, bool) if benefit is None else jnp.asarray(benefit)

@@ -19,8 +19,16 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from autorank_jax.adapters import lora
+from autorank_jax.arguments import check_least, check_name, check_share, checked, describe
 from autorank_jax.ranks import mcda
-from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES, Criterion, complexity_matrix, criterion_names
+from autorank_jax.ranks.criteria import (
+    CRITERIA,
+    NEEDS_LOSSES,
+    Criterion,
+    check_criteria,
+    complexity_matrix,
+    criterion_names,
+)
 from autorank_jax.types import (
     Array,
     ClientStats,
@@ -34,9 +42,11 @@ from autorank_jax.types import (
     State,
 )
 
+_RANK = "a percentage or a rank"  # what may be above 1 in place of a ratio
 _RERANK = 0x72616E6B  # fold_in tag: keys of re-ranking never meet those of a round, whose identities are round numbers
 
 
+@checked
 def autorank(
     *,
     criteria: Sequence[str | Criterion] = tuple(CRITERIA),
@@ -59,13 +69,16 @@ def autorank(
         A policy of ratios `(clients,)` in [min_ratio, 1]. It does not use its key.
 
     Raises:
-        ValueError: for a bad `min_ratio` or `normalization`; when called, for criteria that the stats cannot give.
+        ValueError: for a bad `min_ratio` or `normalization`, an unknown criterion or one twice, or too few directions;
+            when called, for criteria that the stats cannot give.
 
     Source: arXiv 2412.15553.
     """
-    _check_ratio("min_ratio", min_ratio)
-    if normalization not in mcda.NORMALIZATIONS:
-        raise ValueError(f"normalization: expected one of {mcda.NORMALIZATIONS}, got {normalization!r}")
+    check_share("min_ratio", min_ratio, cause=_RANK)
+    check_name("normalization", normalization, mcda.NORMALIZATIONS)
+    check_criteria(criteria)
+    if benefit is not None and len(benefit) < len(criteria):
+        raise ValueError(f"expected benefit of {len(criteria)} criteria, one of each, got {len(benefit)}")
 
     def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
         matrix = complexity_matrix(stats, criteria=criteria)
@@ -77,6 +90,7 @@ def autorank(
     return policy
 
 
+@checked
 def by_size(*, min_ratio: float = 0.1) -> RankPolicy:
     """Rank clients by their number of examples alone: AutoRank with the size as the score.
 
@@ -89,7 +103,7 @@ def by_size(*, min_ratio: float = 0.1) -> RankPolicy:
     Raises:
         ValueError: for a bad `min_ratio`.
     """
-    _check_ratio("min_ratio", min_ratio)
+    check_share("min_ratio", min_ratio, cause=_RANK)
 
     def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
         size = jnp.asarray(stats.size).astype(jnp.result_type(float))
@@ -101,6 +115,7 @@ def by_size(*, min_ratio: float = 0.1) -> RankPolicy:
     return policy
 
 
+@checked
 def uniform(ratio: float = 1.0) -> RankPolicy:
     """Give every client the same ratio.
 
@@ -113,7 +128,7 @@ def uniform(ratio: float = 1.0) -> RankPolicy:
     Raises:
         ValueError: for a bad `ratio`.
     """
-    _check_ratio("ratio", ratio)
+    check_share("ratio", ratio, cause=_RANK)
 
     def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
         return jnp.full(_clients(stats), ratio, jnp.result_type(float)), _no_scores(stats)
@@ -121,6 +136,7 @@ def uniform(ratio: float = 1.0) -> RankPolicy:
     return policy
 
 
+@checked
 def manual(ratios: ArrayLike | Sequence[float] | Sequence[Sequence[float]]) -> RankPolicy:
     """Give every client the ratio that is written down for it.
 
@@ -135,7 +151,7 @@ def manual(ratios: ArrayLike | Sequence[float] | Sequence[Sequence[float]]) -> R
     """
     if not isinstance(ratios, jax.core.Tracer):
         ratios = _numbers("ratios", ratios)
-        _check_ratios(ratios)
+        check_share("ratios", ratios, cause=_RANK)
     given = jnp.asarray(ratios).astype(jnp.result_type(float))
     if given.ndim not in (1, 2):
         raise ValueError(f"ratios: expected shape (clients,) or (clients, layers), got {given.shape}")
@@ -151,6 +167,7 @@ def manual(ratios: ArrayLike | Sequence[float] | Sequence[Sequence[float]]) -> R
     return policy
 
 
+@checked
 def ratios_from_scores(scores: ArrayLike, *, min_ratio: float = 0.1, where: ArrayLike | None = None) -> Array:
     """Turn scores into rank ratios, `ρ_i = ρ_min + (1 - ρ_min) (s_i - min s) / (max s - min s)`.
 
@@ -171,17 +188,17 @@ def ratios_from_scores(scores: ArrayLike, *, min_ratio: float = 0.1, where: Arra
         >>> print(ratios_from_scores(jnp.array([0.2, 0.5, 0.8])))
         [0.1  0.55 1.  ]
     """
-    _check_ratio("min_ratio", min_ratio)
-    if jnp.ndim(scores) != 1:
-        raise ValueError(
-            f"scores: expected shape (clients,), got {jnp.shape(scores)}, probably scores of several policies"
-        )
-    s, varying = mcda.min_max(jnp.asarray(scores)[:, None], where=where)
+    check_share("min_ratio", min_ratio, cause=_RANK)
+    scores = jnp.asarray(scores)
+    if scores.ndim != 1:
+        raise ValueError(f"expected scores of shape (clients,), got {scores.shape}")
+    s, varying = mcda.min_max(scores[:, None], where=where)
     s = jnp.where(varying[None, :], s, 1)[:, 0]
-    ratios = min_ratio + (1 - min_ratio) * s
+    ratios = jnp.minimum(min_ratio + (1 - min_ratio) * s, 1)  # the sum may round beyond it
     return ratios if where is None else jnp.where(where, ratios, min_ratio)
 
 
+@checked
 def ranks_from_ratios(ratios: ArrayLike, max_ranks: Mapping[str, int]) -> dict[str, Array]:
     """Return integer ranks, `r_il = max(1, ⌊ρ_i R_l⌋)`, rounded so that a ratio of 0.7 of 10 is 7.
 
@@ -205,8 +222,8 @@ def ranks_from_ratios(ratios: ArrayLike, max_ranks: Mapping[str, int]) -> dict[s
         [  1 112 160] [ 1  7 10]
     """
     ratios = jnp.asarray(ratios).astype(jnp.float32)
-    if not isinstance(ratios, jax.core.Tracer):
-        _check_ratios(np.asarray(ratios))
+    if not isinstance(ratios, jax.core.Tracer):  # rounding above 1 is no mistake
+        check_share("ratios", np.where(ratios <= 1 + 1e-6, np.minimum(ratios, 1), ratios), cause=_RANK)
     if ratios.ndim == 1:
         ratios = jnp.broadcast_to(ratios[:, None], (ratios.shape[0], len(max_ranks)))
     if ratios.ndim != 2 or ratios.shape[1] != len(max_ranks):
@@ -217,12 +234,13 @@ def ranks_from_ratios(ratios: ArrayLike, max_ranks: Mapping[str, int]) -> dict[s
     ranks = {}
     for layer, path in enumerate(sorted(max_ranks)):
         R = max_ranks[path]
-        _check_max_rank(f"max_ranks[{path!r}]", R)
+        check_least(f"max_ranks[{path!r}]", R)
         floor = jnp.floor(ratios[:, layer] * jnp.float32(R) * jnp.float32(1 + 1e-6))
         ranks[path] = jnp.clip(floor, 1, R).astype(jnp.int32)
     return ranks
 
 
+@checked
 def with_reranking(round_fn: RoundFn, policy: RankPolicy, stats: ClientStats, *, every: int) -> RoundFn:
     """Set the ranks anew after every `every`-th round, from the loss curves that training records anyway.
 
@@ -238,8 +256,7 @@ def with_reranking(round_fn: RoundFn, policy: RankPolicy, stats: ClientStats, *,
     Raises:
         ValueError: for a bad `every`; when called, for stats of another number of clients.
     """
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every: expected a whole number of rounds ≥ 1, got {every!r}, probably 0 for never")
+    check_least("every", every)
 
     def round_then_rank(key: Key, state: State, data: FederatedData) -> tuple[State, RoundInfo]:
         if state.epochs.shape[0] != _clients(stats):
@@ -260,6 +277,7 @@ def with_reranking(round_fn: RoundFn, policy: RankPolicy, stats: ClientStats, *,
     return round_then_rank
 
 
+@checked
 def autorank_ranks(
     label_counts: ArrayLike | Sequence[Sequence[int]],
     epoch_losses: ArrayLike | Sequence[Sequence[float]] | None = None,
@@ -295,8 +313,10 @@ def autorank_ranks(
         >>> print(ranks, info.weights, info.closeness)
         [ 1  3 10] [0.5    0.1667 0.1667 0.1667] [0.    0.332 1.   ]
     """
-    _check_max_rank("max_rank", max_rank)
+    check_least("max_rank", max_rank)
+    check_share("min_ratio", min_ratio, cause=_RANK)
     counts = _client_table("label_counts", label_counts)
+    _check_counts(counts)
     losses = None if epoch_losses is None else _client_table("epoch_losses", epoch_losses)
     if losses is not None and losses.shape[0] != counts.shape[0]:
         raise ValueError(
@@ -321,10 +341,11 @@ def _client_table(name: str, table: ArrayLike | Sequence[Sequence[float]]) -> Ar
     if not isinstance(table, jax.core.Tracer):
         table = _numbers(name, table)
         if table.ndim == 2 and not (np.isfinite(table) & (table >= 0)).all():
-            raise ValueError(f"{name}: expected finite numbers ≥ 0, got others, probably missing or diverged clients")
+            bad = table[~(np.isfinite(table) & (table >= 0))][0]
+            raise ValueError(f"expected {name} as finite numbers >= 0, got {bad:g} for some client")
     array = jnp.asarray(table).astype(jnp.result_type(float))
     if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"{name}: expected shape (clients, columns), got {array.shape}, probably one client or none")
+        raise ValueError(f"expected {name} of shape (clients, columns), got {array.shape}")
     return array
 
 
@@ -332,9 +353,11 @@ def _numbers(name: str, table: ArrayLike | Sequence[Any]) -> np.ndarray:
     try:
         return np.asarray(table, float)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"{name}: expected numbers in rows of one length, got others, probably a column left out where it is 0"
-        ) from None
+        lengths = (
+            sorted({len(row) for row in table if isinstance(row, Sequence)}) if isinstance(table, Sequence) else []
+        )
+        got = f"rows of {' and '.join(map(str, lengths))}" if len(lengths) > 1 else describe(table)
+        raise ValueError(f"expected {name} as numbers in rows of one length, got {got}") from None
 
 
 def _clients(stats: ClientStats) -> int:
@@ -346,17 +369,14 @@ def _no_scores(stats: ClientStats) -> RankInfo:
     return RankInfo(jnp.zeros((clients, 0), dtype), jnp.zeros(0, dtype), jnp.zeros(clients, dtype))
 
 
-def _check_ratio(name: str, ratio: float) -> None:
-    if isinstance(ratio, int | float) and not 0 < ratio <= 1:
-        raise ValueError(f"{name}: expected a number in (0, 1], got {ratio}, probably a percentage or a rank")
-
-
-def _check_ratios(ratios: np.ndarray) -> None:
-    bad = ratios[~((ratios > 0) & (ratios <= 1 + 1e-6))]  # NaN is refused as well, rounding above 1 is not
-    if bad.size:
-        raise ValueError(f"ratios: expected numbers in (0, 1], got {bad[0]:g}, probably ranks or percentages")
-
-
-def _check_max_rank(name: str, rank: int) -> None:
-    if not isinstance(rank, int | np.integer) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"{name}: expected a whole number ≥ 1, got {rank!r}, probably a ratio")
+def _check_counts(counts: Array) -> None:
+    """Raise `ValueError` for proportions: they look like clients of one example (or a hundred) each."""
+    if isinstance(counts, jax.core.Tracer):
+        return
+    table = np.asarray(counts)
+    whole, total = np.all(table == np.round(table)), table.sum(axis=1)
+    if not whole and any(np.allclose(total, one, rtol=1e-3) for one in (1, 100)):
+        raise ValueError(
+            f"expected label_counts as numbers of examples, got fractions that sum to {total[0]:g} in every row, "
+            "probably proportions: multiply each row by the client's number of examples"
+        )

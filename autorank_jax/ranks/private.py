@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from autorank_jax.arguments import checked
 from autorank_jax.types import ClientStats, Key
 
 
+@checked
 def private_counts(key: Key, stats: ClientStats, *, clip: float, noise_multiplier: float) -> ClientStats:
     """Release every client's label counts under differential privacy, and nothing else of its data.
 
@@ -31,7 +33,8 @@ def private_counts(key: Key, stats: ClientStats, *, clip: float, noise_multiplie
     """
     for name, value, fits in (("clip", clip, clip > 0), ("noise_multiplier", noise_multiplier, noise_multiplier >= 0)):
         if not (fits and np.isfinite(value)):
-            raise ValueError(f"{name}: expected a finite number {'above' if name == 'clip' else 'of at least'} 0")
+            least = "above" if name == "clip" else "of at least"
+            raise ValueError(f"expected {name} as a finite number {least} 0, got {value}")
     counts = jnp.asarray(stats.label_counts).astype(jnp.result_type(float))
     norm = jnp.linalg.norm(counts, axis=1, keepdims=True)
     clipped = counts * jnp.minimum(1, clip / jnp.maximum(norm, jnp.finfo(counts.dtype).tiny))

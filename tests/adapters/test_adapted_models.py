@@ -59,7 +59,12 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+SLOW = ("cnn", "attention")  # what they hold, the others hold in smaller models
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS]
+)
 def case(request):
     """A model, its inputs, and a task of it with adapters everywhere."""
     make, inputs = MODELS[request.param]

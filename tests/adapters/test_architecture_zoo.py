@@ -88,6 +88,17 @@ class Recurrent(nnx.Module):
         return self.rnn(self.embed(ids))
 
 
+class Same(nnx.Module):
+    """Two layers of one weight."""
+
+    def __init__(self):
+        self.one, self.two = linear(5, 5), linear(5, 5)
+        self.two.kernel = self.one.kernel
+
+    def __call__(self, x):
+        return self.two(self.one(x))
+
+
 class Tied(nnx.Module):
     def __init__(self):
         self.embed = nnx.Embed(7, 4, rngs=nnx.Rngs(0))
@@ -104,6 +115,55 @@ class Outputs(nnx.Module):
 
     def __call__(self, x):
         return self.wrap(self.layer(x))
+
+
+class Attending(nnx.Module):
+    def __init__(self):
+        self.embed, self.attend = (
+            nnx.Embed(7, 4, rngs=nnx.Rngs(0)),
+            nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(1)),
+        )
+
+    def __call__(self, ids):
+        return self.attend(self.embed(ids))
+
+
+class Containers(nnx.Module):
+    """Layers in a dict and a list, one of them twice, beside what is no layer."""
+
+    def __init__(self):
+        self.named = nnx.Dict({"one": linear(5, 4), "two": linear(4, 4)})
+        self.listed = nnx.List([linear(4, 4)])
+        self.again, self.nothing, self.sizes = self.named["two"], None, (5, 4)
+
+    def __call__(self, x):
+        return self.again(self.listed[0](self.named["two"](self.named["one"](x))))
+
+
+class Counting(nnx.Module):
+    """A layer beside a variable that changes whenever it is called."""
+
+    def __init__(self):
+        self.layer, self.calls = linear(5, 4), nnx.Variable(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x):
+        self.calls.set_value(self.calls[...] + 1)
+        return self.layer(x)
+
+
+class Wanting(nnx.Module):
+    """A model that wants more than its inputs."""
+
+    def __init__(self):
+        self.layer = linear(5, 3)
+
+    def __call__(self, x, *, train):
+        return self.layer(x) if train else x
+
+
+def both_ways(seed=0):
+    forward, backward = (nnx.RNN(nnx.GRUCell(4, 4, rngs=nnx.Rngs(k))) for k in (seed, seed + 1))
+    return nnx.Bidirectional(forward, backward)
 
 
 def linear(d_in, d_out, seed=0, **options):
@@ -150,6 +210,15 @@ NNX = {
         IMAGES[..., 0],
     ),
     "bilinear head": (lambda: Chain(nnx.LinearGeneral((5,), (2, 4), rngs=nnx.Rngs(0)), width=4), ROWS),
+    "attention of Flax": (lambda: Chain(Attending(), width=4), IDS),
+    "containers": (lambda: Chain(Containers(), width=4), ROWS),
+    "a counter": (lambda: Chain(Counting(), width=4), ROWS),
+    "both ways": (lambda: Chain(both_ways(), width=8, before=lambda ids: jax.nn.one_hot(ids, 4)), IDS),
+    "einsum": (lambda: Chain(nnx.Einsum("bi,ij->bj", (5, 4), (4,), rngs=nnx.Rngs(0)), width=4), ROWS),
+    "instance norm": (lambda: Chain(conv(1, 4), nnx.InstanceNorm(4, rngs=nnx.Rngs(0)), width=4), IMAGES),
+    "PReLU": (lambda: Chain(linear(5, 4), nnx.PReLU(), width=4), ROWS),
+    "half precision": (lambda: Chain(linear(5, 4, param_dtype=jnp.bfloat16), width=4), ROWS),
+    "dropout of inputs": (lambda: Chain(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), linear(5, 4), width=4), ROWS),
     "tuple out, one chosen": (lambda: Outputs(lambda logits: (logits, {})[0]), ROWS),
 }
 
@@ -245,6 +314,16 @@ REFUSED = {
     "tuple": (lambda: Outputs(lambda logits: (logits, logits)), ROWS, "tuple"),
     "dict": (lambda: Outputs(lambda logits: {"logits": logits}), ROWS, "dict"),
     "scalar": (lambda: Outputs(jnp.sum), ROWS, "expected"),
+    "statistics of spectra": (
+        lambda: Chain(nnx.SpectralNorm(linear(5, 4), rngs=nnx.Rngs(0)), width=4),
+        ROWS,
+        "without mutable statistics",
+    ),
+    "shapes alone": (lambda: nnx.eval_shape(lambda: linear(5, 3)), ROWS, "probably of nnx.eval_shape"),
+    "other width": (lambda: linear(6, 3), ROWS, "inputs that the model takes, got an array float32.2, 5."),
+    "more arguments": (Wanting, ROWS, "missing 1 required keyword-only argument: 'train'"),
+    "labels for inputs": (lambda: linear(5, 3), jnp.zeros(4), "probably labels in place of inputs"),
+    "one weight, two layers": (lambda: Chain(Same(), width=5), ROWS, "belongs to another layer too"),
     "no parameters": (lambda: nnx.Dropout(0.5, rngs=nnx.Rngs(0)), ROWS, "expected"),
 }
 

@@ -81,3 +81,11 @@ def test_models_of_several_outputs_are_told_to_choose():
         ar.regression_loss(jnp.ones((2, 3)), jnp.ones((2, 2)))
     with pytest.raises(ValueError, match="probably a loss that keeps more axes"):
         check_losses(optax.l2_loss(jnp.ones((2, 3))), 2, "a loss")
+
+
+def test_ranks_that_gain_nothing_are_told():
+    model = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 2, rngs=nnx.Rngs(1)))
+    task = ar.task_from_nnx(model, max_rank=5)
+    assert "adapted: layers/0, maximum rank 5 (beyond 4 nothing is gained)" in str(task.report)
+    with pytest.warns(UserWarning, match=r"above both sides of the layers 'layers/0' \(4 × 6\), 'layers/1' \(6 × 2\)"):
+        ar.task_from_nnx(model, max_rank=7)

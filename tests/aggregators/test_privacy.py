@@ -102,8 +102,9 @@ def test_the_norm_of_numbers_in_32_bits_is_no_larger_either():
     assert min(sizes) > 0.0999
 
 
+@pytest.mark.slow
 @in_64_bit
-@pytest.mark.parametrize("name", ["rbla", pytest.param("fedsa_lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["rbla", "fedsa_lora"])
 def test_without_noise_and_bound_the_rule_is_itself_bit_for_bit(name):
     owners = {path: np.sum(np.arange(w)[None, :] < np.array(RANKS[path])[PRESENT > 0][:, None], axis=0)
               for path, w in MAX_RANKS.items()}  # fmt: skip

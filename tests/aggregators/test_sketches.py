@@ -143,6 +143,7 @@ def test_servers_of_lower_rank(case):
     np.testing.assert_array_equal(new.lora_a[:, live:], old.lora_a[:, live:])
 
 
+@pytest.mark.slow
 @in_64_bit
 def test_stacked_layers_are_sketched_each_by_maps_of_its_own():
     rng, old = np.random.default_rng(4), make_server().trainable.adapters["tall"]

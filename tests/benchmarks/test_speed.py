@@ -105,6 +105,7 @@ def test_peers_write_down_the_same_model(name, tmp_path):
     assert competitors.difference(competitors.trained_values(state), theirs) < 1e-4
 
 
+@pytest.mark.slow
 def test_every_example_is_seen_once(exported):
     for client in range(exported.clients):
         seen = common.seen(exported, client)
@@ -114,6 +115,7 @@ def test_every_example_is_seen_once(exported):
         assert not np.array_equal(seen[0], own)
 
 
+@pytest.mark.slow
 def test_padded_batches_hold_the_batches(exported):
     examples, weights = common.padded_batches(exported)
     for client in range(exported.clients):
@@ -121,6 +123,7 @@ def test_padded_batches_hold_the_batches(exported):
         assert np.array_equal(flat, np.concatenate(common.batches(exported, client)))
 
 
+@pytest.mark.slow
 def test_the_gate_refuses_who_did_not_train(exported, ours):
     assert competitors.difference(ours, ours) == 0
     assert competitors.difference(ours, exported.trainable) >= 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from autorank_jax.cli import live
+from autorank_jax.cli import stages
 from autorank_jax.cli.live import Display, about_levels
 from autorank_jax.engine import LevelChoice
 from autorank_jax.experiment.config import Experiment
@@ -29,7 +29,7 @@ def story():
     yield Leveled(LevelChoice(({"a": 4},), 1.5, 2.1))
     for number, rule in enumerate(EXPERIMENT.aggregators, 1):
         yield Stage("compiling", number, 2)
-        yield Compiled(rule, 2.0)
+        yield Compiled(rule, 2.0, 4)
         for policy in EXPERIMENT.rank_policies:
             yield Started(policy, rule, 0)
             yield from (RoundDone(row(policy, rule, n), 100.0) for n in (1, 2, 3))
@@ -105,7 +105,7 @@ def test_elsewhere_a_stage_is_a_line(options):
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_nothing_is_silent_for_long(quiet, monkeypatch):
-    monkeypatch.setattr(live, "SILENCE", 0.02)
+    monkeypatch.setattr(stages, "SILENCE", 0.02)
     console = Console(file=io.StringIO(), width=100, quiet=quiet)
 
     def wait_for(words):

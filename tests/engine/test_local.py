@@ -115,7 +115,9 @@ OTHERS = {
 
 
 @in_64_bit
-@pytest.mark.parametrize("name", list(OTHERS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("lamb", "lars", "rmsprop"))) for name in OTHERS]
+)
 def test_training_under_a_rank_equals_training_truncated_matrices(name):
     got, losses = train_cut(make(OTHERS[name]))
     expected, other = train_narrow(make(OTHERS[name]))
@@ -226,8 +228,6 @@ def test_optimizers_may_be_made_of_hparams():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: local.make_local_training(None, optax.sgd(1), batch_size=0), "expected batch_size >= 1, got 0"),
-        (lambda: local.with_proximal_term(None, -0.1), "expected a proximal strength >= 0, got -0.1"),
         (lambda: local.constant_scale(0.0), "expected a positive LoRA value, got 0.0"),
         (lambda: local.alpha_over_rank(-1.0), "expected a positive LoRA alpha, got -1.0"),
         (lambda: local.alpha_over_sqrt_rank(float("nan")), "expected a positive LoRA alpha, got nan"),

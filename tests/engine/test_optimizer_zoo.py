@@ -1,6 +1,9 @@
 """Optimisers of optax as clients': each trains, or is refused in one line. Rounds are traced; nothing is compiled."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 from optax import contrib
@@ -8,6 +11,11 @@ from optax import contrib
 from autorank_jax import aggregators
 from autorank_jax.engine import init_state, make_local_training, make_round
 from tests.engine.test_optimizers import CLIENTS, data, task
+
+
+def matrices(params):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
 
 WORKING = {
     "sgd": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
@@ -48,8 +56,31 @@ WORKING = {
     "apply_if_finite": lambda: optax.apply_if_finite(optax.sgd(0.1), 3),
     "multi_steps": lambda: optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
     "injected": lambda: optax.inject_hyperparams(optax.sgd)(learning_rate=0.1),
+    "muon": lambda: contrib.muon(0.1),
+    "adopt": lambda: contrib.adopt(0.1),
+    "cocob": contrib.cocob,
+    "acprop": lambda: contrib.acprop(0.1),
+    "dowg": contrib.dowg,
+    "adan": lambda: optax.adan(0.1),
+    "rprop": lambda: optax.rprop(0.1),
+    "optimistic": lambda: optax.optimistic_gradient_descent(0.1),
+    "masked": lambda: optax.masked(optax.adam(0.1), matrices),
+    "by part": lambda: optax.partition({True: optax.adam(0.1), False: optax.set_to_zero()}, matrices),
+    "injected schedule": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=optax.linear_schedule(0.1, 0, 9)),
+    "skipping": lambda: optax.MultiSteps(
+        optax.sgd(0.1), 2, should_skip_update_fn=optax.skip_not_finite
+    ).gradient_transformation(),
+    "flattened": lambda: optax.flatten(optax.adam(0.1)),
+    "named chain": lambda: optax.named_chain(("clip", optax.clip(1.0)), ("sgd", optax.sgd(0.1))),
+    "line search": lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(3)),
+    "adaptive clipping": lambda: optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.1)),
+    "averaged": lambda: optax.chain(optax.sgd(0.1), optax.ema(0.9)),
+    "half momentum": lambda: optax.sgd(0.1, momentum=0.9, accumulator_dtype=jnp.bfloat16),
+    "of hparams, in part": lambda: lambda h: functools.partial(optax.sgd, momentum=0.9)(h["learning_rate"]),
 }
 REFUSED = {
+    "gradients of each example": lambda: contrib.dpsgd(0.1, 1.0, 1.0, 0),
+    "mask of other parameters": lambda: optax.masked(optax.adam(0.1), {"kernel": True}),
     "lookahead": lambda: optax.lookahead(optax.sgd(0.1), 2, 0.5),
     "a function of parameters": lambda: optax.stateless(lambda updates, _: updates["kernel"]),
 }

@@ -52,6 +52,7 @@ def bias(state):
     return np.asarray(state.clients.dense["layers/0/bias"])
 
 
+@pytest.mark.slow
 def test_random_optimizers_draw_by_client_and_round():
     noise = optax.chain(optax.set_to_zero(), optax.add_noise(1.0, 0.0, 0))
     once, twice = (bias(run(noise, rounds=rounds)[0]) for rounds in (1, 2))

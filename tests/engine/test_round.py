@@ -75,7 +75,7 @@ def assert_twin(federation, state, new, batches, *, servers, epochs=2, tolerance
 
 @in_64_bit
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize(("lanes", "rank_levels"), [(5, 4), slow(5, 1), slow(3, 4), slow(3, 1), slow(1, 4), slow(1, 1)])
+@pytest.mark.parametrize(("lanes", "rank_levels"), [slow(5, 4), slow(5, 1), slow(3, 4), (3, 1), slow(1, 4), slow(1, 1)])
 def test_round_equals_the_slow_twin(lanes, rank_levels, optimizer):
     federation = mlp_federation()
     hparams, make_optimizer = OPTIMIZERS[optimizer]
@@ -103,6 +103,7 @@ def test_convolution_round_equals_the_slow_twin():
     assert len(who) == CLIENTS
 
 
+@pytest.mark.slow
 @in_64_bit
 def test_proximal_scaled_round_equals_the_slow_twin():
     federation, key = mlp_federation(), jax.random.key(3)
@@ -208,6 +209,7 @@ def test_some_rows_leave_out_and_take_in():
     assert set(present.sum(1).tolist()) == set(range(CLIENTS + 1))
 
 
+@pytest.mark.slow
 def test_lanes_take_the_longest_clients_first():
     """Clients of 1, 1, 3, 1 steps on two lanes: one trains the long one, the other the rest. Shortest first takes 4."""
     data = queue_data([1, 4, 12, 2, 0, 0, 0], range(CLIENTS))
@@ -262,7 +264,7 @@ def test_reordering_clients_gives_the_same_round():
 
 
 @in_64_bit
-@pytest.mark.parametrize(("lanes", "rank_levels"), [(1, 4), (3, 4), (5, 1)])
+@pytest.mark.parametrize(("lanes", "rank_levels"), [slow(1, 4), slow(3, 4), (5, 1)])
 def test_repeating_a_round_gives_the_same_bits(lanes, rank_levels):
     federation = mlp_federation()
     state, key = start_state(federation, both_rules()), jax.random.key(7)

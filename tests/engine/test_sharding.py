@@ -57,6 +57,7 @@ def test_many_devices_give_the_round_of_one():
     assert finish(start("compare_devices()", devices=8)) == (0, "equal\n", "")
 
 
+@pytest.mark.slow
 def test_devices_get_equal_shares():
     code, out, err = finish(start("count_steps()", devices=8))
     assert code == 0, err

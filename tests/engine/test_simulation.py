@@ -83,7 +83,8 @@ def test_history_is_scalars_per_round():
     assert history.info.participants.tolist() == [4] * 5
 
 
-@pytest.mark.parametrize("mapped", ["lax.map", pytest.param("vmap", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mapped", ["lax.map", "vmap"])
 def test_many_seeds_at_once_equal_separate_runs(mapped):
     keys = jax.random.split(jax.random.key(1), 3)
     step, initial, data = round_fn(), start(), federation().data  # outside the trace: others use them
@@ -144,6 +145,7 @@ def test_servers_with_weak_types_compile_once():
     assert (state.clients.dense["gain"] != 2).all()
 
 
+@pytest.mark.slow
 def test_random_numbers_are_used_once():
     """The key checker of JAX finds no key that is used twice: dropout inside, sampling, faults and a random restart."""
 
@@ -181,7 +183,7 @@ SERVER_RANKS = {"layers/0": [1, 2, 3]}
         ({"layer": [1]}, {}, r"expected ranks for the adapters \['layers/0'\], got \['layer'\]"),
         ({"layers/0": [[1], [2]]}, {}, r"expected ranks of shape \(clients,\) = \(2,\) .* got .*\(2, 1\)"),
         ({"layers/0": [1, 2]}, {"clients": 3}, r"expected ranks of shape \(clients,\) = \(3,\) .* got .*\(2,\)"),
-        ({"layers/0": [1, 0]}, {}, r"expected ranks of 'layers/0' in 1..4, got 0..1, probably ranks made for a larger"),
+        ({"layers/0": [1, 0]}, {}, r"expected ranks of 'layers/0' in 1..4, got 0..1$"),
         ({"layers/0": [1, 5]}, {}, r"expected ranks of 'layers/0' in 1..4, got 1..5, probably ranks made for a larger"),
         ({"layers/0": [1, 2]}, {"local_epochs": 0}, "expected local_epochs >= 1, got 0"),
     ],
@@ -195,11 +197,6 @@ def test_adapters_need_ranks_of_one_length():
     task = task_from_nnx(MLP((6, 5, 3), rngs=nnx.Rngs(0)), max_rank=2)
     with pytest.raises(ValueError, match=r"expected ranks of shape .* for every adapter, got .*\(3,\)"):
         init_state(task.server, RULE, {"layers/0": np.ones(2, int), "layers/1": np.ones(3, int)})
-
-
-def test_rounds_below_one_are_refused():
-    with pytest.raises(ValueError, match="expected rounds >= 1, got 0"):
-        simulate(jax.random.key(0), None, None, None, rounds=0)
 
 
 def test_whole_models_train_without_adapters():

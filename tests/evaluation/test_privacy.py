@@ -19,9 +19,13 @@ SETTINGS = [
     (1.0, 1000, 1e-5, 0.001),
     (3.0, 20, 1e-5, 0.3),
 ]
+CHEAP = (2, 4, 7)
 
 
-@pytest.mark.parametrize(("noise", "rounds", "delta", "rate"), SETTINGS)
+@pytest.mark.parametrize(
+    ("noise", "rounds", "delta", "rate"),
+    [pytest.param(*s, marks=[pytest.mark.slow] * (n not in CHEAP)) for n, s in enumerate(SETTINGS)],
+)
 def test_independent_draws_are_accounted_as_the_library_does(noise, rounds, delta, rate):
     accountant = dp.pld.PLDAccountant()
     for part in (rounds // 2, rounds - rounds // 2):
@@ -43,7 +47,8 @@ def test_a_fixed_cohort_costs_more_than_independent_draws_because_a_client_is_re
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "clients"), [(1.0, None), (3.0, 1000), pytest.param(8.0, None, marks=pytest.mark.slow)]
+    ("epsilon", "clients"),
+    [(1.0, None), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3.0, 1000), (8.0, None)))],
 )
 def test_calibrated_noise_keeps_the_budget_and_no_more(epsilon, clients):
     how = {"rate": 0.1, "clients": clients}

@@ -117,7 +117,11 @@ def test_a_run_whose_budget_is_used_up_stops_and_resumes_to_the_same_bits(tmp_pa
             "criteria: expected them without loss_entropy where ranks are private",
         ),
         ({"dp_delta": 0.5}, "dp-delta: expected less than 1 / 6 clients"),
-        ({"dp_epsilon": 0.5, "dp_noise": 0.3, "dp_ranks": "public"}, "dp-noise: expected noise with which one round"),
+        pytest.param(
+            {"dp_epsilon": 0.5, "dp_noise": 0.3, "dp_ranks": "public"},
+            "dp-noise: expected noise with which one round",
+            marks=pytest.mark.slow,
+        ),
         (
             {"dp_adaptive": 0.5, "dp_ranks": "public", "dp_count_clip": 500.0, "dp_noise": 4.0},
             "dp-adaptive: expected more than",

@@ -158,12 +158,14 @@ def test_scores_are_autoranks(tiny):
     assert ((curve > 0) & (curve <= 1)).all()
 
 
+@pytest.mark.slow
 def test_equal_experiments_have_equal_histories(tiny):
     results, _ = tiny
     again = run_experiment(TINY)
     assert rows(again) == rows(results)
 
 
+@pytest.mark.slow
 def test_a_seed_a_probe_and_other_policies_change_no_run(tiny):
     results, _ = tiny
     alone = run_experiment(dataclasses.replace(TINY, rank_policies=("full",), ratios=(), seeds=1, first_seed=1))

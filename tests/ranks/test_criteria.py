@@ -139,7 +139,7 @@ def test_absent_clients_stay_out_of_the_mean_curve():
             ("loss_entropy",),
             "expected stats.epoch_losses, got None, probably no probe.*drop the",
         ),
-        ({}, ("entropy",), "expected names among .*'label_entropy'.*got 'entropy'"),
+        ({}, ("entropy",), "expected criteria out of .*label_entropy.*got 'entropy'"),
         ({}, (), "expected at least one, got none"),
         ({}, (lambda stats: stats.label_counts,), r"expected shape \(4,\), got \(4, 3\)"),
         ({"where": jnp.ones(3, bool)}, ("size",), r"stats.where: expected shape \(4,\), got \(3,\)"),

@@ -103,6 +103,7 @@ def test_scores_of_absent_clients_do_not_move_the_others():
     np.testing.assert_allclose(ratios, [1, 0.1, 0.1, 0.55], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True])
 def test_ranks_of_hundredths_are_exact_up_to_4096(jit):
     hundredths = np.arange(1, 101)
@@ -201,40 +202,40 @@ def test_reranking_draws_a_key_of_its_own_each_time():
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        (lambda: policies.autorank(min_ratio=0), "min_ratio: expected a number in .0, 1., got 0"),
-        (lambda: policies.autorank(normalization="sum"), "normalization: expected one of"),
-        (lambda: policies.by_size(min_ratio=10), "min_ratio: .*got 10, probably a percentage"),
-        (lambda: policies.uniform(1.5), "ratio: .*got 1.5"),
-        (lambda: policies.manual([0.5, 0.0]), r"ratios: expected numbers in \(0, 1\]"),
-        (lambda: policies.manual([0.5, float("nan")]), r"ratios: expected numbers in \(0, 1\]"),
+        (lambda: policies.autorank(min_ratio=0), "min_ratio in .0, 1., got 0"),
+        (lambda: policies.autorank(normalization="sum"), "normalization out of"),
+        (lambda: policies.by_size(min_ratio=10), "min_ratio .*got 10, probably a percentage"),
+        (lambda: policies.uniform(1.5), "ratio .*got 1.5"),
+        (lambda: policies.manual([0.5, 0.0]), r"ratios in \(0, 1\]"),
+        (lambda: policies.manual([0.5, float("nan")]), r"ratios in \(0, 1\]"),
         (lambda: policies.manual(0.5), r"expected shape \(clients,\) or"),
         (lambda: policies.manual([0.5] * 5)(KEY, client_stats()), "each of 6 clients, got 5"),
         (lambda: jax.jit(policies.manual([0.5] * 5))(KEY, client_stats()), "each of 6 clients, got 5"),
         (lambda: policies.autorank()(KEY, client_stats(losses=False)), "expected stats.epoch_losses, got None"),
-        (lambda: ratios_from_scores(jnp.ones((3, 2))), r"scores: expected shape \(clients,\)"),
+        (lambda: ratios_from_scores(jnp.ones((3, 2))), r"scores of shape \(clients,\)"),
         (lambda: ranks_from_ratios(jnp.ones((3, 2)), {"a": 4}), r"expected shape \(clients,\) or \(clients, 1\)"),
-        (lambda: ranks_from_ratios(jnp.ones(3), {"a": 0}), r"max_ranks\['a'\]: expected a whole number ≥ 1, got 0"),
+        (lambda: ranks_from_ratios(jnp.ones(3), {"a": 0}), r"max_ranks\['a'\] >= 1, got 0"),
         (lambda: ranks_from_ratios(jnp.ones(3), {"a": 0.5}), r"max_ranks\['a'\].*got 0.5"),
         *(
             (
                 lambda bad=bad: ranks_from_ratios([0.5, bad], {"a": 4, "b": 4}),
-                rf"in \(0, 1\], got {bad:g}, probably ranks",
+                rf"in \(0, 1\], got {bad:g}",
             )
             for bad in (1.01, 64, 0.0, -0.5, float("nan"))
         ),
-        (lambda: ranks_from_ratios(jnp.full((3, 1), 1.5), {"a": 4}), "got 1.5, probably ranks or percentages"),
-        (lambda: with_reranking(fake_round, policies.uniform(), client_stats(), every=0), "every: .*got 0"),
-        (lambda: autorank_ranks([[1, -2]], max_rank=4), "label_counts: expected finite numbers ≥ 0"),
-        (lambda: autorank_ranks([[1, 2]], [[np.nan, 1]], max_rank=4), "epoch_losses: expected finite numbers"),
-        (lambda: autorank_ranks([1, 2], max_rank=4), r"label_counts: expected shape \(clients, columns\), got \(2,\)"),
+        (lambda: ranks_from_ratios(jnp.full((3, 1), 1.5), {"a": 4}), "got 1.5, probably a percentage or a rank"),
+        (lambda: with_reranking(fake_round, policies.uniform(), client_stats(), every=0), "every >= 1, got 0"),
+        (lambda: autorank_ranks([[1, -2]], max_rank=4), "label_counts as finite numbers >= 0"),
+        (lambda: autorank_ranks([[1, 2]], [[np.nan, 1]], max_rank=4), "epoch_losses as finite numbers"),
+        (lambda: autorank_ranks([1, 2], max_rank=4), r"label_counts of shape \(clients, columns\), got \(2,\)"),
         (lambda: autorank_ranks([[1, 2]], np.ones((2, 3)), max_rank=4), "epoch_losses: expected 1 clients, got 2"),
         (
             lambda: autorank_ranks([[1, 2], [3]], max_rank=4),
-            "^label_counts: expected numbers in rows of one length, got",
+            "label_counts as numbers in rows of one length, got rows of 1 and 2",
         ),
-        (lambda: autorank_ranks([[1], [2]], [[1.0], []], max_rank=4), "^epoch_losses: expected numbers in rows of one"),
-        (lambda: autorank_ranks([["1", "many"]], max_rank=4), "^label_counts: expected numbers in rows"),
-        (lambda: policies.manual([[0.5, 1], [0.5]]), "^ratios: expected numbers in rows of one length, got"),
+        (lambda: autorank_ranks([[1], [2]], [[1.0], []], max_rank=4), "epoch_losses as numbers in rows of one"),
+        (lambda: autorank_ranks([["1", "many"]], max_rank=4), "label_counts as an array of numbers"),
+        (lambda: policies.manual([[0.5, 1], [0.5]]), "ratios as numbers in rows of one length, got"),
         *(
             (
                 lambda bad=bad: autorank_ranks([[1, 2]], max_rank=bad),
@@ -245,7 +246,7 @@ def test_reranking_draws_a_key_of_its_own_each_time():
     ],
 )
 def test_mistakes_are_named(mistake, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         mistake()
 
 

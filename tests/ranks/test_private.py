@@ -55,5 +55,5 @@ def test_empty_classes_mostly_stay_empty_and_policies_rank_what_is_released():
 
 @pytest.mark.parametrize("wrong", [{"clip": 0.0}, {"clip": np.inf}, {"noise_multiplier": -1.0}])
 def test_numbers_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match=rf"{next(iter(wrong))}: expected a finite number"):
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))} as a finite number"):
         private_counts(KEY, client_stats(), **({"clip": 1.0, "noise_multiplier": 1.0} | wrong))

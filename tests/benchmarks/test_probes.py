@@ -1,0 +1,44 @@
+"""What cheaper probes are compared by: parts of clients' data, FLOPs, the table."""
+
+import json
+
+import numpy as np
+
+from autorank_jax.datasets import load_dataset
+from autorank_jax.engine.flops import FlopModel
+from benchmarks.study import probes
+
+FLOPS = FlopModel(10.0, dict.fromkeys(probes.MAX_RANKS, 1.0))
+
+
+def test_a_part_keeps_some_examples_of_everyone():
+    parts = [np.arange(400), np.arange(40), np.arange(5)]
+    assert [len(part) for part in probes.part_of(parts, 0.25)] == [100, 32, 5]
+    assert [len(part) for part in probes.part_of(parts, 1.0)] == [400, 40, 5]
+
+
+def test_cost_is_epochs_by_examples_by_rank():
+    federation = probes.make_federation(load_dataset("fashion_mnist_mini"), "staircase", 0)
+    examples = sum(map(len, federation.parts))
+    assert probes.spent(federation, probes.FULL, FLOPS) == 5 * examples * (10 + 160 + 160 + 100)
+    assert probes.spent(federation, probes.Probe(epochs=2, ratio=0.1), FLOPS) == 2 * examples * (10 + 16 + 16 + 10)
+    assert probes.spent(federation, probes.Probe(epochs=0), FLOPS) == 0
+
+
+def test_ranks_without_a_probe_come_from_four_criteria():
+    federation = probes.make_federation(load_dataset("fashion_mnist_mini"), "staircase", 0)
+    ratios = probes.ratios_of(federation, probes.Probe(epochs=0))
+    assert ratios.shape == (10,)
+    assert (np.diff(ratios) > 0).all()  # the staircase: every client has more classes and more data
+    assert [ratios.min(), ratios.max()] == [np.float32(0.1), 1.0]
+
+
+def test_the_table_has_the_worst_split(tmp_path, monkeypatch, capsys):
+    cells = [
+        {"split": split, "seed": 0, "probe": "cheap", "tau": tau, "moved": 0.02, "cost": 0.05}
+        for split, tau in (("one", 1.0), ("two", 0.5))
+    ]
+    (tmp_path / "probes.json").write_text(json.dumps({"cells": cells}))
+    monkeypatch.setattr(probes, "RESULTS", tmp_path)
+    probes.main(["--report"])
+    assert "| cheap | 0.75 | 0.50 (two) | 0.020 | 5.0 |" in capsys.readouterr().out
