@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from autorank_jax.cli.files import (
     write_run,
 )
 from autorank_jax.cli.folders import CHECKPOINTS, FILES, ReportError, check_folder, default_folder, occupied
-from autorank_jax.cli.interrupts import INTERRUPTED, Interrupted, Interruption
+from autorank_jax.cli.interrupts import Interrupted, Interruption
 from autorank_jax.cli.options import Finetune
 from autorank_jax.cli.stages import Stages
 from autorank_jax.cli.tables import make_console, make_table
@@ -37,7 +36,7 @@ from autorank_jax.experiment.config import GLOBAL_RULES
 from autorank_jax.experiment.events import Resumed
 from autorank_jax.experiment.language import run_language
 from autorank_jax.experiment.language_options import as_json
-from autorank_jax.experiment.language_results import Begun, LanguageEvent, LanguageResults, LanguageRow, Stage, Waiting
+from autorank_jax.experiment.language_results import Begun, LanguageEvent, LanguageResults, LanguageRow, Stage
 from autorank_jax.experiment.mistakes import ConfigurationError
 from autorank_jax.experiment.results import si
 from autorank_jax.models.causal_checkpoint import causal_name
@@ -87,8 +86,9 @@ def train_in(folder: Path, command: Finetune, console: Console) -> LanguageResul
         model, data = (path and path.expanduser().absolute() for path in (options.model, options.data))
         write_run(folder, {"training": as_json(dataclasses.replace(options, model=model, data=data))}, checkpoints)
 
+    interruption = Interruption()
     try:
-        with Interruption() as interruption, Stages(console) as stages:
+        with interruption, Stages(console) as stages:
 
             def on_event(event: LanguageEvent) -> None:
                 interruption.training |= isinstance(event, Begun) and event.name.startswith("round")
@@ -100,7 +100,6 @@ def train_in(folder: Path, command: Finetune, console: Console) -> LanguageResul
                 if row.round == 0 and checkpoints.every:  # by now options and files are found to fit
                     note()
                 stages.say(f"round {row.round}: perplexity {row.perplexity:.4g}, {row.seconds:.1f} s")
-                sys.stdout.flush()
                 interruption.stop_after(f"round {row.round}")
 
             return run_language(options, on_event=on_event, on_round=on_round, checkpoints=checkpoints)
@@ -108,10 +107,9 @@ def train_in(folder: Path, command: Finetune, console: Console) -> LanguageResul
         if isinstance(stop, Interrupted):
             note()
         if not saved_steps(checkpoints.folder):
-            raise Interrupted("interrupted; nothing was written", INTERRUPTED) from None
-        code = stop.code if isinstance(stop, Interrupted) else INTERRUPTED
+            raise Interrupted("interrupted; nothing was written", interruption.code) from None
         raise Interrupted(
-            f"{str(stop) or 'interrupted'}; go on with: {how_to_resume(folder, 'finetune')}", code
+            f"{str(stop) or 'interrupted'}; go on with: {how_to_resume(folder, 'finetune')}", interruption.code
         ) from None
 
 
@@ -120,8 +118,6 @@ def show_stage(stages: Stages, event: LanguageEvent) -> None:
     match event:
         case Begun(name, expected):
             stages.begin(name, expected)
-        case Waiting():
-            stages.goes_on()
         case Stage(name, seconds, detail):
             stages.leave()
             stages.say(f"{name}: {seconds:.1f} s" + (f", {detail}" if detail else ""))

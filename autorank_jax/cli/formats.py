@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,10 +65,14 @@ def read_run(folder: Path, what: str, make: Callable[[Any], T]) -> tuple[T, int,
     """
     path = folder.expanduser() / CHECKPOINTS / RUN_FILE
     if not os.path.exists(path):  # where `path.exists()` raises for a name of 300 letters
-        raise ConfigurationError(
-            [f"resume: expected the folder of a run with checkpoints, got {folder} without {CHECKPOINTS}/{RUN_FILE}; "
-             "probably another folder, or a run without --checkpoint-every"]
-        )  # fmt: skip
+        if what != "experiment" or not os.path.exists(folder.expanduser() / "config.json"):
+            problem = f"got {folder} without {CHECKPOINTS}/{RUN_FILE}, probably another folder"
+        else:
+            problem = (
+                f"got {folder}, a run that kept none, so that its models are gone; run it anew: autorank-jax run "
+                f"--config {shlex.quote(os.fspath(folder / 'config.json'))} --checkpoint-every 5, with more --rounds"
+            )
+        raise ConfigurationError([f"resume: expected the folder of a run with checkpoints, {problem}"])
     content = read_json("resume", path)
     try:
         return make(content[what]), int(content["every"]), int(content["keep"])
@@ -78,12 +83,13 @@ def read_run(folder: Path, what: str, make: Callable[[Any], T]) -> tuple[T, int,
 
 
 def read_config(path: Path) -> Experiment:
-    """Read the `config.json` of a run.
+    """Read the `config.json` of a run, or that in its folder.
 
     Raises:
         ConfigurationError: for a file that cannot be read, or holds anything else; all mistakes at once.
     """
-    return experiment_from(read_json("config", path.expanduser()))
+    path = path.expanduser()
+    return experiment_from(read_json("config", path / "config.json" if path.is_dir() else path))
 
 
 def read_json(option: str, path: Path) -> Any:
@@ -97,7 +103,11 @@ def read_json(option: str, path: Path) -> Any:
             raise ValueError(f"more than {MOST_BYTES >> 20} MB")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        problem = f"{path}, got: {error.strerror or error}"
+        problem = f"the file {path}, got: {error.strerror or error}"
+    except json.JSONDecodeError as error:
+        problem = f"JSON in {path}, got {f'none from line {error.lineno} on' if error.doc.strip() else 'an empty file'}"
+    except UnicodeDecodeError:
+        problem = f"JSON in {path}, got bytes that are no text"
     except (ValueError, RecursionError) as error:
         problem = f"JSON in {path}, got: {error}"
     raise ConfigurationError([f"{option}: expected {problem}"])

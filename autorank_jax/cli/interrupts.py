@@ -6,11 +6,9 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from autorank_jax.cli.signals import interrupt
 from autorank_jax.experiment.events import Event, OnEvent, Started
 from autorank_jax.experiment.position import RoundEnd
-
-INTERRUPTED = 130
-"""The exit code after Ctrl-C."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -47,10 +45,11 @@ class Interruption:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self.signal is not None or not self.training:
-            raise KeyboardInterrupt
-        self.signal = number
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again, self.signal = self.signal is not None, number
+        if again or not self.training:
+            interrupt(number, frame)
+            return
         sys.stderr.write("autorank-jax: stopping when the round is over and saved; once more stops at once\n")
 
     def watch(self, on_event: OnEvent) -> OnEvent:
@@ -61,6 +60,11 @@ class Interruption:
             on_event(event)
 
         return listen
+
+    @property
+    def code(self) -> int:
+        """Return the exit code that tells of the signal."""
+        return 128 + (self.signal or signal.SIGINT)
 
     def on_round(self, end: RoundEnd) -> None:
         """Stop after a round in which a signal came."""
@@ -74,4 +78,4 @@ class Interruption:
             Interrupted: if one did.
         """
         if self.signal is not None:
-            raise Interrupted(f"interrupted after {what}", 128 + self.signal)
+            raise Interrupted(f"interrupted after {what}", self.code)

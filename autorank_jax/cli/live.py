@@ -1,4 +1,7 @@
-"""What a run shows while it goes on: one block that is updated in place on a terminal, a line per stage elsewhere."""
+"""What a run shows while it goes on: one block that is updated in place on a terminal.
+
+Elsewhere there is a line for every stage, and one now and then for what takes longer.
+"""
 
 import time
 from collections.abc import Sequence
@@ -63,10 +66,10 @@ class Display(Stages):
                 self._enter(f"{name} {number} of {total}" if total > 1 else name)
             case Leveled(choice):
                 self._enter("")
-                self._print(about_levels(choice))
+                self.say(about_levels(choice))
             case Compiled(aggregator, seconds, lanes):
                 self._enter("")
-                self._print(
+                self.say(
                     f"Compiled one round of {aggregator} in {seconds:.1f} s; it serves every policy and trains "
                     f"{lanes} client{'s' * (lanes > 1)} at a time."
                 )
@@ -74,9 +77,9 @@ class Display(Stages):
                 self._enter("")
                 self.console.print(scores_table(scores))
             case Resumed(rounds, differences):
-                self._print(f"Going on after {rounds} rounds of an earlier process.")
+                self.say(f"Going on after {rounds} rounds of an earlier process.")
                 for difference in differences:
-                    self._print(f"Since then: {difference}; results are equal up to rounding only.")
+                    self.say(f"Since then: {difference}; results are equal up to rounding only.")
             case Started(policy, aggregator, _, done, score):
                 self.score = score
                 self._enter("")
@@ -89,19 +92,23 @@ class Display(Stages):
                 last = f"{self.score} {100 * curve[-1][1]:.1f} %" if curve else f"no {self.score}"
                 name = self._name(run.policy, run.aggregator)
                 what = f"{name}, seed {run.seed}: {last} after {len(run.rows)} rounds, {run.seconds:.1f} s"
-                self._print(", ".join([what, *faults_of(run.rows)]))
+                self.say(", ".join([what, *faults_of(run.rows)]))
 
     def _name(self, policy: str, aggregator: str) -> str:
         return f"{policy}+{aggregator}" if len(self.experiment.aggregators) > 1 else policy
 
-    def _print(self, line: str) -> None:
-        self.console.print(line, markup=False)
+    def progress(self) -> str:
+        """Return what is said where nothing was for a while."""
+        return self.stage if self._between_rounds() else super().progress()
+
+    def _between_rounds(self) -> bool:
+        return ": round " in self.stage
 
     def _enter(self, stage: str) -> None:
         """End a stage, with a line that stays where nothing moves, and begin another."""
         now = time.monotonic()
-        if self.stage and not self.moving:
-            self._print(f"{self.stage}: {now - self.since:.1f} s")
+        if self.stage and not self.moving and not self._between_rounds():
+            self.say(f"{self.stage}: {now - self.since:.1f} s")
         self.stage, self.since = stage, now
 
     def _advance(self, row: Row, examples: float) -> None:
@@ -110,25 +117,25 @@ class Display(Stages):
         self.latest, self.stage = now, ""
         where = f"{name}, seed {row.seed}, round {row.round}"
         if row.excluded:
-            self._print(
+            self.say(
                 f"{where}: left out {row.excluded} of {row.participants} clients, "
                 "their updates were not finite; probably the learning rate is too large",
             )
         if not row.reported:
-            self._print(f"{where}: none of {row.participants} clients reported; the server stays as it was")
+            self.say(f"{where}: none of {row.participants} clients reported; the server stays as it was")
         bar = self.bars[name]
         bar.done += 1
         bar.accuracy = bar.accuracy if row.accuracy is None else f"{100 * row.accuracy:.1f} %"
         bar.speed = f"{examples / max(row.seconds, 1e-9):,.0f} samples/s"
         bar.faults = ", ".join(faults_of([row]))
-        if self.moving:
-            self._say_round(row, bar)
+        self._say_round(name, row, bar)
 
-    def _say_round(self, row: Row, bar: Bar) -> None:
+    def _say_round(self, name: str, row: Row, bar: Bar) -> None:
         left = sum(bar.total - bar.done for bar in self.bars.values())
         seconds = left * sum(self.measured) / len(self.measured)
         accuracy = f", {bar.accuracy}" if bar.accuracy else ""
-        self.stage = f"round {row.round} of {self.experiment.rounds}{accuracy}, about {spoken(seconds)} left"
+        where = "" if self.moving else f"{name}, seed {row.seed}: "
+        self.stage = f"{where}round {row.round} of {self.experiment.rounds}{accuracy}, about {spoken(seconds)} left"
 
     def _view(self) -> RenderableType:
         """Return the block: what is done just now, and a bar for every policy once there are rounds."""

@@ -1,5 +1,6 @@
 """The line that says what is done just now, and for how long: moving on a terminal, now and then elsewhere."""
 
+import threading
 import time
 from types import TracebackType
 from typing import Self
@@ -10,8 +11,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-EVERY = 30.0
-"""Seconds between lines about a stage that goes on, where nothing moves."""
+SILENCE = 10.0
+"""Seconds after which there is another line, where nothing moves."""
 
 
 class Stages:
@@ -22,7 +23,8 @@ class Stages:
         self.console = console
         self.moving = console.is_terminal and not console.is_dumb_terminal
         self.stage, self.expected = "", ""
-        self.since = self.told = time.monotonic()
+        self.since = self.said = time.monotonic()
+        self.over = threading.Event()
         self.spinner = Spinner("line" if console.options.ascii_only else "dots")
         self.live = Live(console=console, get_renderable=self._view, refresh_per_second=5)
 
@@ -30,12 +32,15 @@ class Stages:
         """Begin to show."""
         if self.moving:
             self.live.start()
+        elif not self.console.quiet:
+            threading.Thread(target=self._break_silence, daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the terminal as it was."""
+        self.over.set()
         self.leave()
         if self.moving:
             self.live.stop()
@@ -43,22 +48,25 @@ class Stages:
     def begin(self, stage: str, expected: float | None = None) -> None:
         """Begin a stage, of which the seconds it will take may be known."""
         self.stage, self.expected = stage, "" if expected is None else f" of about {spoken(expected)}"
-        self.since = self.told = time.monotonic()
+        self.since = time.monotonic()
 
     def leave(self) -> None:
         """End the stage."""
         self.stage = ""
 
-    def goes_on(self) -> None:
-        """Say now and then that the stage goes on, where nothing moves."""
-        now = time.monotonic()
-        if self.stage and not self.moving and now - self.told >= EVERY:
-            self.told = now
-            self.say(f"{self.stage}: {self.elapsed()}")
-
     def say(self, line: str) -> None:
         """Print a line that stays."""
+        self.said = time.monotonic()
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def progress(self) -> str:
+        """Return what is said where nothing was for a while."""
+        return f"{self.stage or 'working'}: {self.elapsed()} so far"
+
+    def _break_silence(self) -> None:
+        while not self.over.wait(max(self.said + SILENCE - time.monotonic(), 0.01)):
+            if time.monotonic() - self.said >= SILENCE:
+                self.say(self.progress())
 
     def elapsed(self) -> str:
         """Return how long the stage has taken, and how long it will."""

@@ -96,32 +96,40 @@ def restore_position(
 def with_rounds(records: tuple[Record, ...], experiment: Experiment, before: int) -> tuple[Record, ...]:
     """Return the records of an experiment whose number of rounds is another than before.
 
-    Of runs that are over, the state is there of the last only. Nothing that happens in a round depends on how many
-    there are, but that the last is always evaluated.
-
     Raises:
         ConfigurationError: saying what makes that another result.
     """
-    rounds, last = experiment.rounds, records[-1]
-    if rounds == before:
+    if experiment.rounds == before:
         return records
-    problem = ""
+    expected = expected_rounds(records, experiment, before)
+    if expected:
+        raise ConfigurationError([f"rounds: expected {expected}, got {experiment.rounds}"])
+    last = records[-1]
+    return (last._replace(over=last.over and last.round < before, clients={}),)
+
+
+def expected_rounds(records: Sequence[Record], experiment: Experiment, before: int) -> str:
+    """Return which number of rounds is expected in place of an experiment's, and why; "" where it may be another.
+
+    Of runs that are over, the state is there of the last only. Nothing that happens in a round depends on how many
+    there are, but that the last is always evaluated.
+    """
+    rounds, last = experiment.rounds, records[-1]
+    as_before = f"{before} as before, "
     if len(records) > 1:
         first = f"{records[0].policy} with {records[0].aggregator}, seed {records[0].seed}"
-        problem = f"{before} as before, as the state of {first} is not kept: only one policy, rule and seed can go on"
-    elif experiment.rate_schedule != "constant":
-        problem = f"{before} as before, as --rate-schedule {experiment.rate_schedule} goes by all rounds"
-    elif experiment.dp_epsilon and not experiment.dp_noise:
-        problem = f"{before} as before, for which the noise of --dp-epsilon is found"
-    elif rounds <= last.round:
-        problem = f"more than the {last.round} that are done"
-    elif experiment.dp_epsilon:
-        problem = f"{before} as before, for which --dp-epsilon was shared out"
-    elif last.round == before and before % experiment.eval_every:
-        problem = f"{before} as before, which is tested as the last, and would not be with --eval-every"
-    if problem:
-        raise ConfigurationError([f"rounds: expected {problem}, got {rounds}"])
-    return (last._replace(over=last.over and last.round < before, clients={}),)
+        return f"{as_before}as the state of {first} is not kept: only one policy, rule and seed can go on"
+    if rounds <= last.round and not (experiment.rate_schedule != "constant" or experiment.dp_epsilon):
+        return f"more than the {last.round} that are done"
+    reasons = {
+        f"as --rate-schedule {experiment.rate_schedule} goes by all rounds": experiment.rate_schedule != "constant",
+        "for which the noise of --dp-epsilon is found": experiment.dp_epsilon and not experiment.dp_noise,
+        "for which --dp-epsilon was shared out": experiment.dp_epsilon,
+        "which is tested as the last, and would not be with --eval-every": (
+            last.round == before and before % experiment.eval_every
+        ),
+    }
+    return next((as_before + reason for reason, holds in reasons.items() if holds), "")
 
 
 def last_good(checkpoints: Checkpoints | None, record: Record) -> str:

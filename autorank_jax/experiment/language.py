@@ -124,10 +124,10 @@ def prepare(keys: Key, options: LanguageOptions, parts: Parts, tools: Tools, clo
     """Evaluate the model as it came, probe, and give every client its rank."""
     begun = begin(options, parts, None)
     clock.begin("evaluation")
-    scores = _scores(wait_for(tools.evaluate(begun), on_tick=clock.tick))
+    scores = _scores(wait_for(tools.evaluate(begun)))
     clock.end(flops=parts.flops.base * float(parts.held_out.size.sum()) * FORWARD)
     clock.begin("sample")
-    words = wait_for(tools.say(begun.server), on_tick=clock.tick)
+    words = wait_for(tools.say(begun.server))
     clock.end()
     stats, spent = parts.stats, 0.0
     if options.probed:
@@ -160,7 +160,7 @@ def run_probe(key: Key, options: LanguageOptions, parts: Parts, clock: Clock) ->
         compiled = jax.jit(one).lower(*given).compile()
         clock.end()
         clock.begin("probe", flops)
-        done = wait_for(compiled(*given), on_tick=clock.tick)
+        done = wait_for(compiled(*given))
         clock.end(flops=flops)
         return done
 
@@ -204,7 +204,7 @@ def make_ranking(
 def measure_clients(state: State, tools: Tools, clock: Clock) -> Array:
     """Return the perplexity of each client."""
     clock.begin("evaluation of the clients")
-    measured = wait_for(tools.measure(state), on_tick=clock.tick)
+    measured = wait_for(tools.measure(state))
     clock.end()
     return measured
 
@@ -234,9 +234,9 @@ def run_rounds(
     while position.round < options.rounds:
         up, down, flops = cost_of(options, parts, position.state)
         clock.begin(f"round {position.round + 1} of {options.rounds}", flops)
-        state, done = wait_for(compiled(key, position.state, parts.data), on_tick=clock.tick)
+        state, done = wait_for(compiled(key, position.state, parts.data))
         seconds = clock.end(flops=flops, tell=False)
-        scores = _scores(wait_for(tools.evaluate(state), on_tick=clock.tick))
+        scores = _scores(wait_for(tools.evaluate(state)))
         check_round(position.round + 1, scores[0], done)
         row = LanguageRow(
             position.round + 1, *scores, float(done.loss), seconds, up, down, flops, int(done.excluded)
@@ -267,7 +267,7 @@ def finish(
     state, some = position.state, np.asarray(parts.held_out.size) > 0
     after = measure_clients(state, tools, clock)
     clock.begin("sample")
-    last_words = wait_for(tools.say(state.server), on_tick=clock.tick)
+    last_words = wait_for(tools.say(state.server))
     clock.end()
     return LanguageResults(
         options=as_json(options),

@@ -17,10 +17,6 @@ class Begun(NamedTuple):
     expected: float | None = None  # seconds, where earlier stages tell
 
 
-class Waiting(NamedTuple):
-    """Event: the stage goes on, about once a second."""
-
-
 class Stage(NamedTuple):
     """Event: a stage is over; of rounds the row tells."""
 
@@ -29,7 +25,7 @@ class Stage(NamedTuple):
     detail: str = ""
 
 
-LanguageEvent = Begun | Waiting | Stage | Resumed
+LanguageEvent = Begun | Stage | Resumed
 
 
 class LanguageRow(NamedTuple):
@@ -93,10 +89,6 @@ class Clock:
         """Begin a stage, which trains so much."""
         self.name, self.began = name, time.perf_counter()
         self.on_event(Begun(name, flops / self.rate if self.rate and flops else None))
-
-    def tick(self) -> None:
-        """Tell that the stage goes on."""
-        self.on_event(Waiting())
 
     def end(self, detail: str = "", *, flops: float = 0.0, tell: bool = True) -> float:
         """End the stage, which has trained so much, and return its seconds."""

@@ -348,7 +348,7 @@ def probe(
         epochs = jnp.asarray(experiment.probe_epochs, jnp.int32)
         state = state._replace(hparams=state.hparams | {"local_epochs": epochs})
         state, _ = compiled.run(federation.keys["probe"], state, federation.data)
-        curves.append((state.epoch_losses, state.epochs))
+        curves.append(wait_for((state.epoch_losses, state.epochs)))  # or ranking would wait for it
     return tuple(curves)
 
 

@@ -1,7 +1,6 @@
-"""Waiting for what a device computes, without being deaf: signals are noticed meanwhile, and time is told."""
+"""Waiting for what a device computes, without being deaf: signals are noticed meanwhile."""
 
 import threading
-from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -9,7 +8,7 @@ import jax
 T = TypeVar("T")
 
 
-def wait_for(tree: T, *, on_tick: Callable[[], None] = lambda: None, every: float = 1.0) -> T:
+def wait_for(tree: T) -> T:
     """Wait until all arrays of a tree are computed.
 
     `jax.block_until_ready` holds the thread that it is called in, and Python acts on Ctrl-C in the first thread only
@@ -17,8 +16,6 @@ def wait_for(tree: T, *, on_tick: Callable[[], None] = lambda: None, every: floa
 
     Args:
         tree: arrays.
-        on_tick: called every so often while they are not there.
-        every: seconds from one call to the next.
 
     Returns:
         The tree.
@@ -36,11 +33,7 @@ def wait_for(tree: T, *, on_tick: Callable[[], None] = lambda: None, every: floa
 
     blocked = threading.Thread(target=block, daemon=True)
     blocked.start()
-    while True:
-        blocked.join(every)
-        if not blocked.is_alive():
-            break
-        on_tick()
+    blocked.join()
     if failures:
         raise failures[0]
     return tree

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import signal
+import time
 
 import jax
 import numpy as np
@@ -26,7 +27,6 @@ from autorank_jax.experiment.language_results import (
     LanguageRow,
     Sample,
     Stage,
-    Waiting,
     check_round,
 )
 from autorank_jax.experiment.language_setup import load, shortest_prompt
@@ -60,7 +60,7 @@ def made_by_hand(options, *, on_event, on_round, checkpoints):  # noqa: ARG001
     on_event(Stage("loading", 0.25, "3 clients"))
     for row in rows:
         on_event(Begun(f"round {row.round} of 2", 240.0))
-        on_event(Waiting())
+        time.sleep(0.1)  # so long that it is said
         on_round(row)
     task = Task(Server(Trainable({}, ()), Base({}, ())), None, None)
     state = State(task.server, (), {}, None, {}, None, None, ())
@@ -72,12 +72,12 @@ def made_by_hand(options, *, on_event, on_round, checkpoints):  # noqa: ARG001
 
 def test_what_is_shown_and_written_is_worked_by_hand(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(finetuning, "run_language", made_by_hand)
-    monkeypatch.setattr(stages, "EVERY", 0)
+    monkeypatch.setattr(stages, "SILENCE", 0.02)
     folder = tmp_path / "out"
     assert cli.main(["finetune", "--rounds", "2", "--out", str(folder)]) == 0
     captured = capsys.readouterr()
     assert "loading: 0.2 s, 3 clients" in captured.out
-    assert "round 2 of 2: 0 s of about 4 min" in captured.out
+    assert "round 2 of 2: 0 s of about 4 min so far" in captured.out
     assert "round 2: perplexity 10, 1.0 s" in captured.out
     assert "adapter: not written" in captured.err
     shown = {line.split("  ")[0].strip(): line.split()[-1] for line in captured.out.splitlines() if line.strip()}
@@ -158,7 +158,7 @@ def test_policies_of_one_rank(policy):
         (["--dtype", "int8"], "dtype: expected one of"),
         (["--learning-rate", "0"], "learning-rate: expected a number above 0"),
         (["--max-rank", "65"], "max-rank: expected at most the model's width, 64, got 65"),
-        (["--clients-by", "topic"], "expected clients_by to be a field of the lines, one of ['category']"),
+        (["--clients-by", "topic"], "expected a field of the lines to take clients by, one of ['category']"),
         (["--clients", "500"], "data: expected"),
         (["--hold-out", "0.001"], "hold-out: expected a share that leaves some client a text"),
         (["--model", "nowhere"], "model: expected config.json in 'nowhere'"),

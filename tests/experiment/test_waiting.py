@@ -1,4 +1,4 @@
-"""Waiting for arrays: time is told, and failures and signals come through."""
+"""Waiting for arrays: failures and signals come through."""
 
 import os
 import signal
@@ -21,18 +21,6 @@ class Late:
         return self
 
 
-def test_time_is_told_until_it_is_there():
-    late, ticks = Late(), []
-
-    def tick():
-        ticks.append(1)
-        if len(ticks) == 3:
-            late.there.set()
-
-    assert wait_for(late, on_tick=tick, every=0.01) is late
-    assert len(ticks) >= 3
-
-
 def test_arrays_and_failures_come_through():
     assert float(wait_for({"a": jnp.ones(())})["a"]) == 1
 
@@ -49,5 +37,5 @@ def test_a_signal_ends_the_waiting():
     sender = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
     sender.start()
     with pytest.raises(KeyboardInterrupt):
-        wait_for(late, every=30)
+        wait_for(late)
     late.there.set()
