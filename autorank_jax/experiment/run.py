@@ -146,7 +146,7 @@ def run_experiment(
     if position.records:
         on_event(Resumed(position.rounds, differences))
     hooks = Hooks(on_event, on_round, make_save(checkpoints if is_first() else None, experiment, dataset, machine))
-    needing = [name for name in experiment.aggregators if needs_rounds(position, experiment, name)]
+    needing = [name for name in experiment.aggregators if position.needs_rounds(experiment, name)]
     position, scores, compiled = score(experiment, setup, position, mesh, on_event, total=len(needing))
     runs: list[Run] = []
 
@@ -247,12 +247,6 @@ def score(
         position = position._replace(levels=choice.levels)
         on_event(Leveled(choice))
     return position, scores, compiled
-
-
-def needs_rounds(position: Position, experiment: Experiment, name: str) -> bool:
-    """Return whether a rule has rounds left to run."""
-    over = sum(record.over for record in position.records if record.aggregator == name)
-    return over < len(experiment.rank_policies) * experiment.seeds
 
 
 def make_program(
@@ -401,7 +395,6 @@ def run_rounds(
 def run_round(program: Program, federation: Federation, state: State, *, tested: bool) -> tuple[State, Measured]:
     """Run one round, and evaluate it if it is time to."""
     begin = time.perf_counter()
-    state, info = program.round(federation.keys["training"], state, federation.data)
-    wait_for((state, info))
+    state, info = wait_for(program.round(federation.keys["training"], state, federation.data))
     seconds = time.perf_counter() - begin
     return state, Measured(info, program.evaluate(state) if tested else {}, seconds)
