@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         task_from_causal_lm,
         task_from_function,
         task_from_linen,
+        task_from_lora_params,
         task_from_nnx,
         token_loss,
     )
@@ -201,6 +202,7 @@ __all__ = [
     "task_from_causal_lm",
     "task_from_function",
     "task_from_linen",
+    "task_from_lora_params",
     "task_from_nnx",
     "testing",
     "text_clients",

@@ -3,8 +3,8 @@
 - `Adapter`: `lora_a` and `lora_b` of one layer, always 2-D for one client. `Trainable`: what clients train. The scale,
   1, `α/r` or `α/√r`, belongs to local training: `make_local_training(scale=...)`.
 - `Task`: a model as the engine sees it, functions and start values: `task_from_nnx`, `task_from_linen`,
-  `task_from_function`, `task_from_causal_lm`; anything else by building a `Task`. `max_rank` names the
-  layers, by pattern if you like.
+  `task_from_function`, `task_from_causal_lm`, and `task_from_lora_params` for models that carry their adapters;
+  anything else by building a `Task`. `max_rank` names the layers, by pattern if you like.
 - losses: `classification_loss`, `regression_loss`, `token_loss`, or any function of outputs and targets to `(batch,)`.
 - `merge` gives the trained model back, `export_peft` a folder for Hugging Face PEFT.
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from autorank_jax.adapters.functions import task_from_function
     from autorank_jax.adapters.linen import task_from_linen
     from autorank_jax.adapters.lora import max_ranks
+    from autorank_jax.adapters.lora_params import task_from_lora_params
     from autorank_jax.adapters.losses import classification_loss, regression_loss, token_loss
     from autorank_jax.adapters.nnx import task_from_nnx
     from autorank_jax.adapters.peft import export_peft
@@ -62,6 +63,7 @@ __all__ = [
     "task_from_causal_lm",
     "task_from_function",
     "task_from_linen",
+    "task_from_lora_params",
     "task_from_nnx",
     "token_loss",
     "token_weighted",

@@ -67,11 +67,11 @@ def task_from_nnx(
     key = jax.random.key(key) if isinstance(key, int) else key
     adapted = nnx.clone(model)
     plain = nnx.split(adapted)
-    _check_statistics(plain[1], frozen_statistics)
+    check_statistics(plain[1], frozen_statistics)
     ranks = match_layers(adapted, max_rank, where)
-    values = {_name(path): _value(path, v) for path, v in nnx.to_flat_state(plain[1])}
+    values = {name_of(path): _value(path, v) for path, v in nnx.to_flat_state(plain[1])}
     weights, forms = _insert_adapters(adapted, ranks, values)
-    names = [_name(p) for p, v in nnx.to_flat_state(plain[1]) if isinstance(v, nnx.Param)]
+    names = [name_of(p) for p, v in nnx.to_flat_state(plain[1]) if isinstance(v, nnx.Param)]
     dense = choose_parameters([n for n in names if n not in weights.values()], train_dense)
     if compute_dtype is not None:
         _compute_in(adapted, compute_dtype)
@@ -80,7 +80,7 @@ def task_from_nnx(
     shapes = without_values(plain[1])
     built = Model(values, weights, forms, run, lambda flat: nnx.merge(plain[0], _state(shapes, flat)))
     matrices = [n for n in names if values[n].ndim > 1 and n not in weights.values() and n not in dense]
-    modules = {_name(path): module for path, module in nnx.iter_modules(model)}
+    modules = {name_of(path): module for path, module in nnx.iter_modules(model)}
     unadapted = why_unadapted(modules, matrices, tuple(ADAPTED), wanted=(max_rank, where))
     reading = Reading(loss, preprocess, compute_dtype)
     return make_task(built, ranks, dense, key=key, reading=reading, unadapted=unadapted)
@@ -91,7 +91,7 @@ def _value(path: tuple, variable: Any) -> Any:
     value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
     if not isinstance(value, jax.Array | np.ndarray):
         raise ValueError(
-            f"expected a model of arrays, got {describe(value)} at {_name(path)!r}"
+            f"expected a model of arrays, got {describe(value)} at {name_of(path)!r}"
             + (
                 ", probably of nnx.eval_shape, which makes shapes alone"
                 if isinstance(value, jax.ShapeDtypeStruct)
@@ -103,7 +103,7 @@ def _value(path: tuple, variable: Any) -> Any:
 
 def match_layers(model: nnx.Module, max_rank: MaxRank, where: Where = "*") -> dict[str, int]:
     """Return the maximum rank by path of the supported layers that match, first pattern first."""
-    modules = {_name(path): module for path, module in nnx.iter_modules(model)}
+    modules = {name_of(path): module for path, module in nnx.iter_modules(model)}
     layers = {path: module for path, module in modules.items() if type(module) in ADAPTED}
     others = {path: module for path, module in modules.items() if path not in layers}
     return choose_ranks(layers, others, max_rank, where)
@@ -115,7 +115,7 @@ def _insert_adapters(
     """Swap the class of the matched layers; return the names of their weights, and their forms."""
     weights, forms = {}, {}
     for path, module in list(nnx.iter_modules(model)):
-        name = _name(path)
+        name = name_of(path)
         if name not in ranks:
             continue
         swapped = ADAPTED[type(module)]
@@ -159,11 +159,11 @@ def _first(layer: nnx.Module, weight: str, stacked: int) -> nnx.Module:
 
 def _runner(model: nnx.Module, frozen_statistics: bool) -> Callable[..., PyTree]:
     """Return the function that runs the adapted model on given leaves."""
-    graphs = {training: _graph(model, training, frozen_statistics) for training in (True, False)}
-    paths = {_name(path): path for path, _ in nnx.to_flat_state(nnx.split(model)[1])}
+    graphs = {training: graph_of(model, training, frozen_statistics) for training in (True, False)}
+    paths = {name_of(path): path for path, _ in nnx.to_flat_state(nnx.split(model)[1])}
 
     def run(training: bool, values: Flat, adapters: dict[str, Adapter], inputs: PyTree, key: Key | None) -> PyTree:
-        flat = _fresh_randomness(values, key)
+        flat = fresh_randomness(values, key)
         for path, adapter in adapters.items():
             for factor, value in adapter._asdict().items():
                 flat[join(path, factor)] = value
@@ -172,7 +172,8 @@ def _runner(model: nnx.Module, frozen_statistics: bool) -> Callable[..., PyTree]
     return run
 
 
-def _graph(model: nnx.Module, training: bool, frozen_statistics: bool) -> Any:
+def graph_of(model: nnx.Module, training: bool, frozen_statistics: bool) -> Any:
+    """Return the static part of a model in training or in evaluation."""
     copy = nnx.clone(model)
     copy.train() if training else copy.eval()
     for _, module in nnx.iter_modules(copy):
@@ -182,7 +183,7 @@ def _graph(model: nnx.Module, training: bool, frozen_statistics: bool) -> Any:
 
 
 def _state(state: Any, flat: Flat) -> Any:
-    return nnx.from_flat_state([(path, v.replace(flat[_name(path)])) for path, v in nnx.to_flat_state(state)])
+    return nnx.from_flat_state([(path, v.replace(flat[name_of(path)])) for path, v in nnx.to_flat_state(state)])
 
 
 def _compute_in(model: nnx.Module, dtype: Any) -> None:
@@ -194,7 +195,7 @@ def _compute_in(model: nnx.Module, dtype: Any) -> None:
 
 def _checkpoint(model: nnx.Module, patterns: str | tuple[str, ...]) -> None:
     """Give the matching modules a class whose call is checkpointed."""
-    modules = {_name(path): module for path, module in nnx.iter_modules(model)}
+    modules = {name_of(path): module for path, module in nnx.iter_modules(model)}
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         matching = [module for path, module in modules.items() if fnmatchcase(path, pattern)]
         if not matching:
@@ -226,23 +227,29 @@ def _checkpointed(kind: type) -> type:
     return type(f"Checkpointed{kind.__name__}", (kind,), {"__call__": call})
 
 
-def _check_statistics(state: Any, frozen: bool) -> None:
+def check_statistics(state: Any, frozen: bool) -> None:
+    """Raise `ValueError` for a model that keeps statistics, unless they shall stay as they are."""
     for path, variable in nnx.to_flat_state(state):
         if isinstance(variable, nnx.BatchStat) and not frozen:
             raise ValueError(
-                f"expected a model without mutable statistics, got {_name(path)!r}, such as nnx.BatchNorm has: "
+                f"expected a model without mutable statistics, got {name_of(path)!r}, such as nnx.BatchNorm has: "
                 "clients with different data have no common statistics; use nnx.GroupNorm or nnx.LayerNorm, or keep "
                 "those of a pretrained model with frozen_statistics=True"
             )
 
 
-def _fresh_randomness(flat: Flat, key: Key | None) -> Flat:
+def fresh_randomness(flat: Flat, key: Key | None) -> Flat:
     """Give every random-number stream inside the model its own fresh key, as `nnx.merge` under jit needs."""
-    streams = sorted(name for name, value in flat.items() if jnp.issubdtype(value.dtype, jax.dtypes.prng_key))
+    streams = sorted(
+        name
+        for name, value in flat.items()  # of quantised weights a value is no array
+        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    )
     if key is None or not streams:
         return dict(flat)
     return flat | {name: jax.random.fold_in(key, number) for number, name in enumerate(streams)}
 
 
-def _name(path: tuple) -> str:
+def name_of(path: tuple) -> str:
+    """Return the path of a variable as text."""
     return "/".join(map(str, path))

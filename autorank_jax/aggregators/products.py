@@ -29,6 +29,7 @@ from autorank_jax.aggregators.base import (
     update_with,
     write_trainable,
 )
+from autorank_jax.aggregators.decompositions import svd
 from autorank_jax.aggregators.owners import (
     Levels,
     check_levels,
@@ -295,11 +296,11 @@ def split_product(product: Array | LowRank, old: Adapter, *, sigma: Sigma, keep:
 def _svd(product: Array) -> tuple[Array, Array, Array, Array]:
     """Return `U, Σ, Vᵀ` of a matrix, and 0: there is no energy but that of `Σ`."""
     wide = product.astype(jnp.promote_types(product.dtype, jnp.float32))  # no SVD in half precision
-    u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
+    u, s, vt = svd(wide)
     return u, s, vt, jnp.zeros((), s.dtype)
 
 
 @jax.default_matmul_precision("highest")
 def _svd_of_low_rank(product: LowRank) -> tuple[Array, Array, Array, Array]:
-    u, s, vt = jnp.linalg.svd(product.core)
+    u, s, vt = svd(product.core)
     return product.left @ u, s, vt @ product.right, product.energy

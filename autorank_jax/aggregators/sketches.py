@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from autorank_jax.adapters.lora import key_of, per_layer
+from autorank_jax.aggregators.decompositions import svd
 from autorank_jax.types import Adapter, AggState, Array, Key, Server
 
 T = TypeVar("T")
@@ -167,7 +168,7 @@ def _known(directions: Array, image: Array) -> tuple[Array, Array]:
     Directions that the others make superfluous give zeros in both: they are left to the random ones.
     """
     q, upper = jnp.linalg.qr(directions)
-    turn, values, back = jnp.linalg.svd(upper)
+    turn, values, back = svd(upper)
     live = values > jnp.sqrt(jnp.finfo(values.dtype).eps) * values[0]
     inverse = jnp.where(live, 1 / jnp.where(live, values, 1), 0)
     return q @ (turn * live[None, :].astype(turn.dtype)), (inverse[:, None] * back) @ image

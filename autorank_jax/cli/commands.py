@@ -1,5 +1,6 @@
 """The command `run`: an experiment shown while it goes on, and written to its folder."""
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Sequence
@@ -8,21 +9,29 @@ from pathlib import Path
 from jax.sharding import Mesh
 from rich.console import Console
 
-from autorank_jax.checkpoint import CheckpointError
+from autorank_jax.checkpoint import CheckpointError, saved_steps
 from autorank_jax.cli import cache
-from autorank_jax.cli.files import checkpoints_of, how_to_resume, save_results, write_results, write_run
+from autorank_jax.cli.files import (
+    checkpoints_of,
+    how_to_resume,
+    resuming_problems,
+    save_results,
+    write_results,
+    write_run,
+)
 from autorank_jax.cli.folders import ReportError, check_folder, default_folder, occupied
-from autorank_jax.cli.interrupts import INTERRUPTED, Interrupted, Interruption
+from autorank_jax.cli.interrupts import Interrupted, Interruption
 from autorank_jax.cli.live import Display
 from autorank_jax.cli.logs import Logs, log_problems
 from autorank_jax.cli.options import PROGRAM, Run
 from autorank_jax.cli.tables import comparison_tables, footnotes, make_console
 from autorank_jax.cli.terminal import tell
-from autorank_jax.experiment.config import ConfigurationError, Experiment, outside
+from autorank_jax.experiment.checkpoints import Checkpoints, expected_rounds
+from autorank_jax.experiment.config import ConfigurationError, Experiment
 from autorank_jax.experiment.doubts import doubts
 from autorank_jax.experiment.events import Compiled, Event, Resumed, Scored, Stopped
 from autorank_jax.experiment.launch import is_first, start
-from autorank_jax.experiment.results import DivergedError, Results
+from autorank_jax.experiment.results import DivergedError, Record, Results
 from autorank_jax.experiment.run import run_experiment
 
 
@@ -75,15 +84,16 @@ def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
         if checkpoints.every and isinstance(
             event, Compiled | Resumed
         ):  # by now options and checkpoint are found to fit
-            write_run(folder, experiment, checkpoints)
+            write_run(folder, {"experiment": dataclasses.asdict(experiment)}, checkpoints)
         display(event)
         logs(event)
         if isinstance(event, Scored) and event.scores.seed == experiment.first_seed and not command.quiet:
             for line in doubts(event.scores):
                 tell(line)
 
+    interruption = Interruption()
     try:
-        with Interruption() as interruption, Logs(command.log, folder) as logs, Display(console, experiment) as display:
+        with interruption, Logs(command.log, folder) as logs, Display(console, experiment) as display:
             results = run_experiment(
                 experiment,
                 mesh=mesh,
@@ -100,13 +110,26 @@ def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
             write_results(folder, results, overwrite=True)
         rounds = f"the rounds so far are in {folder}" if partial else "nothing was written"
         if not isinstance(stop, Interrupted):  # in the middle of a round
-            raise Interrupted(f"interrupted; {rounds}", INTERRUPTED) from None
-        write_run(folder, experiment, checkpoints)
-        raise Interrupted(f"{stop}; {rounds}; go on with: {how_to_resume(folder)}", stop.code) from None
+            raise Interrupted(f"interrupted; {rounds}", interruption.code) from None
+        write_run(folder, {"experiment": dataclasses.asdict(experiment)}, checkpoints)
+        raise Interrupted(f"{stop}; {rounds}; go on with: {how_to_resume(folder, 'run')}", stop.code) from None
     paths, problem = save_results(folder, results)
     show(console, experiment, results, paths)
+    console.print(about_extension(folder, experiment, results, checkpoints), soft_wrap=True)
     if problem:
         raise problem
+
+
+def about_extension(folder: Path, experiment: Experiment, results: Results, checkpoints: Checkpoints) -> str:
+    """Say how a finished run goes on to more rounds, or why it cannot."""
+    if not saved_steps(checkpoints.folder):
+        return "It cannot be extended by more rounds, as no checkpoints were kept: --checkpoint-every N keeps some."
+    records = [Record(run.policy, run.aggregator, run.seed, run.rows, over=True) for run in results.runs]
+    more = dataclasses.replace(experiment, rounds=experiment.rounds + 1)
+    kept = expected_rounds(records, more, experiment.rounds)
+    if kept:
+        return f"It cannot be extended by more rounds, {kept.partition(', ')[2]}."
+    return f"It can be extended by more rounds: {how_to_resume(folder, 'run')} --rounds N"
 
 
 def check_run(command: Run) -> None:
@@ -115,13 +138,7 @@ def check_run(command: Run) -> None:
     Raises:
         ConfigurationError: naming all mistakes.
     """
-    problems = [
-        *outside("checkpoint_every", command.checkpoint_every, 0, whole=True),
-        *outside("keep_checkpoints", command.keep_checkpoints, 1, whole=True),
-        *log_problems(command.log),
-    ]
-    if command.resume and command.out:
-        problems.append("out: expected none beside --resume, got one: a run goes on in its own folder")
+    problems = [*resuming_problems(command), *log_problems(command.log)]
     for part in (command.launch, command.experiment):
         try:
             part.validate()

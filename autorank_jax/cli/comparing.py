@@ -7,6 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from autorank_jax.cli.figures import DASHES, PALETTE, Curve, curves_figure, to_png
@@ -27,6 +30,7 @@ class Found(NamedTuple):
     config: Mapping[str, Any]
     runs: Mapping[str, Sequence[Run]]  # by policy and rule, a seed each
     stopped: str
+    score: str  # what its accuracies are: accuracy, or R²
 
 
 def compare(command: Compare) -> None:
@@ -43,18 +47,48 @@ def compare(command: Compare) -> None:
         raise ConfigurationError(problems)
     short = len({path.name for path in command.runs}) == len(command.runs)
     found = [read_found(path, path.name if short and path.name else str(path)) for path in command.runs]
+    scores = {run.score: run.name for run in found}
+    if len(scores) > 1:
+        kinds = " and ".join(f"{score} (as in {name})" for score, name in scores.items())
+        raise ConfigurationError([f"runs: expected one measure in all of them, got {kinds}; compare those of a kind"])
     try:
-        write_file(output, to_png(curves_figure(list(_curves(found)), _caption(found))))
+        write_file(output, to_png(comparison_figure(found)))
     except OSError as error:
         raise ReportError(f"output: expected to write {output}, got: {error.strerror or error}") from error
-    console = make_console()
-    for table in (differences_table(found), results_table(found)):
-        if table.row_count:
-            console.print(table)
-    for run in found:
+    show(make_console(), found)
+    make_console().print(f"Written to {output}", soft_wrap=True)
+
+
+def show(console: Console, found: Sequence[Found]) -> None:
+    """Print the tables, in as many columns as there is room for."""
+    named = with_short_names(found, max(8, console.width // 5))
+    for long, short in zip(found, named, strict=True):
+        if long.name != short.name:
+            console.print(f"{short.name} is {long.name}", soft_wrap=True)
+    across = max(2, (console.width - 20) // 16)
+    for begin in range(0, len(named), across):
+        differences = differences_table(named, named[begin : begin + across])
+        if differences.row_count:
+            console.print(differences)
+    for results in results_tables(named, console):
+        console.print(results)
+    for run in named:
         if run.stopped:
             console.print(f"{run.name} ended before its time: {run.stopped}", soft_wrap=True)
-    console.print(f"Written to {output}", soft_wrap=True)
+
+
+def with_short_names(found: Sequence[Found], most: int) -> list[Found]:
+    """Return the runs with names of some length: their ends, or numbers where those are the same."""
+    ends = [run.name if len(run.name) <= most else f"…{run.name[1 - most :]}" for run in found]
+    if len(set(ends)) < len(ends):
+        ends = [str(number) for number in range(1, len(found) + 1)]
+    return [run._replace(name=end) for run, end in zip(found, ends, strict=True)]
+
+
+def comparison_figure(found: Sequence[Found]) -> Figure:
+    """Draw the curves of all runs."""
+    named = with_short_names(found, 40)
+    return curves_figure(list(_curves(named)), _caption(found), score=found[0].score)
 
 
 def read_found(folder: Path, name: str) -> Found:
@@ -69,6 +103,8 @@ def read_found(folder: Path, name: str) -> Found:
     config, history = read_json("runs", path / "config.json"), read_json("runs", path / "history.json")
     summary = read_json("runs", path / "summary.json") if os.path.exists(path / "summary.json") else {}
     try:
+        if isinstance(history, list) and history and "perplexity" in history[0]:
+            raise ConfigurationError([f"runs: expected a run, got {folder} of finetune, whose perplexities say it all"])
         rows = [_row(values) for values in history]
         if not rows or not isinstance(config, dict) or not isinstance(summary, dict):
             raise TypeError
@@ -87,7 +123,8 @@ def read_found(folder: Path, name: str) -> Found:
     numbers = [[row.round for row in run.rows] for some in runs.values() for run in some]
     if any(rounds != list(range(1, len(rounds) + 1)) for rounds in numbers):
         raise ConfigurationError([f"runs: expected {path} as a run leaves it, got a history that lacks rounds"])
-    return Found(name, config, runs, str(summary.get("stopped", "")))
+    score = "R²" if summary.get("score") == "r2" else "accuracy"
+    return Found(name, config, runs, str(summary.get("stopped", "")), score)
 
 
 def _row(values: Mapping[str, Any]) -> Row:
@@ -120,16 +157,16 @@ def _values(found: Sequence[Found], option: str) -> set[str]:
     return {json.dumps(run.config.get(option)) for run in found}
 
 
-def differences_table(found: Sequence[Found]) -> Table:
-    """Show the options in which runs differ, a column per run."""
+def differences_table(found: Sequence[Found], shown: Sequence[Found]) -> Table:
+    """Show the options in which runs differ, a column for each that is shown."""
     table = make_table("Options that differ")
     table.add_column("")
-    for run in found:
+    for run in shown:
         table.add_column(run.name, overflow="fold")
     names = dict.fromkeys(name for run in found for name in run.config)
     for name in names:
         if len(_values(found, name)) > 1:
-            table.add_row(name.replace("_", "-"), *(_word(run.config.get(name)) for run in found))
+            table.add_row(name.replace("_", "-"), *(_word(run.config.get(name)) for run in shown))
     return table
 
 
@@ -137,18 +174,43 @@ def _word(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
 
 
-def results_table(found: Sequence[Found]) -> Table:
-    """Show what every run reached under each policy and rule, and what it cost: a row each."""
-    table = make_table("Comparison, mean ± sd over seeds")
-    table.add_column("run", overflow="fold")
+def results_tables(found: Sequence[Found], console: Console) -> Iterator[Table]:
+    """Show what every run reached under each policy and rule, and what it cost: a row each.
+
+    Where there is no room beside each other, further columns are in further tables.
+    """
     listed = [run.config.get("targets") for run in found]
     targets = sorted({t for some in listed if isinstance(some, list) for t in some if isinstance(t, float)})
-    for name in ("rounds", "final", "best", *(f"rounds to\n{100 * t:g} %" for t in targets), "bytes", "FLOPs"):
-        table.add_column(name, justify="right")
-    for run in found:
-        for number, (name, seeds) in enumerate(run.runs.items()):
-            ends = number == len(run.runs) - 1
-            table.add_row(f"{run.name}: {name}", *_numbers(seeds, targets), end_section=ends)
+    score = found[0].score
+    names = [
+        "rounds",
+        f"final\n{score}",
+        f"best\n{score}",
+        *(f"rounds to\n{100 * t:g} %" for t in targets),
+        "bytes",
+        "FLOPs",
+    ]
+    rows = [
+        (f"{run.name}: {name}", tuple(_numbers(seeds, targets)), number == len(run.runs) - 1)
+        for run in found
+        for number, (name, seeds) in enumerate(run.runs.items())
+    ]
+    first, unlimited = 0, console.options.update(max_width=10_000)
+    for last in range(1, len(names) + 1):
+        wider = _table(names, rows, first, last + 1) if last < len(names) else None
+        if wider is None or Measurement.get(console, unlimited, wider).maximum > console.width:
+            yield _table(names, rows, first, last)
+            first = last
+
+
+def _table(names: Sequence[str], rows: Sequence[tuple[str, Sequence[str], bool]], first: int, last: int) -> Table:
+    """Return some of the columns."""
+    table = make_table("Comparison, mean ± sd over seeds" if first == 0 else "")
+    table.add_column("run", overflow="fold")
+    for name in names[first:last]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, cells, ends in rows:
+        table.add_row(label, *cells[first:last], end_section=ends)
     return table
 
 

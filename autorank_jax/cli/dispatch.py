@@ -3,13 +3,13 @@
 import importlib
 
 from autorank_jax.cli import cache
-from autorank_jax.cli.options import PROGRAM, Cache, Compare, Data, Fetch, Finetune, Ranks, Run
+from autorank_jax.cli.options import PROGRAM, Cache, Command, Compare, Fetch, Finetune, Listing, Ranks, Run
 from autorank_jax.cli.tables import datasets_table, make_console
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
 from autorank_jax.datasets.tables import is_table
 
 
-def execute(command: Run | Finetune | Compare | Ranks | Data | Cache) -> None:
+def execute(command: Command) -> None:
     """Do what a command says."""
     match command:
         case Cache(clear):
@@ -24,14 +24,14 @@ def execute(command: Run | Finetune | Compare | Ranks | Data | Cache) -> None:
             importlib.import_module("autorank_jax.cli.comparing").compare(command)
         case Ranks():
             importlib.import_module("autorank_jax.cli.scoring").score_table(command)
-        case Data(Fetch() as fetch):
+        case Fetch() as fetch:
             path = fetch_dataset(fetch.name, source=fetch.source, target=fetch.target, overwrite=fetch.overwrite)
             make_console().print(f"{path} is complete", soft_wrap=True)
             if fetch.source is not None and is_table(fetch.source):
                 make_console().print(
                     f"{PROGRAM} run --dataset {fetch.name} --split dirichlet_lognormal trains on it", soft_wrap=True
                 )
-        case Data():
+        case Listing():
             console = make_console()
             console.print(datasets_table(available_datasets()))
             console.print(f"Files are looked for in {cache_folder()}", soft_wrap=True)

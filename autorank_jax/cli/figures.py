@@ -74,7 +74,8 @@ def curves_figure(curves: Sequence[Curve], caption: str, *, score: str = "accura
                     x, mean, color=colour, linestyle=dash, linewidth=2, marker="o", markersize=3 if len(x) <= 40 else 0
                 )
                 if len(runs) > 1:
-                    low, high = np.clip(mean - deviation, 0, 1), np.clip(mean + deviation, 0, 1)
+                    low, high = mean - deviation, np.minimum(mean + deviation, 1)
+                    low = np.maximum(low, 0) if score == "accuracy" else low
                     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             handles.append(Line2D([], [], color=colour, linestyle=dash, linewidth=2, label=name))
         title = score[:1].upper() + score[1:]
@@ -89,7 +90,10 @@ def curves_figure(curves: Sequence[Curve], caption: str, *, score: str = "accura
         by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
         by_round.yaxis.set_major_formatter(PERCENT)
         by_flops.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))
+        longest = max(len(curve.name) for curve in curves)
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=max(1, min(len(handles), 4, 120 // (longest + 6)))
+        )
         figure.suptitle(caption, x=0.01, ha="left", fontsize=9, color="#555555")
     return figure
 

@@ -1,18 +1,19 @@
 """The folder of a run: its results, and what it takes to go on with it."""
 
-import dataclasses
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from autorank_jax.cli.figures import accuracy_figure, ranks_figure, to_png
 from autorank_jax.cli.folders import CHECKPOINTS, FILES, ReportError, check_folder
 from autorank_jax.cli.formats import RUN_FILE, to_csv, to_json, write_file
+from autorank_jax.cli.options import Finetune, Run
 from autorank_jax.cli.report import html_report
 from autorank_jax.experiment.checkpoints import Checkpoints
-from autorank_jax.experiment.config import Experiment
+from autorank_jax.experiment.mistakes import outside
 from autorank_jax.experiment.results import Results, client_rows, summarize
 
 
@@ -72,18 +73,27 @@ def _contents(results: Results) -> Iterator[bytes]:
     yield to_json(summarize(results))
 
 
+def resuming_problems(command: Run | Finetune) -> Iterator[str]:
+    """Yield a line for each mistake in the options of checkpoints."""
+    yield from outside("checkpoint_every", command.checkpoint_every, 0, whole=True)
+    yield from outside("keep_checkpoints", command.keep_checkpoints, 1, whole=True)
+    if command.resume and command.out:
+        yield "out: expected none beside --resume, got one: a run goes on in its own folder"
+
+
 def checkpoints_of(folder: Path, *, every: int, keep: int) -> Checkpoints:
     """Return where the checkpoints of a run go."""
     return Checkpoints(folder / CHECKPOINTS, every, keep)
 
 
-def write_run(folder: Path, experiment: Experiment, checkpoints: Checkpoints) -> None:
-    """Note in a folder what is run there, so that it can be taken up again."""
+def write_run(folder: Path, options: Mapping[str, Any], checkpoints: Checkpoints) -> None:
+    """Note in a folder what is run there, by the name of the options, so that it can be taken up again."""
     checkpoints.folder.mkdir(parents=True, exist_ok=True)
-    content = {"experiment": dataclasses.asdict(experiment), "every": checkpoints.every, "keep": checkpoints.keep}
-    write_file(folder / CHECKPOINTS / RUN_FILE, to_json(content))
+    write_file(
+        folder / CHECKPOINTS / RUN_FILE, to_json({**options, "every": checkpoints.every, "keep": checkpoints.keep})
+    )
 
 
-def how_to_resume(folder: Path) -> str:
-    """Return the command that takes a run up again."""
-    return f"autorank-jax run --resume {shlex.quote(os.fspath(folder))}"
+def how_to_resume(folder: Path, command: str) -> str:
+    """Return the command line that takes a run up again."""
+    return f"autorank-jax {command} --resume {shlex.quote(os.fspath(folder))}"

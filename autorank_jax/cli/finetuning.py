@@ -1,8 +1,8 @@
 """The command `finetune`: a language model trained by many clients, from its folder to adapters that `peft` loads."""
 
+import dataclasses
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,30 @@ from rich.console import Console
 from rich.table import Table
 
 from autorank_jax.adapters.peft import export_peft
+from autorank_jax.checkpoint import CheckpointError, saved_steps
 from autorank_jax.cli.figures import PALETTE, STYLE
-from autorank_jax.cli.files import to_csv, to_json, to_png, write_file
+from autorank_jax.cli.files import (
+    checkpoints_of,
+    how_to_resume,
+    resuming_problems,
+    to_csv,
+    to_json,
+    to_png,
+    write_file,
+    write_run,
+)
 from autorank_jax.cli.folders import CHECKPOINTS, FILES, ReportError, check_folder, default_folder, occupied
+from autorank_jax.cli.interrupts import Interrupted, Interruption
 from autorank_jax.cli.options import Finetune
+from autorank_jax.cli.stages import Stages
 from autorank_jax.cli.tables import make_console, make_table
 from autorank_jax.cli.terminal import tell
 from autorank_jax.experiment.config import GLOBAL_RULES
-from autorank_jax.experiment.language import LanguageResults, LanguageRow, Stage, run_language
+from autorank_jax.experiment.events import Resumed
+from autorank_jax.experiment.language import run_language
+from autorank_jax.experiment.language_options import as_json
+from autorank_jax.experiment.language_results import Begun, LanguageEvent, LanguageResults, LanguageRow, Stage
+from autorank_jax.experiment.mistakes import ConfigurationError
 from autorank_jax.experiment.results import si
 from autorank_jax.models.causal_checkpoint import causal_name
 
@@ -30,34 +46,85 @@ SHOWN_CLIENTS = 30
 
 
 def finetune(command: Finetune) -> None:
-    """Train, show, and write the files.
+    """Train, or what is left of it, show, and write the files.
 
     Raises:
         ConfigurationError: for mistakes in options and files.
         DatasetError: for instructions that cannot be read.
-        ReportError: for a folder that results cannot be written to.
+        ReportError: for a folder that results cannot be written to, and checkpoints that cannot be gone on with.
         LanguageDivergedError: for a loss that is no number.
     """
     options = command.training
     options.validate(GLOBAL_RULES)
-    names = [path.stem if path else "tiny" for path in (options.model, options.data)]
-    folder = command.out or default_folder("-".join(dict.fromkeys(names)), overwrite=command.overwrite)
-    folder = check_folder(folder, overwrite=command.overwrite)
-    console = make_console(quiet=command.quiet)
+    if problems := list(resuming_problems(command)):
+        raise ConfigurationError(problems)
+    if command.resume:
+        folder = check_folder(command.resume, overwrite=True)
+    else:
+        names = [path.stem if path else "tiny" for path in (options.model, options.data)]
+        folder = command.out or default_folder("-".join(dict.fromkeys(names)), overwrite=command.overwrite)
+        folder = check_folder(folder, overwrite=command.overwrite)
     with occupied(folder):
-
-        def on_event(stage: Stage) -> None:
-            detail = f", {stage.detail}" if stage.detail else ""
-            console.print(f"{stage.name}: {stage.seconds:.1f} s{detail}", soft_wrap=True)
-
-        def on_round(row: LanguageRow) -> None:
-            console.print(f"round {row.round}: perplexity {row.perplexity:.4g}, {row.seconds:.1f} s")
-            sys.stdout.flush()
-
-        results = run_language(options, on_event=on_event, on_round=on_round)
+        if not command.resume:  # an older run's would be gone on with
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        console = make_console(quiet=command.quiet)
+        try:
+            results = train_in(folder, command, console)
+        except CheckpointError as error:
+            raise ReportError(str(error)) from error
         _show(console, results)
         written = write_language_results(folder, results)
         console.print(f"Written to {folder}: {', '.join(written)}", soft_wrap=True)
+
+
+def train_in(folder: Path, command: Finetune, console: Console) -> LanguageResults:
+    """Train in a folder, and say how to go on where it is stopped."""
+    checkpoints = checkpoints_of(folder, every=command.checkpoint_every, keep=command.keep_checkpoints)
+    options = command.training
+
+    def note() -> None:
+        model, data = (path and path.expanduser().absolute() for path in (options.model, options.data))
+        write_run(folder, {"training": as_json(dataclasses.replace(options, model=model, data=data))}, checkpoints)
+
+    interruption = Interruption()
+    try:
+        with interruption, Stages(console) as stages:
+
+            def on_event(event: LanguageEvent) -> None:
+                interruption.training |= isinstance(event, Begun) and event.name.startswith("round")
+                if isinstance(event, Resumed) and checkpoints.every:
+                    note()
+                show_stage(stages, event)
+
+            def on_round(row: LanguageRow) -> None:
+                if row.round == 0 and checkpoints.every:  # by now options and files are found to fit
+                    note()
+                stages.say(f"round {row.round}: perplexity {row.perplexity:.4g}, {row.seconds:.1f} s")
+                interruption.stop_after(f"round {row.round}")
+
+            return run_language(options, on_event=on_event, on_round=on_round, checkpoints=checkpoints)
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, Interrupted):
+            note()
+        if not saved_steps(checkpoints.folder):
+            raise Interrupted("interrupted; nothing was written", interruption.code) from None
+        raise Interrupted(
+            f"{str(stop) or 'interrupted'}; go on with: {how_to_resume(folder, 'finetune')}", interruption.code
+        ) from None
+
+
+def show_stage(stages: Stages, event: LanguageEvent) -> None:
+    """Show one event: a line for every stage that is over, with what it found."""
+    match event:
+        case Begun(name, expected):
+            stages.begin(name, expected)
+        case Stage(name, seconds, detail):
+            stages.leave()
+            stages.say(f"{name}: {seconds:.1f} s" + (f", {detail}" if detail else ""))
+        case Resumed(rounds, differences):
+            stages.say(f"Going on after {rounds} rounds of an earlier process.")
+            for difference in differences:
+                stages.say(f"Since then: {difference}; results are equal up to rounding only.")
 
 
 def write_language_results(folder: Path, results: LanguageResults) -> list[str]:
@@ -79,8 +146,7 @@ def write_language_results(folder: Path, results: LanguageResults) -> list[str]:
     try:
         for name in ("summary.json", *FILES, PICTURE):
             (folder / name).unlink(missing_ok=True)
-        for name in (CHECKPOINTS, ADAPTER):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        shutil.rmtree(folder / ADAPTER, ignore_errors=True)
         for name, content in contents.items():
             write_file(folder / name, content)
         exported = _export(folder, results)

@@ -5,12 +5,15 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from autorank_jax.cli.folders import CHECKPOINTS
 from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
+
+T = TypeVar("T")
 
 MOST_BYTES = 2**28
 """Of a file that is read whole."""
@@ -49,32 +52,44 @@ def write_file(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def read_run(folder: Path) -> tuple[Experiment, int, int]:
-    """Read what was run in a folder: the experiment, the rounds between checkpoints, and how many stay.
+def read_run(folder: Path, what: str, make: Callable[[Any], T]) -> tuple[T, int, int]:
+    """Read what was run in a folder: its options, the rounds between checkpoints, and how many stay.
+
+    Args:
+        folder: of the run.
+        what: the name of the options in there, which tells the commands apart.
+        make: makes the options of what was written.
 
     Raises:
-        ConfigurationError: if it holds no run with checkpoints.
+        ConfigurationError: if it holds no run of this command with checkpoints.
     """
     path = folder.expanduser() / CHECKPOINTS / RUN_FILE
     if not os.path.exists(path):  # where `path.exists()` raises for a name of 300 letters
-        raise ConfigurationError(
-            [f"resume: expected the folder of a run with checkpoints, got {folder} without {CHECKPOINTS}/{RUN_FILE}; "
-             "probably another folder, or a run without --checkpoint-every"]
-        )  # fmt: skip
+        if what != "experiment" or not os.path.exists(folder.expanduser() / "config.json"):
+            problem = f"got {folder} without {CHECKPOINTS}/{RUN_FILE}, probably another folder"
+        else:
+            problem = (
+                f"got {folder}, a run that kept none, so that its models are gone; run it anew: autorank-jax run "
+                f"--config {shlex.quote(os.fspath(folder / 'config.json'))} --checkpoint-every 5, with more --rounds"
+            )
+        raise ConfigurationError([f"resume: expected the folder of a run with checkpoints, {problem}"])
     content = read_json("resume", path)
     try:
-        return experiment_from(content["experiment"]), int(content["every"]), int(content["keep"])
+        return make(content[what]), int(content["every"]), int(content["keep"])
     except (TypeError, KeyError) as error:
-        raise ConfigurationError([f"resume: expected {path} as a run leaves it, got another content"]) from error
+        raise ConfigurationError(
+            [f"resume: expected {path} as this command leaves it, got another content; probably of another command"]
+        ) from error
 
 
 def read_config(path: Path) -> Experiment:
-    """Read the `config.json` of a run.
+    """Read the `config.json` of a run, or that in its folder.
 
     Raises:
         ConfigurationError: for a file that cannot be read, or holds anything else; all mistakes at once.
     """
-    return experiment_from(read_json("config", path.expanduser()))
+    path = path.expanduser()
+    return experiment_from(read_json("config", path / "config.json" if path.is_dir() else path))
 
 
 def read_json(option: str, path: Path) -> Any:
@@ -88,7 +103,11 @@ def read_json(option: str, path: Path) -> Any:
             raise ValueError(f"more than {MOST_BYTES >> 20} MB")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        problem = f"{path}, got: {error.strerror or error}"
+        problem = f"the file {path}, got: {error.strerror or error}"
+    except json.JSONDecodeError as error:
+        problem = f"JSON in {path}, got {f'none from line {error.lineno} on' if error.doc.strip() else 'an empty file'}"
+    except UnicodeDecodeError:
+        problem = f"JSON in {path}, got bytes that are no text"
     except (ValueError, RecursionError) as error:
         problem = f"JSON in {path}, got: {error}"
     raise ConfigurationError([f"{option}: expected {problem}"])

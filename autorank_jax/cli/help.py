@@ -1,16 +1,16 @@
-"""Help on `run`: two screens of what is mostly used, or every option, in the groups of an experiment."""
+"""Help: what each command does, its options in groups with their defaults, and examples."""
 
 import dataclasses
 import importlib
-import inspect
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from autorank_jax.cli.options import PROGRAM, Run
-from autorank_jax.experiment.config import POLICIES, Experiment
-from autorank_jax.experiment.launch_options import Launch
+from autorank_jax.cli.fields import Option, options_of
+from autorank_jax.cli.options import COMMANDS, PROGRAM, Run
+from autorank_jax.experiment.config import POLICIES
 
 WIDTH = 80
 
@@ -23,7 +23,7 @@ class Group(NamedTuple):
     more: tuple[str, ...] = ()  # shown where all are asked for
 
 
-GROUPS = (
+RUN_GROUPS = (
     Group("data", ("dataset", "split", "clients", "alpha", "sigma"), ("classes_per_client", "validation")),
     Group("model", ("model", "hidden")),
     Group(
@@ -51,75 +51,118 @@ GROUPS = (
     Group("devices", ("devices",), ("distributed", "coordinator", "num_processes", "process_id")),
 )  # fmt: skip
 
-NEARBY: Mapping[str, str] = {
-    "lr": "learning-rate", "policy": "rank-policies", "policies": "rank-policies", "method": "rank-policies",
-    "rule": "aggregators", "rules": "aggregators", "algorithm": "aggregators", "strategy": "aggregators",
-    "epochs": "local-epochs", "epoch": "local-epochs", "bs": "batch-size", "batch": "batch-size", "data": "dataset",
-    "seed": "first-seed", "rank": "max-ranks", "max-rank": "max-ranks", "output": "out", "output-dir": "out",
-    "folder": "out", "gpus": "devices", "workers": "devices", "num-clients": "clients", "n-clients": "clients",
-    "num-rounds": "rounds", "fraction": "participation", "dropout": "drop-out", "partition": "split",
-    "network": "model", "optim": "optimizer", "force": "overwrite", "silent": "quiet", "layers": "hidden",
-    "widths": "hidden", "checkpoints": "checkpoint-every", "noniid": "split", "dirichlet": "alpha",
+FINETUNE_GROUPS = (
+    Group("model and texts", ("model", "dtype", "data", "skip_odd_lines", "max_length")),
+    Group("clients", ("clients_by", "clients", "alpha", "hold_out")),
+    Group("ranks", ("policy", "max_rank", "min_ratio", "probe_epochs")),
+    Group("training", ("aggregator", "rounds", "local_epochs", "batch_size", "learning_rate", "lanes", "seed")),
+    Group("output", ("out", "overwrite", "quiet", "resume", "checkpoint_every", "keep_checkpoints", "tokens")),
+)
+GROUPS: Mapping[str, tuple[Group, ...]] = {"run": RUN_GROUPS, "finetune": FINETUNE_GROUPS}
+"""Of the commands with many options."""
+EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "run": ("--split dirichlet_lognormal --clients 20 --seeds 3",),
+    "finetune": ("--rounds 2", "--model FOLDER --data FILE.jsonl --clients-by category"),
+    "compare": ("runs/one runs/two --output both.png",),
+    "ranks": (
+        "--criteria clients.csv --max-rank 64 --cost latency",
+        "--criteria - --columns size,classes --json < FILE",
+    ),
+    "data": ("", "fetch mnist", "fetch --help"),
+    "data fetch": ("cifar100", "mine --source pictures/", "houses --source houses.csv --target price"),
+    "cache": ("--clear",),
+}
+
+_NEARBY = {
+    "lr": "learning-rate", "policy": "rank-policies", "policies": "rank-policies policy",
+    "method": "rank-policies policy", "rule": "aggregators aggregator", "rules": "aggregators aggregator",
+    "algorithm": "aggregators aggregator", "strategy": "aggregators aggregator", "epochs": "local-epochs",
+    "epoch": "local-epochs", "bs": "batch-size", "batch": "batch-size", "data": "dataset", "seed": "first-seed",
+    "rank": "max-ranks max-rank", "max-rank": "max-ranks", "output": "out", "o": "out output", "output-dir": "out",
+    "folder": "out source model", "gpus": "devices", "workers": "devices", "num-clients": "clients",
+    "n-clients": "clients", "num-rounds": "rounds", "fraction": "participation", "dropout": "drop-out",
+    "partition": "split", "network": "model", "optim": "optimizer", "force": "overwrite", "silent": "quiet",
+    "q": "quiet", "layers": "hidden", "widths": "hidden", "checkpoints": "checkpoint-every", "noniid": "split",
+    "dirichlet": "alpha", "input": "criteria source data", "file": "criteria source data", "csv": "criteria source",
+    "i": "criteria source", "label": "target", "delete": "clear", "empty": "clear", "out": "output", "png": "output",
+    "picture": "output", "name": "model",
 }  # fmt: skip
-"""What other programs call an option, and its name here."""
+NEARBY: Mapping[str, tuple[str, ...]] = {word: tuple(here.split()) for word, here in _NEARBY.items()}
+"""What other programs call an option, and its names here."""
 
 
-def help_on_run(*, everything: bool) -> str:
-    """Return the help on `run`."""
-    summary = (Run.__doc__ or "").partition("\n")[0]
-    lines = [f"usage: {PROGRAM} run [OPTIONS]", "", *textwrap.wrap(summary, WIDTH)]
-    explained, fields = explanations(), _fields()
-    for group in GROUPS:
-        shown = (*group.first, *(group.more if everything else ()))
-        lines += ["", group.title] if shown else []
+def help_on_program() -> str:
+    """Return the list of commands."""
+    lines = [
+        f"usage: {PROGRAM} COMMAND [OPTIONS]",
+        "",
+        "Federated LoRA with a rank for every client, chosen by AutoRank.",
+        "",
+    ]
+    for name, kind in COMMANDS.items():
+        lines += _entry(f"  {name}", _summary(kind), 15)
+    lines += _entry("  completion", "Print a script that completes words in a shell: bash, zsh, fish or tcsh.", 15)
+    lines += ["", f"{PROGRAM} COMMAND --help explains a command; {PROGRAM} --version.", "", "begin with:"]
+    return "\n".join([*lines, f"  {PROGRAM} run --dataset synthetic --split iid --rounds 3"])
+
+
+def help_on(command: str, *, everything: bool = False) -> str:
+    """Return the help on a command; of `run` without rarer options where not everything is asked for."""
+    kind = COMMANDS[command]
+    options = options_of(kind)
+    needed = [option for option in options.values() if option.default is dataclasses.MISSING or option.bare]
+    words = [option.bare or f"{option.flag}{_metavar(option)}" for option in needed]
+    words = [f"{word} {word} ..." if option.several else word for word, option in zip(words, needed, strict=True)]
+    usage = " ".join([PROGRAM, command, *words, *(["[OPTIONS]"] if len(options) > len(needed) else [])])
+    lines = [f"usage: {usage}", "", *textwrap.wrap(_summary(kind), WIDTH)]
+    short = kind is Run and not everything
+    for group in GROUPS.get(command, (Group("", tuple(options)),)):
+        shown = (*group.first, *(() if short else group.more))
+        lines += ["", *([group.title] if group.title else [])] if shown else []
         for name in shown:
-            lines += _option(name, explained[name], fields[name], everything)
-    if everything:
+            lines += _lines(options[name], short)
+    if kind is Run and everything:
         lines += list(_names())
-    else:
-        lines += ["", f"{PROGRAM} run --help-all explains all {len(fields)} options, policies and rules."]
+    elif short:
+        lines += ["", f"{PROGRAM} run --help-all explains all {len(options)} options, policies and rules."]
+    examples = EXAMPLES[command]
+    if len(examples) == 1:
+        return "\n".join([*lines, *([] if short else [""]), f"example: {PROGRAM} {command} {examples[0]}"])
+    lines += ["", "examples:", *(f"  {PROGRAM} {command} {words}".rstrip() for words in examples)]
     return "\n".join(lines)
 
 
-def explanations() -> dict[str, str]:
-    """Return what the docstrings say about every option."""
-    found: dict[str, str] = {}
-    for kind in (Experiment, Launch, Run):
-        about = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2]
-        for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", about, re.MULTILINE):
-            found[name] = " ".join(text.split())
-    return found
+def _summary(kind: type) -> str:
+    return (kind.__doc__ or "").partition("\n")[0]
 
 
-def _fields() -> dict[str, dataclasses.Field[Any]]:
-    """Return the options of all parts of a run."""
-    parts = [field for kind in (Experiment, Launch, Run) for field in dataclasses.fields(kind)]
-    return {field.name: field for field in parts if field.name not in ("experiment", "launch")}
-
-
-def _option(name: str, text: str, field: dataclasses.Field[Any], everything: bool) -> list[str]:
-    """Return the lines of one option: no more than two where not everything is asked for."""
-    head = f"  --{name.replace('_', '-')}{_metavar(field)}"
-    default = _shown(field.default)
-    if not everything:
+def _lines(option: Option, short: bool) -> list[str]:
+    """Return the lines of one option: no more than two where help is short."""
+    text, default = option.about, _shown(option.default)
+    if short:
         text = re.split(r"[;(]| default ", text)[0].strip(" ,")
-        default = textwrap.shorten(default.replace(",", ", "), 36, placeholder=" …").replace(", ", ",")
+        default = textwrap.shorten(default.replace(",", ", "), 60, placeholder=" …").replace(", ", ",")
+    text = f"{text} [{default}]" if default else text
+    return _entry(f"  {option.flag}{'' if option.bare else _metavar(option)}", text, 25, 2 if short else None)
+
+
+def _entry(head: str, text: str, width: int, most: int | None = None) -> list[str]:
+    """Return a name and what it means beside it."""
     return textwrap.wrap(
-        f"{text} [{default}]" if default else text,
+        text,
         WIDTH,
-        initial_indent=f"{head:<25} ",
-        subsequent_indent=" " * 26,
-        max_lines=None if everything else 2,
+        initial_indent=f"{head:<{width}} ",
+        subsequent_indent=" " * (width + 1),
+        max_lines=most,
         break_on_hyphens=False,
     )
 
 
-def _metavar(field: dataclasses.Field[Any]) -> str:
-    kind = str(field.type)
-    if field.type is bool or kind == "bool":
+def _metavar(option: Option) -> str:
+    if option.kind is bool:
         return ""
-    word = "PATH" if "Path" in kind else "NAME" if "str" in kind else "N" if "int" in kind else "X"
-    return f" {word},…" if "tuple" in kind else f" {word}"
+    word = {Path: "PATH", str: "NAME", int: "N", float: "X"}[option.kind]
+    return f" {word},…" if option.several else f" {word}"
 
 
 def _shown(default: Any) -> str:

@@ -6,11 +6,9 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from autorank_jax.cli.signals import interrupt
 from autorank_jax.experiment.events import Event, OnEvent, Started
 from autorank_jax.experiment.position import RoundEnd
-
-INTERRUPTED = 130
-"""The exit code after Ctrl-C."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -47,10 +45,11 @@ class Interruption:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self.signal is not None or not self.training:
-            raise KeyboardInterrupt
-        self.signal = number
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again, self.signal = self.signal is not None, number
+        if again or not self.training:
+            interrupt(number, frame)
+            return
         sys.stderr.write("autorank-jax: stopping when the round is over and saved; once more stops at once\n")
 
     def watch(self, on_event: OnEvent) -> OnEvent:
@@ -62,9 +61,21 @@ class Interruption:
 
         return listen
 
+    @property
+    def code(self) -> int:
+        """Return the exit code that tells of the signal."""
+        return 128 + (self.signal or signal.SIGINT)
+
     def on_round(self, end: RoundEnd) -> None:
         """Stop after a round in which a signal came."""
+        row = end.row
+        self.stop_after(f"round {row.round} of {row.policy} with {row.aggregator}, seed {row.seed}")
+
+    def stop_after(self, what: str) -> None:
+        """Stop after what it was in which a signal came.
+
+        Raises:
+            Interrupted: if one did.
+        """
         if self.signal is not None:
-            row = end.row
-            where = f"round {row.round} of {row.policy} with {row.aggregator}, seed {row.seed}"
-            raise Interrupted(f"interrupted after {where}", 128 + self.signal)
+            raise Interrupted(f"interrupted after {what}", self.code)

@@ -1,16 +1,17 @@
-"""What a run shows while it goes on: one block that is updated in place on a terminal, a line per stage elsewhere."""
+"""What a run shows while it goes on: one block that is updated in place on a terminal.
+
+Elsewhere there is a line for every stage, and one now and then for what takes longer.
+"""
 
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from autorank_jax.cli.stages import Stages, spoken
 from autorank_jax.cli.tables import scores_table
 from autorank_jax.engine import LevelChoice
 from autorank_jax.experiment.config import Experiment
@@ -41,36 +42,22 @@ class Bar:
         self.accuracy = self.speed = self.faults = ""
 
 
-class Display:
+class Display(Stages):
     """A context manager to be called with the events of an experiment."""
 
     def __init__(self, console: Console, experiment: Experiment) -> None:
         """Prepare to show an experiment on a console."""
-        self.console = console
         self.experiment = experiment
-        self.moving = console.is_terminal and not console.is_dumb_terminal
         rounds = experiment.rounds * experiment.seeds
         self.bars = {self._name(p, a): Bar(rounds) for a in experiment.aggregators for p in experiment.rank_policies}
-        self.stage, self.score = "", "accuracy"
-        self.training = False
-        self.since = self.latest = time.monotonic()
+        self.score, self.training = "accuracy", False
+        self.latest = time.monotonic()
         self.measured: list[float] = []  # seconds of every round of this process, evaluation included
-        self.spinner = Spinner("line" if console.options.ascii_only else "dots")
-        self.live = Live(console=console, get_renderable=self._view, refresh_per_second=5)
+        super().__init__(console)  # it looks at the view
 
-    def __enter__(self) -> "Display":
-        """Begin to show."""
-        if self.moving:
-            self.live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave the terminal as it was, the bars at where they stand."""
+    def leave(self) -> None:
+        """End the stage, with a line that stays where nothing moves."""
         self._enter("")
-        if self.moving:
-            self.live.stop()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -79,17 +66,20 @@ class Display:
                 self._enter(f"{name} {number} of {total}" if total > 1 else name)
             case Leveled(choice):
                 self._enter("")
-                self._print(about_levels(choice))
-            case Compiled(aggregator, seconds):
+                self.say(about_levels(choice))
+            case Compiled(aggregator, seconds, lanes):
                 self._enter("")
-                self._print(f"Compiled one round of {aggregator} in {seconds:.1f} s; it serves every policy.")
+                self.say(
+                    f"Compiled one round of {aggregator} in {seconds:.1f} s; it serves every policy and trains "
+                    f"{lanes} client{'s' * (lanes > 1)} at a time."
+                )
             case Scored(scores) if scores.seed == self.experiment.first_seed:
                 self._enter("")
                 self.console.print(scores_table(scores))
             case Resumed(rounds, differences):
-                self._print(f"Going on after {rounds} rounds of an earlier process.")
+                self.say(f"Going on after {rounds} rounds of an earlier process.")
                 for difference in differences:
-                    self._print(f"Since then: {difference}; results are equal up to rounding only.")
+                    self.say(f"Since then: {difference}; results are equal up to rounding only.")
             case Started(policy, aggregator, _, done, score):
                 self.score = score
                 self._enter("")
@@ -102,19 +92,23 @@ class Display:
                 last = f"{self.score} {100 * curve[-1][1]:.1f} %" if curve else f"no {self.score}"
                 name = self._name(run.policy, run.aggregator)
                 what = f"{name}, seed {run.seed}: {last} after {len(run.rows)} rounds, {run.seconds:.1f} s"
-                self._print(", ".join([what, *faults_of(run.rows)]))
+                self.say(", ".join([what, *faults_of(run.rows)]))
 
     def _name(self, policy: str, aggregator: str) -> str:
         return f"{policy}+{aggregator}" if len(self.experiment.aggregators) > 1 else policy
 
-    def _print(self, line: str) -> None:
-        self.console.print(line, markup=False)
+    def progress(self) -> str:
+        """Return what is said where nothing was for a while."""
+        return self.stage if self._between_rounds() else super().progress()
+
+    def _between_rounds(self) -> bool:
+        return ": round " in self.stage
 
     def _enter(self, stage: str) -> None:
         """End a stage, with a line that stays where nothing moves, and begin another."""
         now = time.monotonic()
-        if self.stage and not self.moving:
-            self._print(f"{self.stage}: {now - self.since:.1f} s")
+        if self.stage and not self.moving and not self._between_rounds():
+            self.say(f"{self.stage}: {now - self.since:.1f} s")
         self.stage, self.since = stage, now
 
     def _advance(self, row: Row, examples: float) -> None:
@@ -123,34 +117,32 @@ class Display:
         self.latest, self.stage = now, ""
         where = f"{name}, seed {row.seed}, round {row.round}"
         if row.excluded:
-            self._print(
+            self.say(
                 f"{where}: left out {row.excluded} of {row.participants} clients, "
                 "their updates were not finite; probably the learning rate is too large",
             )
         if not row.reported:
-            self._print(f"{where}: none of {row.participants} clients reported; the server stays as it was")
+            self.say(f"{where}: none of {row.participants} clients reported; the server stays as it was")
         bar = self.bars[name]
         bar.done += 1
         bar.accuracy = bar.accuracy if row.accuracy is None else f"{100 * row.accuracy:.1f} %"
         bar.speed = f"{examples / max(row.seconds, 1e-9):,.0f} samples/s"
         bar.faults = ", ".join(faults_of([row]))
-        if self.moving:
-            self._say_round(row, bar)
+        self._say_round(name, row, bar)
 
-    def _say_round(self, row: Row, bar: Bar) -> None:
+    def _say_round(self, name: str, row: Row, bar: Bar) -> None:
         left = sum(bar.total - bar.done for bar in self.bars.values())
         seconds = left * sum(self.measured) / len(self.measured)
         accuracy = f", {bar.accuracy}" if bar.accuracy else ""
-        self.stage = f"round {row.round} of {self.experiment.rounds}{accuracy}, about {spoken(seconds)} left"
+        where = "" if self.moving else f"{name}, seed {row.seed}: "
+        self.stage = f"{where}round {row.round} of {self.experiment.rounds}{accuracy}, about {spoken(seconds)} left"
 
     def _view(self) -> RenderableType:
         """Return the block: what is done just now, and a bar for every policy once there are rounds."""
         parts: list[RenderableType] = []
         if self.stage:
-            elapsed = "" if self.stage.startswith("round ") else f" {time.monotonic() - self.since:.0f} s"
-            line = Table.grid(padding=(0, 1))
-            line.add_row(self.spinner, Text(self.stage + elapsed, no_wrap=True, overflow="ellipsis"))
-            parts.append(line)
+            elapsed = "" if self.stage.startswith("round ") else f" {self.elapsed()}"
+            parts.append(self._line(self.stage + elapsed))
         if self.training:
             parts.append(self._bars())
         return Group(*parts)
@@ -186,13 +178,6 @@ def about_levels(choice: LevelChoice) -> str:
         f"One rank level: another would save about {choice.saved:.1f} s of training and cost {choice.paid:.1f} s of "
         "compilation."
     )
-
-
-def spoken(seconds: float) -> str:
-    """Return a duration in the unit that suits it."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def faults_of(rows: Sequence[Row]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import logging
 import os
 import subprocess
 import sys
@@ -9,14 +10,11 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from autorank_jax.cli.signals import heard
 from autorank_jax.cli.terminal import forgiving_streams, tell
-from autorank_jax.datasets import DatasetError
-from autorank_jax.experiment.mistakes import ConfigurationError
-from autorank_jax.experiment.results import DivergedError, LanguageDivergedError
-from autorank_jax.ranks.table_file import CriteriaError
 
 INTERRUPTED = 130
-EXTRA = ("tyro", "rich", "matplotlib")
+EXTRA = ("rich", "matplotlib")
 
 _LOST = "another process ended or cannot be reached"
 _WATCH = "import sys; sys.stdin.read() or sys.stderr.write(sys.argv[1])"
@@ -35,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run that diverged, 130 after an interrupt (143 after SIGTERM), 4 when another process was lost. XLA aborts a
         process that loses the first one: it ends by SIGABRT.
     """
-    with forgiving_streams() as out:
+    with heard(), forgiving_streams() as out:
         code = _watched(sys.argv[1:] if arguments is None else arguments)
         out.flush()
         if out.failure and not isinstance(out.failure, BrokenPipeError):  # nobody reads on: no mistake
@@ -105,22 +103,23 @@ def _run(arguments: Sequence[str]) -> int:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise
         return _say(1, [f'the command line needs {error.name}: pip install "autorank-jax[cli]"'])
+    except KeyboardInterrupt as stop:
+        return _say(getattr(stop, "code", INTERRUPTED), [str(stop) or "interrupted; nothing was written"])
 
 
 def _execute(arguments: Sequence[str]) -> int:
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of folders that it cannot write
     dispatch = importlib.import_module("autorank_jax.cli.dispatch")
     parsing = importlib.import_module("autorank_jax.cli.parsing")
-    folders = importlib.import_module("autorank_jax.cli.folders")
+    mistakes = importlib.import_module("autorank_jax.cli.mistakes")
     try:
         dispatch.execute(parsing.parse(arguments))
-    except ConfigurationError as error:
+    except mistakes.SEVERAL as error:
         return _say(2, error.problems)
-    except (CriteriaError, DatasetError, folders.ReportError) as error:
+    except mistakes.SINGLE as error:
         return _say(2, [str(error)])
-    except (DivergedError, LanguageDivergedError) as error:
+    except mistakes.DIVERGED as error:
         return _say(3, [str(error)])
-    except KeyboardInterrupt as stop:
-        return _say(getattr(stop, "code", INTERRUPTED), [str(stop) or "interrupted; nothing was written"])
     return 0
 
 

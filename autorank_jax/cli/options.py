@@ -1,16 +1,20 @@
 """The options of every command."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
-
-import tyro
+from typing import Any
 
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.language_options import LanguageOptions
 from autorank_jax.experiment.launch_options import Launch
 
 PROGRAM = "autorank-jax"
+
+
+def bare(shown: str, **given: Any) -> Any:
+    """Return a field that is given by words without an option before them."""
+    return dataclasses.field(metadata={"bare": shown}, **given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +36,8 @@ class Run:
         no_cache: compile anew, and keep no compiled programs for the next run
     """
 
-    experiment: tyro.conf.OmitArgPrefixes[Experiment] = dataclasses.field(default_factory=Experiment)
-    launch: tyro.conf.OmitArgPrefixes[Launch] = dataclasses.field(default_factory=Launch)
+    experiment: Experiment = dataclasses.field(default_factory=Experiment)
+    launch: Launch = dataclasses.field(default_factory=Launch)
     config: Path | None = None
     resume: Path | None = None
     checkpoint_every: int = 0
@@ -51,12 +55,18 @@ class Finetune:
 
     Attributes:
         training: what to train
+        resume: folder of a run to go on with from its latest checkpoint, also beyond its end, by more --rounds
+        checkpoint_every: rounds between checkpoints, 0 = only when interrupted
+        keep_checkpoints: how many of the latest checkpoints stay
         out: folder of the results; default runs/MODEL-DATA, with a number where that is taken
         overwrite: replace the run that the folder holds
         quiet: print nothing but errors
     """
 
-    training: tyro.conf.OmitArgPrefixes[LanguageOptions] = dataclasses.field(default_factory=LanguageOptions)
+    training: LanguageOptions = dataclasses.field(default_factory=LanguageOptions)
+    resume: Path | None = None
+    checkpoint_every: int = 1
+    keep_checkpoints: int = 3
     out: Path | None = None
     overwrite: bool = False
     quiet: bool = False
@@ -71,7 +81,7 @@ class Compare:
         output: file for the picture, FILE.png
     """
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")]
+    runs: tuple[Path, ...] = bare("RUN", default=())
     output: Path = Path("comparison.png")
 
 
@@ -85,7 +95,7 @@ class Ranks:
         min_ratio: share of it that the least complex client gets
         columns: the criteria among the table's columns; default all but names, and but for results of a run
         cost: columns of which less means more complex; of all others more does
-        normalization: of TOPSIS: vector or minmax
+        normalization: how TOPSIS makes columns comparable: vector or minmax
         output: file for the ranks, FILE.csv or FILE.json, in place of tables
         json: print JSON in place of tables
     """
@@ -110,33 +120,17 @@ class Fetch:
     """Convert a dataset into the folder of datasets, once: from TensorFlow Datasets, a folder of images, or a table.
 
     Attributes:
-        name: of TensorFlow Datasets, such as mnist or cifar100; any name for a folder of images
+        name: what it is called: in TensorFlow Datasets, such as mnist or cifar100, or as you like with --source
         source: folder of images {train,test}/CLASS/*.png, as CINIC-10 has it, or of archives that need no download,
             or a table FILE.csv
         target: column of the table to predict, the last if not given
         overwrite: replace the file that is there
     """
 
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+    name: str = bare("NAME")
     source: Path | None = None
     target: str | None = None
     overwrite: bool = False
-
-
-Action = Annotated[Listing, tyro.conf.subcommand("list")] | Annotated[Fetch, tyro.conf.subcommand("fetch")]
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """List the datasets, or fetch one.
-
-    Attributes:
-        action: what to do
-    """
-
-    action: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[Action]] = dataclasses.field(
-        default_factory=Listing
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,3 +142,11 @@ class Cache:
     """
 
     clear: bool = False
+
+
+Command = Run | Finetune | Compare | Ranks | Listing | Fetch | Cache
+COMMANDS: Mapping[str, type[Any]] = {
+    "run": Run, "finetune": Finetune, "compare": Compare, "ranks": Ranks, "data": Listing, "data fetch": Fetch,
+    "cache": Cache,
+}  # fmt: skip
+"""All commands by the words that call them."""

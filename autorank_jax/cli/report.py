@@ -15,7 +15,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } img { max
 table { border-collapse: collapse; font-size: 13px; } th { text-align: right; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; } td { text-align: right; }
 th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #e4e4e4; white-space: pre-line; }
-.note { color: #555; font-size: 13px; } .stopped { color: #b00020; }
+.wide { overflow-x: auto; } .note { color: #555; font-size: 13px; } .stopped { color: #b00020; }
 """
 
 
@@ -29,7 +29,8 @@ def html_report(results: Results, pictures: Mapping[str, bytes]) -> bytes:
     config = results.config
     title = f"{config['dataset']}, {config['split']}, {config['clients']} clients"
     body = "\n".join(_body(results, pictures))
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head = f"{meta}<title>{html.escape(title)}</title><style>{STYLE}</style>"
     page = f"<html lang=en><head>{head}</head>\n<body>\n<h1>{_text(title)}</h1>\n{body}\n</body></html>"
     return f"<!doctype html>\n{page}\n".encode()
 
@@ -64,7 +65,7 @@ def _table(table: Table) -> str:
 
 def _rows(rows: Iterable[Iterable[object]], head: str = "") -> str:
     lines = "\n".join("<tr>" + "".join(f"<td>{_text(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>{f'<tr>{head}</tr>' if head else ''}\n{lines}\n</table>"
+    return f"<div class=wide><table>{f'<tr>{head}</tr>' if head else ''}\n{lines}\n</table></div>"
 
 
 def _value(value: object) -> str:

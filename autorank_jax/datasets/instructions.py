@@ -94,7 +94,8 @@ def load_instructions(path: str | Path = MINI, *, skip: bool = False) -> Instruc
         lines.append(number)
     if bad and not skip:
         raise DatasetError(
-            f"expected instructions in each line of {str(path)!r}, got {_few(bad)}; skip=True omits them"
+            f"expected instructions in each line of {str(path)!r}, got {_few(bad)}; "
+            "skip=True, on the command line --skip-odd-lines, omits them"
         )
     if not examples:
         raise DatasetError(f"expected instructions in {str(path)!r}, got none in {len(bad) + len(empty)} lines")

@@ -6,21 +6,34 @@ import numpy as np
 from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.arguments import check_least, check_name, checked
 from autorank_jax.engine.flops import training_flops
+from autorank_jax.engine.footprint import training_footprint
 from autorank_jax.federated.checks import check_known
 from autorank_jax.types import FederatedData, Task
 
-_STEP_FLOPS = {"cpu": 2.0**25, "gpu": 2.0**34, "tpu": 2.0**34}
-_MOST = {"cpu": 64, "gpu": 1024, "tpu": 1024}
+_PLATFORMS = ("cpu", "gpu", "tpu")
+_CPU_STEP_FLOPS, _MOST_ON_CPU = 2.0**25, 64
+_LAUNCHES = 2.4  # for every product of a step: counted in compiled rounds of an MLP, a CNN and a transformer
+_LAUNCH_SECONDS = 4e-6
+_FLOPS_PER_SECOND = 1e13  # of an accelerator, small matrices
+_BUSY = 4  # how many times longer a step is to compute than to launch
+_SHARE = 0.8  # of the free memory that lanes may take
 
 
 @checked
 def choose_lanes(
-    data: FederatedData, task: Task, *, batch_size: int, cohort: int | None = None, platform: str | None = None
+    data: FederatedData,
+    task: Task,
+    *,
+    batch_size: int,
+    cohort: int | None = None,
+    platform: str | None = None,
+    memory: float | None = None,
 ) -> int:
     """Choose how many clients train side by side.
 
     Enough lanes for one step of all of them to keep the device busy, but never more than `Σ steps / max steps`: beyond
-    that, lanes idle while the longest client trains.
+    that, lanes idle while the longest client trains. On an accelerator a step is to compute four times as long as its
+    kernels take to launch, and the lanes together are to fit into 0.8 of the memory, by `training_footprint`.
 
     Args:
         data: all clients' examples.
@@ -28,6 +41,8 @@ def choose_lanes(
         batch_size: examples per step of one client.
         cohort: clients of a round, where not all take part.
         platform: "cpu", "gpu" or "tpu"; JAX's default device where None.
+        memory: bytes that are free on an accelerator; as JAX's default device says where None, no limit where it says
+            nothing.
 
     Returns:
         Lanes, at least 1.
@@ -37,15 +52,29 @@ def choose_lanes(
     """
     check_known("choose_lanes", data)
     platform = platform or jax.default_backend()
-    check_name("a platform", platform, _STEP_FLOPS)
+    check_name("a platform", platform, _PLATFORMS)
     check_least("batch_size", batch_size)
     check_least("cohort", 1 if cohort is None else cohort)
     flops = training_flops(task, data, batch_size=batch_size)
     per_example = flops.base + sum(
         flops.per_rank[path] * rank for path, rank in max_ranks(task.server.trainable).items()
     )
-    wanted = _STEP_FLOPS[platform] / max(per_example * batch_size, 1.0)
+    per_step = max(per_example * batch_size, 1.0)
     steps = -(-np.asarray(data.size, np.int64) // batch_size)
     share = 1.0 if cohort is None else cohort / len(steps)
-    useful = share * steps.sum() / steps.max()
-    return max(1, min(round(wanted), int(useful), _MOST[platform]))
+    useful = int(share * steps.sum() / steps.max())
+    if platform == "cpu":
+        return max(1, min(round(_CPU_STEP_FLOPS / per_step), useful, _MOST_ON_CPU))
+    step = training_footprint(task, data, batch_size=batch_size)
+    memory = free_memory() if memory is None else memory
+    fitting = useful if memory is None else int(_SHARE * memory / step.bytes)
+    launching = _LAUNCHES * step.products * _LAUNCH_SECONDS
+    return max(1, min(round(_BUSY * launching * _FLOPS_PER_SECOND / per_step), useful, fitting))
+
+
+def free_memory(device: jax.Device | None = None) -> int | None:
+    """Return the bytes that are free on a device, JAX's default one where None; None where it does not tell."""
+    stats = (device or jax.local_devices()[0]).memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return max(0, stats["bytes_limit"] - stats.get("bytes_in_use", 0))

@@ -5,7 +5,7 @@ queue, all lanes train until the first of them is done, and finished clients are
 O(lanes + data), work is O(total steps), whatever the imbalance.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from autorank_jax.adapters.lora import cut, max_ranks, narrow, pad_like, rank_le
 from autorank_jax.engine.checks import summable
 from autorank_jax.engine.levels import Widths
 from autorank_jax.engine.optimizers import follow_client
+from autorank_jax.engine.totals import LEAF_BY_LEAF, Summation, Totals, Turn, zeros
+from autorank_jax.engine.totals import no_totals as totals_of_nobody
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
 from autorank_jax.federated.participation import Cohort
 from autorank_jax.types import (
@@ -34,6 +36,8 @@ from autorank_jax.types import (
     Trainable,
 )
 
+T = TypeVar("T")
+
 
 class Program(NamedTuple):
     """What a round is compiled for."""
@@ -42,6 +46,7 @@ class Program(NamedTuple):
     aggregator: Aggregator
     lanes: int
     levels: list[Widths]
+    summation: Summation = LEAF_BY_LEAF
 
 
 class Queue(NamedTuple):
@@ -90,25 +95,10 @@ class Lanes(NamedTuple):
     """The stacked lanes; every leaf begins with `(lanes,)`."""
 
     place: Array  # int32 place in the queue; at or beyond the level's end: idle
-    step: Array  # int32 steps done
+    since: Array  # int32 steps that all lanes had made when it took its client
     free: Array  # bool: takes a new client next
     local: LocalState
     losses: Array  # (lanes, max_epochs + 1) summed losses by epoch; the last column takes all later epochs
-
-
-class Totals(NamedTuple):
-    """What a round adds up."""
-
-    sums: Sums
-    lost: Sums  # what rounding took from the small leaves of `sums`, given back with the next summand
-    epoch_losses: Array  # (clients, max_epochs)
-    epochs: Array  # (clients,)
-    clients: PyTree
-    finite: Array  # (clients,) bool
-    loss: Array
-    examples: Array
-    steps: Array
-    lane_steps: Array
 
 
 def make_queue(
@@ -123,7 +113,7 @@ def make_queue(
     level = jnp.where(cohort.present & (weight > 0) & (steps > 0), level, len(program.levels))
     order = jnp.lexsort((-steps, level))
     numbers = jnp.arange(len(program.levels), dtype=jnp.int32)
-    ends = jnp.searchsorted(level[order], numbers, side="right").astype(jnp.int32)
+    ends = jnp.sum(level[None, :] <= numbers[:, None], axis=1, dtype=jnp.int32)
     row = cohort.row[order]
     shuffle, noise = jax.vmap(lambda i: tuple(jax.random.split(jax.random.fold_in(key, i))))(data.id[row])
     words = jax.vmap(lambda k: jax.random.bits(k, (2,), jnp.uint32))(shuffle)
@@ -148,38 +138,27 @@ def steps_of_epochs(state: State, data: FederatedData, row: Array, batch_size: i
 def run_queue(program: Program, round_: Round) -> Totals:
     """Train the whole cohort, one loop per rank level, with one totals carried through all of them."""
     levels = [_make_level(program, round_, widths) for widths in program.levels]
-    totals = _no_totals(_whole_level(levels[-1]), round_.state)
+    totals = totals_of_nobody(_whole_level(levels[-1]).blank[0], round_.state)
     begin = jnp.zeros((), jnp.int32)
     for level, end in zip(levels, round_.queue.ends, strict=True):
-        sums = totals.sums
-        blank = _zeros(level.blank[0])
-        totals = totals._replace(sums=blank, lost=_no_loss(blank))
-        totals = run_level(level, (begin, end), totals)
-        total = jax.tree.map(jnp.add, sums, pad_like(totals.sums, sums))
-        totals = totals._replace(sums=total, lost=_no_loss(total))
+        blank = level.blank[0]
+        inside, clock = run_level(level, (begin, end), program.summation.begin(totals, blank))
+        totals = program.summation.end(inside, totals, blank)
+        totals = totals._replace(lane_steps=totals.lane_steps + clock * program.lanes)
         begin = end
-    return totals
+    return totals._replace(steps=_steps_trained(round_.queue, totals.finite))
+
+
+def _steps_trained(queue: Queue, finite: Array) -> Array:
+    """Add up the steps of the clients that trained and are finite."""
+    trained = (jnp.arange(queue.row.shape[0], dtype=jnp.int32) < queue.ends[-1]) & finite[queue.row]
+    return jnp.sum(jnp.where(trained, queue.steps, 0), dtype=jnp.int32)
 
 
 def no_totals(program: Program, round_: Round) -> Totals:
     """Return the totals of a cohort of nobody, in the shapes of `run_queue`; no training is traced."""
-    return _no_totals(_make_level(program, round_, max_ranks(round_.state.server)), round_.state)
-
-
-def _no_totals(level: Level, state: State) -> Totals:
-    dtype = jnp.result_type(float)
-    return Totals(
-        sums=(nothing := _zeros(level.blank[0])),
-        lost=_no_loss(nothing),
-        epoch_losses=state.epoch_losses,
-        epochs=state.epochs,
-        clients=state.clients,
-        finite=jnp.ones(state.epochs.shape, bool),
-        loss=jnp.zeros((), dtype),
-        examples=jnp.zeros((), dtype),
-        steps=jnp.zeros((), jnp.int32),
-        lane_steps=jnp.zeros((), jnp.int32),
-    )
+    blank = _make_level(program, round_, max_ranks(round_.state.server)).blank[0]
+    return totals_of_nobody(blank, round_.state)
 
 
 def _whole_level(level: Level) -> Level:
@@ -200,32 +179,46 @@ def _make_level(program: Program, round_: Round, widths: Widths) -> Level:
     return level._replace(blank=jax.eval_shape(one, jnp.zeros((), jnp.int32)))
 
 
-def run_level(level: Level, bounds: tuple[Array, Array], totals: Totals) -> Totals:
-    """Train the clients between two places of the queue at one adapter width."""
+def run_level(level: Level, bounds: tuple[Array, Array], totals: T) -> tuple[T, Array]:
+    """Train the clients between two places of the queue at one adapter width.
+
+    Args:
+        level: the width, and the round.
+        bounds: the first place, and the one behind the last.
+        totals: what to add to, of `Summation.begin`.
+
+    Returns:
+        The totals, and the steps for which every lane was held.
+    """
     begin, end = bounds
 
-    def busy(carry: tuple[Lanes, Array, Totals]) -> Array:
-        lanes, following, _ = carry
+    def busy(carry: tuple[Lanes, Array, Array, T]) -> Array:
+        lanes, following, *_ = carry
         return (following < end) | jnp.any(~lanes.free)
 
-    def turn(carry: tuple[Lanes, Array, Totals]) -> tuple[Lanes, Array, Totals]:
-        lanes, following, totals = carry
-        lanes, following = _claim(lanes, following)
+    def turn(carry: tuple[Lanes, Array, Array, T]) -> tuple[Lanes, Array, Array, T]:
+        lanes, following, clock, totals = carry
+        lanes, following = _claim(lanes, following, clock)
         assignments = jax.vmap(lambda place: look_up(level, place))(lanes.place)
         fresh = jax.vmap(lambda assignment: _begin(level, assignment))(assignments)
         lanes = lanes._replace(local=_select(lanes.free, fresh, lanes.local))
         active = lanes.place < end
-        remaining = jnp.where(active, assignments.steps - lanes.step, jnp.iinfo(jnp.int32).max)
-        count = jnp.where(jnp.any(active), jnp.min(remaining), 0)  # 0: under vmap, while others still train
-        step = jax.vmap(lambda assignment, lane: _advance(level, assignment, lane))
-        lanes = lax.fori_loop(0, count, lambda _, lanes: step(assignments, lanes), lanes)
-        done = active & (lanes.step == assignments.steps)
-        finished = jax.vmap(lambda *lane: finish(level, *lane))(assignments, lanes.local, done)
-        totals = _add(totals, assignments, finished, lanes.losses, done)
-        totals = totals._replace(lane_steps=totals.lane_steps + count * level.program.lanes)
-        return lanes._replace(free=done | ~active), following, totals
+        remaining = jnp.where(active, lanes.since + assignments.steps - clock, jnp.iinfo(jnp.int32).max)
+        until = clock + jnp.where(jnp.any(active), jnp.min(remaining), 0)  # 0: under vmap, while others still train
 
-    return lax.while_loop(busy, turn, (_empty_lanes(level, end), begin, totals))[2]
+        def step(training: tuple[Array, Lanes]) -> tuple[Array, Lanes]:
+            now, lanes = training
+            return now + 1, jax.vmap(lambda held, lane: _advance(level, held, lane, now))(assignments, lanes)
+
+        clock, lanes = lax.while_loop(lambda training: training[0] < until, step, (clock, lanes))
+        done = active & (lanes.since + assignments.steps == clock)
+        finished = jax.vmap(lambda *lane: finish(level, *lane))(assignments, lanes.local, done)
+        ended = _end_turn(assignments, finished, lanes.losses, done, nowhere=level.round.data.size.shape[0])
+        return lanes._replace(free=done | ~active), following, clock, level.program.summation.add(totals, ended)
+
+    none = _empty_lanes(level, end), begin, jnp.zeros((), jnp.int32), totals
+    _, _, clock, totals = lax.while_loop(busy, turn, none)
+    return totals, clock
 
 
 def look_up(level: Level, place: Array) -> Assignment:
@@ -256,18 +249,17 @@ def _begin(level: Level, assignment: Assignment) -> LocalState:
     return local._replace(optimizer=follow_client(local.optimizer, assignment.noise))
 
 
-def _advance(level: Level, assignment: Assignment, lane: Lanes) -> Lanes:
+def _advance(level: Level, assignment: Assignment, lane: Lanes, now: Array) -> Lanes:
     """Take one step of the client that one lane holds."""
-    local, state = level.program.local, level.round.state
-    batch, epoch = take_batch(level.round.data, assignment.client.row, assignment.words, lane.step, local.batch_size)
+    local, state, number = level.program.local, level.round.state, now - lane.since
+    batch, epoch = take_batch(level.round.data, assignment.client.row, assignment.words, number, local.batch_size)
     trains = level.program.aggregator.trains(state.aggregator)
     setting = Setting(assignment.client, assignment.start, state.server.frozen, trains)
-    trained, losses = local.step(
-        state.hparams, setting, lane.local, batch, jax.random.fold_in(assignment.noise, lane.step)
-    )
+    key = jax.random.fold_in(assignment.noise, number)
+    trained, losses = local.step(state.hparams, setting, lane.local, batch, key)
     column = jnp.minimum(epoch, lane.losses.shape[0] - 1)
     summed = lane.losses.at[column].add(jnp.sum(losses).astype(lane.losses.dtype))
-    return lane._replace(local=trained, losses=summed, step=lane.step + 1)
+    return lane._replace(local=trained, losses=summed)
 
 
 def finish(level: Level, assignment: Assignment, local: LocalState, done: Array) -> tuple[Sums, Array, PyTree]:
@@ -277,44 +269,36 @@ def finish(level: Level, assignment: Assignment, local: LocalState, done: Array)
     rule sees its start with weight 0.
     """
     trained = level.program.local.end(local, assignment.client)
-    finite = _all_finite(trained)
+    finite = level.program.summation.all_finite(trained)
     counts = done & finite
     trained = jax.tree.map(lambda new, old: jnp.where(counts, new, old), trained, assignment.start)
     client = assignment.client._replace(weight=jnp.where(counts, assignment.client.weight, 0))
     update, server = ClientUpdate(trained, assignment.start, client), level.round.state.server
     sums = summable(level.program.aggregator.summand(update, server, level.round.plan))
     kept = level.program.aggregator.client_keep(update, server)
-    finite &= _all_finite((sums, kept))  # finite factors may have an infinite product
+    finite &= level.program.summation.all_finite((sums, kept))  # finite factors may have an infinite product
     sums = jax.tree.map(lambda leaf: jnp.where(done & finite, leaf, 0), sums)
     return sums, finite, pad_like(kept, assignment.client.state)
-
-
-def _all_finite(tree: PyTree) -> Array:
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], bool))
 
 
 def _empty_lanes(level: Level, end: Array) -> Lanes:
     lanes, epochs = level.program.lanes, level.round.state.epoch_losses
     return Lanes(
         place=jnp.broadcast_to(end, (lanes,)),
-        step=jnp.zeros(lanes, jnp.int32),
+        since=jnp.zeros(lanes, jnp.int32),
         free=jnp.ones(lanes, bool),
-        local=_zeros(level.blank[1], lanes),
+        local=zeros(level.blank[1], lanes),
         losses=jnp.zeros((lanes, epochs.shape[1] + 1), epochs.dtype),
     )
 
 
-def _zeros(shapes: PyTree, *leading: int) -> PyTree:
-    return jax.tree.map(lambda s: jnp.zeros((*leading, *s.shape), s.dtype), shapes)
-
-
-def _claim(lanes: Lanes, following: Array) -> tuple[Lanes, Array]:
+def _claim(lanes: Lanes, following: Array, clock: Array) -> tuple[Lanes, Array]:
     """Give each free lane the next place of the queue."""
     taken = jnp.cumsum(lanes.free, dtype=jnp.int32)
     place = jnp.where(lanes.free, following + taken - 1, lanes.place)
-    step = jnp.where(lanes.free, 0, lanes.step)
+    since = jnp.where(lanes.free, clock, lanes.since)
     losses = jnp.where(lanes.free[:, None], 0, lanes.losses)
-    return lanes._replace(place=place, step=step, losses=losses), following + taken[-1]
+    return lanes._replace(place=place, since=since, losses=losses), following + taken[-1]
 
 
 def _select(flags: Array, new: PyTree, old: PyTree) -> PyTree:
@@ -322,47 +306,26 @@ def _select(flags: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda n, o: jnp.where(flags.reshape(-1, *[1] * (n.ndim - 1)), n, o), new, old)
 
 
-def _add(
-    totals: Totals, assignments: Assignment, finished: tuple[Sums, Array, PyTree], losses: Array, done: Array
-) -> Totals:
-    """Add the finished lanes to the totals; remember of each client what was finite."""
+def _end_turn(
+    assignments: Assignment, finished: tuple[Sums, Array, PyTree], losses: Array, done: Array, *, nowhere: int
+) -> Turn:
+    """Return what the lanes that are done add to the totals, and of which clients it is noted."""
     sums, finite, kept = finished
-    good, nowhere = done & finite, totals.finite.shape[0]
+    good = done & finite
     row, good_row, whole_row = (
         jnp.where(flag, assignments.client.row, nowhere) for flag in (done, good, good & (assignments.epochs > 0))
     )
     size, max_epochs = jnp.maximum(assignments.size, 1).astype(losses.dtype), losses.shape[1] - 1
     whole = jnp.arange(max_epochs, dtype=jnp.int32)[None, :] < assignments.epochs[:, None]
-    mean_losses = jnp.where(whole, losses[:, :max_epochs] / size[:, None], 0)
-    sums = jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
-    summed, lost = (jax.tree.map(part, totals.sums, totals.lost, sums) for part in (_with_lost, _lost))
-    return totals._replace(
-        sums=summed,
-        lost=lost,
-        epoch_losses=totals.epoch_losses.at[whole_row].set(mean_losses, mode="drop"),
-        epochs=totals.epochs.at[whole_row].set(jnp.minimum(assignments.epochs, max_epochs), mode="drop"),
-        clients=jax.tree.map(lambda a, k: a.at[good_row].set(k, mode="drop"), totals.clients, kept),
-        finite=totals.finite.at[row].set(finite, mode="drop"),
-        loss=totals.loss + jnp.sum(jnp.where(good[:, None], losses, 0)).astype(totals.loss.dtype),
-        examples=totals.examples + jnp.sum(jnp.where(good, assignments.examples, 0)),
-        steps=totals.steps + jnp.sum(jnp.where(good, assignments.steps, 0), dtype=jnp.int32),
+    return Turn(
+        sums=sums,
+        losses=jnp.where(good[:, None], losses, 0),
+        examples=jnp.where(good, assignments.examples, 0),
+        row=row,
+        good_row=good_row,
+        whole_row=whole_row,
+        mean_losses=jnp.where(whole, losses[:, :max_epochs] / size[:, None], 0),
+        epochs=jnp.minimum(assignments.epochs, max_epochs),
+        finite=finite,
+        kept=kept,
     )
-
-
-def _with_lost(total: Array, lost: Array, summand: Array) -> Array:
-    """Add to a running total what it lost before (Kahan 1965): a million float32 weights of 37 would lose 1.5 %.
-
-    Only leaves up to a vector are worth it: denominators. Matrices hold differences of either sign.
-    """
-    return total + (summand - lost) if total.ndim <= 1 else total + summand
-
-
-def _lost(total: Array, lost: Array, summand: Array) -> Array:
-    if total.ndim > 1:
-        return lost
-    corrected = summand - lost
-    return ((total + corrected) - total) - corrected
-
-
-def _no_loss(sums: Sums) -> Sums:
-    return jax.tree.map(lambda total: jnp.zeros_like(total) if total.ndim <= 1 else jnp.zeros((), total.dtype), sums)

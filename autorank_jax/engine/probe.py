@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ def probe(
     groups: ArrayLike | None = None,
     extra: ArrayLike | None = None,
     max_ratio: ArrayLike | None = None,
+    run: Callable[..., Any] | None = None,
 ) -> ClientStats:
     """Train every client once from the server and return the statistics that rank policies look at, losses included.
 
@@ -57,6 +59,7 @@ def probe(
         groups: examples' groups, in place of labels.
         extra: the user's own criteria.
         max_ratio: largest rank ratio by device.
+        run: `(round, key, state, data) -> (state, info)`, how that round is compiled and run; `jax.jit` where None.
 
     Returns:
         Statistics of all clients. A client whose training was not finite has no curve, `epochs` 0, and takes the mean
@@ -81,7 +84,8 @@ def probe(
         epoch_losses=jnp.zeros((clients, epochs), dtype),
         epochs=jnp.zeros(clients, jnp.int32),
     )
-    after, _ = jax.jit(make_round(local, discard(), lanes=lanes))(key, state, data)
+    one = make_round(local, discard(), lanes=lanes)
+    after, _ = run(one, key, state, data) if run else jax.jit(one)(key, state, data)
     known = jnp.all(jnp.isfinite(after.epoch_losses), axis=1)
     ran = jnp.where(known, after.epochs, 0)
     _check_finite(np.asarray(ran), np.asarray(data.size))

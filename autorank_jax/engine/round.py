@@ -10,10 +10,12 @@ from jax.sharding import Mesh
 from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.arguments import check_least, checked
 from autorank_jax.engine.checks import check_round, check_update
-from autorank_jax.engine.lanes import Program, Round, Totals, make_queue, no_totals, run_queue, steps_of_epochs
+from autorank_jax.engine.lanes import Program, Round, make_queue, no_totals, run_queue, steps_of_epochs
 from autorank_jax.engine.levels import RankLevels, resolve_levels
 from autorank_jax.engine.optimizers import at_round
+from autorank_jax.engine.packing import Pack, choose_summation
 from autorank_jax.engine.sharding import add_up, check_mesh, on_mesh, own_clients
+from autorank_jax.engine.totals import Totals
 from autorank_jax.federated.faults import Fault, draw_cohort, round_keys
 from autorank_jax.federated.participation import Cohort, Participation, by_examples, everyone
 from autorank_jax.types import (
@@ -40,6 +42,7 @@ def make_round(
     faults: Sequence[Fault] = (),
     weigh: Callable[[FederatedData], Array] = by_examples,
     mesh: Mesh | None = None,
+    pack: Pack = "auto",
 ) -> RoundFn:
     """Make the function of one federated round, to be jitted by the caller.
 
@@ -58,6 +61,8 @@ def make_round(
         mesh: devices to shard the clients over, from `sharding.client_mesh`, on one host or many; where None the round
             runs where its arrays are. Place state, key and data by `sharding.replicate`, or make data by
             `sharding.owned_data`. Results depend on the mesh by rounding only.
+        pack: whether a turn of the lanes checks and sums whole trees in one vector, not leaf by leaf: fewer kernels,
+            more memory traffic. "auto" packs everywhere but on a CPU. Results depend on it by rounding only.
 
     Returns:
         `round(key, state, data) -> (state, info)`. The same `key` serves all rounds: each folds in its number. A state
@@ -78,7 +83,8 @@ def make_round(
         check_round(key, state, data, aggregator)
         hparams, state = state.hparams, state._replace(hparams=at_round(state.hparams, state.round))
         _, training, server_step, _ = round_keys(key, state.round)
-        program = Program(local, aggregator, lanes, resolve_levels(widest := max_ranks(state.server), rank_levels))
+        levels = resolve_levels(widest := max_ranks(state.server), rank_levels)
+        program = Program(local, aggregator, lanes, levels, choose_summation(pack, mesh))
         invited, cohort = draw_cohort(key, state.round, data, participation, faults)
         weights = weigh(data)
         if weights.shape != data.size.shape:

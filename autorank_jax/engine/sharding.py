@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
 from autorank_jax.arguments import checked
-from autorank_jax.engine.lanes import Program, Totals, steps_and_levels
+from autorank_jax.engine.lanes import Program, steps_and_levels
+from autorank_jax.engine.totals import Totals
 from autorank_jax.federated.checks import (
     check_array,
     check_ids,

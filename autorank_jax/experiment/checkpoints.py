@@ -28,6 +28,10 @@ class Checkpoints(NamedTuple):
     every: int = 0  # rounds of a run between them; 0: only when the experiment is interrupted
     keep: int = 3  # how many of the latest stay
 
+    def due(self, number: int, *, over: bool) -> bool:
+        """Return whether it is time to save after a round."""
+        return bool(self.every) and (over or number % self.every == 0)
+
 
 def make_save(
     checkpoints: Checkpoints | None, experiment: Experiment, dataset: Dataset, machine: Mapping[str, Any]
@@ -39,8 +43,7 @@ def make_save(
 
     def save(position: Position, last_chance: bool) -> None:
         record = position.records[-1]
-        due = checkpoints.every and (record.over or record.round % checkpoints.every == 0)
-        if not (due or last_chance):
+        if not (checkpoints.due(record.round, over=record.over) or last_chance):
             return
         records = [r._asdict() | {"rows": [row._asdict() for row in r.rows]} for r in position.records]
         extra = {
@@ -85,41 +88,48 @@ def restore_position(
     probes = tuple((jnp.zeros_like(state.epoch_losses), jnp.zeros_like(state.epochs)) for _ in federations)
     like = {"state": state, "probes": probes if experiment.probed else ()}
     restored = restore_state(checkpoints.folder, like, config=config).state
-    then, now = _flat(extra["about"]), _flat(machine)
-    differences = tuple(f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name])
     levels = tuple(extra.get("levels", ()))
-    return Position(records, restored["state"], restored["probes"], extra["seconds"], levels), differences
+    position = Position(records, restored["state"], restored["probes"], extra["seconds"], levels)
+    return position, differences(extra["about"], machine)
 
 
 def with_rounds(records: tuple[Record, ...], experiment: Experiment, before: int) -> tuple[Record, ...]:
     """Return the records of an experiment whose number of rounds is another than before.
 
-    Of runs that are over, the state is there of the last only. Nothing that happens in a round depends on how many
-    there are, but that the last is always evaluated.
-
     Raises:
         ConfigurationError: saying what makes that another result.
     """
-    rounds, last = experiment.rounds, records[-1]
-    if rounds == before:
+    if experiment.rounds == before:
         return records
-    problem = ""
+    expected = expected_rounds(records, experiment, before)
+    if expected:
+        raise ConfigurationError([f"rounds: expected {expected}, got {experiment.rounds}"])
+    last = records[-1]
+    return (last._replace(over=last.over and last.round < before, clients={}),)
+
+
+def expected_rounds(records: Sequence[Record], experiment: Experiment, before: int) -> str:
+    """Return which number of rounds is expected in place of an experiment's, and why; "" where it may be another.
+
+    Of runs that are over, the state is there of the last only. Nothing that happens in a round depends on how many
+    there are, but that the last is always evaluated.
+    """
+    rounds, last = experiment.rounds, records[-1]
+    as_before = f"{before} as before, "
     if len(records) > 1:
         first = f"{records[0].policy} with {records[0].aggregator}, seed {records[0].seed}"
-        problem = f"{before} as before, as the state of {first} is not kept: only one policy, rule and seed can go on"
-    elif experiment.rate_schedule != "constant":
-        problem = f"{before} as before, as --rate-schedule {experiment.rate_schedule} goes by all rounds"
-    elif experiment.dp_epsilon and not experiment.dp_noise:
-        problem = f"{before} as before, for which the noise of --dp-epsilon is found"
-    elif rounds <= last.round:
-        problem = f"more than the {last.round} that are done"
-    elif experiment.dp_epsilon:
-        problem = f"{before} as before, for which --dp-epsilon was shared out"
-    elif last.round == before and before % experiment.eval_every:
-        problem = f"{before} as before, which is tested as the last, and would not be with --eval-every"
-    if problem:
-        raise ConfigurationError([f"rounds: expected {problem}, got {rounds}"])
-    return (last._replace(over=last.over and last.round < before, clients={}),)
+        return f"{as_before}as the state of {first} is not kept: only one policy, rule and seed can go on"
+    if rounds <= last.round and not (experiment.rate_schedule != "constant" or experiment.dp_epsilon):
+        return f"more than the {last.round} that are done"
+    reasons = {
+        f"as --rate-schedule {experiment.rate_schedule} goes by all rounds": experiment.rate_schedule != "constant",
+        "for which the noise of --dp-epsilon is found": experiment.dp_epsilon and not experiment.dp_noise,
+        "for which --dp-epsilon was shared out": experiment.dp_epsilon,
+        "which is tested as the last, and would not be with --eval-every": (
+            last.round == before and before % experiment.eval_every
+        ),
+    }
+    return next((as_before + reason for reason, holds in reasons.items() if holds), "")
 
 
 def last_good(checkpoints: Checkpoints | None, record: Record) -> str:
@@ -138,6 +148,12 @@ def full_configuration(experiment: Experiment, dataset: Dataset) -> dict[str, An
     for name in ("x_train", "y_train", "x_test", "y_test"):
         checksum.update(np.ascontiguousarray(getattr(dataset, name)).tobytes())
     return dataclasses.asdict(experiment) | {"checksum of the dataset": checksum.hexdigest()[:16]}
+
+
+def differences(before: Mapping[str, Any], machine: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what differs in device and versions, in words."""
+    then, now = _flat(before), _flat(machine)
+    return tuple(f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name])
 
 
 def _flat(machine: Mapping[str, Any]) -> dict[str, str]:

@@ -39,6 +39,8 @@ POLICIES: Mapping[str, str] = {
     "reversed": "AutoRank's ratios, largest to the least complex client",
     "manual": "the ratios given as --ratios",
 }
+MOST_STRANGE = 3
+"""Names in a file of options that are none, from more than which on it is another file."""
 SAMPLINGS = ("uniform", "by_size", "independent")
 SCORED = ("autorank", "covered", "uniform", "uniform_bytes", "by_size_bytes", "shuffled", "reversed")
 """Policies that need AutoRank's scores, if only for their mean."""
@@ -50,7 +52,7 @@ class Experiment:
 
     Attributes:
         dataset: name of a dataset; `autorank-jax data` lists them
-        split: how examples are split over clients: iid, dirichlet, shards, quantity, staircase, dirichlet_lognormal
+        split: who gets which examples: iid, dirichlet, shards, quantity, staircase, dirichlet_lognormal
         clients: number of clients
         alpha: Dirichlet concentration of the label mixes, small = few classes per client
         sigma: size imbalance of the log-normal splits, 0 = equal sizes
@@ -62,7 +64,7 @@ class Experiment:
         rank_policies: what gives the clients their ranks, each tried in turn; the end of this help explains them
         ratios: rank ratio of every client, for the policy 'manual'
         min_ratio: smallest rank ratio, of the least complex client
-        criteria: columns of the decision matrix: size, classes, label_entropy, gini_simpson, loss_entropy
+        criteria: columns of the decision matrix; default all that there are
         probe_epochs: epochs of the probe behind the criterion loss_entropy
         rerank_every: rounds after which ranks are set anew, 0 = set once
         aggregators: aggregation rules, each tried in turn, rbla for the paper's own; the end of this help explains them
@@ -202,7 +204,11 @@ def experiment_from(config: Any) -> Experiment:
     """
     if not isinstance(config, Mapping):
         raise ConfigurationError([f"config: expected options by name, got {type(config).__name__}"])
-    problems = list(unknown("config", config, Experiment.__dataclass_fields__))
+    strange = [str(name) for name in config if name not in Experiment.__dataclass_fields__]
+    if len(strange) > MOST_STRANGE:
+        names = f"{', '.join(strange[:MOST_STRANGE])} and {len(strange) - MOST_STRANGE} more"
+        raise ConfigurationError([f"config: expected options of a run, got {names}, probably another file"])
+    problems = list(unknown("config", strange, Experiment.__dataclass_fields__, listed="run --help-all"))
     values: dict[str, Any] = {}
     for name, field in Experiment.__dataclass_fields__.items():
         if name not in config:

@@ -26,6 +26,7 @@ class Compiled(NamedTuple):
 
     aggregator: str
     seconds: float
+    lanes: int  # clients that each device trains side by side
 
 
 class Scored(NamedTuple):

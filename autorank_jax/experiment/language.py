@@ -6,9 +6,7 @@ Load → clients of texts → probe → rank → rounds → results. Clients tra
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,197 +16,167 @@ import numpy as np
 from autorank_jax.adapters import max_ranks
 from autorank_jax.engine.probe import probe
 from autorank_jax.engine.round import make_round
-from autorank_jax.engine.simulation import init_state
 from autorank_jax.evaluation.costs import client_costs
 from autorank_jax.evaluation.language import (
     client_perplexities,
     continue_text,
     make_evaluate_language,
 )
+from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.config import GLOBAL_RULES
-from autorank_jax.experiment.language_options import LanguageOptions
-from autorank_jax.experiment.language_setup import Parts, make_parts, mistakes_of, shortest_prompt
-from autorank_jax.experiment.results import LanguageDivergedError
+from autorank_jax.experiment.events import Resumed
+from autorank_jax.experiment.language_options import LanguageOptions, as_json
+from autorank_jax.experiment.language_position import LanguagePosition, Save, make_save, restore
+from autorank_jax.experiment.language_results import (
+    Clock,
+    LanguageClient,
+    LanguageEvent,
+    LanguageResults,
+    LanguageRow,
+    Sample,
+    check_round,
+)
+from autorank_jax.experiment.language_setup import Parts, begin, make_parts, mistakes_of, shortest_prompt
+from autorank_jax.experiment.waiting import wait_for
 from autorank_jax.ranks import budgets, policies
 from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
-from autorank_jax.types import (
-    Array,
-    ClientStats,
-    Key,
-    RankInfo,
-    RankPolicy,
-    RoundInfo,
-    State,
-    Task,
-)
+from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy, Server, State, Task
 
 PROBE_RATIO = 1 / 8
 """Rank of the probe over the maximum rank."""
 
+FORWARD = 1 / 3
+"""What evaluating a row takes of training on it: the backward pass computes the activations again."""
 
-class Stage(NamedTuple):
-    """An event: something is done."""
-
-    name: str
-    seconds: float
-    detail: str = ""
+OnRow = Callable[[LanguageRow], object]
+"""Called after every round, and with round 0 before the first."""
 
 
-class LanguageRow(NamedTuple):
-    """One round; number 0 is the model as it came."""
+class Tools(NamedTuple):
+    """What a model is looked at with."""
 
-    round: int
-    perplexity: float  # of the server on all held-out completions
-    loss: float  # its logarithm
-    train_loss: float | None
-    seconds: float  # of training
-    bytes_up: float
-    bytes_down: float
-    flops: float
-    excluded: int  # clients whose update was not finite
-
-
-class LanguageClient(NamedTuple):
-    """One client; perplexities of the server cut to its rank, on its held-out completions, None where it has none."""
-
-    name: str
-    rows: int
-    ratio: float
-    rank: int
-    before: float | None
-    after: float | None
-
-
-class Sample(NamedTuple):
-    """A held-out prompt, the answer in the data, and what the model says, greedily."""
-
-    prompt: str
-    answer: str
-    before: str
-    after: str
-
-
-class LanguageResults(NamedTuple):
-    """Everything that was found, and what it takes to export it."""
-
-    options: dict[str, Any]
-    texts: str  # what became of them
-    weights: dict[str, float]  # CRITIC weights by criterion, {} without scores
-    rows: tuple[LanguageRow, ...]
-    clients: tuple[LanguageClient, ...]
-    sample: Sample
-    probe_flops: float
-    task: Task
-    state: State
+    evaluate: Callable[[State], dict[str, Array]]
+    measure: Callable[[State], Array]  # perplexity of each client
+    say: Callable[[Server], Array]  # the sample
+    prompt: np.ndarray
+    answer: np.ndarray
 
 
 def run_language(
     options: LanguageOptions,
     *,
-    on_event: Callable[[Stage], None] = lambda _: None,
-    on_round: Callable[[LanguageRow], None] = lambda _: None,
+    on_event: Callable[[LanguageEvent], None] = lambda _: None,
+    on_round: OnRow = lambda _: None,
+    checkpoints: Checkpoints | None = None,
 ) -> LanguageResults:
     """Train a language model by federated LoRA, a rank for every client.
 
     Args:
         options: all of them.
-        on_event: called when a stage is done.
-        on_round: called after every round, and with round 0 before the first.
+        on_event: called when a stage begins, goes on and is over.
+        on_round: called after every round, and with round 0 before the first. Whatever it raises leaves through here,
+            after a checkpoint.
+        checkpoints: where to save and how often. If the folder holds checkpoints of these options, model and texts, it
+            goes on from the latest: results are bit for bit those of a run that was never interrupted.
 
     Raises:
         ConfigurationError: for mistakes in options and files, in lines.
         DatasetError: for files of instructions that cannot be read.
+        CheckpointError: for checkpoints of something else, damaged ones, or those of a newer version.
         LanguageDivergedError: for a loss that is no number.
     """
     options.validate(GLOBAL_RULES)
     options = dataclasses.replace(options, learning_rate=options.rate)
-    timed = _Timer(on_event)
-    parts = make_parts(options, timed)
-    task, rule, data, held = parts.task, parts.rule, parts.data, parts.held_out
+    clock = Clock(on_event)
+    parts = make_parts(options, clock)
     keys = jax.random.split(jax.random.key(options.seed), 3)
-    stats, probe_flops = parts.stats, 0.0
-    if options.probed:
-        stats, probe_flops = run_probe(keys[0], options, parts)
-        timed("probe")
-    ratios, ranks, info = jax.jit(make_ranking(options, task))(keys[1], stats)
-    state = begin(options, parts, ranks)
-    timed("ranks", f"{_range(ranks)} of {options.max_rank}")
+    tools = make_tools(options, parts, clock)
+    save = make_save(checkpoints, options, parts)
+    position, differing = restore(checkpoints, options, parts)
+    if position is None:
+        position = prepare(keys, options, parts, tools, clock)
+        on_round(position.rows[0])
+        save(position, False)
+    else:
+        on_event(Resumed(position.round, differing))
+    position = run_rounds(keys[2], options, parts, position, tools=tools, clock=clock, save=save, on_round=on_round)
+    return finish(options, parts, position, tools, clock)
+
+
+def make_tools(options: LanguageOptions, parts: Parts, clock: Clock) -> Tools:
+    """Compile the evaluation; the other functions are compiled when first called."""
+    task, held = parts.task, parts.held_out
     prompt, answer = shortest_prompt(held)
-    measure = jax.jit(lambda state: client_perplexities(task, state, held))
-    say = jax.jit(lambda server: continue_text(task, server, jnp.asarray(prompt), tokens=options.tokens))
+    clock.begin("compilation of the evaluation")
     evaluate = jax.jit(make_evaluate_language(task, held.inputs, held.targets))
-    before, first_words = measure(state), say(state.server)
-    rows = [LanguageRow(0, *_scores(evaluate(state)), None, 0.0, 0.0, 0.0, 0.0, 0)]
-    timed("evaluation")
-    on_round(rows[0])
-    round_fn = jax.jit(make_round(parts.local, rule, lanes=options.lanes)).lower(keys[2], state, data).compile()
-    timed("compilation")
-    cost = client_costs(
-        state.server, rule.client_ranks(state.ranks, state.clients), data.size, parts.flops,
-        local_epochs=options.local_epochs, traffic=rule.traffic,
-    )  # fmt: skip
-    up, down, flops = (float(each.sum()) for each in (cost.bytes_up, cost.bytes_down, cost.flops))
-    for number in range(1, options.rounds + 1):
-        began = time.perf_counter()
-        state, done = jax.block_until_ready(round_fn(keys[2], state, data))
-        seconds = time.perf_counter() - began
-        perplexity, loss = _scores(evaluate(state))
-        check_round(number, perplexity, done)
-        rows.append(
-            LanguageRow(number, perplexity, loss, float(done.loss), seconds, up, down, flops, int(done.excluded))
-        )
-        on_round(rows[-1])
-    after, last_words = measure(state), say(state.server)
-    some = np.asarray(held.size) > 0
-    return LanguageResults(
-        options={
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(options).items()
-        },
-        texts=parts.texts,
-        weights=dict(zip(info.criteria, np.asarray(info.weights).tolist(), strict=True)),
-        rows=tuple(rows),
-        clients=tuple(
-            LanguageClient(
-                name,
-                int(data.size[n]),
-                float(ratios[n]),
-                max(int(rank[n]) for rank in ranks.values()),
-                _number(before[n]) if some[n] else None,
-                _number(after[n]) if some[n] else None,
-            )
-            for n, name in enumerate(parts.names)
-        ),
-        sample=Sample(*map(parts.decode, (prompt, answer, first_words, last_words))),
-        probe_flops=probe_flops,
-        task=task,
-        state=state,
+    compiled = evaluate.lower(begin(options, parts, None)).compile()
+    clock.end()
+    return Tools(
+        compiled,
+        jax.jit(lambda state: client_perplexities(task, state, held)),
+        jax.jit(lambda server: continue_text(task, server, jnp.asarray(prompt), tokens=options.tokens)),
+        prompt,
+        answer,
     )
 
 
-def run_probe(key: Key, options: LanguageOptions, parts: Parts) -> tuple[ClientStats, float]:
+def prepare(keys: Key, options: LanguageOptions, parts: Parts, tools: Tools, clock: Clock) -> LanguagePosition:
+    """Evaluate the model as it came, probe, and give every client its rank."""
+    begun = begin(options, parts, None)
+    clock.begin("evaluation")
+    scores = _scores(wait_for(tools.evaluate(begun)))
+    clock.end(flops=parts.flops.base * float(parts.held_out.size.sum()) * FORWARD)
+    clock.begin("sample")
+    words = wait_for(tools.say(begun.server))
+    clock.end()
+    stats, spent = parts.stats, 0.0
+    if options.probed:
+        stats, spent = run_probe(keys[0], options, parts, clock)
+    clock.begin("ranks")
+    ratios, ranks, info = jax.jit(make_ranking(options, parts.task))(keys[1], stats)
+    state = begin(options, parts, ranks)
+    clock.end(f"{_range(ranks)} of {options.max_rank}")
+    before = measure_clients(state, tools, clock)
+    weights = dict(zip(info.criteria, np.asarray(info.weights).tolist(), strict=True))
+    row = LanguageRow(0, *scores, None, 0.0, 0.0, 0.0, 0.0, 0)
+    return LanguagePosition((row,), state, ratios, weights, spent, before, words)
+
+
+def run_probe(key: Key, options: LanguageOptions, parts: Parts, clock: Clock) -> tuple[ClientStats, float]:
     """Return the clients' statistics with loss curves, and the FLOPs that they took.
 
     Raises:
         ConfigurationError: if no client's losses are finite.
     """
-    data, count = parts.data, len(parts.names)
+    widest = max_ranks(parts.task)
+    ranks = {
+        path: jnp.full(len(parts.names), max(1, int(PROBE_RATIO * width)), jnp.int32) for path, width in widest.items()
+    }
+    cost = client_costs(parts.task.server, ranks, parts.data.size, parts.flops, local_epochs=options.probe_epochs)
+    flops = float(cost.flops.sum())
+
+    def run(one: Callable[..., Any], *given: Any) -> Any:
+        clock.begin("compilation of the probe")
+        compiled = jax.jit(one).lower(*given).compile()
+        clock.end()
+        clock.begin("probe", flops)
+        done = wait_for(compiled(*given))
+        clock.end(flops=flops)
+        return done
+
     with mistakes_of("probe"):
         probed = probe(
             key,
             parts.local,
             begin(options, parts, None),
-            data,
+            parts.data,
             epochs=options.probe_epochs,
             ratio=PROBE_RATIO,
             lanes=options.lanes,
-            groups=np.zeros(len(data.order), np.int32),
+            groups=np.zeros(len(parts.data.order), np.int32),
+            run=run,
         )
-    widest = max_ranks(parts.task.server)
-    ranks = {path: jnp.full(count, max(1, int(PROBE_RATIO * width)), jnp.int32) for path, width in widest.items()}
-    cost = client_costs(parts.task.server, ranks, data.size, parts.flops, local_epochs=options.probe_epochs)
-    stats = parts.stats._replace(epoch_losses=probed.epoch_losses, epochs=probed.epochs)
-    return stats, float(cost.flops.sum())
+    return parts.stats._replace(epoch_losses=probed.epoch_losses, epochs=probed.epochs), flops
 
 
 def rank_policy(options: LanguageOptions) -> RankPolicy:
@@ -223,42 +191,105 @@ def rank_policy(options: LanguageOptions) -> RankPolicy:
 def make_ranking(
     options: LanguageOptions, task: Task
 ) -> Callable[[Key, ClientStats], tuple[Array, dict[str, Array], RankInfo]]:
-    """Make the function that gives ratios, ranks and what led to them; to be compiled, as ratios round beyond 1."""
+    """Make the function that gives ratios, ranks and what led to them."""
     policy = rank_policy(options)
 
     def rank(key: Key, stats: ClientStats) -> tuple[Array, dict[str, Array], RankInfo]:
         ratios, info = policy(key, stats)
-        ratios = jnp.minimum(ratios, 1)
         return ratios, policies.ranks_from_ratios(ratios, max_ranks(task.server)), info
 
     return rank
 
 
-def begin(options: LanguageOptions, parts: Parts, ranks: Mapping[str, Array] | None) -> State:
-    """Make the state before the first round; everybody's ranks are the maximum where None."""
-    return init_state(
-        parts.task.server,
-        parts.rule,
-        ranks,
-        learning_rate=options.rate,
-        local_epochs=options.local_epochs,
-        max_epochs=options.local_epochs,
-        clients=len(parts.names),
-    )
+def measure_clients(state: State, tools: Tools, clock: Clock) -> Array:
+    """Return the perplexity of each client."""
+    clock.begin("evaluation of the clients")
+    measured = wait_for(tools.measure(state))
+    clock.end()
+    return measured
 
 
-def check_round(number: int, perplexity: float, info: RoundInfo) -> None:
-    """Refuse a round that led nowhere.
+def run_rounds(
+    key: Key,
+    options: LanguageOptions,
+    parts: Parts,
+    position: LanguagePosition,
+    *,
+    tools: Tools,
+    clock: Clock,
+    save: Save,
+    on_round: OnRow,
+) -> LanguagePosition:
+    """Run all rounds, or those that a checkpoint did not hold.
 
     Raises:
-        LanguageDivergedError: for a perplexity that is no finite number, or no client with a finite update.
+        LanguageDivergedError: for a round that led nowhere.
     """
-    there = int(info.participants) - int(info.dropped)
-    if not math.isfinite(perplexity) or int(info.excluded) == there:
-        what = f"no finite update of any of {there} clients" if math.isfinite(perplexity) else f"{perplexity}"
-        raise LanguageDivergedError(
-            f"round {number}: expected a finite perplexity, got {what}; probably the learning rate is too large"
-        )
+    if position.round >= options.rounds:
+        return position
+    clock.begin("compilation")
+    round_fn = make_round(parts.local, parts.rule, lanes=options.lanes)
+    compiled = jax.jit(round_fn).lower(key, position.state, parts.data).compile()
+    clock.end()
+    while position.round < options.rounds:
+        up, down, flops = cost_of(options, parts, position.state)
+        clock.begin(f"round {position.round + 1} of {options.rounds}", flops)
+        state, done = wait_for(compiled(key, position.state, parts.data))
+        seconds = clock.end(flops=flops, tell=False)
+        scores = _scores(wait_for(tools.evaluate(state)))
+        check_round(position.round + 1, scores[0], done)
+        row = LanguageRow(
+            position.round + 1, *scores, float(done.loss), seconds, up, down, flops, int(done.excluded)
+        )  # fmt: skip
+        position = position._replace(rows=(*position.rows, row), state=state)
+        try:
+            on_round(row)
+        except BaseException:
+            save(position, True)
+            raise
+        save(position, False)
+    return position
+
+
+def cost_of(options: LanguageOptions, parts: Parts, state: State) -> tuple[float, float, float]:
+    """Return bytes to the server, bytes to the clients and FLOPs of the next round, of all clients together."""
+    cost = client_costs(
+        state.server, parts.rule.client_ranks(state.ranks, state.clients), parts.data.size, parts.flops,
+        local_epochs=options.local_epochs, traffic=parts.rule.traffic,
+    )  # fmt: skip
+    return float(cost.bytes_up.sum()), float(cost.bytes_down.sum()), float(cost.flops.sum())
+
+
+def finish(
+    options: LanguageOptions, parts: Parts, position: LanguagePosition, tools: Tools, clock: Clock
+) -> LanguageResults:
+    """Measure the clients again and sum everything up."""
+    state, some = position.state, np.asarray(parts.held_out.size) > 0
+    after = measure_clients(state, tools, clock)
+    clock.begin("sample")
+    last_words = wait_for(tools.say(state.server))
+    clock.end()
+    return LanguageResults(
+        options=as_json(options),
+        texts=parts.texts,
+        weights=dict(position.weights),
+        rows=position.rows,
+        clients=tuple(
+            LanguageClient(
+                name,
+                int(parts.data.size[n]),
+                float(position.ratios[n]),
+                max(int(rank[n]) for rank in state.ranks.values()),
+                _number(position.before[n]) if some[n] else None,
+                _number(after[n]) if some[n] else None,
+            )
+            for n, name in enumerate(parts.names)
+        ),
+        sample=Sample(*map(parts.decode, (tools.prompt, tools.answer, position.words, last_words))),
+        probe_flops=position.probe_flops,
+        task=parts.task,
+        state=state,
+    )
 
 
 def _scores(metrics: dict[str, Array]) -> tuple[float, float]:
@@ -269,18 +300,6 @@ def _number(value: Array) -> float | None:
     return float(value) if math.isfinite(float(value)) else None
 
 
-def _range(ranks: dict[str, Array]) -> str:
+def _range(ranks: Mapping[str, Array]) -> str:
     low, high = min(int(r.min()) for r in ranks.values()), max(int(r.max()) for r in ranks.values())
     return str(low) if low == high else f"{low}–{high}"
-
-
-class _Timer:
-    """Tells what was done since the last time."""
-
-    def __init__(self, on_event: Callable[[Stage], None]) -> None:
-        self.on_event, self.began = on_event, time.perf_counter()
-
-    def __call__(self, name: str, detail: str = "") -> None:
-        now = time.perf_counter()
-        self.on_event(Stage(name, now - self.began, detail))
-        self.began = now

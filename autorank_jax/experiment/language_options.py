@@ -1,8 +1,9 @@
 """The options of a federation of language models, checked at once."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, outside, unknown
 
@@ -99,3 +100,19 @@ class LanguageOptions:
         ]
         if problems:
             raise ConfigurationError(problems)
+
+
+def as_json(options: LanguageOptions) -> dict[str, Any]:
+    """Return all options by name, as JSON has them."""
+    values = dataclasses.asdict(options)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def language_options_from(content: Mapping[str, Any]) -> LanguageOptions:
+    """Make options of what a run has noted of them.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    paths = {name: content[name] and Path(content[name]) for name in ("model", "data") if name in content}
+    return LanguageOptions(**{**content, **paths})

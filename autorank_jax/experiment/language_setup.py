@@ -1,7 +1,7 @@
 """What a federation of a language model is made of: model, clients of texts, task, local training and rule."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,14 +13,16 @@ from autorank_jax.aggregators import make_rule
 from autorank_jax.datasets.instructions import load_instructions
 from autorank_jax.engine.flops import FlopModel
 from autorank_jax.engine.local import make_local_training
+from autorank_jax.engine.simulation import init_state
 from autorank_jax.evaluation.language import language_flops
 from autorank_jax.experiment.language_options import LanguageOptions
+from autorank_jax.experiment.language_results import Clock
 from autorank_jax.experiment.mistakes import ConfigurationError
 from autorank_jax.federated.texts import TextClients, text_clients
 from autorank_jax.models.causal_checkpoint import load_causal_lm
 from autorank_jax.models.causal_config import CausalConfig
 from autorank_jax.models.causal_lm import ByteTokenizer, CausalLM, init_causal_lm
-from autorank_jax.types import Aggregator, ClientStats, FederatedData, LocalTraining, Task
+from autorank_jax.types import Aggregator, Array, ClientStats, FederatedData, LocalTraining, State, Task
 
 TINY = CausalConfig(vocabulary=258, width=64, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=128)
 """Of the model that needs no files."""
@@ -41,18 +43,18 @@ class Parts(NamedTuple):
     decode: Callable[[Any], str]
 
 
-def make_parts(options: LanguageOptions, timed: Callable[..., None]) -> Parts:
+def make_parts(options: LanguageOptions, clock: Clock) -> Parts:
     """Load the files and make task, local training and rule.
 
     Args:
         options: all of them.
-        timed: called with the name of each stage that is done, and what it found.
+        clock: told of each stage, and what it found.
 
     Raises:
         ConfigurationError: as `load`.
         DatasetError: likewise.
     """
-    model, clients = load(options, timed)
+    model, clients = load(options, clock)
     task = task_from_causal_lm(model, max_rank=options.max_rank, key=options.seed)
     assert clients.held_out is not None  # `load` refuses it
     return Parts(
@@ -69,20 +71,22 @@ def make_parts(options: LanguageOptions, timed: Callable[..., None]) -> Parts:
     )
 
 
-def load(options: LanguageOptions, timed: Callable[..., None]) -> tuple[CausalLM, TextClients]:
+def load(options: LanguageOptions, clock: Clock) -> tuple[CausalLM, TextClients]:
     """Load the model and make clients of the texts, some of which are held out.
 
     Args:
         options: for files and clients.
-        timed: called with the name of each stage that is done, and what it found.
+        clock: told of each stage, and what it found.
 
     Raises:
         ConfigurationError: for folders and files that are not what they should be, and data of fewer than two clients.
         DatasetError: for files of instructions that cannot be read.
     """
+    clock.begin("data")
     instructions = load_instructions(options.data, skip=options.skip_odd_lines) if options.data else load_instructions()
     left_out = f", lines left out: {len(instructions.problems)}" if instructions.problems else ""
-    timed("data", f"{len(instructions.examples)} texts{left_out}")
+    clock.end(f"{len(instructions.examples)} texts{left_out}")
+    clock.begin("model")
     if options.model:
         with mistakes_of("model"):
             dtype = None if options.dtype == "auto" else jnp.dtype(options.dtype)
@@ -94,7 +98,8 @@ def load(options: LanguageOptions, timed: Callable[..., None]) -> tuple[CausalLM
         raise ConfigurationError(
             [f"max-rank: expected at most the model's width, {model.config.width}, got {options.max_rank}"]
         )
-    timed("model", f"{sum(p.size for p in model.params.values()) / 1e6:.3g} M parameters")
+    clock.end(f"{sum(p.size for p in model.params.values()) / 1e6:.3g} M parameters")
+    clock.begin("clients")
     with mistakes_of("data"):
         clients = text_clients(
             instructions, model.tokenizer, length=options.max_length, clients_by=options.clients_by,
@@ -109,8 +114,21 @@ def load(options: LanguageOptions, timed: Callable[..., None]) -> tuple[CausalLM
         raise ConfigurationError(
             [f"hold-out: expected a share that leaves some client a text, got {options.hold_out} of few texts each"]
         )
-    timed("clients", f"{len(clients.names)} of {str(clients.report).partition(chr(10))[0]}")
+    clock.end(f"{len(clients.names)} of {str(clients.report).partition(chr(10))[0]}")
     return model, clients
+
+
+def begin(options: LanguageOptions, parts: Parts, ranks: Mapping[str, Array] | None) -> State:
+    """Make the state before the first round; everybody's ranks are the maximum where None."""
+    return init_state(
+        parts.task.server,
+        parts.rule,
+        ranks,
+        learning_rate=options.rate,
+        local_epochs=options.local_epochs,
+        max_epochs=options.local_epochs,
+        clients=len(parts.names),
+    )
 
 
 def shortest_prompt(held: FederatedData) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from autorank_jax.engine.lane_count import free_memory
 from autorank_jax.engine.sharding import client_mesh, replicate
 from autorank_jax.experiment.launch_options import Launch
 from autorank_jax.experiment.mistakes import ConfigurationError
@@ -95,6 +96,16 @@ def describe_machine(mesh: Mesh | None) -> dict[str, Any]:
     return {"device": device if mesh is None else f"{device}, {mesh.devices.size} devices", "versions": versions}
 
 
+def fits(compiled: Any) -> bool:
+    """Return whether a compiled program's results and temporaries fit into what is free of the device's memory.
+
+    A device that does not tell, and a program that is not said to need any, always fit.
+    """
+    free, analysis = free_memory(), getattr(compiled, "memory_analysis", None)
+    needed = None if analysis is None else analysis()
+    return free is None or needed is None or needed.temp_size_in_bytes + needed.output_size_in_bytes <= free
+
+
 def compile_round(round_fn: RoundFn, mesh: Mesh | None, key: Key, state: State, data: FederatedData) -> RoundFn:
     """Compile a round for arguments like these.
 
@@ -125,4 +136,5 @@ def compile_round(round_fn: RoundFn, mesh: Mesh | None, key: Key, state: State, 
         left.update({id(one): (one, many) for one, many in zip(*map(jax.tree.leaves, (here, result)), strict=True)})
         return here
 
+    run.memory_analysis = compiled.memory_analysis  # type: ignore[attr-defined]  # for `fits`
     return run

@@ -20,15 +20,28 @@ class ConfigurationError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
-def unknown(option: str, words: Iterable[str], allowed: Iterable[str]) -> Iterable[str]:
-    """Yield a line for every word that is not allowed, with what comes close."""
+MANY = 8
+"""Names from which on a near miss is told without all others."""
+
+
+def unknown(option: str, words: Iterable[str], allowed: Iterable[str], *, listed: str = "") -> Iterable[str]:
+    """Yield a line for every word that is not allowed, with what comes close.
+
+    Args:
+        option: whose words these are.
+        words: as they are given.
+        allowed: all names.
+        listed: where all names are explained, if they are too many for a line.
+    """
     names = list(allowed)
     for word in words:
         if word not in names:
             longer = [name for name in names if word and name.startswith(word)]
             close = longer or difflib.get_close_matches(word, names, n=1)
             hint = f", probably {' or '.join(map(repr, close[:3]))}" if close else ""
-            yield f"{option}: expected one of {', '.join(names)}, got {word!r}{hint}"
+            known = f"{len(names)} names" if listed or (hint and len(names) > MANY) else ", ".join(names)
+            where = f" ({listed})" if listed and not hint else ""
+            yield f"{option}: expected one of {known}, got {word!r}{hint}{where}"
 
 
 def outside(

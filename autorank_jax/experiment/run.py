@@ -5,6 +5,7 @@ hyper-parameters and frozen weights are data in the state. Nothing is printed he
 """
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ from autorank_jax.experiment.events import (
     Started,
     Stopped,
 )
-from autorank_jax.experiment.launch import compile_round, describe_machine, is_first
+from autorank_jax.experiment.launch import compile_round, describe_machine, fits, is_first
 from autorank_jax.experiment.levels import expected_levels, given_levels, levels_for
 from autorank_jax.experiment.personal import Measure, make_measure
 from autorank_jax.experiment.position import (
@@ -62,6 +63,7 @@ from autorank_jax.experiment.setup import (
     metrics_of,
     start_state,
 )
+from autorank_jax.experiment.waiting import wait_for
 from autorank_jax.federated import by_examples, equally
 from autorank_jax.types import Aggregator, Array, EvaluateFn, RoundFn, State
 
@@ -82,6 +84,7 @@ class CompiledRound(NamedTuple):
     name: str  # of the rule
     rule: Aggregator
     levels: tuple[Mapping[str, int], ...]
+    lanes: int
     seconds: float
 
 
@@ -143,7 +146,7 @@ def run_experiment(
     if position.records:
         on_event(Resumed(position.rounds, differences))
     hooks = Hooks(on_event, on_round, make_save(checkpoints if is_first() else None, experiment, dataset, machine))
-    needing = [name for name in experiment.aggregators if needs_rounds(position, experiment, name)]
+    needing = [name for name in experiment.aggregators if position.needs_rounds(experiment, name)]
     position, scores, compiled = score(experiment, setup, position, mesh, on_event, total=len(needing))
     runs: list[Run] = []
 
@@ -164,7 +167,7 @@ def run_experiment(
             program = make_program(experiment, name, federations[0], dataset, compiled=compiled, cost=cost)
             seconds = compiled.seconds + time.perf_counter() - begin
             position = position._replace(seconds={**position.seconds, name: seconds})
-            on_event(Compiled(name, seconds))
+            on_event(Compiled(name, seconds, compiled.lanes))
         for policy, number in itertools.product(experiment.rank_policies, range(experiment.seeds)):
             federation, seen = federations[number], scores[number]
             start = start_state(experiment, federation, rule, first_ranks(seen, policy))
@@ -246,12 +249,6 @@ def score(
     return position, scores, compiled
 
 
-def needs_rounds(position: Position, experiment: Experiment, name: str) -> bool:
-    """Return whether a rule has rounds left to run."""
-    over = sum(record.over for record in position.records if record.aggregator == name)
-    return over < len(experiment.rank_policies) * experiment.seeds
-
-
 def make_program(
     experiment: Experiment,
     name: str,
@@ -284,10 +281,11 @@ def compile_training(
     local = make_local_training(federation.task, make_optimizer(experiment), batch_size=experiment.batch_size)
     devices = 1 if mesh is None else mesh.devices.size
     by_size = experiment.sampling == "by_size" and experiment.cohort < experiment.clients
-    round_fn = make_round(
+    lanes = lane_count(experiment, federation, cohort=experiment.cohort, devices=devices)
+    make = functools.partial(
+        make_round,
         local,
         rule,
-        lanes=lane_count(experiment, federation, cohort=experiment.cohort, devices=devices),
         rank_levels=levels,
         participation=make_participation(experiment),
         weigh=equally if by_size else by_examples,
@@ -295,8 +293,12 @@ def compile_training(
         mesh=mesh,
     )
     state = start_state(experiment, federation, rule)
-    run = compile_round(round_fn, mesh, federation.keys["training"], state, federation.data)
-    return CompiledRound(run, experiment, name, rule, tuple(levels), time.perf_counter() - begin)
+    arguments = federation.keys["training"], state, federation.data
+    run = compile_round(make(lanes=lanes), mesh, *arguments)
+    while experiment.lanes == "auto" and lanes > 1 and not fits(run):
+        lanes //= 2
+        run = compile_round(make(lanes=lanes), mesh, *arguments)
+    return CompiledRound(run, experiment, name, rule, tuple(levels), lanes, time.perf_counter() - begin)
 
 
 def compile_probe(
@@ -340,7 +342,7 @@ def probe(
         epochs = jnp.asarray(experiment.probe_epochs, jnp.int32)
         state = state._replace(hparams=state.hparams | {"local_epochs": epochs})
         state, _ = compiled.run(federation.keys["probe"], state, federation.data)
-        curves.append((state.epoch_losses, state.epochs))
+        curves.append(wait_for((state.epoch_losses, state.epochs)))  # or ranking would wait for it
     return tuple(curves)
 
 
@@ -393,7 +395,6 @@ def run_rounds(
 def run_round(program: Program, federation: Federation, state: State, *, tested: bool) -> tuple[State, Measured]:
     """Run one round, and evaluate it if it is time to."""
     begin = time.perf_counter()
-    state, info = program.round(federation.keys["training"], state, federation.data)
-    jax.block_until_ready((state, info))
+    state, info = wait_for(program.round(federation.keys["training"], state, federation.data))
     seconds = time.perf_counter() - begin
     return state, Measured(info, program.evaluate(state) if tested else {}, seconds)

@@ -89,7 +89,7 @@ def text_clients(
         raise ValueError(f"expected hold_out in [0, 1), got {hold_out}")
     if clients_by not in instructions.fields:
         known = sorted(instructions.fields)
-        raise ValueError(f"expected clients_by to be a field of the lines, one of {known}, got {clients_by!r}")
+        raise ValueError(f"expected a field of the lines to take clients by, one of {known}, got {clients_by!r}")
     values = instructions.fields[clients_by]
     without = [str(n) for n, value in zip(instructions.lines, values, strict=True) if value is None]
     if without:

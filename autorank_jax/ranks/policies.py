@@ -194,7 +194,7 @@ def ratios_from_scores(scores: ArrayLike, *, min_ratio: float = 0.1, where: Arra
         raise ValueError(f"expected scores of shape (clients,), got {scores.shape}")
     s, varying = mcda.min_max(scores[:, None], where=where)
     s = jnp.where(varying[None, :], s, 1)[:, 0]
-    ratios = min_ratio + (1 - min_ratio) * s
+    ratios = jnp.minimum(min_ratio + (1 - min_ratio) * s, 1)  # the sum may round beyond it
     return ratios if where is None else jnp.where(where, ratios, min_ratio)
 
 

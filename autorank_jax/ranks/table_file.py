@@ -66,8 +66,8 @@ def read_criteria(path: str | Path, *, cost: Sequence[str] = (), columns: Sequen
         clients, criteria = tuple(first), criteria[1:]
     elif criteria[1:] and not columns and _consecutive(first):
         remarks.append(
-            f"{path}: column {criteria[0]!r} counts the rows, and is taken for a criterion; if these are the clients' "
-            "numbers, call it client, or choose the others by --columns"
+            f"{path}: column {criteria[0]!r} holds {first[0]}, {int(first[0]) + 1} and so on, row by row, and is scored"
+            " as a criterion; if it only numbers the clients, rename it to client, or name the criteria by --columns"
         )
     if columns:
         criteria = list(columns)

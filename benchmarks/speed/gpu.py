@@ -1,4 +1,4 @@
-"""One accelerator, everything: agreement with the CPU, speed by lanes, a million clients, CUDA graphs, precision, SVDs.
+"""One accelerator, everything: agreement with the CPU, speed by lanes, a million clients, language models, options.
 
 Every part runs in a process of its own under a limit of seconds, the most important first; each row is written as soon
 as it is there. Called again, it goes on with the parts that are not finished (`--again` measures all anew).
@@ -47,6 +47,18 @@ COLUMNS: dict[str, dict[str, str]] = {
         "µs per example": "microseconds_per_example",
         "seconds to compile": "compile_seconds",
         "MB at the peak": "peak_mb",
+    },
+    "language": {
+        "workload": "workload",
+        "competitor": "competitor",
+        "lanes": "lanes",
+        "ranks": "rank",
+        "tokens a round": "tokens",
+        "tokens per second": "tokens_per_second",
+        "seconds per round": "seconds_per_round",
+        "seconds to compile": "compile_seconds",
+        "MB at the peak": "peak_mb",
+        "all finite": "finite",
     },
     "graphs": {
         "workload": "workload",
@@ -142,7 +154,7 @@ def tables(content: script.Content) -> dict[str, str]:
 def prepared(row: harness.Row, content: script.Content) -> harness.Row:
     """Add what a table shows in other units."""
     row = row | ({"peak_mb": row["peak_bytes"] / MEGABYTE} if row.get("peak_bytes") else {})
-    if "competitor" in row:
+    if "chosen" in row:
         yardstick = {r["workload"]: r["samples_per_second"] for r in content["rows"] if is_yardstick(r)}
         if row["workload"] in yardstick:
             row["of_centralised"] = row["samples_per_second"] / yardstick[row["workload"]]

@@ -25,7 +25,7 @@ from autorank_jax.engine.round import make_round
 from autorank_jax.engine.simulation import init_state
 from autorank_jax.types import Server, State
 from benchmarks import harness, script
-from benchmarks.speed import competitors, workloads
+from benchmarks.speed import competitors, gpu_language, workloads
 
 Rows = Iterator[harness.Row]
 
@@ -229,6 +229,7 @@ PARTS: Mapping[str, Callable[..., Rows]] = (
     {"agreement": agreement}
     | {f"speed {n}": functools.partial(speed, n) for n in ("staircase", "cnn", "transformer", "lognormal", "equal")}
     | {"scale": scale}
+    | {f"language {n}": functools.partial(gpu_language.language, n) for n in ("pfl", "ranks", "openfedllm")}
     | {f"graphs {n}": functools.partial(graphs, n) for n in ("staircase", "lognormal", "cnn")}
     | {f"precision {n}": functools.partial(precision, n) for n in ("transformer", "cnn")}
     | {"svd": svd, "compilation": compilation}

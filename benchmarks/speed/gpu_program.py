@@ -21,11 +21,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 
 from autorank_jax import aggregators
 from autorank_jax.engine.round import make_round
 from autorank_jax.engine.simulation import init_state
+from autorank_jax.types import Array, Batch, FederatedData, PyTree, Trainable
 from benchmarks import harness, script
 from benchmarks.speed import competitors, workloads
 
@@ -70,6 +72,7 @@ COLUMNS = {
     "rule": "rule",
     "lanes": "lanes",
     "launches a step": "step",
+    "by hand": "by_hand",
     "a turn": "turn",
     "outside the loops": "outside",
     "MB of temporaries": "temporary_mb",
@@ -189,6 +192,27 @@ def count(text: str) -> Counts:
     return Counts(launches(found, step), launches(found, turn), outside, calls)
 
 
+def step_by_hand(workload: workloads.Workload, lanes: int) -> int:
+    """Count what a step launches that somebody would write by hand: `scan` over `vmap`, no queue, no masks, no rule."""
+    task, data, size = workload.task, workload.data, workload.local.batch_size
+    stacked = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lanes, *leaf.shape)), task.server.trainable)
+
+    def train(stacked: Trainable, frozen: PyTree, data: FederatedData, index: Array, key: Array) -> Trainable:
+        def loss(params: Trainable, rows: Array) -> Array:
+            inputs, targets = jax.tree.map(lambda leaf: leaf[rows], (data.inputs, data.targets))
+            return jnp.mean(task.loss(frozen, params, Batch(inputs, targets, jnp.ones(size)), key))
+
+        def step(stacked: Trainable, rows: Array) -> tuple[Trainable, None]:
+            return jax.tree.map(lambda p, g: p - 0.01 * g, stacked, jax.vmap(jax.grad(loss))(stacked, rows)), None
+
+        return jax.lax.scan(step, stacked, index)[0]
+
+    index = jnp.zeros((100, lanes, size), jnp.int32)
+    program = compile_for_h100(train, stacked, task.server.frozen, data, index, jax.random.key(0))
+    entry, found = instructions_of(program.as_text())
+    return max(launches(found, body) for body, _ in loops_of(found, entry))
+
+
 def measure(name: str, rule_name: str | None, options: argparse.Namespace) -> harness.Row:
     """Compile a round of a workload, under a rule of its own where one is named, and count."""
     workload = workloads.make_workload(name, quick=options.quick)
@@ -196,7 +220,9 @@ def measure(name: str, rule_name: str | None, options: argparse.Namespace) -> ha
         rule = aggregators.make_rule(rule_name)
         state = init_state(workload.task.server, rule, workload.state.ranks, learning_rate=workloads.LEARNING_RATE)
         workload = workload._replace(rule=rule, state=state)
-    round_fn = make_round(workload.local, workload.rule, lanes=options.lanes, rank_levels=options.levels)
+    round_fn = make_round(
+        workload.local, workload.rule, lanes=options.lanes, rank_levels=options.levels, pack=not options.apart
+    )
     begin = time.perf_counter()
     program = compile_for_h100(round_fn, *competitors.arguments_of(workload))
     seconds, counts = time.perf_counter() - begin, count(program.as_text())
@@ -207,6 +233,7 @@ def measure(name: str, rule_name: str | None, options: argparse.Namespace) -> ha
         "rank_levels": options.levels,
         "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
         "compile_seconds": seconds,
+        "by_hand": step_by_hand(workload, options.lanes),
         **counts._asdict(),
     }
 
@@ -230,6 +257,7 @@ def main() -> None:
     parser.add_argument("--rules", default="rbla,raflora", help="aggregation rules")
     parser.add_argument("--lanes", type=int, default=64, help="clients side by side, 64")
     parser.add_argument("--levels", type=int, default=1, help="rank levels, 1")
+    parser.add_argument("--apart", action="store_true", help="turns leaf by leaf, as on a CPU")
     options = parser.parse_args()
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}  # no driver is asked for
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false".strip()

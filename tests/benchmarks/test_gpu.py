@@ -15,7 +15,17 @@ from benchmarks.speed import gpu, gpu_parts
 
 ROOT = Path(__file__).parents[2]
 ABOUT = {"versions": {"jax": "1"}, "device": {"platform": "gpu", "kind": "a card", "cores": 1, "date": "2026-01-01"}}
-KINDS = ("agreement", "speed cnn", "scale", "graphs cnn", "precision cnn", "svd", "compilation")
+KINDS = (
+    "agreement",
+    "speed cnn",
+    "scale",
+    "language ranks",
+    "language pfl",
+    "graphs cnn",
+    "precision cnn",
+    "svd",
+    "compilation",
+)
 
 
 def options(tmp_path, *words):
@@ -115,4 +125,5 @@ def test_everything_is_rehearsed(tmp_path):
     gaps = [row["difference"] for row in content["rows"] if row["part"] in ("agreement", "svd")]
     assert max(gaps) < 1e-4
     assert all(row["equal_bits"] for row in content["rows"] if row["part"].startswith("graphs"))
+    assert {row["workload"] for row in content["rows"] if row.get("finite")} == {"ranks", "pfl"}
     assert results.with_suffix(".png").stat().st_size > 0

@@ -28,7 +28,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def runs(written, tmp_path):
-    """A copy of them that may be damaged."""
+    """Copies of the two runs, to be changed."""
     return [Path(shutil.copytree(written / name, tmp_path / name)) for name in ("one", "[other]")]
 
 
@@ -36,7 +36,9 @@ def test_runs_beside_each_other(runs, tmp_path, monkeypatch, capsys):
     drawn = []
     comparing = importlib.import_module("autorank_jax.cli.comparing")
     real = comparing.curves_figure
-    monkeypatch.setattr(comparing, "curves_figure", lambda *given: drawn.append(real(*given)) or drawn[0])
+    monkeypatch.setattr(
+        comparing, "curves_figure", lambda *given, **named: drawn.append(real(*given, **named)) or drawn[0]
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     assert cli.main(["compare", *map(str, runs)]) == 0
@@ -57,6 +59,55 @@ def test_runs_beside_each_other(runs, tmp_path, monkeypatch, capsys):
         "[other]: full+zero_pad",
     ]  # fmt: skip
     assert list(drawn[0].axes[0].lines[0].get_ydata()) == pytest.approx([0.15, 0.5, 0.6])
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_long_names_on_narrow_terminals(width, runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    long = [tmp_path / f"fashion_mnist_mini-dirichlet_lognormal-with_a_long_name{end}" for end in ("", "-2")]
+    for before, after in zip(runs, long, strict=True):
+        before.rename(after)
+    assert cli.main(["compare", *map(str, long), "--output", str(tmp_path / "a.png")]) == 0
+    text = capsys.readouterr().out
+    lines = [line for line in text.splitlines() if " is fashion" not in line and str(tmp_path) not in line]
+    assert max(map(len, lines)) <= max(width, 79)  # the line on what was interrupted is none of a table
+    assert text.count("60.0 ± 14.1 %") == 3
+    short = "…" + long[1].name[1 - width // 5 :]
+    assert f"{short} is {long[1].name}\n" in text
+    assert f" {short}: full+zero_pad " in text
+    assert "FLOPs" in text
+
+
+def test_names_with_one_end_are_numbered(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    same = [tmp_path / f"{begin}-a-name-with-one-long-end" for begin in "xy"]
+    for before, after in zip(runs, same, strict=True):
+        before.rename(after)
+    assert cli.main(["compare", *map(str, same), "--output", str(tmp_path / "a.png")]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"1 is {same[0].name}\n2 is {same[1].name}\n")
+    assert " 2: autorank+rbla " in text
+
+
+def test_accuracy_and_r2_are_not_mixed(runs, tmp_path, monkeypatch, capsys):
+    regression, second = (Path(shutil.copytree(runs[0], tmp_path / name)) for name in ("regression", "second"))
+    for folder in (regression, second):
+        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps(summary | {"score": "r2"}))
+    assert fails(capsys, "compare", runs[0], regression) == (
+        "autorank-jax: runs: expected one measure in all of them, got accuracy (as in one) and R² (as in regression); "
+        "compare those of a kind\n"
+    )
+    drawn, comparing = [], importlib.import_module("autorank_jax.cli.comparing")
+    real = comparing.curves_figure
+    monkeypatch.setattr(
+        comparing, "curves_figure", lambda *given, **named: drawn.append(real(*given, **named)) or drawn[0]
+    )
+    assert cli.main(["compare", str(regression), str(second), "--output", str(tmp_path / "a.png")]) == 0
+    text = capsys.readouterr().out.replace(str(tmp_path), "")
+    assert "accuracy" not in text
+    assert "R²" in text
+    assert drawn[0].axes[0].get_ylabel() == "test R²"
 
 
 def test_mistakes_in_a_comparison(runs, tmp_path, capsys):

@@ -4,18 +4,36 @@ import csv
 import dataclasses
 import json
 import math
+import signal
+import time
 
+import jax
 import numpy as np
 import pytest
 
-from autorank_jax.cli import finetuning
+from autorank_jax.checkpoint import CheckpointError, save_state, saved_steps
+from autorank_jax.cli import finetuning, stages
 from autorank_jax.cli import main as cli
 from autorank_jax.cli.finetuning import ADAPTER
 from autorank_jax.experiment import language
+from autorank_jax.experiment.checkpoints import Checkpoints
+from autorank_jax.experiment.events import Resumed
 from autorank_jax.experiment.language_options import LanguageOptions
+from autorank_jax.experiment.language_results import (
+    Begun,
+    Clock,
+    LanguageClient,
+    LanguageResults,
+    LanguageRow,
+    Sample,
+    Stage,
+    check_round,
+)
 from autorank_jax.experiment.language_setup import load, shortest_prompt
+from autorank_jax.experiment.mistakes import ConfigurationError
+from autorank_jax.experiment.results import LanguageDivergedError
 from autorank_jax.models.causal_lm import ByteTokenizer
-from autorank_jax.types import Base, Server, State, Task, Trainable
+from autorank_jax.types import Base, RoundInfo, Server, State, Task, Trainable
 from tests.cli.cases import fails
 from tests.models.causal_cases import CONFIG
 
@@ -27,34 +45,39 @@ def lines_of(path, *values, **more):
     return path
 
 
-def made_by_hand(options, *, on_event, on_round):
+def made_by_hand(options, *, on_event, on_round, checkpoints):  # noqa: ARG001
     """What a run finds, with numbers whose sums are known; its task has no layers, so that nothing can be exported."""
     rows = tuple(
-        language.LanguageRow(n, p, math.log(p), None, 0.5 * n, 100.0 * n, 10.0 * n, 7.0 * n, 0)
+        LanguageRow(n, p, math.log(p), None, 0.5 * n, 100.0 * n, 10.0 * n, 7.0 * n, 0)
         for n, p in enumerate((40.0, 20.0, 10.0))
     )
     clients = (
-        language.LanguageClient("cooking", 30, 1.0, 8, 50.0, 12.0),
-        language.LanguageClient("history", 9, 0.25, 2, 30.0, 18.0),
-        language.LanguageClient("sport", 3, 0.125, 1, None, None),  # without held-out texts
+        LanguageClient("cooking", 30, 1.0, 8, 50.0, 12.0),
+        LanguageClient("history", 9, 0.25, 2, 30.0, 18.0),
+        LanguageClient("sport", 3, 0.125, 1, None, None),  # without held-out texts
     )
-    on_event(language.Stage("loading", 0.25, "3 clients"))
+    on_event(Begun("loading"))
+    on_event(Stage("loading", 0.25, "3 clients"))
     for row in rows:
+        on_event(Begun(f"round {row.round} of 2", 240.0))
+        time.sleep(0.1)  # so long that it is said
         on_round(row)
     task = Task(Server(Trainable({}, ()), Base({}, ())), None, None)
     state = State(task.server, (), {}, None, {}, None, None, ())
-    sample = language.Sample("What is 1 + 1?", "2", "?", "Two.")
-    return language.LanguageResults(
+    sample = Sample("What is 1 + 1?", "2", "?", "Two.")
+    return LanguageResults(
         dataclasses.asdict(options), "42 texts", {"size": 1.0}, rows, clients, sample, 5.0, task, state
     )
 
 
 def test_what_is_shown_and_written_is_worked_by_hand(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(finetuning, "run_language", made_by_hand)
+    monkeypatch.setattr(stages, "SILENCE", 0.02)
     folder = tmp_path / "out"
     assert cli.main(["finetune", "--rounds", "2", "--out", str(folder)]) == 0
     captured = capsys.readouterr()
     assert "loading: 0.2 s, 3 clients" in captured.out
+    assert "round 2 of 2: 0 s of about 4 min so far" in captured.out
     assert "round 2: perplexity 10, 1.0 s" in captured.out
     assert "adapter: not written" in captured.err
     shown = {line.split("  ")[0].strip(): line.split()[-1] for line in captured.out.splitlines() if line.strip()}
@@ -102,6 +125,7 @@ def test_a_run_leaves_whole_files(tmp_path, capsys, rule):
     else:
         assert "merges into the base" in captured.err
     names = {"config.json", "history.json", "history.csv", "perplexity.png", "summary.json"}
+    names |= {"checkpoints"}
     assert {path.name for path in folder.iterdir()} == names | ({ADAPTER} if rule == "raflora" else set())
     assert "--overwrite" in fails(capsys, "finetune", *words)
 
@@ -119,7 +143,7 @@ def test_policies_of_one_rank(policy):
     assert results.probe_flops == 0
     assert "loss_entropy" not in results.weights
     assert bool(results.weights) == (policy == "uniform")
-    assert "probe" not in {event.name for event in events}
+    assert "probe" not in {event.name for event in events if isinstance(event, Stage)}
 
 
 @pytest.mark.parametrize(
@@ -134,7 +158,7 @@ def test_policies_of_one_rank(policy):
         (["--dtype", "int8"], "dtype: expected one of"),
         (["--learning-rate", "0"], "learning-rate: expected a number above 0"),
         (["--max-rank", "65"], "max-rank: expected at most the model's width, 64, got 65"),
-        (["--clients-by", "topic"], "expected clients_by to be a field of the lines, one of ['category']"),
+        (["--clients-by", "topic"], "expected a field of the lines to take clients by, one of ['category']"),
         (["--clients", "500"], "data: expected"),
         (["--hold-out", "0.001"], "hold-out: expected a share that leaves some client a text"),
         (["--model", "nowhere"], "model: expected config.json in 'nowhere'"),
@@ -172,16 +196,16 @@ def test_files_that_do_not_do(tmp_path, capsys):
 def test_odd_lines_are_left_out_and_told(tmp_path):
     odd = lines_of(tmp_path / "odd.jsonl", *"aabb")
     odd.write_text("{\n" + odd.read_text())
-    told = {}
+    events = []
     options = LanguageOptions(data=odd, skip_odd_lines=True, hold_out=0.5, max_length=64)
-    _, clients = load(options, lambda name, detail="": told.update({name: detail}))
-    assert told["data"] == "4 texts, lines left out: 1"
+    _, clients = load(options, Clock(events.append))
+    assert next(event.detail for event in events if isinstance(event, Stage)) == "4 texts, lines left out: 1"
     assert clients.names == ("a", "b")
 
 
 def test_the_sample_begins_with_a_whole_prompt(tmp_path):
     data = lines_of(tmp_path / "some.jsonl", *"aabb")
-    _, clients = load(LanguageOptions(data=data, hold_out=0.5, max_length=64), lambda *_: None)
+    _, clients = load(LanguageOptions(data=data, hold_out=0.5, max_length=64), Clock(lambda _: None))
     prompt, answer = map(ByteTokenizer().decode, shortest_prompt(clients.held_out))
     assert prompt.startswith("<s>User: Say ")
     assert prompt.endswith("\nAssistant: ")
@@ -189,12 +213,77 @@ def test_the_sample_begins_with_a_whole_prompt(tmp_path):
     assert prompt.removeprefix("<s>User: Say ")[0] == answer[0]
 
 
+class Stopped(Exception):  # noqa: N818
+    """Ends a run where a test wants it."""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("rule", ["raflora", "flora"])  # flora changes the base
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, rule):
+    options = LanguageOptions(aggregator=rule, rounds=3, clients=3, alpha=1.0, tokens=2, max_rank=4)
+    whole = language.run_language(options)
+    checkpoints, events = Checkpoints(tmp_path, every=2, keep=9), []
+
+    def stop(row):
+        if row.round == 1:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        language.run_language(options, on_round=stop, checkpoints=checkpoints)
+    assert saved_steps(tmp_path) == [0, 1]  # due at 0; at 1 there was no later chance
+    shorter = dataclasses.replace(options, rounds=2)
+    language.run_language(shorter, on_event=events.append, checkpoints=checkpoints)
+    names = [event.name for event in events if isinstance(event, Stage)]
+    assert Resumed(1, ()) in events
+    assert "probe" not in names
+    resumed = language.run_language(options, checkpoints=checkpoints)  # beyond its end
+    assert saved_steps(tmp_path) == [0, 1, 2, 3]
+    for one, other in zip(jax.tree.leaves(resumed.state), jax.tree.leaves(whole.state), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    assert resumed.clients == whole.clients
+    assert resumed.sample == whole.sample
+    assert [row._replace(seconds=0) for row in resumed.rows] == [row._replace(seconds=0) for row in whole.rows]
+    with pytest.raises(CheckpointError, match="seed: expected 1, got 0"):
+        language.run_language(dataclasses.replace(options, seed=1), checkpoints=checkpoints)
+    with pytest.raises(ConfigurationError, match="rounds: expected at least the 3 that are done, got 1"):
+        language.run_language(dataclasses.replace(options, rounds=1), checkpoints=checkpoints)
+
+
+def test_a_stopped_run_says_how_it_goes_on(tmp_path, monkeypatch, capsys):
+    folder, given = tmp_path / "out", []
+
+    def stopped(options, *, on_event, on_round, checkpoints):
+        given.append((options, checkpoints))
+        on_event(Begun("round 1 of 9"))
+        signal.raise_signal(signal.SIGINT)  # waits for the end of the round
+        row = LanguageRow(1, 20.0, 3.0, None, 0.5, 0.0, 0.0, 0.0, 0)
+        try:
+            on_round(row)
+        finally:
+            save_state(checkpoints.folder, {}, step=1)
+
+    monkeypatch.setattr(finetuning, "run_language", stopped)
+    words = ["--rounds", "9", "--max-rank", "3", "--checkpoint-every", "4", "--out", str(folder)]
+    assert cli.main(["finetune", *words]) == 130
+    said = capsys.readouterr().err
+    assert f"interrupted after round 1; go on with: autorank-jax finetune --resume {folder}" in said
+    assert cli.main(["finetune", "--resume", str(folder), "--rounds", "12"]) == 130
+    assert given[1][0] == dataclasses.replace(given[0][0], rounds=12)
+    assert given[1][1] == given[0][1]
+    assert given[0][1].every == 4
+    capsys.readouterr()
+    assert "probably of another command" in fails(capsys, "run", "--resume", folder)
+    assert "out: expected none beside --resume" in fails(capsys, "finetune", "--resume", folder, "--out", tmp_path)
+    assert "without checkpoints/run.json" in fails(capsys, "finetune", "--resume", tmp_path)
+
+
 def test_a_round_that_led_nowhere_ends_the_run(monkeypatch, tmp_path, capsys):
-    info = language.RoundInfo(0.0, *map(np.int32, (3, 1, 2, 0, 0, 0, 0)), {})
-    language.check_round(1, 2.0, info._replace(excluded=1))
-    with pytest.raises(language.LanguageDivergedError, match="no finite update of any of 2 clients"):
-        language.check_round(1, 2.0, info)
-    monkeypatch.setattr("autorank_jax.cli.finetuning.run_language", lambda *_, **__: language.check_round(1, 2.0, info))
+    info = RoundInfo(0.0, *map(np.int32, (3, 1, 2, 0, 0, 0, 0)), {})
+    check_round(1, 2.0, info._replace(excluded=1))
+    with pytest.raises(LanguageDivergedError, match="no finite update of any of 2 clients"):
+        check_round(1, 2.0, info)
+    monkeypatch.setattr("autorank_jax.cli.finetuning.run_language", lambda *_, **__: check_round(1, 2.0, info))
     assert cli.main(["finetune", "--quiet", "--out", str(tmp_path / "out")]) == 3
     assert "learning rate" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

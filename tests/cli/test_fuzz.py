@@ -15,7 +15,7 @@ import pytest
 from autorank_jax.cli import main as cli
 from autorank_jax.cli.files import write_results
 from autorank_jax.cli.formats import to_csv
-from autorank_jax.cli.help import GROUPS
+from autorank_jax.cli.help import RUN_GROUPS as GROUPS
 from autorank_jax.cli.logs import LOGS
 from autorank_jax.experiment.config import AGGREGATORS, MODELS, OPTIMIZERS, POLICIES, SAMPLINGS
 from autorank_jax.experiment.results import client_rows

@@ -2,11 +2,13 @@
 
 import io
 import re
+import time
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from autorank_jax.cli import stages
 from autorank_jax.cli.live import Display, about_levels
 from autorank_jax.engine import LevelChoice
 from autorank_jax.experiment.config import Experiment
@@ -27,7 +29,7 @@ def story():
     yield Leveled(LevelChoice(({"a": 4},), 1.5, 2.1))
     for number, rule in enumerate(EXPERIMENT.aggregators, 1):
         yield Stage("compiling", number, 2)
-        yield Compiled(rule, 2.0)
+        yield Compiled(rule, 2.0, 4)
         for policy in EXPERIMENT.rank_policies:
             yield Started(policy, rule, 0)
             yield from (RoundDone(row(policy, rule, n), 100.0) for n in (1, 2, 3))
@@ -99,6 +101,29 @@ def test_elsewhere_a_stage_is_a_line(options):
     expected = ["reading mini", "compiling 1 of 2", "probing", "ranking", "One rank level", "compiling 1 of 2"]
     assert names[:4] == expected[:4]
     assert names.count("compiling 2 of 2") == 1
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_nothing_is_silent_for_long(quiet, monkeypatch):
+    monkeypatch.setattr(stages, "SILENCE", 0.02)
+    console = Console(file=io.StringIO(), width=100, quiet=quiet)
+
+    def wait_for(words):
+        begin = time.monotonic()
+        while words not in console.file.getvalue() and not quiet:
+            assert time.monotonic() - begin < 20, words
+            time.sleep(0.01)
+
+    with Display(console, EXPERIMENT) as display:
+        display(Stage("compiling", 1, 2))
+        wait_for("compiling 1 of 2: 0 s so far\n")
+        display(Started("autorank", "rbla", 0))
+        display(RoundDone(row("autorank", "rbla", 1), 100.0))
+        wait_for("autorank+rbla, seed 0: round 1 of 3, 60.0 %, about 0 s left\n")
+    text = console.file.getvalue()
+    time.sleep(0.05)
+    assert console.file.getvalue() == text  # whose last line is said before the end
+    assert bool(text) != quiet
 
 
 def test_a_terminal_without_unicode_gets_none():

@@ -4,17 +4,17 @@ import csv
 import importlib
 import json
 import os
-import re
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
-import autorank_jax
 from autorank_jax.cli import main as cli
 from autorank_jax.cli.folders import FILES, default_folder
-from autorank_jax.experiment import config as configuration
+from autorank_jax.cli.signals import heard
 from autorank_jax.experiment.results import Row
 from tests.cli.cases import fails
 
@@ -124,19 +124,16 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
         ("--aggregators fedavgg", "aggregators: expected one of"),
         ("--criteria entropy", "criteria: expected one of"),
         ("--rounds 0", "rounds: expected a whole number of at least 1, got 0"),
-        ("--rounds ten", "Error parsing --rounds"),
-        ("--round 3", "expected options that exist, got --round, probably --rounds (see autorank-jax run --help)"),
-        ("--sedes 3 --round=3", "got --sedes, --round, probably --seeds, --rounds (see autorank-jax run --help)"),
-        ("--learning-rat 0.1 --nothing-like-it", "got --learning-rat, --nothing-like-it, probably --learning-rate ("),
+        ("--rounds ten", "rounds: expected a whole number, got 'ten'"),
+        ("--round 3", "run: expected an option, got --round, probably --rounds (see autorank-jax run --help)"),
         ("--lr 0.1", "got --lr, probably --learning-rate (see autorank-jax run --help)"),
         ("--policy full", "got --policy, probably --rank-policies (see"),
         ("--dataset fashion", "got 'fashion', probably 'fashion_mnist_mini' or 'fashion_mnist'"),
-        ("--tyro-print-completion bash", "got one of tyro"),
-        ("--rounds 3 word", "expected options that exist, got word (see"),
+        ("--rounds 3 word", "run: expected an option, got 'word' (see autorank-jax run --help)"),
         ("--config a.json --config=b.json", "config: expected it once, got it 2 times"),
         ("--resume a --resume a", "resume: expected it once, got it 2 times"),
         ("--resume " + "x" * 300, "without checkpoints/run.json"),
-        ("--hidden 8,x", "--hidden"),
+        ("--hidden 8,x", "hidden: expected whole numbers with commas between them"),
         ("--participation 50", "probably a percentage"),
         ("--rank-policies manual --ratios 0.5,64,1,1", "probably a rank"),
         (
@@ -193,76 +190,24 @@ def test_all_mistakes_come_at_once(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Expected one of {run, finetune, compare, ranks, data, cache}"),
+        (
+            [],
+            "cache, completion, got none (see autorank-jax --help)",
+        ),
         (
             ["frobnicate"],
-            "expected one of run, finetune, compare, ranks, data, cache, got frobnicate (see autorank-jax --help)",
+            "expected one of run, finetune, compare, ranks, data, cache, completion, got 'frobnicate' (see",
         ),
-        (["ranks"], "expected --criteria, got none (see autorank-jax ranks --help)"),
-        (["ranks", "--criterria", "x.csv"], "expected --criteria, got --criterria (see autorank-jax ranks --help)"),
+        (["ranks"], "criteria: expected --criteria PATH, got none (see autorank-jax ranks --help)"),
+        (["ranks", "--criterria", "x.csv"], "got --criterria, probably --criteria (see autorank-jax ranks --help)"),
         (["completion"], "completion: expected one shell out of bash, zsh, fish, tcsh, got none"),
-        (["data", "--all"], "expected one of list, fetch, got --all (see autorank-jax data --help)"),
+        (["data", "--all"], "data: expected no option, got --all (see autorank-jax data --help)"),
     ],
 )
 def test_mistakes_in_commands(arguments, message, capsys):
     complaint = fails(capsys, *arguments)
     assert complaint.count("\n") == 1
     assert message in complaint
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["ranks", "--help"]])
-def test_help(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
-    assert stop.value.code == 0
-    assert "autorank-jax" in capsys.readouterr().out
-
-
-def help_on_run(capsys, *words):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["run", *words])
-    assert stop.value.code == 0
-    return capsys.readouterr().out
-
-
-def test_help_fits_two_screens(capsys):
-    lines = help_on_run(capsys, "--rounds", "3", "--help").splitlines()
-    assert len(lines) <= 60
-    assert max(map(len, lines)) <= 80
-    titles = [line for line in lines if line.isalpha()]
-    assert titles == ["data", "model", "federation", "ranks", "training", "output", "devices"]
-    assert any(line.startswith("  --learning-rate X ") and line.endswith(" [0.01]") for line in lines)
-    assert "--clip-norm" not in "".join(lines)
-
-
-def test_help_explains_every_option(capsys):
-    text = help_on_run(capsys, "--help-all")
-    options = importlib.import_module("autorank_jax.cli.options")
-    for kind in (options.Experiment, options.Launch, options.Run):
-        for name in kind.__dataclass_fields__:
-            assert name in ("experiment", "launch") or re.search(f"^  --{name.replace('_', '-')} .*[a-z]", text, re.M)
-    assert "[autorank,by_size,uniform,full]" in "".join(text.split())
-    assert max(map(len, text.splitlines())) <= 80
-    for words in (configuration.POLICIES, configuration.AGGREGATORS):
-        for name in words:
-            assert re.search(rf"^  {name} +\w", text, re.MULTILINE), f"{name} is explained"
-
-
-def test_version_and_completion(capsys):
-    for words, expected in (
-        (["--version"], rf"^autorank-jax {re.escape(autorank_jax.__version__)}, jax \d"),
-        (["completion", "bash"], "autorank-jax(.|\n)*--learning-rate"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(words)
-        assert stop.value.code in (0, None)
-        assert re.search(expected, capsys.readouterr().out)
-
-
-def test_the_list_of_commands_is_short(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    assert len(capsys.readouterr().out.splitlines()) < 25
 
 
 def test_data(capsys, tmp_path, monkeypatch):
@@ -306,6 +251,33 @@ def test_interrupt(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.entry()
     assert ended == [130]
+
+
+def test_an_interrupt_is_not_lost_where_python_ignores_exceptions():
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    with heard(), pytest.raises(KeyboardInterrupt):
+        time.sleep(20 * bool(Finalized()))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_waits_for_what_is_being_loaded(tmp_path, monkeypatch):
+    (tmp_path / "loaded_slowly.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with heard(), pytest.raises(KeyboardInterrupt):
+        time.sleep(20 * importlib.import_module("loaded_slowly").whole)
+    assert sys.modules["loaded_slowly"].whole
+
+
+def test_an_interrupt_before_anything_began(monkeypatch, capsys):
+    def interrupted(name):  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert cli.main(["data"]) == 130
+    assert capsys.readouterr().err == "autorank-jax: interrupted; nothing was written\n"
 
 
 def test_the_exit_code_is_that_of_the_command(monkeypatch):

@@ -132,7 +132,9 @@ def test_what_a_run_found_is_left_out_of_its_own_table(tmp_path, capsys):
 )
 def test_a_column_of_row_numbers_is_told(text, told, tmp_path, capsys):
     assert cli.main(["ranks", "--criteria", str(write(tmp_path, text)), "--json"]) == 0
-    assert ("column 'nr' counts the rows" in capsys.readouterr().err) == told
+    assert (
+        "column 'nr' holds 1, 2 and so on, row by row, and is scored as a criterion" in capsys.readouterr().err
+    ) == told
 
 
 @pytest.mark.parametrize("ending", ["csv", "json"])

@@ -34,6 +34,36 @@ def training(monkeypatch):
     return asked
 
 
+def test_a_run_says_whether_it_can_be_extended(tmp_path, training, monkeypatch, capsys):  # noqa: ARG001
+    out, commands = tmp_path / "out", importlib.import_module("autorank_jax.cli.commands")
+    monkeypatch.setattr(commands, "save_results", lambda folder, _: ([folder / "config.json"], None))  # it draws
+    assert cli.main([*RUN, "--out", str(out)]) == 0
+    without = "It cannot be extended by more rounds, as no checkpoints were kept: --checkpoint-every N keeps some.\n"
+    assert capsys.readouterr().out.endswith(without)
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    assert fails(capsys, "run", "--resume", out, "--rounds", "9") == (
+        f"autorank-jax: resume: expected the folder of a run with checkpoints, got {out}, a run that kept none, so "
+        f"that its models are gone; run it anew: autorank-jax run --config {out}/config.json --checkpoint-every 5, "
+        "with more --rounds\n"
+    )
+    monkeypatch.setattr(commands, "saved_steps", lambda _: [3])
+    assert cli.main([*RUN, "--out", str(out), "--overwrite"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "It cannot be extended by more rounds, as the state of autorank with rbla, seed 0 is not kept: only one policy"
+        ", rule and seed can go on.\n"
+    )
+    monkeypatch.setattr(commands, "run_experiment", lambda *given, **named: only_first(make_results()))  # noqa: ARG005
+    assert cli.main([*RUN, "--out", str(out), "--overwrite"]) == 0
+    assert capsys.readouterr().out.endswith(
+        f"It can be extended by more rounds: autorank-jax run --resume {out} --rounds N\n"
+    )
+
+
+def only_first(results):
+    return results._replace(runs=results.runs[:1])
+
+
 def ascii_only(tmp_path):
     return (tmp_path / "printed").open("w", encoding="ascii")
 

@@ -9,9 +9,9 @@ import pytest
 
 from autorank_jax import aggregators
 from autorank_jax.adapters.lora import level_widths
-from autorank_jax.engine.lanes import _lost, _with_lost
 from autorank_jax.engine.round import make_round
 from autorank_jax.engine.simulation import init_state
+from autorank_jax.engine.totals import _lost, _with_lost
 from autorank_jax.types import Adapter, Base, FederatedData, LocalState, LocalTraining, Server, Trainable
 
 CLIENTS, RANK = 4, 3

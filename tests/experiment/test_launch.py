@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -162,3 +163,11 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed(victim, whole, tmp_p
     assert "Written to" not in results[1][0][0]
     assert history(folder) == history(whole)
     jax.tree.map(np.testing.assert_array_equal, last_arrays(folder), last_arrays(whole))
+
+
+@pytest.mark.parametrize(("free", "does"), [(None, True), (12, True), (11, False)])
+def test_a_program_that_needs_more_than_is_free_does_not_fit(free, does, monkeypatch):
+    memory = SimpleNamespace(temp_size_in_bytes=7, output_size_in_bytes=5)
+    monkeypatch.setattr(launch, "free_memory", lambda: free)
+    assert launch.fits(SimpleNamespace(memory_analysis=lambda: memory)) is does
+    assert launch.fits(lambda: None)

@@ -264,9 +264,7 @@ def test_resuming_something_else_is_refused(commands, whole, tmp_path, capsys):
     out = tmp_path / "copy"
     shutil.copytree(whole, out)
     complaint = fails(capsys, "run", "--resume", out, "--rounds", 7, "--split", "iid")
-    assert "expected a checkpoint of the same configuration" in complaint
-    assert "split: expected iid, got dirichlet_lognormal" in complaint
-    assert "rounds: expected 7, got 6" in complaint
+    assert "split: expected dirichlet_lognormal beside --resume, as that run has it, got iid" in complaint
     complaint = fails(capsys, "run", "--resume", out, "--rounds", 7)
     assert "rounds: expected 6 as before, as the state of autorank with raflora, seed 0 is not kept" in complaint
     assert "--resume" in fails(capsys, *TINY, "--out", out)

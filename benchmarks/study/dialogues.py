@@ -1,0 +1,232 @@
+"""A language model trained by the owners of 21 kinds of dialogues: rank policies under rules for mixed ranks.
+
+SmolLM2-135M-Instruct and 2,393 questions and answers in English (the ChatterBot corpus), a client for each category: 8
+to 1,050 pairs, so clients are double-imbalanced by nature. AutoRank (with its probe), one rank for all of the same
+bytes, and full rank, under `rbla`, `raflora` and `flora`; a fifth of each client's pairs is held out to measure with.
+A cell is one policy under one rule and seed; what is finished is not run again, and a cell that was stopped goes on
+from its latest round.
+
+Needs the extras `text` and `cli`, and a folder with `smollm2/`, as Hugging Face publishes it, and `dialogues.jsonl`
+(category, instruction, output).
+
+Command:  python -m benchmarks.study.dialogues --data FOLDER --out OUT [--cells 'autorank-*'] [--limit-minutes 60]
+          python -m benchmarks.study.dialogues --data FOLDER --out OUT --plan    (runs nothing: cells and hours)
+          python -m benchmarks.study.dialogues --out OUT --report    (runs nothing: the finished cells)
+          python -m benchmarks.study.dialogues --quick --out OUT    (a tiny model, embedded instructions, two cells)
+Expect:   what the plan says, which is printed first: FLOPs over the speed of a matrix product on this machine.
+"""
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from autorank_jax.cli.finetuning import summarize_language
+from autorank_jax.cli.stages import spoken
+from autorank_jax.experiment.checkpoints import Checkpoints
+from autorank_jax.experiment.config import GLOBAL_RULES
+from autorank_jax.experiment.language import FORWARD, run_language
+from autorank_jax.experiment.language_options import LanguageOptions, as_json
+from autorank_jax.experiment.language_results import Begun, Clock, Stage
+from autorank_jax.experiment.language_setup import make_parts
+from benchmarks import harness
+from benchmarks.study.options import make_parser
+
+POLICIES, RULES = ("autorank", "uniform", "full"), ("rbla", "raflora", "flora")
+RECOMPUTED = 1.5
+"""FLOPs of a step over those that are counted: the backward pass computes the activations of a block again."""
+COLUMNS = (
+    "cell", "before", "after", "clients, mean", "clients, worst", "mean rank", "MB up", "MB down", "TFLOP",
+    "TFLOP of the probe", "hours",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the plan, run the cells that are not finished, and print what there is."""
+    given = parse(arguments)
+    path, began = given.out / "dialogues.jsonl", time.monotonic()
+    if not given.report:
+        cells = {name: one for name, one in grid(given).items() if fnmatchcase(name, given.cells)}
+        left = {name: one for name, one in cells.items() if not is_finished(read(path), name, one)}
+        print(plan(left, len(cells)), flush=True)
+        for name, options in {} if given.plan else left.items():
+            if given.limit_minutes is not None and time.monotonic() - began > 60 * given.limit_minutes:
+                print(f"{name}: not begun, {given.limit_minutes:g} minutes are over")
+                break
+            append(path, name, run_cell(given.out / "running" / name, name, options))
+    print(table(read(path)))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--data", type=Path, help="folder with smollm2/ and dialogues.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="folder of results")
+    parser.add_argument("--seeds", type=int, default=3, help="3")
+    parser.add_argument("--rounds", type=int, default=10, help="10")
+    parser.add_argument("--max-length", type=int, default=64, help="tokens of a row, 64")
+    parser.add_argument("--max-rank", type=int, default=16, help="16")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of a step, 4")
+    parser.add_argument("--lanes", type=int, default=1, help="clients side by side, 1; more on a GPU")
+    parser.add_argument("--dtype", default="auto", help="of the weights: auto, float32, bfloat16")
+    parser.add_argument("--cells", default="*", help="only cells whose name matches, such as 'autorank-*'")
+    parser.add_argument("--limit-minutes", type=float, default=None, help="begin no cell after so many minutes")
+    parser.add_argument("--plan", action="store_true", help="run nothing: say what there is to do")
+    parser.add_argument("--report", action="store_true", help="run nothing: show what there is")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and embedded instructions")
+    given = parser.parse_args(arguments)
+    names = [given.data / name for name in ("smollm2/model.safetensors", "dialogues.jsonl")] if given.data else []
+    if not (given.quick or given.report) and not (names and all(path.is_file() for path in names)):
+        sys.exit(f"expected --data FOLDER with smollm2/ and dialogues.jsonl, got {str(given.data)!r}; or --quick")
+    return given
+
+
+def grid(given: argparse.Namespace) -> dict[str, LanguageOptions]:
+    """Return the options of every cell, by name; all policies and rules of a seed before the next seed."""
+    common: dict[str, Any] = {"rounds": 1, "tokens": 2, "max_rank": 4, "clients": 3, "alpha": 1.0}
+    policies, rules, seeds = ("autorank", "uniform"), ("rbla",), 1
+    if not given.quick:
+        common = {name: getattr(given, name) for name in ("rounds", "max_length", "max_rank", "batch_size", "lanes")}
+        common |= {"model": given.data / "smollm2", "data": given.data / "dialogues.jsonl", "dtype": given.dtype}
+        policies, rules, seeds = POLICIES, RULES, given.seeds
+    return {
+        f"{policy}-{rule}-{seed}": LanguageOptions(policy=policy, aggregator=rule, seed=seed, **common)
+        for seed in range(seeds)
+        for rule in rules
+        for policy in policies
+    }
+
+
+def is_finished(found: Mapping[str, Any], name: str, options: LanguageOptions) -> bool:
+    """Return whether a cell is there.
+
+    Raises:
+        SystemExit: if it is there with other options: it may have taken hours.
+    """
+    if name not in found:
+        return False
+    ours, others = described(options), found[name]["options"]
+    differing = [key for key in ours if ours[key] != others.get(key)]
+    if differing:
+        key = differing[0]
+        sys.exit(f"expected {name} of {key} {ours[key]}, got one of {others.get(key)}: choose another --out")
+    return True
+
+
+def described(options: LanguageOptions) -> dict[str, Any]:
+    """Return the options that describe a cell, without paths."""
+    content = as_json(dataclasses.replace(options, learning_rate=options.rate))
+    return {name: value for name, value in content.items() if name not in ("model", "data")}
+
+
+def plan(cells: Mapping[str, LanguageOptions], total: int) -> str:
+    """Say what is to be run, and for how long."""
+    if not cells:
+        return f"{total} cells, all of them finished"
+    options = next(iter(cells.values()))
+    options.validate(GLOBAL_RULES)
+    parts = make_parts(options, Clock(lambda _: None))
+    examples, held = (float(data.size.sum()) for data in (parts.data, parts.held_out))
+    # policies differ little: adapters are a small part of a step
+    width = sum(parts.flops.per_rank.values()) * options.max_rank / 2 + parts.flops.base
+    per_cell = {
+        name: width * (examples * (one.rounds * one.local_epochs + one.probed * one.probe_epochs))
+        + parts.flops.base * FORWARD * held * (one.rounds + 3)
+        for name, one in cells.items()
+    }
+    speed = flops_per_second()
+    hours = {name: spoken(RECOMPUTED * flops / speed) for name, flops in per_cell.items()}
+    lines = [f"{name}: about {each}" for name, each in hours.items()]
+    everything = spoken(RECOMPUTED * sum(per_cell.values()) / speed)
+    return "\n".join(
+        [
+            f"{len(parts.names)} clients, {examples:.0f} rows of {options.max_length} tokens, {held:.0f} held out",
+            f"{len(cells)} of {total} cells at {speed / 1e9:.0f} GFLOP/s of a matrix product: about {everything}",
+            *lines,
+        ]
+    )
+
+
+def flops_per_second() -> float:
+    """Return the speed of a float32 matrix product of a decoder's shape."""
+    x, w = jnp.ones((256, 576)), jnp.ones((576, 1536))
+    multiply = jax.jit(lambda x, w: (x @ w) @ w.T)
+    jax.block_until_ready(multiply(x, w))
+    began, runs = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.5:
+        jax.block_until_ready(multiply(x, w))
+        runs += 1
+    return 4 * x.shape[0] * w.size * runs / (time.perf_counter() - began)
+
+
+def run_cell(folder: Path, name: str, options: LanguageOptions) -> dict[str, Any]:
+    """Run a cell, or what is left of it."""
+
+    def on_event(event: Any) -> None:
+        if isinstance(event, Begun) and event.expected:
+            print(f"{name}, {event.name}: about {spoken(event.expected)}", flush=True)
+        if isinstance(event, Stage):
+            print(f"{name}, {event.name}: {event.seconds:.1f} s {event.detail}", flush=True)
+
+    results = run_language(
+        options,
+        on_event=on_event,
+        on_round=lambda row: print(f"{name}, round {row.round}: {row.perplexity:.4g}, {row.seconds:.1f} s", flush=True),
+        checkpoints=Checkpoints(folder, every=1, keep=1),
+    )
+    rows = [row._asdict() for row in results.rows]
+    about = {"versions": harness.versions(), "device": harness.device()}
+    return {"options": described(options), "rows": rows, "summary": summarize_language(results), **about}
+
+
+def append(path: Path, name: str, cell: Mapping[str, Any]) -> None:
+    """Add a cell as one line of its own, whatever an interrupted write has left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"cell": name, **cell}, separators=(",", ":"), ensure_ascii=False)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        broken = path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        file.write(b"\n" * broken + line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the finished cells by name; a line that was cut short counts as not there."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        found[content.pop("cell")] = content
+    return found
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Return the finished cells as Markdown: perplexities of held-out answers, and what they cost."""
+    rows = []
+    for name, cell in found.items():
+        summary = cell["summary"]
+        clients, ranks = summary["clients_perplexity"]["after"], summary["ranks"]
+        values = (
+            name, summary["perplexity"]["before"], summary["perplexity"]["after"], clients["mean"], clients["worst"],
+            ranks["mean"], summary["bytes_up"] / 1e6, summary["bytes_down"] / 1e6, summary["flops"] / 1e12,
+            summary["probe_flops"] / 1e12, summary["seconds"] / 3600,
+        )  # fmt: skip
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return harness.markdown_table(rows, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()

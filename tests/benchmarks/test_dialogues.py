@@ -1,0 +1,61 @@
+"""The study of dialogues: what is planned, run, resumed and reported."""
+
+import json
+
+import pytest
+
+from benchmarks.study import dialogues
+
+
+def summary(perplexity):
+    told = {"mean": perplexity, "worst": 2 * perplexity}
+    return {
+        "perplexity": {"before": 40.0, "after": perplexity}, "clients_perplexity": {"before": told, "after": told},
+        "ranks": {"mean": 3.5}, "bytes_up": 2e6, "bytes_down": 3e6, "flops": 4e12, "probe_flops": 1e12,
+        "seconds": 1800.0,
+    }  # fmt: skip
+
+
+def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run_cell(folder, name, options):  # noqa: ARG001
+        ran.append(name)
+        return {"options": dialogues.described(options), "summary": summary(20.0)}
+
+    monkeypatch.setattr(dialogues, "run_cell", run_cell)
+    monkeypatch.setattr(dialogues, "plan", lambda left, total: f"{len(left)} of {total} cells")
+    words = ["--quick", "--out", str(tmp_path)]
+    dialogues.main([*words, "--plan"])
+    assert ran == []
+    dialogues.main([*words, "--cells", "uniform-*"])
+    with (tmp_path / "dialogues.jsonl").open("a") as file:
+        file.write('{"cell": "autorank-rbla-0", "opt')  # cut short
+    dialogues.main(words)
+    assert ran == ["uniform-rbla-0", "autorank-rbla-0"]
+    said = capsys.readouterr().out
+    assert "1 of 2 cells" in said
+    assert "| uniform-rbla-0 | 40 | 20 | 20 | 40 | 3.5 | 2 | 3 | 4 | 1 | 0.5 |" in said.splitlines()
+
+
+def test_cells_of_other_options_are_kept(tmp_path):
+    options = dialogues.grid(dialogues.parse(["--quick", "--out", str(tmp_path)]))["uniform-rbla-0"]
+    found = {"uniform-rbla-0": {"options": {**dialogues.described(options), "rounds": 7}}}
+    with pytest.raises(SystemExit, match="expected uniform-rbla-0 of rounds 1, got one of 7"):
+        dialogues.is_finished(found, "uniform-rbla-0", options)
+    with pytest.raises(SystemExit, match="expected --data FOLDER"):
+        dialogues.parse(["--out", str(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_rehearsal(tmp_path, capsys):
+    dialogues.main(["--quick", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "2 of 2 cells at " in said
+    cells = [json.loads(line) for line in (tmp_path / "dialogues.jsonl").read_text().splitlines()]
+    assert [cell["cell"] for cell in cells] == ["autorank-rbla-0", "uniform-rbla-0"]
+    assert cells[0]["summary"]["perplexity"]["before"] == cells[1]["summary"]["perplexity"]["before"]
+    assert cells[0]["summary"]["ranks"]["most"] > cells[1]["summary"]["ranks"]["most"]
+    dialogues.main(["--quick", "--out", str(tmp_path)])
+    assert "2 cells, all of them finished" in capsys.readouterr().out
