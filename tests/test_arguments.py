@@ -19,6 +19,10 @@ ROOMS = ("adapters", "aggregators", "datasets", "engine", "evaluation", "experim
 INNER = ("aggregators.testing", "checkpoint", "evaluation.privacy", "federated.faults", "federated.partition",
          "ranks.budgets", "ranks.controls", "ranks.policies")  # fmt: skip
 UNCHECKED = {
+    "adapters.classification_loss": "says which of several outputs to choose",
+    "adapters.regression_loss": "likewise",
+    "adapters.token_loss": "likewise",
+    "evaluation.classification_metrics": "likewise",
     "experiment.summarize": "a generator of rows",
     "federated.by_examples": "called by every round, with what it made",
     "federated.equally": "likewise",

@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from autorank_jax.arguments import checked
 from autorank_jax.types import Array, PyTree
 
 
-@checked
 def classification_loss(logits: Array, labels: Array) -> Array:
     """Return the softmax cross-entropy of each example.
 
@@ -25,7 +23,6 @@ def classification_loss(logits: Array, labels: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels.astype(jnp.int32))
 
 
-@checked
 def regression_loss(outputs: Array, targets: Array) -> Array:
     """Return the mean squared error of each example.
 
@@ -47,7 +44,6 @@ def regression_loss(outputs: Array, targets: Array) -> Array:
     return jnp.mean(jnp.square(flat - targets.reshape(flat.shape).astype(flat.dtype)), axis=-1)
 
 
-@checked
 def token_loss(logits: Array, tokens: Array) -> Array:
     """Return the mean cross-entropy of the tokens of each example, for language models.
 

