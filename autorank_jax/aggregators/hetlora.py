@@ -75,8 +75,6 @@ def hetlora(*, per: Literal["model", "layer"] = "model", prune: float | None = N
     Raises:
         ValueError: for another `per` or γ; when traced with pruning, if `State.clients` holds no state.
     """
-    if per not in ("model", "layer"):
-        raise ValueError(f"expected per to be 'model' or 'layer', got {per!r}")
     if prune is None:
         return assemble(lambda update, server, plan: _sum(update, per), _step())  # noqa: ARG005
     _check_share(prune)

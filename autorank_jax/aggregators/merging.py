@@ -70,7 +70,7 @@ def flora(*, restart: Restart = "start") -> Aggregator:
     def product(server: Server, sums: ClientSums, path: str) -> Array:
         return mean_product(server.trainable.adapters[path], sums.products[path], sums.weight)
 
-    init = _remember("flora", restart)
+    init = _remember("flora")
     return assemble(make_summand(products=True), _merge_step("flora", product, restart), init=init, traffic=_MERGED)
 
 
@@ -90,7 +90,7 @@ def owner_merge(*, levels: Levels = None, restart: Restart = "start") -> Aggrega
             the server has no mergeable base.
     """
     check_levels(levels)
-    init = _remember("owner_merge", restart, levels)
+    init = _remember("owner_merge", levels)
     step = _merge_step("owner_merge", owner_product, restart)
     return assemble(make_owner_summand(levels), step, init=init, exact_plan=True, traffic=_MERGED)
 
@@ -131,10 +131,8 @@ def fedex_lora(*, owners: bool = False) -> Aggregator:
     return assemble(make_summand(factors=True, products=True), step, init=init, traffic=traffic)
 
 
-def _remember(rule: str, restart: Restart, levels: Levels = None) -> Callable[[Server], dict[str, Array]]:
+def _remember(rule: str, levels: Levels = None) -> Callable[[Server], dict[str, Array]]:
     """Make the `init` that remembers the first `lora_a` of each adapter."""
-    if restart not in ("start", "fresh"):
-        raise ValueError(f"expected restart to be 'start' or 'fresh', got {restart!r}")
 
     def init(server: Server) -> dict[str, Array]:
         check_mergeable(server, rule)

@@ -79,13 +79,7 @@ def is_sketched(adapter: Adapter, *, exact: bool | str) -> bool:
 
 
 def make_prepare(*, exact: bool | str) -> Callable[[Key, AggState, Server], dict[str, Maps]]:
-    """Make a rule's `prepare`: the test matrices of the layers that are sketched, by path.
-
-    Raises:
-        ValueError: for another `exact` than True, False or "auto".
-    """
-    if exact not in (True, False, "auto"):
-        raise ValueError(f"expected exact to be True, False or 'auto', got {exact!r}")
+    """Make a rule's `prepare`: the test matrices of the layers that are sketched, by path."""
 
     def prepare(key: Key, state: AggState, server: Server) -> dict[str, Maps]:  # noqa: ARG001
         key, adapters = jax.random.fold_in(key, _SKETCH), server.trainable.adapters

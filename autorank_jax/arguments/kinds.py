@@ -62,6 +62,7 @@ def _kind(annotation: Any) -> Kind | None:
     if (
         annotation in (Any, inspect.Parameter.empty)
         or not isinstance(origin, type)
+        or origin.__module__ == "typing"  # IO: an interface, not a class of its files
         or getattr(origin, "_is_protocol", False)
     ):
         return None

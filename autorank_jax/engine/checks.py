@@ -98,23 +98,32 @@ def _same_structure(one: PyTree, other: PyTree) -> bool:
 
 
 def check_update(updated: Any, state: State) -> None:
-    """Raise `TypeError` unless a rule's `update` returned a server and a state built like those before.
+    """Raise `TypeError` unless a rule's `update` returned a server and a state of shapes and types as before.
 
-    It is the only function of a rule whose result goes on to the next round.
+    A state of another structure may end a round: `check_goes_on` refuses it where rounds follow.
     """
-    pair = type(updated) is tuple and len(updated) == 2
-    for name, before, after in zip(("server", "state"), (state.server, state.aggregator), updated, strict=False):
-        if not pair or not _same_structure(before, after):
-            raise TypeError(
-                f"expected the rule's update to return (server, state), built like those before, got "
-                f"{describe(after if pair else updated)} for the {name if pair else 'two'}"
-            )
-        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    if type(updated) is not tuple or len(updated) != 2:
+        raise TypeError(f"expected the rule's update to return (server, state), got {describe(updated)}")
+    if not _same_structure(state.server, updated[0]):
+        raise TypeError(
+            f"expected the rule's update to return a server built like that before, got {describe(updated[0])}"
+        )
+    for name, before, after in zip(("server", "state"), (state.server, state.aggregator), updated, strict=True):
+        pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=False)
+        for old, new in pairs if _same_structure(before, after) else ():
             if jnp.shape(old) != jnp.shape(new) or jnp.result_type(old) != jnp.result_type(new):
                 raise TypeError(
                     f"expected the rule's update to leave shapes and dtypes of the {name} as they are, got "
                     f"{describe(jnp.asarray(new))} in place of {describe(old)}"
                 )
+
+
+def check_goes_on(before: State, after: State) -> None:
+    """Raise `TypeError` where a rule's state is built otherwise after a round, so that no loop can carry it."""
+    if not _same_structure(before.aggregator, after.aggregator):
+        raise TypeError(
+            f"expected the rule's update to return a state built like that before, got {describe(after.aggregator)}"
+        )
 
 
 def check_losses(losses: Any, examples: int, what: str) -> None:

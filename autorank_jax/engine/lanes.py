@@ -142,8 +142,8 @@ def run_queue(program: Program, round_: Round) -> Totals:
     begin = jnp.zeros((), jnp.int32)
     for level, end in zip(levels, round_.queue.ends, strict=True):
         blank = level.blank[0]
-        inside, clock = run_level(level, (begin, end), program.summation.open(totals, blank))
-        totals = program.summation.close(inside, totals, blank)
+        inside, clock = run_level(level, (begin, end), program.summation.begin(totals, blank))
+        totals = program.summation.end(inside, totals, blank)
         totals = totals._replace(lane_steps=totals.lane_steps + clock * program.lanes)
         begin = end
     return totals._replace(steps=_steps_trained(round_.queue, totals.finite))
@@ -185,7 +185,7 @@ def run_level(level: Level, bounds: tuple[Array, Array], totals: T) -> tuple[T, 
     Args:
         level: the width, and the round.
         bounds: the first place, and the one behind the last.
-        totals: what to add to, of `Summation.open`.
+        totals: what to add to, of `Summation.begin`.
 
     Returns:
         The totals, and the steps for which every lane was held.

@@ -75,7 +75,7 @@ def _all_finite(tree: PyTree) -> Array:
     return jnp.all(jnp.array([jnp.all(vector) for vector in finite], bool))
 
 
-def _open(totals: Totals, blank: Sums) -> PackedTotals:
+def _begin(totals: Totals, blank: Sums) -> PackedTotals:
     vectors = pack(zeros(_summed(totals, blank)))
     columns = [totals.epoch_losses, *(column[:, None] for column in (totals.epochs, totals.finite))]
     records = jnp.concatenate([column.astype(totals.epoch_losses.dtype) for column in columns], axis=1)
@@ -98,7 +98,7 @@ def _add(totals: PackedTotals, turn: Turn) -> PackedTotals:
     )
 
 
-def _close(totals: PackedTotals, before: Totals, blank: Sums) -> Totals:
+def _end(totals: PackedTotals, before: Totals, blank: Sums) -> Totals:
     sums, losses, examples = unpack(totals.vectors, _summed(before, blank))
     return before._replace(
         **add_level(before.sums, sums),
@@ -118,5 +118,5 @@ def _summed(totals: Totals, blank: Sums) -> tuple[Sums, Any, Any]:
     return blank, by_epoch, jax.ShapeDtypeStruct((), totals.examples.dtype)
 
 
-PACKED = Summation(_all_finite, _open, _add, _close)
+PACKED = Summation(_all_finite, _begin, _add, _end)
 """Whole trees in few vectors: what suits a GPU."""

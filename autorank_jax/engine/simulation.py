@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 
 from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.arguments import check_least, checked
-from autorank_jax.engine.checks import why_no_ranks
+from autorank_jax.engine.checks import check_goes_on, why_no_ranks
 from autorank_jax.types import (
     Aggregator,
     Array,
@@ -46,7 +46,7 @@ def init_state(
     local_epochs: int = 1,
     max_epochs: int = 5,
     clients: int | None = None,
-    **hparams: float | Schedule,
+    **hparams: float | Array | Schedule,
 ) -> State:
     """Make the state before the first round.
 
@@ -156,12 +156,14 @@ def simulate(
 
     Raises:
         ValueError: if rounds is below 1.
+        TypeError: where a rule's state is built otherwise after a round than before.
     """
     check_least("rounds", rounds)
     measure: Callable[[State], dict[str, Array]] = evaluate or (lambda _: {})
 
     def one(state: State, _: None) -> tuple[State, History]:
-        state, info = round_fn(key, state, data)
-        return state, History(info, measure(state))
+        after, info = round_fn(key, state, data)
+        check_goes_on(state, after)
+        return after, History(info, measure(after))
 
     return lax.scan(one, state, None, length=rounds)

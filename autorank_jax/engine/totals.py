@@ -47,9 +47,9 @@ class Summation(NamedTuple):
     """How finite checks and sums go over the leaves of a tree."""
 
     all_finite: Callable[[PyTree], Array]  # of one lane: () bool
-    open: Callable[[Totals, Sums], PyTree]  # totals, shapes of a level's summands -> what its turns are added to
+    begin: Callable[[Totals, Sums], PyTree]  # totals, shapes of a level's summands -> what its turns are added to
     add: Callable[[PyTree, Turn], PyTree]
-    close: Callable[[PyTree, Totals, Sums], Totals]  # what turns were added to, totals before the level, shapes
+    end: Callable[[PyTree, Totals, Sums], Totals]  # what turns were added to, totals before the level, shapes
 
 
 def no_totals(blank: Sums, state: State) -> Totals:
@@ -116,7 +116,7 @@ def _all_finite(tree: PyTree) -> Array:
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], bool))
 
 
-def _open(totals: Totals, blank: Sums) -> Totals:
+def _begin(totals: Totals, blank: Sums) -> Totals:
     nothing = zeros(blank)
     return totals._replace(sums=nothing, lost=no_loss(nothing))
 
@@ -135,9 +135,9 @@ def _add(totals: Totals, turn: Turn) -> Totals:
     )
 
 
-def _close(totals: Totals, before: Totals, blank: Sums) -> Totals:  # noqa: ARG001
+def _end(totals: Totals, before: Totals, blank: Sums) -> Totals:  # noqa: ARG001
     return totals._replace(**add_level(before.sums, totals.sums))
 
 
-LEAF_BY_LEAF = Summation(_all_finite, _open, _add, _close)
+LEAF_BY_LEAF = Summation(_all_finite, _begin, _add, _end)
 """Every leaf by itself: what suits a CPU."""

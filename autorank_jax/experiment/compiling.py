@@ -1,14 +1,34 @@
-"""Compilation of what runs once or twice: the seconds that count are the compiler's."""
+"""What was compiled and for what; and compilation of what runs once or twice: the compiler's seconds count."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+
+from autorank_jax.experiment.config import Experiment
+from autorank_jax.types import Aggregator, RoundFn
 
 F = TypeVar("F", bound=Callable[..., Any])
 _OPTIONS = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
 """They halve compilation on a CPU and, unlike level 0, leave the bits of what is computed."""
+
+
+class CompiledRound(NamedTuple):
+    """One compiled round, and what it was compiled for."""
+
+    run: RoundFn
+    experiment: Experiment
+    name: str  # of the rule
+    rule: Aggregator
+    levels: tuple[Mapping[str, int], ...]
+    lanes: int
+    seconds: float
+
+
+def serves(compiled: CompiledRound, experiment: Experiment, name: str, levels: Sequence[Mapping[str, int]]) -> bool:
+    """Return whether a round was compiled for a rule of an experiment and for these levels."""
+    return (compiled.experiment, compiled.name, compiled.levels) == (experiment, name, tuple(levels))
 
 
 def jit_once(fn: F) -> F:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -104,6 +105,21 @@ def fits(compiled: Any) -> bool:
     free, analysis = free_memory(), getattr(compiled, "memory_analysis", None)
     needed = None if analysis is None else analysis()
     return free is None or needed is None or needed.temp_size_in_bytes + needed.output_size_in_bytes <= free
+
+
+def compile_fitting(
+    make: Callable[..., RoundFn],
+    lanes: int,
+    mesh: Mesh | None,
+    arguments: tuple[Key, State, FederatedData],
+    *,
+    fixed: bool,
+) -> tuple[RoundFn, int]:
+    """Compile a round with fewer lanes until it fits into memory, unless their number is fixed; return it with them."""
+    run = compile_round(make(lanes=lanes), mesh, *arguments)
+    if fixed or lanes == 1 or fits(run):
+        return run, lanes
+    return compile_fitting(make, lanes // 2, mesh, arguments, fixed=False)
 
 
 def compile_round(round_fn: RoundFn, mesh: Mesh | None, key: Key, state: State, data: FederatedData) -> RoundFn:

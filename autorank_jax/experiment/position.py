@@ -28,6 +28,11 @@ class Position(NamedTuple):
         """Rounds of all runs together."""
         return sum(record.round for record in self.records)
 
+    def needs_rounds(self, experiment: Experiment, name: str) -> bool:
+        """Return whether a rule has rounds left to run."""
+        over = sum(record.over for record in self.records if record.aggregator == name)
+        return over < len(experiment.rank_policies) * experiment.seeds
+
     def begin(self, record: Record, state: State) -> "Position":
         """Begin a run, from the state before its first round."""
         return self._replace(records=(*self.records, record), state=state)

@@ -22,6 +22,7 @@ from autorank_jax.engine import FlopModel, make_local_training, make_round, trai
 from autorank_jax.engine.probe import discard
 from autorank_jax.evaluation import make_evaluate
 from autorank_jax.experiment.checkpoints import Checkpoints, Save, last_good, make_save, restore_position
+from autorank_jax.experiment.compiling import CompiledRound, serves
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.costs import CostFn, expected_costs, make_round_cost
 from autorank_jax.experiment.events import (
@@ -36,7 +37,7 @@ from autorank_jax.experiment.events import (
     Started,
     Stopped,
 )
-from autorank_jax.experiment.launch import compile_round, describe_machine, fits, is_first
+from autorank_jax.experiment.launch import compile_fitting, describe_machine, is_first
 from autorank_jax.experiment.levels import expected_levels, given_levels, levels_for
 from autorank_jax.experiment.personal import Measure, make_measure
 from autorank_jax.experiment.position import (
@@ -74,18 +75,6 @@ class Hooks(NamedTuple):
     on_event: OnEvent
     on_round: OnRound
     save: Save
-
-
-class CompiledRound(NamedTuple):
-    """One compiled round, and what it was compiled for."""
-
-    run: RoundFn
-    experiment: Experiment
-    name: str  # of the rule
-    rule: Aggregator
-    levels: tuple[Mapping[str, int], ...]
-    lanes: int
-    seconds: float
 
 
 class Setup(NamedTuple):
@@ -146,7 +135,7 @@ def run_experiment(
     if position.records:
         on_event(Resumed(position.rounds, differences))
     hooks = Hooks(on_event, on_round, make_save(checkpoints if is_first() else None, experiment, dataset, machine))
-    needing = [name for name in experiment.aggregators if needs_rounds(position, experiment, name)]
+    needing = [name for name in experiment.aggregators if position.needs_rounds(experiment, name)]
     position, scores, compiled = score(experiment, setup, position, mesh, on_event, total=len(needing))
     runs: list[Run] = []
 
@@ -249,12 +238,6 @@ def score(
     return position, scores, compiled
 
 
-def needs_rounds(position: Position, experiment: Experiment, name: str) -> bool:
-    """Return whether a rule has rounds left to run."""
-    over = sum(record.over for record in position.records if record.aggregator == name)
-    return over < len(experiment.rank_policies) * experiment.seeds
-
-
 def make_program(
     experiment: Experiment,
     name: str,
@@ -300,10 +283,7 @@ def compile_training(
     )
     state = start_state(experiment, federation, rule)
     arguments = federation.keys["training"], state, federation.data
-    run = compile_round(make(lanes=lanes), mesh, *arguments)
-    while experiment.lanes == "auto" and lanes > 1 and not fits(run):
-        lanes //= 2
-        run = compile_round(make(lanes=lanes), mesh, *arguments)
+    run, lanes = compile_fitting(make, lanes, mesh, arguments, fixed=experiment.lanes != "auto")
     return CompiledRound(run, experiment, name, rule, tuple(levels), lanes, time.perf_counter() - begin)
 
 
@@ -331,11 +311,6 @@ def compile_probe(
     on_event(Stage("compiling the probe"))
     calm = dataclasses.replace(experiment, participation=1.0, sampling="uniform", drop_out=0.0, stragglers=0.0)
     return compile_training(calm, "probe", federation, mesh, [widest], rule=discard())
-
-
-def serves(compiled: CompiledRound, experiment: Experiment, name: str, levels: Sequence[Mapping[str, int]]) -> bool:
-    """Return whether a round was compiled for a rule of an experiment and for these levels."""
-    return (compiled.experiment, compiled.name, compiled.levels) == (experiment, name, tuple(levels))
 
 
 def probe(
@@ -401,7 +376,6 @@ def run_rounds(
 def run_round(program: Program, federation: Federation, state: State, *, tested: bool) -> tuple[State, Measured]:
     """Run one round, and evaluate it if it is time to."""
     begin = time.perf_counter()
-    state, info = program.round(federation.keys["training"], state, federation.data)
-    wait_for((state, info))
+    state, info = wait_for(program.round(federation.keys["training"], state, federation.data))
     seconds = time.perf_counter() - begin
     return state, Measured(info, program.evaluate(state) if tested else {}, seconds)

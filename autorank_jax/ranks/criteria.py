@@ -208,7 +208,13 @@ def criterion_names(stats: ClientStats, *, criteria: Sequence[str | Criterion] =
 
 
 def check_criteria(criteria: Sequence[str | Criterion]) -> None:
-    """Raise `ValueError` for a name that is no criterion, or a criterion that is there twice."""
+    """Raise `ValueError` for a name that is no criterion, or a criterion that is there twice.
+
+    Example:
+        >>> check_criteria(["size", "size"])
+        Traceback (most recent call last):
+        ValueError: expected every criterion once, got 'size' twice
+    """
     for number, criterion in enumerate(criteria):
         if isinstance(criterion, str):
             check_name("criteria", criterion, CRITERIA)

@@ -121,7 +121,7 @@ def test_rules_may_sum_whatever_is_numbers(name):
         ({"update": lambda key, sums, state, server: server}, "update to return .server, state., .*got a Server"),
         (
             {"update": lambda key, sums, state, server: (state, server)},
-            "built like those before, got .* for the server",
+            "return a server built like that before, got",
         ),
         (
             {"init": lambda server: jnp.int32(0), "update": lambda key, sums, state, server: (server, state + 0.5)},
@@ -135,6 +135,16 @@ def test_rules_that_return_something_else_are_refused(parts, message):
     with pytest.raises(TypeError, match=message) as caught:
         one_round(rule=rule, state=state(rule))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_state_that_changes_its_form_serves_one_round_but_no_loop():
+    rule = rule_of(init=lambda server: (), update=lambda key, sums, state, server: (server, {"new": jnp.ones(())}))
+    trained = make_local_training(task(), optax.sgd(0.1), batch_size=4)
+    step, first = make_round(trained, rule), state(rule)
+    assert set(jax.eval_shape(step, KEY, first, data())[0].aggregator) == {"new"}
+    with pytest.raises(TypeError, match="return a state built like that before, got a dict"):
+        jax.eval_shape(lambda key: simulate(key, step, first, data(), rounds=2), KEY)
 
 
 def test_weights_are_one_of_every_client():

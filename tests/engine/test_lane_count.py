@@ -39,7 +39,7 @@ def test_few_lanes_keep_a_cpu_busy_with_a_large_model():
 
 def test_an_unknown_platform_is_refused():
     data, task = federation([4, 4])
-    with pytest.raises(ValueError, match="expected a platform among"):
+    with pytest.raises(ValueError, match="expected a platform out of"):
         choose_lanes(data, task, batch_size=2, platform="abacus")
 
 
@@ -57,7 +57,7 @@ def test_a_footprint_leaves_out_what_clients_share_and_counts_loops_as_often_as_
     data, _ = federation([8, 8], layers=(width, 4))
 
     def task(steps, *, keep):
-        def loss(frozen, trainable, batch, key):
+        def loss(frozen, trainable, batch, key):  # noqa: ARG001
             def block(x, _):
                 return jnp.tanh(
                     x @ (2 * frozen.kernels["a"]) + (x @ adapter.lora_a) @ trainable.adapters["a"].lora_b

@@ -77,7 +77,7 @@ def test_clients_without_a_curve_are_told():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"epochs": 1}, "expected epochs >= 2, got 1"), ({"ratio": 4}, r"expected a ratio in \(0, 1\], got 4, probably")],
+    [({"epochs": 1}, "expected epochs >= 2, got 1"), ({"ratio": 4}, r"expected ratio in \(0, 1\], got 4, probably")],
 )
 def test_mistakes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -171,3 +171,11 @@ def test_a_program_that_needs_more_than_is_free_does_not_fit(free, does, monkeyp
     monkeypatch.setattr(launch, "free_memory", lambda: free)
     assert launch.fits(SimpleNamespace(memory_analysis=lambda: memory)) is does
     assert launch.fits(lambda: None)
+
+
+@pytest.mark.parametrize(("fixed", "lanes"), [(False, 2), (True, 8)])
+def test_lanes_are_halved_until_a_round_fits(fixed, lanes, monkeypatch):
+    monkeypatch.setattr(launch, "compile_round", lambda made, *_: made)
+    monkeypatch.setattr(launch, "fits", lambda made: made <= 3)
+    found = launch.compile_fitting(lambda lanes: lanes, 8, None, (), fixed=fixed)
+    assert found == (lanes, lanes)

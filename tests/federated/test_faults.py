@@ -197,7 +197,7 @@ def test_nan_clients_in_a_model():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: faults.drop_out(30), "expected a probability in 0 .. 1, got 30, probably a percentage"),
+        (lambda: faults.drop_out(30), "expected probability in .0, 1., got 30, probably a percentage"),
         (lambda: faults.drop_out(float("nan")), "got nan"),
         (lambda: faults.drop_out_schedule([[0, 1]]), "expected a schedule of bools"),
         (lambda: faults.drop_out_schedule([True]), r"of shape \(1,\)"),
@@ -209,7 +209,7 @@ def test_nan_clients_in_a_model():
         (lambda: faults.with_nan_clients(fake_training(), [1, 0]), "expected broken as a vector of bools"),
         (lambda: sample_by_size(0), "expected a cohort of at least one client, got 0"),
         (lambda: sample_by_size(4)(KEY, invite(3)[0]), "expected a cohort of at most all 3 clients, got 4"),
-        (lambda: sample_independently(0), "expected a probability above 0"),
+        (lambda: sample_independently(0), "expected probability in .0, 1"),
     ],
 )
 def test_impossible_faults_are_refused(make, message):

@@ -215,7 +215,7 @@ def test_reranking_draws_a_key_of_its_own_each_time():
         (lambda: ratios_from_scores(jnp.ones((3, 2))), r"scores of shape \(clients,\)"),
         (lambda: ranks_from_ratios(jnp.ones((3, 2)), {"a": 4}), r"expected shape \(clients,\) or \(clients, 1\)"),
         (lambda: ranks_from_ratios(jnp.ones(3), {"a": 0}), r"max_ranks\['a'\] >= 1, got 0"),
-        (lambda: ranks_from_ratios(jnp.ones(3), {"a": 0.5}), r"max_ranks\['a'\].*got 0.5"),
+        (lambda: ranks_from_ratios(jnp.ones(3), {"a": 0.5}), r"max_ranks as a dict.*0.5"),
         *(
             (
                 lambda bad=bad: ranks_from_ratios([0.5, bad], {"a": 4, "b": 4}),
@@ -239,7 +239,7 @@ def test_reranking_draws_a_key_of_its_own_each_time():
         *(
             (
                 lambda bad=bad: autorank_ranks([[1, 2]], max_rank=bad),
-                f"^max_rank: expected a whole number ≥ 1, got {bad}",
+                rf"max_rank.*{bad}",
             )
             for bad in (0, 0.5)
         ),
