@@ -13,6 +13,9 @@ ROOMS = ("datasets", "models", "federated", "adapters", "ranks", "engine", "aggr
 ALONE = ("types", "checkpoint")
 """Modules that lie in no room."""
 
+FRONT, COMMAND = "readme.png", "python -m benchmarks.readme_picture"
+"""The picture of the front page, and what draws it."""
+
 TITLES = {
     "datasets": "raw data",
     "models": "models",
@@ -96,7 +99,11 @@ def gallery(benchmarks: Path) -> tuple[str, dict[str, Path]]:
     parts = [
         "# Gallery\n\nEvery picture that the benchmarks draw, with the command that draws it. `autorank-jax run` draws"
     ]
-    parts[0] += " `accuracy.png` and `ranks.png` besides: see [reading the results](guides/reading_the_results.md)."
+    parts[0] += " `accuracy.png` and `ranks.png` besides, `autorank-jax compare` one picture of several runs: see [reading"
+    parts[0] += " the results](guides/reading_the_results.md). `autorank-jax finetune` draws `perplexity.png`."
+    if (benchmarks / FRONT).is_file():
+        pictures[FRONT] = benchmarks / FRONT
+        parts.append(f"```{{figure}} pictures/{FRONT}\n:alt: {COMMAND}\nThe front page: `{COMMAND}`\n```")
     for readme in sorted(benchmarks.glob("*/README.md")):
         parts.append(f"## {readme.parent.name}")
         for caption, link in re.findall(r"!\[([^\]]+)\]\((\S+\.png)\)", readme.read_text(encoding="utf-8")):

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from autorank_jax.manual.reference import gallery, reference
+from autorank_jax.manual.reference import FRONT, gallery, reference
 
 HERE = Path(__file__).parent
 NOTEBOOK = """---
@@ -107,6 +107,10 @@ def sources(folder: Path) -> Path:
     (folder / "pictures").mkdir()
     for name, path in pictures.items():
         shutil.copy(path, folder / "pictures" / name)
+    if FRONT not in pictures:  # in an installed package
+        front = folder / "index.md"
+        text = re.sub(r"```\{figure\}.*?```\n\n", "", front.read_text(encoding="utf-8"), flags=re.S)
+        front.write_text(text, encoding="utf-8")
     return folder
 
 

@@ -26,7 +26,12 @@ html_theme = "sphinx_book_theme"
 html_title = "autorank_jax"
 html_copy_source = False
 html_show_sourcelink = False
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "use_download_button": False}
+html_theme_options = {
+    "show_toc_level": 2,
+    "home_page_in_toc": True,
+    "use_download_button": False,
+    "navbar_persistent": [],  # the theme's other place for the search
+}
 html_static_path = ["sphinx"]
 html_css_files = ["wide.css"]
 
