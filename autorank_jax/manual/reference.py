@@ -99,7 +99,9 @@ def gallery(benchmarks: Path) -> tuple[str, dict[str, Path]]:
     parts = [
         "# Gallery\n\nEvery picture that the benchmarks draw, with the command that draws it. `autorank-jax run` draws"
     ]
-    parts[0] += " `accuracy.png` and `ranks.png` besides, `autorank-jax compare` one picture of several runs: see [reading"
+    parts[0] += (
+        " `accuracy.png` and `ranks.png` besides, `autorank-jax compare` one picture of several runs: see [reading"
+    )
     parts[0] += " the results](guides/reading_the_results.md). `autorank-jax finetune` draws `perplexity.png`."
     if (benchmarks / FRONT).is_file():
         pictures[FRONT] = benchmarks / FRONT

@@ -382,6 +382,6 @@ def test_command(tree, tmp_path, monkeypatch, capsys):
     assert cli.main(["data", "fetch", "cinic10", "--source", str(tree), "--overwrite"]) == 2
     assert "autorank-jax: dataset 'cinic10': expected an image at" in capsys.readouterr().err
     assert cli.main(["data", "fetch"]) == 2
-    assert "expected NAME, got none (see autorank-jax data --help)" in capsys.readouterr().err
+    assert "expected NAME, got none (see autorank-jax data fetch --help)" in capsys.readouterr().err
     assert cli.main(["data", "list"]) == 0
     assert "built in" in capsys.readouterr().out

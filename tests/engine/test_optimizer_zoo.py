@@ -79,7 +79,9 @@ WORKING = {
     "of hparams, in part": lambda: lambda h: functools.partial(optax.sgd, momentum=0.9)(h["learning_rate"]),
 }
 REFUSED = {
-    "gradients of each example": lambda: contrib.dpsgd(0.1, 1.0, 1.0, 0),
+    "gradients of each example": lambda: optax.chain(
+        contrib.differentially_private_aggregate(1.0, 1.0, key=0), optax.sgd(0.1)
+    ),
     "mask of other parameters": lambda: optax.masked(optax.adam(0.1), {"kernel": True}),
     "lookahead": lambda: optax.lookahead(optax.sgd(0.1), 2, 0.5),
     "a function of parameters": lambda: optax.stateless(lambda updates, _: updates["kernel"]),
