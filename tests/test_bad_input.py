@@ -330,11 +330,11 @@ def test_mistakes_are_named(name, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("run --config {0}/none.json", "config: expected {0}/none.json, got: No such file"),
+        ("run --config {0}/none.json", "config: expected the file {0}/none.json, got: No such file"),
         ("run --config {0}/text.json", "config: expected JSON in {0}/text.json"),
         ("run --config {0}/odd.json", "probably 'rounds'"),
-        ("run --config", "--config"),
-        ("run --resume {0}", "without checkpoints/run.json; probably another folder"),
+        ("run --config", "config: expected a path, got none"),
+        ("run --resume {0}", "without checkpoints/run.json, probably another folder"),
         ("run --resume {0} --config {0}/odd.json", "expected no --config beside it"),
         ("run --checkpoint-every -1 --rounds 0", "checkpoint-every: expected a whole number of at least 0, got -1"),
         ("run --keep-checkpoints 0", "keep-checkpoints: expected a whole number of at least 1, got 0"),
