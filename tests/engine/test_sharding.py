@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 
 from autorank_jax import aggregators
 from autorank_jax.engine import sharding
+from autorank_jax.engine.round import make_round
+from autorank_jax.types import LocalTraining
 from tests.engine import device_cases as small
 
 in_64_bit = pytest.mark.usefixtures("x64", "standard_promotion")
@@ -108,9 +110,10 @@ def test_cost_of_a_step_rises_with_the_width():
 
 
 def test_other_meshes_are_refused():
+    untrained = LocalTraining(*[lambda *given: given] * 3, 1)
     mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
     for make in (
-        lambda: small.compile_round({"rbla": aggregators.rbla()}, mesh=mesh),
+        lambda: make_round(untrained, aggregators.rbla(), mesh=mesh),
         lambda: sharding.owned_data(mesh, np.zeros(2), np.zeros(2), [[0], [1]]),
     ):
         with pytest.raises(ValueError, match="expected a mesh of the one axis 'clients', got"):
