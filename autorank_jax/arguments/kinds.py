@@ -163,6 +163,14 @@ def _is_numeric(value: Any) -> bool:
     return getattr(getattr(value, "dtype", None), "kind", "U") not in "US"
 
 
+def whole_to_float(value: Any) -> Any:
+    """Return whole numbers as floats, because JAX wraps those beyond 32 bits; anything else as it is."""
+    if is_traced(value):
+        return value
+    array = np.asarray(value)
+    return array.astype(float) if array.dtype.kind in "iu" else value
+
+
 def is_traced(value: Any) -> bool:
     """Return whether an array has no values yet."""
     try:

@@ -11,6 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from autorank_jax.arguments import check_name, checked
+from autorank_jax.arguments.kinds import whole_to_float
 from autorank_jax.types import Array, ClientStats
 
 Criterion = Callable[[ClientStats], Array]  # -> (clients,)
@@ -241,4 +242,4 @@ def _entropy(p: Array) -> Array:
 
 
 def _as_float(x: ArrayLike) -> Array:
-    return jnp.asarray(x).astype(jnp.result_type(float))
+    return jnp.asarray(whole_to_float(x)).astype(jnp.result_type(float))

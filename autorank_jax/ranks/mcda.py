@@ -13,6 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from autorank_jax.arguments import check_name, checked
+from autorank_jax.arguments.kinds import whole_to_float
 from autorank_jax.types import Array
 
 NORMALIZATIONS = ("vector", "minmax")
@@ -203,7 +204,7 @@ def _tolerances(x: Array) -> tuple[float, float]:
 
 def _as_float(x: ArrayLike) -> Array:
     """Return `x` as it is if it has 32 bits or more, else in the default float type."""
-    x = jnp.asarray(x)
+    x = jnp.asarray(whole_to_float(x))
     wide_enough = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize >= 4
     return x if wide_enough else x.astype(jnp.result_type(float))
 

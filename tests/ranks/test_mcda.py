@@ -259,3 +259,11 @@ def test_topsis_names_unknown_normalization_and_foreign_weights():
         topsis(VARIED, normalization="sum")
     with pytest.raises(ValueError, match=r"weights: expected shape \(3,\), got \(4,\)"):
         topsis(VARIED, jnp.ones(4))
+
+
+@pytest.mark.parametrize("make", [list, np.array])
+def test_whole_numbers_beyond_32_bits_do_not_wrap(make):
+    rows = [[2**40, 1], [2**41, 3], [3 * 2**40, 2]]
+    narrow = [[row[0] / 2**40, row[1]] for row in rows]
+    weights = [0.5, 0.5]
+    np.testing.assert_allclose(mcda.topsis(make(rows), weights), mcda.topsis(narrow, weights), rtol=1e-6)
