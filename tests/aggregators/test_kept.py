@@ -150,7 +150,7 @@ def test_rules_made_by_hand_take_a_server_optimizer():
     merging = with_server_optimizer(aggregators.fedex_lora()._replace(step=None), optimizer)
     with pytest.raises(ValueError, match="leaves the base alone, got one without a step whose update changes it"):
         run(merging)
-    with pytest.raises(TypeError, match="expected a server optimizer as optax makes them, got a function"):
+    with pytest.raises(TypeError, match="expected optimizer as a GradientTransformation, got the function 'sgd'"):
         with_server_optimizer(by_hand, optax.sgd)
 
 
