@@ -63,11 +63,12 @@ def build(folder: str | Path, *, execute: bool = True) -> Path:
             str(work),
             str(site),
         ]
-        ran = subprocess.run(
-            command, env=os.environ | {"PYTHONHASHSEED": "0"}, text=True, capture_output=True, check=False
-        )
+        here = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # blocks call commands
+        environment = os.environ | {"PYTHONHASHSEED": "0", "PATH": here}
+        ran = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
         if ran.returncode:
-            raise ManualError(ran.stdout + ran.stderr)
+            failed = [f"{path.stem}: {path.read_text(encoding='utf-8')}" for path in sorted(site.rglob("*.err.log"))]
+            raise ManualError("\n".join([ran.stdout + ran.stderr, *failed]))
         broken = check_links(site)
         if broken:
             raise ManualError("links that lead nowhere: " + "; ".join(broken))

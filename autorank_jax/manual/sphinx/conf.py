@@ -43,8 +43,9 @@ napoleon_custom_sections = [("Source", "notes_style"), "Example", "Examples"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 suppress_warnings = ["mystnb.unknown_mime_type", "myst.header", "config.cache"]
-nb_execution_timeout = 240
+nb_execution_timeout = 600
 nb_execution_raise_on_error = True
+nb_execution_show_tb = True  # of the block that failed
 nb_merge_streams = True
 
 
