@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
 from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.arguments import check_least, checked
@@ -42,7 +43,7 @@ def init_state(
     aggregator: Aggregator,
     ranks: Mapping[str, Array] | None,
     *,
-    learning_rate: float | Schedule | None = None,
+    learning_rate: ArrayLike | Schedule | None = None,
     local_epochs: int = 1,
     max_epochs: int = 5,
     clients: int | None = None,

@@ -199,6 +199,12 @@ def test_adapters_need_ranks_of_one_length():
         init_state(task.server, RULE, {"layers/0": np.ones(2, int), "layers/1": np.ones(3, int)})
 
 
+def test_the_learning_rate_of_a_state_may_be_an_array_inside_jit():
+    server = federation().task.server
+    made = jax.jit(lambda rate: init_state(server, RULE, None, clients=CLIENTS, learning_rate=rate).hparams)(0.25)
+    assert made["learning_rate"] == 0.25
+
+
 def test_whole_models_train_without_adapters():
     """`max_rank={}` and `train_dense="*"` is federated averaging of the whole model."""
     task = task_from_nnx(MLP((6, 3), rngs=nnx.Rngs(0)), max_rank={}, train_dense="*")
