@@ -60,6 +60,7 @@ LOADED_BY_NAME = {
 """Modules that import others when they need them, by `importlib`. All other imports stand at the top."""
 MOST_LINES = {".py": 400, "README.md": 150}
 MOST_RESULTS = 30
+AT_THE_TOP = {"autorank_jax", "benchmarks", "tests", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
 
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(ROOT.rglob("*.py"))}
 SOURCES = {name: path.read_text() for name, path in FILES.items()}
@@ -233,6 +234,11 @@ def test_files_are_short(ending):
     lengths = {str(p): (REPOSITORY / p).read_text().count("\n") for p in tracked() if p.name.endswith(ending)}
     long = {path: lines for path, lines in lengths.items() if lines > MOST_LINES[ending]}
     assert long == {}, f"at most {MOST_LINES[ending]} lines a file: split by noun"
+
+
+def test_nothing_new_lies_at_the_top():
+    found = {path.parts[0] for path in tracked() if not path.parts[0].startswith(".")}
+    assert found <= AT_THE_TOP, "probably what a run left behind"
 
 
 def test_result_files_are_few():
