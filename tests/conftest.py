@@ -8,15 +8,9 @@ import os
 import shutil
 import tempfile
 
-import jaxlib
+from tests import QUICK
 
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    " --xla_llvm_disable_expensive_passes=true"
-    # without these emitters compilation takes half the time; XLA ends the process at an option that it does not know
-    + (" --xla_cpu_use_fusion_emitters=false" if jaxlib.__version__.startswith("0.10.") else ""),
-)
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=2 {QUICK}")
 os.environ.setdefault("MPLBACKEND", "Agg")
 if "AUTORANK_JAX_TEST_CACHE" not in os.environ:
     os.environ["AUTORANK_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="autorank-jax-tests-")

@@ -164,8 +164,9 @@ def _is_numeric(value: Any) -> bool:
 
 
 def whole_to_float(value: Any) -> Any:
-    """Return whole numbers as floats, because JAX wraps those beyond 32 bits; anything else as it is."""
-    if is_traced(value):
+    """Return whole numbers as floats, as JAX wraps those beyond 32 bits; anything else, its arrays too, as it is."""
+    on_device = hasattr(value, "dtype") and not isinstance(value, np.ndarray | np.generic)
+    if on_device or is_traced(value):
         return value
     array = np.asarray(value)
     return array.astype(float) if array.dtype.kind in "iu" else value

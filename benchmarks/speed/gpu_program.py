@@ -77,7 +77,6 @@ COLUMNS = {
     "outside the loops": "outside",
     "MB of temporaries": "temporary_mb",
     "library calls": "calls",
-    "seconds to compile": "compile_seconds",
 }
 
 

@@ -7,10 +7,10 @@ the mean change of a ratio. `cost %` is training FLOPs over those of 20 rounds a
 over splits. `again` is the full probe with other batches: as near as a probe of the same cost comes to itself.
 MLP 784-200-200-10, maximum ranks 160, 160, 100, batch 64, SGD 0.01 with momentum 0.9.
 
-Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.probes [--json FILE]     (Fashion-MNIST; about 10 minutes)
+Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.probes [--json FILE]     (Fashion-MNIST)
           python -m benchmarks.study.probes --quick                                (embedded subset, one split and seed)
           python -m benchmarks.study.probes --report                               (runs nothing)
-Numbers to expect: see benchmarks/study/README.md
+Not run in full yet.
 """
 
 import itertools

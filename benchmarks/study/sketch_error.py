@@ -13,7 +13,7 @@ rounding alone carries a run; differences in points, mean over seeds and the lar
 probe up to 16, Fashion-MNIST, one local epoch, batch 64, SGD 0.03 with momentum.
 
 Command:  python -m benchmarks.study.sketch_error [--json FILE]     (--quick: one setting, two rounds)
-          AUTORANK_JAX_DATA=DIR python -m benchmarks.study.sketch_error --accuracy [--json FILE]     (about 40 minutes)
+          AUTORANK_JAX_DATA=DIR python -m benchmarks.study.sketch_error --accuracy [--json FILE]
           python -m benchmarks.study.sketch_error --report    (runs nothing: prints the published rows)
 Hardware: two CPU cores
 Time and numbers to expect: a minute a setting, most of it compilation; see benchmarks/study/README.md

@@ -16,6 +16,7 @@ from autorank_jax import aggregators
 from autorank_jax.engine import sharding
 from autorank_jax.engine.round import make_round
 from autorank_jax.types import LocalTraining
+from tests import QUICK
 from tests.engine import device_cases as small
 
 in_64_bit = pytest.mark.usefixtures("x64", "standard_promotion")
@@ -27,8 +28,7 @@ needs_two = pytest.mark.skipif(jax.device_count() < 2, reason="XLA_FLAGS of the 
 
 def start(call, *, devices=None):
     """Start a process that calls a function of `device_cases`."""
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    flags += f" --xla_force_host_platform_device_count={devices}" if devices else ""
+    flags = QUICK + (f" --xla_force_host_platform_device_count={devices}" if devices else "")
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", f"from tests.engine import device_cases as f; f.{call}"],
         cwd=Path(__file__).parents[2],

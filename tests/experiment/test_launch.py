@@ -20,6 +20,7 @@ from autorank_jax.checkpoint import saved_steps, step_folder
 from autorank_jax.engine import sharding
 from autorank_jax.experiment import launch
 from autorank_jax.experiment.config import ConfigurationError
+from tests import QUICK
 
 OPTIONS = {
     "dataset": "synthetic", "clients": "5", "split": "dirichlet_lognormal", "hidden": "6", "rounds": "40",
@@ -99,8 +100,7 @@ def start_two(*options):
         server.bind(("localhost", 0))
         port = server.getsockname()[1]
     together = ["--distributed", "--coordinator", f"localhost:{port}", "--num-processes", "2"]
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    flags = {"XLA_FLAGS": quick, "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "autorank_jax", *options, *together, "--process-id", str(number)],
