@@ -149,3 +149,19 @@ def test_long_values_are_cut():
     assert describe(list(range(50))).endswith("…")
     assert describe([np.ones(2)]) == "a list of 1"
     assert describe(jnp.ones(2)) == "an array float32[2]"
+
+
+@checked
+def train(rate: ArrayLike | Callable[[Array], Array] | None = None) -> None:
+    """Take numbers or a function of one number."""
+
+
+@pytest.mark.parametrize("rate", [None, 0.1, 2, jnp.ones(()), np.ones(3), [0.1, 0.2], lambda number: number])
+def test_a_union_with_arrays_keeps_its_other_members(rate):
+    train(rate)
+
+
+@pytest.mark.parametrize("rate", ["0.1", lambda: 0.1, {"rate": 0.1}])
+def test_a_union_with_arrays_allows_nothing_else(rate):
+    with pytest.raises(TypeError, match="expected rate as an array of numbers or a function of 1 argument or None"):
+        train(rate)

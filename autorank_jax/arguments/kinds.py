@@ -44,10 +44,18 @@ def kinds_of(annotation: Any, name: str = "") -> tuple[Kind, ...]:
     members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     if name == "key" and any(map(_is_array, members)):
         return (KEY, SIMPLE[int]) if int in members else (KEY,)
+    known: list[Kind] = []
     if len(members) > 1 and any(m is np.ndarray or _is_of_numpy(m) for m in members):  # an ArrayLike, JAX's or NumPy's
-        return (ARRAY_LIKE, SIMPLE[None]) if type(None) in members else (ARRAY_LIKE,)
+        known, members = [ARRAY_LIKE], tuple(m for m in members if not _is_of_arrays(m))
     kinds = [_kind(member) for member in members]
-    return () if None in kinds else tuple(kind for kind in kinds if kind is not None)
+    return () if None in kinds else (*known, *(kind for kind in kinds if kind is not None))
+
+
+def _is_of_arrays(annotation: Any) -> bool:
+    """Return whether something is a part of an ArrayLike, NumPy's with its text, or a sequence of numbers."""
+    origin = typing.get_origin(annotation) or annotation
+    numeric = isinstance(origin, type) and issubclass(origin, np.generic | numbers.Number | str | bytes)
+    return numeric or _is_array(annotation) or _is_of_numpy(annotation) or origin in (collections.abc.Sequence, list)
 
 
 def _kind(annotation: Any) -> Kind | None:
