@@ -32,7 +32,7 @@ If you know …
 
 from typing import TYPE_CHECKING
 
-from autorank_jax.lazy import lazy
+from autorank_jax.interface.lazy import lazy
 
 if TYPE_CHECKING:
     from autorank_jax import adapters, aggregators, datasets, engine, evaluation, federated, models, ranks

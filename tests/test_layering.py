@@ -18,7 +18,7 @@ ROOT = Path(autorank_jax.__file__).parent
 REPOSITORY = Path(__file__).parent.parent
 
 FLOORS = {  # a package imports from lower floors, and from itself
-    0: "lazy arguments",
+    0: "interface",
     1: "types datasets",
     2: "checkpoint models federated",
     3: "adapters",
@@ -30,7 +30,7 @@ FLOORS = {  # a package imports from lower floors, and from itself
     9: "manual",
 }
 FLOOR = {name: number for number, names in FLOORS.items() for name in names.split()}
-TOP = {"__init__", "__main__", "checkpoint", "lazy", "types"}
+TOP = {"__init__", "__main__", "checkpoint", "types"}
 """The modules that lie in no package."""
 LONGEST_CHAIN = 8
 HOST = {"checkpoint", "cli", "datasets", "experiment", "manual"}
@@ -49,7 +49,7 @@ ENGINE_KNOWS_NOTHING_OF = {"aggregators", "evaluation", "models", "ranks"}
 OPTIONAL = {"dp_accounting", "jinja2", "matplotlib", "PIL", "rich", "safetensors", "tensorboardX", "tokenizers"}
 OPTIONAL |= {"requests", "tensorflow", "tensorflow_datasets", "tqdm"}  # of the extra tfds
 LOADED_BY_NAME = {
-    "lazy": "what packages export",
+    "interface.lazy": "what packages export",
     "checkpoint": "Orbax takes seconds, and only what saves or restores needs it",
     "cli.cache": "JAX, which only runs need",
     "cli.dispatch": "the modules of the command that is run; help, lists and versions are there at once",

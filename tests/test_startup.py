@@ -8,7 +8,7 @@ import pytest
 
 import autorank_jax
 from autorank_jax import ranks
-from autorank_jax.lazy import lazy
+from autorank_jax.interface.lazy import lazy
 
 SLOW = ["jax", "flax", "optax", "orbax", "matplotlib"]
 AT_ONCE = ["--help", "--version", "run --help", "data list", "cache", "completion bash"]

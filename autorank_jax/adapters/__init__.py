@@ -39,7 +39,7 @@ model = ar.merge(task, state.server)  # MyModel again, plain Flax
 
 from typing import TYPE_CHECKING
 
-from autorank_jax.lazy import lazy
+from autorank_jax.interface.lazy import lazy
 
 if TYPE_CHECKING:
     from autorank_jax.adapters.causal_lm import task_from_causal_lm, token_weighted

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from autorank_jax.adapters.low_rank import LowRank, linear_form
 from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks
 from autorank_jax.adapters.task import Flat, Model, Reading, cast, make_task
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.models.causal_lm import CausalLM, causal_logits, causal_losses
 from autorank_jax.types import Adapter, Array, Batch, Key, PyTree, Scored, Task, Trainable
 

@@ -11,7 +11,7 @@ from autorank_jax.adapters.losses import as_float, classification_loss
 from autorank_jax.adapters.low_rank import LowRank, linear_form
 from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, why_unadapted
 from autorank_jax.adapters.task import Flat, Model, Reading, make_task
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.types import Adapter, Array, Key, PyTree, Task
 
 

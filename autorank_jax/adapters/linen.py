@@ -25,7 +25,7 @@ from autorank_jax.adapters.low_rank import (
 )
 from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, why_unadapted
 from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.types import Adapter, Array, Key, PyTree, Task
 
 WEIGHTS: dict[type, str] = {

@@ -13,7 +13,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.types import Adapter, Array, Base, Key, PyTree, Server, Task, Trainable
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from autorank_jax.adapters.losses import as_float, classification_loss
 from autorank_jax.adapters.nnx import check_statistics, fresh_randomness, graph_of, name_of
 from autorank_jax.adapters.selection import choose_parameters
 from autorank_jax.adapters.task import without_values
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.types import Adapter, Array, Base, Batch, Key, Origin, PyTree, Server, Task, TaskReport, Trainable
 
 

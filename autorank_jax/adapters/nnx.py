@@ -14,7 +14,7 @@ from autorank_jax.adapters.low_rank import Form
 from autorank_jax.adapters.nnx_layers import ADAPTED, Factor
 from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, why_unadapted
 from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task, without_values
-from autorank_jax.arguments import checked, describe
+from autorank_jax.interface import checked, describe
 from autorank_jax.types import Adapter, Array, Key, PyTree, Task
 
 __all__ = ["as_float", "classification_loss", "match_layers", "task_from_nnx"]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.types import Adapter, Array, Server, Task
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from autorank_jax.adapters.lora import init_adapter, key_of, product
 from autorank_jax.adapters.low_rank import Form
-from autorank_jax.arguments import checked, describe
+from autorank_jax.interface import checked, describe
 from autorank_jax.types import Adapter, Array, Base, Batch, Key, Origin, PyTree, Server, Task, TaskReport, Trainable
 
 Flat = dict[str, Array]

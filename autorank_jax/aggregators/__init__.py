@@ -101,7 +101,7 @@ from autorank_jax.aggregators.privacy import (
 )
 from autorank_jax.aggregators.products import flexlora, florist, lora_fair, raflora
 from autorank_jax.aggregators.server import with_norm_clipping, with_server_optimizer
-from autorank_jax.arguments import check_name, checked
+from autorank_jax.interface import check_name, checked
 from autorank_jax.types import Aggregator
 
 RULES: Mapping[str, Callable[..., Aggregator]] = MappingProxyType(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from autorank_jax.adapters.lora import per_layer
 from autorank_jax.aggregators.base import ClientSums, make_summand, mean_factors, mean_product
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.types import Adapter, Aggregator, AggState, Array, ClientUpdate, Key, Plan, Server, Sums
 
 

@@ -17,7 +17,7 @@ from autorank_jax.aggregators.base import (
     train_all,
     write_trainable,
 )
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.types import Adapter, Aggregator, AggState, Array, Server, ServerStep, Traffic, Trains, Travels
 
 

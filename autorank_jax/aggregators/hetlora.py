@@ -19,8 +19,8 @@ from autorank_jax.aggregators.base import (
     weighted,
     write_trainable,
 )
-from autorank_jax.arguments import checked
 from autorank_jax.engine.local import LocalLoss, with_penalty
+from autorank_jax.interface import checked
 from autorank_jax.types import (
     Adapter,
     Aggregator,

@@ -8,7 +8,7 @@ from autorank_jax.adapters.lora import over_columns, over_rows
 from autorank_jax.adapters.selection import choose_parts, leave_out
 from autorank_jax.aggregators.personal import merge_owned
 from autorank_jax.aggregators.server import step_taken
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.types import (
     Adapter,
     Aggregator,

@@ -25,7 +25,7 @@ from autorank_jax.aggregators.owners import (
     make_owner_summand,
     owner_product,
 )
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.types import (
     Adapter,
     Aggregator,

@@ -13,7 +13,7 @@ from autorank_jax.aggregators.base import (
     start_from_server,
 )
 from autorank_jax.aggregators.factors import factor_step
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.types import (
     Adapter,
     Aggregator,

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.aggregators.base import ClientSums, make_summand
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.types import (
     Aggregator,
     AggState,

@@ -38,7 +38,7 @@ from autorank_jax.aggregators.owners import (
     owner_product,
 )
 from autorank_jax.aggregators.sketches import LowRank, Maps, Sketch, by_shape, make_prepare, reconstruct
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.types import (
     Adapter,
     Aggregator,

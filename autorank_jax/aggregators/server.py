@@ -9,7 +9,7 @@ import optax
 
 from autorank_jax.adapters.lora import nonzero_positions
 from autorank_jax.aggregators.base import anything, choose, owned
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.types import (
     Adapter,
     Aggregator,

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax.adapters.lora import over_columns, over_rows
-from autorank_jax.arguments import checked
 from autorank_jax.engine import init_state, make_round
 from autorank_jax.federated.participation import Cohort
+from autorank_jax.interface import checked
 from autorank_jax.types import (
     Adapter,
     Aggregator,

@@ -42,7 +42,6 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from autorank_jax.arguments import checked
 from autorank_jax.datasets.base import (
     ENVIRONMENT_VARIABLE,
     KEYS,
@@ -60,6 +59,7 @@ from autorank_jax.datasets.made import BUILT_IN, synthetic
 from autorank_jax.datasets.progress import Bar, OnProgress, Progress
 from autorank_jax.datasets.tables import is_table, read_table
 from autorank_jax.datasets.tfds import UnknownNameError, read_from_tfds
+from autorank_jax.interface import checked
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",

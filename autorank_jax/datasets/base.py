@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 
 ENVIRONMENT_VARIABLE = "AUTORANK_JAX_DATA"
 KEYS = ("x_train", "y_train", "x_test", "y_test")

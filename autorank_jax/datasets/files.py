@@ -12,9 +12,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from autorank_jax.arguments import checked
 from autorank_jax.datasets.base import ENVIRONMENT_VARIABLE, KEYS, Dataset, DatasetError, Known
 from autorank_jax.datasets.folders import FOLDERS
+from autorank_jax.interface import checked
 
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 OBJECTS = "it holds Python objects"

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from autorank_jax.arguments import checked
 from autorank_jax.datasets.base import Dataset, DatasetError, Known
 from autorank_jax.datasets.progress import OnProgress, Progress
+from autorank_jax.interface import checked
 
 FOLDERS: Mapping[str, Sequence[str]] = {
     "cinic10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),

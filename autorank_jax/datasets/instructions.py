@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from autorank_jax.arguments import checked
 from autorank_jax.datasets.base import DatasetError
+from autorank_jax.interface import checked
 
 MINI = "instructions_mini"
 """Seventy-four instructions of six kinds, made for this package."""

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from autorank_jax.arguments import checked
 from autorank_jax.datasets.base import Dataset, DatasetError, Known
 from autorank_jax.datasets.files import read_dataset
+from autorank_jax.interface import checked
 
 MINI = Known((28, 28), 5_000, 1_000, 10, "balanced subset of Fashion-MNIST, part of this package")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from autorank_jax.arguments import checked
 from autorank_jax.datasets.base import Dataset, DatasetError
+from autorank_jax.interface import checked
 
 TEST_SHARE = 0.2
 LONGEST = 1_000_000  # characters of a line

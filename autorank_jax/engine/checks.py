@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax.arguments import check_key, describe
+from autorank_jax.interface import check_key, describe
 from autorank_jax.types import Aggregator, Array, FederatedData, PyTree, State
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from autorank_jax.arguments import check_least, checked
+from autorank_jax.interface import check_least, checked
 from autorank_jax.types import Adapter, Batch, FederatedData, Task
 
 

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 
 from autorank_jax.adapters.lora import max_ranks
-from autorank_jax.arguments import check_least, check_name, checked
 from autorank_jax.engine.flops import training_flops
 from autorank_jax.engine.footprint import training_footprint
 from autorank_jax.federated.checks import check_known
+from autorank_jax.interface import check_least, check_name, checked
 from autorank_jax.types import FederatedData, Task
 
 _PLATFORMS = ("cpu", "gpu", "tpu")

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autorank_jax.adapters.lora import level_widths
-from autorank_jax.arguments import checked
 from autorank_jax.engine.flops import FlopModel
+from autorank_jax.interface import checked
 
 Widths = dict[str, int]
 """Rank positions of each adapter, by path, while one rank level trains."""

@@ -9,7 +9,6 @@ import optax
 from jax import lax
 
 from autorank_jax.adapters.lora import over_columns, over_rows
-from autorank_jax.arguments import check_least, checked
 from autorank_jax.engine.checks import check_losses
 from autorank_jax.engine.optimizers import (
     Optimizer,
@@ -19,6 +18,7 @@ from autorank_jax.engine.optimizers import (
     params_to_send,
     step_optimizer,
 )
+from autorank_jax.interface import check_least, checked
 from autorank_jax.types import (
     Adapter,
     Array,

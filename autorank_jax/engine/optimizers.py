@@ -16,8 +16,8 @@ import optax
 from optax import contrib
 
 from autorank_jax.adapters.selection import dense_names
-from autorank_jax.arguments import checked, describe
-from autorank_jax.arguments.kinds import is_real, takes
+from autorank_jax.interface import checked, describe
+from autorank_jax.interface.kinds import is_real, takes
 from autorank_jax.types import Adapter, Array, Hparams, Key, PyTree, Trainable
 
 Optimizer: TypeAlias = "optax.GradientTransformation | Callable[[Hparams], optax.GradientTransformation]"

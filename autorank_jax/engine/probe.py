@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autorank_jax.adapters.lora import max_ranks
-from autorank_jax.arguments import check_least, check_share, checked
 from autorank_jax.engine.round import make_round
 from autorank_jax.federated.data import client_stats
+from autorank_jax.interface import check_least, check_share, checked
 from autorank_jax.types import (
     Aggregator,
     ClientStats,

@@ -8,7 +8,6 @@ from jax import lax
 from jax.sharding import Mesh
 
 from autorank_jax.adapters.lora import max_ranks
-from autorank_jax.arguments import check_least, checked
 from autorank_jax.engine.checks import check_round, check_update
 from autorank_jax.engine.lanes import Program, Round, make_queue, no_totals, run_queue, steps_of_epochs
 from autorank_jax.engine.levels import RankLevels, resolve_levels
@@ -18,6 +17,7 @@ from autorank_jax.engine.sharding import add_up, check_mesh, on_mesh, own_client
 from autorank_jax.engine.totals import Totals
 from autorank_jax.federated.faults import Fault, draw_cohort, round_keys
 from autorank_jax.federated.participation import Cohort, Participation, by_examples, everyone
+from autorank_jax.interface import check_least, checked
 from autorank_jax.types import (
     Aggregator,
     Array,

@@ -15,7 +15,6 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
-from autorank_jax.arguments import checked
 from autorank_jax.engine.lanes import Program, steps_and_levels
 from autorank_jax.engine.totals import Totals
 from autorank_jax.federated.checks import (
@@ -27,6 +26,7 @@ from autorank_jax.federated.checks import (
     part_sizes,
 )
 from autorank_jax.federated.participation import Cohort
+from autorank_jax.interface import checked
 from autorank_jax.types import Array, FederatedData, Key, PyTree, RoundFn, RoundInfo, State, Trainable
 
 AXIS = "clients"

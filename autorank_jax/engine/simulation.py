@@ -11,8 +11,8 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from autorank_jax.adapters.lora import max_ranks
-from autorank_jax.arguments import check_least, checked
 from autorank_jax.engine.checks import check_goes_on, why_no_ranks
+from autorank_jax.interface import check_least, checked
 from autorank_jax.types import (
     Aggregator,
     Array,

@@ -19,7 +19,7 @@ print(sorted(ar.make_evaluate(task, images.x_test, images.y_test)(state)))
 
 from typing import TYPE_CHECKING
 
-from autorank_jax.lazy import lazy
+from autorank_jax.interface.lazy import lazy
 
 if TYPE_CHECKING:
     from autorank_jax.evaluation import privacy

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autorank_jax.adapters.selection import leave_out
-from autorank_jax.arguments import check_least, check_share, checked
 from autorank_jax.engine.flops import FlopModel
+from autorank_jax.interface import check_least, check_share, checked
 from autorank_jax.types import Adapter, Array, Server, Traffic, Travels
 
 EVERYTHING = Traffic()

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from autorank_jax.adapters.lora import cut, max_ranks, rank_masks
-from autorank_jax.arguments import checked
 from autorank_jax.engine.flops import FlopModel
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
+from autorank_jax.interface import checked
 from autorank_jax.models.causal_config import CausalConfig
 from autorank_jax.types import Array, EvaluateFn, FederatedData, PyTree, Scored, Server, State, Task
 

@@ -11,8 +11,8 @@ from jax.typing import ArrayLike
 
 from autorank_jax.adapters.lora import cut, level_widths, max_ranks, rank_level, rank_masks
 from autorank_jax.adapters.losses import check_outputs, regression_loss
-from autorank_jax.arguments import check_least, checked
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
+from autorank_jax.interface import check_least, checked
 from autorank_jax.types import (
     Aggregator,
     Array,

@@ -8,7 +8,7 @@ A fixed size: by one client in place of another.
 import functools
 from typing import Any
 
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 
 _LEAST_NOISE = 0.2
 _LARGEST = 30.0

@@ -25,7 +25,7 @@ print(summarize(results)["policies"]["autorank"]["final_accuracy"]["mean"] > 0.1
 
 from typing import TYPE_CHECKING
 
-from autorank_jax.lazy import lazy
+from autorank_jax.interface.lazy import lazy
 
 if TYPE_CHECKING:
     from autorank_jax.experiment.checkpoints import Checkpoints

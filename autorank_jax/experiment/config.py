@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from autorank_jax import datasets
-from autorank_jax.arguments import checked
 from autorank_jax.experiment import privacy
 from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, outside, unknown
 from autorank_jax.experiment.names import AGGREGATORS, CRITERIA, NEEDS_LOSSES, SPLITS
+from autorank_jax.interface import checked
 
 WHOLE_RULES = ("fedavg",)
 """Rules that train whole weights: there are no adapters, hence no ranks."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 
 
 class Row(NamedTuple):

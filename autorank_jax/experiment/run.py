@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from autorank_jax.adapters import max_ranks
-from autorank_jax.arguments import checked
 from autorank_jax.datasets import Dataset
 from autorank_jax.engine import FlopModel, make_local_training, make_round, training_flops
 from autorank_jax.engine.probe import discard
@@ -66,6 +65,7 @@ from autorank_jax.experiment.setup import (
 )
 from autorank_jax.experiment.waiting import wait_for
 from autorank_jax.federated import by_examples, equally
+from autorank_jax.interface import checked
 from autorank_jax.types import Aggregator, Array, EvaluateFn, RoundFn, State
 
 

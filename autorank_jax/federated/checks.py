@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from autorank_jax.arguments import describe
+from autorank_jax.interface import describe
 from autorank_jax.types import PyTree
 
 INT32_MAX = int(np.iinfo(np.int32).max)

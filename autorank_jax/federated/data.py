@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from autorank_jax.arguments import check_share, checked
 from autorank_jax.federated.checks import (
     INT32_MAX,
     check_examples,
@@ -23,6 +22,7 @@ from autorank_jax.federated.checks import (
     first_few,
     part_sizes,
 )
+from autorank_jax.interface import check_share, checked
 from autorank_jax.types import ClientStats, FederatedData, PyTree
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from autorank_jax.arguments import check_share, checked
 from autorank_jax.federated.participation import Cohort, Participation
+from autorank_jax.interface import check_share, checked
 from autorank_jax.types import Array, Client, FederatedData, Key, LocalState, LocalTraining, Trainable
 
 Fault = Callable[[Key, Array, FederatedData, Cohort], Cohort]

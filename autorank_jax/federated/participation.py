@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from autorank_jax.arguments import check_share, checked
+from autorank_jax.interface import check_share, checked
 from autorank_jax.types import Array, FederatedData, Key
 
 

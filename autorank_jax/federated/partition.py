@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from autorank_jax.arguments import check_least, check_name, check_share, checked
 from autorank_jax.federated.checks import concatenate_parts, part_sizes
+from autorank_jax.interface import check_least, check_name, check_share, checked
 
 Seed = int | np.random.Generator
 Parts = list[np.ndarray]  # of each client, (n_i,) int64

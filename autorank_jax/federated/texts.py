@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax.arguments import checked
 from autorank_jax.datasets.chat import Tokenizer, make_chat
 from autorank_jax.datasets.instructions import Instructions
 from autorank_jax.federated.data import client_stats, from_parts
 from autorank_jax.federated.partition import dirichlet
+from autorank_jax.interface import checked
 from autorank_jax.types import ClientStats, FederatedData, Tokens
 
 

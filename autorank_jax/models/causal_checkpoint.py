@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.models.causal_config import CausalConfig, parse_config
 from autorank_jax.models.causal_lm import CausalLM, param_shapes
 from autorank_jax.types import Array

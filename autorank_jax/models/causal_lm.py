@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.models.causal_config import CausalConfig, rope_frequencies, rotate
 from autorank_jax.types import Array, Scored, Tokens
 

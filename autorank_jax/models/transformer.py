@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from autorank_jax.arguments import check_counts, check_least, check_share, checked
+from autorank_jax.interface import check_counts, check_least, check_share, checked
 from autorank_jax.types import Array
 
 Tokens = dict[str, Array]

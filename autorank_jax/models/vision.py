@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from autorank_jax.arguments import check_counts, check_least, checked
+from autorank_jax.interface import check_counts, check_least, checked
 from autorank_jax.types import Array
 
 

@@ -33,7 +33,7 @@ print(ranks.shape, info.weights.shape)
 
 from typing import TYPE_CHECKING
 
-from autorank_jax.lazy import lazy
+from autorank_jax.interface.lazy import lazy
 
 if TYPE_CHECKING:
     from autorank_jax.ranks.criteria import complexity_matrix, gini_simpson, label_entropy, loss_entropy

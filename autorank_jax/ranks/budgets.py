@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from autorank_jax.arguments import check_least, check_name, check_share, checked
+from autorank_jax.interface import check_least, check_name, check_share, checked
 from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy
 
 WEIGHTS = ("clients", "examples")

@@ -6,7 +6,7 @@ What a rank rule is worth shows only against its own ratios given to others: the
 import jax
 import jax.numpy as jnp
 
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy
 
 

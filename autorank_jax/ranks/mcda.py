@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from autorank_jax.arguments import check_name, checked
-from autorank_jax.arguments.kinds import whole_to_float
+from autorank_jax.interface import check_name, checked
+from autorank_jax.interface.kinds import whole_to_float
 from autorank_jax.types import Array
 
 NORMALIZATIONS = ("vector", "minmax")

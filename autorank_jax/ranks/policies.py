@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from autorank_jax.adapters import lora
-from autorank_jax.arguments import check_least, check_name, check_share, checked, describe
+from autorank_jax.interface import check_least, check_name, check_share, checked, describe
 from autorank_jax.ranks import mcda
 from autorank_jax.ranks.criteria import (
     CRITERIA,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax.arguments import checked
+from autorank_jax.interface import checked
 from autorank_jax.types import ClientStats, Key
 
 

@@ -3,21 +3,6 @@
 `checked` around a function holds every argument against its annotation before the function runs: `rounds="5"`, a rule
 that was not called, a task in place of its server, a seed in place of a key, a local loss of four arguments in place of
 five. What annotations do not say (ranges, shapes) functions check themselves, `check_least` for instance.
-
-```python
-from autorank_jax.arguments import checked
-
-
-@checked
-def double(number: int) -> int:
-    return 2 * number
-
-
-try:
-    double("5")
-except TypeError as error:
-    print(error)
-```
 """
 
 import collections.abc
@@ -31,9 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from autorank_jax.arguments.kinds import KEY, LOOKED_AT, Kind, is_traced, is_whole, kinds_of, takes
-
-__all__ = ["check_counts", "check_key", "check_kind", "check_least", "check_name", "check_share", "checked", "describe"]
+from autorank_jax.interface.kinds import KEY, LOOKED_AT, Kind, is_traced, is_whole, kinds_of, takes
 
 F = TypeVar("F", bound=Callable[..., Any])
 MOST_SHOWN = 60  # characters of a value in a message

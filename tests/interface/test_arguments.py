@@ -12,7 +12,7 @@ import pytest
 from jax.typing import ArrayLike
 
 import autorank_jax as ar
-from autorank_jax.arguments import check_share, checked, describe
+from autorank_jax.interface import check_share, checked, describe
 from autorank_jax.types import Array, Key, Server
 
 ROOMS = ("adapters", "aggregators", "datasets", "engine", "evaluation", "experiment", "federated", "models", "ranks")
