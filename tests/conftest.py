@@ -6,6 +6,7 @@ The workers of a test run share one compilation cache, in a folder that is gone 
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 from tests import QUICK
@@ -20,6 +21,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["AUTORANK_JAX_TEST
 import jax
 import pytest
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from what they start in the background
 jax.config.update("jax_compilation_cache_dir", os.environ["AUTORANK_JAX_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
