@@ -8,6 +8,7 @@ the same for both partners, says so.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from autorank_jax.types import Array, Batch, FederatedData
 
@@ -39,10 +40,14 @@ def permuted(positions: Array, size: Array, words: Array, epoch: Array) -> Array
     rounds = jnp.arange(_ROUNDS, dtype=jnp.uint32)
     keys = _mix(words[0] ^ _mix(tweak + rounds)) % n  # (rounds,)
     salts = _mix(tweak ^ _mix(words[0] + rounds + jnp.uint32(_ROUNDS)))  # (rounds,)
-    for number in range(_ROUNDS):
-        partner = (keys[number] + n - x) % n
-        bit = _mix(jnp.maximum(x, partner) ^ salts[number]) & jnp.uint32(1)
-        x = jnp.where(bit == 1, partner, x)
+
+    def swap_or_not(x: Array, of_round: tuple[Array, Array]) -> tuple[Array, None]:
+        key, salt = of_round
+        partner = jnp.where(x > key, key + n, key) - x  # (key - x) mod n, without the division
+        bit = _mix(jnp.maximum(x, partner) ^ salt) & jnp.uint32(1)
+        return jnp.where(bit == 1, partner, x), None
+
+    x, _ = lax.scan(swap_or_not, x, (keys, salts), unroll=_ROUNDS)  # traced once, one kernel
     return x.astype(jnp.int32)
 
 
