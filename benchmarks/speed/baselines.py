@@ -4,6 +4,7 @@
   side, everyone waits for the longest.
 - `make_loop`: a Python loop over a jitted client.
 - `make_centralised`: the yardstick: one shared model at the clients' mean rank, big batches, no clients at all.
+- `make_same_batches`: the same shared model over the very batches of the clients, one after the other.
 """
 
 from collections.abc import Callable
@@ -136,20 +137,30 @@ def mean_widths(state: State, data: FederatedData) -> dict[str, int]:
     return {p: max(1, round(float(np.asarray(r) @ size / size.sum()))) for p, r in state.ranks.items()}
 
 
+def _one_model(local: LocalTraining, state: State, widths: dict[str, int]) -> tuple[LocalState, Client, Setting]:
+    """Return a shared model of really truncated width, ready to be trained, and what its steps need."""
+    masks = rank_masks({p: jnp.array(w) for p, w in widths.items()}, widths)
+    client = Client(jnp.array(0), masks, jnp.array(1.0), ())
+    start = cut(narrow(state.server.trainable, widths), masks)
+    return local.begin(state.hparams, start, client), client, Setting(client, start, state.server.frozen, Trains())
+
+
+def _serve(local: LocalTraining, state: State, client: Client, trained: LocalState) -> State:
+    server = state.server._replace(trainable=local.end(trained, client))
+    return state._replace(server=server, round=state.round + 1)
+
+
 def make_centralised(
     local: LocalTraining, *, widths: dict[str, int], batch_size: int, mesh: Mesh | None = None
 ) -> OneRound:
-    """Make one epoch of one shared model of really truncated width over all examples.
+    """Make one epoch of one shared model over all examples in big batches.
 
     With a mesh each device takes its share of every batch.
     """
     spread = make_spread(mesh)
 
     def round_fn(key: Key, state: State, data: FederatedData) -> State:
-        masks = rank_masks({p: jnp.array(w) for p, w in widths.items()}, widths)
-        client = Client(jnp.array(0), masks, jnp.array(1.0), ())
-        start = cut(narrow(state.server.trainable, widths), masks)
-        setting = Setting(client, start, state.server.frozen, Trains())
+        begun, client, setting = _one_model(local, state, widths)
         used = data.order.shape[0]
         steps = state.hparams["local_epochs"] * -(-used // batch_size)
 
@@ -159,8 +170,27 @@ def make_centralised(
             batch = spread(Batch(x, y, jnp.ones(batch_size)))
             return local.step(state.hparams, setting, trained, batch, key)[0]
 
-        trained = lax.fori_loop(0, steps, forward, local.begin(state.hparams, start, client))
-        server = state.server._replace(trainable=local.end(trained, client))
-        return state._replace(server=server, round=state.round + 1)
+        return _serve(local, state, client, lax.fori_loop(0, steps, forward, begun))
+
+    return round_fn
+
+
+def make_same_batches(local: LocalTraining, aggregator: Aggregator, *, widths: dict[str, int], steps: int) -> OneRound:
+    """Make a loop of one shared model over all batches of all clients, `steps` of them, one after the other."""
+
+    def round_fn(key: Key, state: State, data: FederatedData) -> State:
+        level = make_level(local, aggregator, key, state, data)
+        begun, client, setting = _one_model(local, state, widths)
+        places = jnp.arange(data.size.shape[0])
+        assigned = jax.vmap(lambda place: look_up(level, place))(places)
+        place = jnp.repeat(places, assigned.steps, total_repeat_length=steps)
+        number = jnp.arange(steps) - (jnp.cumsum(assigned.steps) - assigned.steps)[place]
+
+        def forward(step: Array, trained: LocalState) -> LocalState:
+            row, words = assigned.client.row[place[step]], assigned.words[place[step]]
+            batch, _ = take_batch(data, row, words, number[step], local.batch_size)
+            return local.step(state.hparams, setting, trained, batch, key)[0]
+
+        return _serve(local, state, client, lax.fori_loop(0, steps, forward, begun))
 
     return round_fn

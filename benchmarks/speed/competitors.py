@@ -16,11 +16,13 @@ from autorank_jax.engine.round import make_round
 from autorank_jax.types import State
 from benchmarks import harness
 from benchmarks.speed import workloads
-from benchmarks.speed.baselines import make_centralised, make_lockstep, make_loop, mean_widths
+from benchmarks.speed.baselines import make_centralised, make_lockstep, make_loop, make_same_batches, mean_widths
 from benchmarks.speed.peer import Peer, PeerError
 from benchmarks.speed.workloads import Workload
 
-ENGINES = ("centralised", "lockstep", "loop")
+ENGINES = ("centralised", "same_batches", "lockstep", "loop")
+YARDSTICKS = ("centralised", "same_batches")
+"""Engines that train one shared model, and so pass no gate."""
 BIG_BATCHES = (256, 512, 1024, 2048)
 TOLERANCE = 1e-4
 KEY = 0
@@ -131,10 +133,24 @@ def make_best_lockstep(workload: Workload, devices: int) -> Entry:
     return fastest(entries)
 
 
+def make_same(workload: Workload) -> Entry:
+    """Compile the loop over the very same batches, on one device."""
+    epochs, size = int(workload.state.hparams["local_epochs"]), np.asarray(workload.data.size)
+    function = make_same_batches(
+        workload.local,
+        workload.rule,
+        widths=mean_widths(workload.state, workload.data),
+        steps=epochs * int(np.sum(-(-size // workload.local.batch_size))),
+    )
+    return compiled_entry(function, arguments_of(workload), devices=1)
+
+
 def make_engine(name: str, workload: Workload, devices: int = 1) -> Entry:
     """Make an engine that runs in this process."""
     if name == "centralised":
         return make_best_centralised(workload, devices)
+    if name == "same_batches":
+        return make_same(workload)
     if name == "lockstep":
         return make_best_lockstep(workload, devices)
     program, arguments = make_loop(workload.local, workload.rule), arguments_of(workload)
@@ -235,7 +251,7 @@ def gate_twice(
 def line_up(workload: Workload, lanes: tuple[int, ...], options: argparse.Namespace, folder: Path) -> Field:
     """Make our round and everybody whom the options name ready to take turns; the caller closes their entries.
 
-    `centralised` trains another model and so passes no gate.
+    The yardsticks train another model and so pass no gate.
     """
     entries, gaps, skipped = sweep(workload, lanes, options.devices), {}, {}
     ours = entries["ours"].values()
@@ -247,7 +263,7 @@ def line_up(workload: Workload, lanes: tuple[int, ...], options: argparse.Namesp
             entry = (
                 make_engine(name, workload, options.devices) if local else make_peer(name, workload, options, folder)
             )
-            if name != "centralised":
+            if name not in YARDSTICKS:
                 gaps[name] = gate_twice(name, ours, entry, workload=workload, options=options, folder=folder)
             entries[name] = entry
         except PeerError as error:

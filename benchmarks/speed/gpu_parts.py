@@ -107,7 +107,7 @@ def speed(name: str, *, rehearse: bool) -> Rows:
     ours = entries[chosen].values()
     for competitor, entry in entries.items():
         measured = harness.summary(seconds[competitor])
-        another = competitor == "centralised"  # another model
+        another = competitor in competitors.YARDSTICKS
         yield {
             "workload": name,
             "competitor": competitor,

@@ -1,7 +1,8 @@
 """Samples per second of the engine beside `centralised`, hand-written JAX engines and other simulators.
 
-Competitors: `centralised` (one shared model, big batches, no clients: the yardstick), `lockstep` (`jit(vmap(scan))`),
-`loop` (a Python loop over a jitted client), and the peers `drjax, fedjax, pfl, flower, torch, torch_vmap`, each in an
+Competitors: `centralised` (one shared model, big batches, no clients: the yardstick), `same_batches` (that model over
+the clients' own batches, one after the other, on one device), `lockstep` (`jit(vmap(scan))`), `loop` (a Python loop
+over a jitted client), and the peers `drjax, fedjax, pfl, flower, torch, torch_vmap`, each in an
 environment of its own (`benchmarks/speed/peers/setup.sh DIR`). All train the very same round: start values, examples,
 order of batches, ranks. A competitor whose trained values differ from ours by more than 1e-4 gets no number, unless in
 float64 they agree to 1e-6.
@@ -27,7 +28,7 @@ from autorank_jax.engine.flops import training_flops
 from autorank_jax.evaluation.costs import client_costs
 from benchmarks import harness, script
 from benchmarks.speed import rounds_report, workloads
-from benchmarks.speed.competitors import ENGINES, Entry, line_up
+from benchmarks.speed.competitors import ENGINES, YARDSTICKS, Entry, line_up
 from benchmarks.speed.peer import ENVIRONMENTS, PeerError, peer_versions
 from benchmarks.speed.workloads import WORKLOADS, Workload
 
@@ -99,7 +100,7 @@ def make_row(name: str, competitor: str, entry: Entry, seconds: list[float], wor
         "peak_bytes": entry.peak_bytes(),
         "repeats": len(seconds),
         "flops_per_second": work.flops / measured["median"],
-        "bytes_per_second": None if competitor == "centralised" else work.bytes / measured["median"],
+        "bytes_per_second": None if competitor in YARDSTICKS else work.bytes / measured["median"],
         **entry.detail,
     }
 

@@ -7,10 +7,12 @@ from matplotlib.figure import Figure
 
 from autorank_jax.cli.figures import PALETTE
 from benchmarks import script
+from benchmarks.speed.competitors import YARDSTICKS
 from benchmarks.speed.workloads import TITLES, WORKLOADS
 
 NAMES = {
     "centralised": "centralised: no clients",
+    "same_batches": "the same batches, one model",
     "lockstep": "hand-written jit(vmap(scan))",
     "loop": "loop over jitted clients",
     "drjax": "DrJAX",
@@ -45,6 +47,7 @@ OURS = {
     "devices of `lockstep`": "lockstep_devices",
     "devices of `centralised`": "centralised_devices",
     "ours / ours on one device": "one",
+    "ours on one device / `same_batches`": "same_batches",
 }
 
 
@@ -72,13 +75,16 @@ def our_round(content: script.Content, workload: str) -> dict[str, Any]:
     """Return what our round takes on one workload, beside what some others used."""
     by_name = {row["competitor"]: row for row in content["rows"] if row["workload"] == workload}
     lockstep, central = by_name.get("lockstep", {}), by_name.get("centralised", {})
+    ratios = content["ratios"][workload]
+    one, same = ratios.get("ours, 1 device"), ratios.get("same_batches")
     return by_name["ours"] | {
         "workload": f"`{workload}`",
         "mb": megabytes(by_name["ours"]["peak_bytes"]),
         "lockstep_mb": megabytes(lockstep.get("peak_bytes")),
         "lockstep_devices": lockstep.get("devices"),
         "centralised_devices": central.get("devices"),
-        "one": content["ratios"][workload].get("ours, 1 device"),
+        "one": one,
+        "same_batches": None if same is None else same / (one or 1.0),
     }
 
 
@@ -111,7 +117,7 @@ def draw(content: script.Content) -> Figure:
         figure,
         "How many times as fast as others one of our rounds is (logarithmic)",
         "Examples per second over theirs, the very same work with equal results. Blue: we are faster, orange: they "
-        "are. Grey: one shared model in big batches,\nwhich has no clients at all and so is the yardstick. "
+        "are. Grey: yardsticks, one shared model without clients,\nin big batches or in the clients' own. "
         f"{script.hardware(content)}; median of up to {max(row['repeats'] for row in content['rows'])} turns each.",
     )
     return figure
@@ -122,7 +128,7 @@ def panel(axes: Axes, title: str, ratios: dict[str, float]) -> None:
     order = sorted(ratios, key=ratios.__getitem__)
     for place, competitor in enumerate(order):
         ratio = ratios[competitor]
-        colour = YARDSTICK if competitor == "centralised" else FASTER if ratio >= 1 else SLOWER
+        colour = YARDSTICK if competitor in YARDSTICKS else FASTER if ratio >= 1 else SLOWER
         axes.barh(place, ratio - 1, left=1, color=colour)
         text = f" {ratio:.2g}" if ratio < 10 else f" {ratio:.0f}"
         axes.annotate(text, (max(ratio, 1), place), ha="left", va="center", fontsize=8)  # right of whatever is drawn

@@ -42,12 +42,12 @@ def softmax_gradient(logits, labels):
     return p / len(labels)
 
 
-def train_by_hand(workload, client):
-    """Train one client's two-layer perceptron in float64 with gradients written down."""
-    v = {name: value.astype(np.float64) for name, value in common.truncated(workload, client).items()}
+def train_by_hand(workload, start, batches):
+    """Train a two-layer perceptron on batches in float64 with gradients written down."""
+    v = {name: value.astype(np.float64) for name, value in start.items()}
     w = {name: value.astype(np.float64) for name, value in workload.frozen.items()}
     one, two = workload.network["layers"]
-    for batch in common.batches(workload, client):
+    for batch in batches:
         x, y = workload.inputs[batch].astype(np.float64), workload.targets[batch]
         effective = [w[f"kernel:{p}"] + v[f"lora_a:{p}"] @ v[f"lora_b:{p}"] for p in (one, two)]
         before = x @ effective[0] + v[f"dense:{one}/bias"]
@@ -69,12 +69,26 @@ def test_exported_round_is_ours(exported, ours):
     """A peer that reads nothing but the file and trains by hand arrives where we do."""
     totals = {name: np.zeros(value.shape) for name, value in exported.trainable.items()}
     for client in range(exported.clients):
-        start, trained = common.truncated(exported, client), train_by_hand(exported, client)
+        start = common.truncated(exported, client)
+        trained = train_by_hand(exported, start, common.batches(exported, client))
         for name, value in trained.items():
             totals[name][tuple(map(slice, value.shape))] += exported.size[client] * (value - start[name])
     owners = common.owned_weights(exported)
     theirs = {name: value + totals[name] / owners[name] for name, value in exported.trainable.items()}
     assert competitors.difference(ours, theirs) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_same_batches_train_one_model_of_the_mean_rank(tiny, exported):
+    """One after the other, client by client, at rank 5: the clients' ranks are 2, 4, 6 and 8."""
+    cut = {"lora_a": lambda value: value[:, :5], "lora_b": lambda value: value[:5], "dense": lambda value: value}
+    start = {name: cut[name.partition(":")[0]](value) for name, value in exported.trainable.items()}
+    batches = [batch for client in range(exported.clients) for batch in common.batches(exported, client)]
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        got = competitors.make_same(tiny).values()
+    expected = train_by_hand(exported, start, batches)
+    assert competitors.difference(expected, got) < 1e-5
+    assert competitors.difference(train_by_hand(exported, start, batches[:-1]), got) > 1e-3
 
 
 @pytest.mark.slow
