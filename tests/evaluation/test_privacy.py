@@ -48,7 +48,7 @@ def test_a_fixed_cohort_costs_more_than_independent_draws_because_a_client_is_re
 
 @pytest.mark.parametrize(
     ("epsilon", "clients"),
-    [(1.0, None), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3.0, 1000), (8.0, None)))],
+    [(1.0, None), pytest.param(3.0, 1000, marks=pytest.mark.slow)],
 )
 def test_calibrated_noise_keeps_the_budget_and_no_more(epsilon, clients):
     how = {"rate": 0.1, "clients": clients}
@@ -71,9 +71,9 @@ def test_what_is_released_once_is_composed_with_the_rounds():
 
 @pytest.mark.slow
 def test_a_release_takes_its_part_of_the_budget():
-    more = calibrated_noise(3.0, 20, 1e-5, rate=0.1, release=3.0)
-    assert more > calibrated_noise(3.0, 20, 1e-5, rate=0.1)
-    assert spent_epsilon(more, 20, 1e-5, rate=0.1, release=3.0) <= 3.0
+    more = calibrated_noise(3.0, 20, 1e-5, rate=1.0, release=3.0)
+    assert more > calibrated_noise(3.0, 20, 1e-5, rate=1.0)
+    assert spent_epsilon(more, 20, 1e-5, rate=1.0, release=3.0) <= 3.0
 
 
 def test_a_release_keeps_its_own_budget():
