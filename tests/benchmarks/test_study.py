@@ -328,7 +328,7 @@ def test_nothing_to_confirm(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "argument"), [(paper, "--groups=main,local"), (study, "--rules=rbla")])
+@pytest.mark.parametrize(("script", "argument"), [(paper, "--groups=local"), (study, "--rules=rbla")])
 def test_scripts_run_quickly(script, argument, tmp_path):
     script.main(["--quick", "--seeds", "1", "--rounds", "2", argument, "--splits", "staircase", "--out", str(tmp_path)])
     assert next(iter(tmp_path.glob("*.md"))).stat().st_size > 0
