@@ -74,8 +74,7 @@ def _check_match(argument: str, pattern: str, paths: Collection[str], others: Ma
             f"{_listed(unfit)}: train these whole through train_dense; the candidates are {sorted(paths)}"
         )
     raise ValueError(
-        f"expected {argument} patterns that match a layer, got {pattern!r}, probably a misspelt path: the candidates "
-        f"are {sorted(paths)}"
+        f"expected {argument} patterns that match a layer, got {pattern!r}: the candidates are {sorted(paths)}"
     )
 
 
@@ -99,8 +98,8 @@ def choose_parameters(names: Collection[str], patterns: str | tuple[str, ...], *
     for pattern in globs:
         if pattern != optional and not any(matches(name, pattern) for name in names):
             raise ValueError(
-                f"expected train_dense patterns that match a parameter, got {pattern!r}, probably a misspelt path or "
-                f"the kernel of an adapted layer: the candidates are {sorted(names)}"
+                f"expected train_dense patterns that match a parameter that is not adapted, got {pattern!r}: the "
+                f"candidates are {sorted(names)}"
             )
     return {name for name in names if any(matches(name, pattern) for pattern in globs)}
 
@@ -126,8 +125,8 @@ def choose_parts(trainable: Trainable, patterns: tuple[str, ...]) -> tuple[set[s
         parameters = {name for name in names if matches(name, pattern)}
         if not layers and not parameters:
             raise ValueError(
-                f"expected patterns that match an adapter or a parameter trained whole, got {pattern!r}, probably a "
-                f"misspelt path: there are {sorted({*trainable.adapters, *names})}"
+                f"expected patterns that match an adapter or a parameter trained whole, got {pattern!r}: there are "
+                f"{sorted({*trainable.adapters, *names})}"
             )
         adapters |= layers
         dense |= parameters

@@ -103,8 +103,8 @@ def _aim_of_update(rule: Aggregator, key: Key, sums: Sums, state: AggState, serv
     leaves = zip(jax.tree.leaves(after.frozen), jax.tree.leaves(server.frozen), strict=True)
     if any(new is not old for new, old in leaves):
         raise ValueError(
-            "expected a rule that leaves the base alone, got one without a step whose update changes it, probably a "
-            "rule that merges: give it a ServerStep"
+            "expected a rule that leaves the base alone, got one without a step whose update changes it: a rule that "
+            "merges needs a ServerStep"
         )
     old, new = server.trainable, after.trainable
     adapters = {path: owned(_moved(new.adapters[path], adapter), adapter) for path, adapter in old.adapters.items()}

@@ -13,9 +13,10 @@ from autorank_jax.types import Aggregator, Array, FederatedData, PyTree, State
 def check_round(key: Any, state: Any, data: Any, rule: Aggregator) -> None:
     """Raise an error unless key, state and data are those of a round under a rule."""
     if not isinstance(state, State) or not isinstance(data, FederatedData):
+        swapped = any(isinstance(one, State) for one in (key, data)) or isinstance(state, FederatedData)
         raise TypeError(
             f"expected a round of (key, state, data), got {describe(state)} for the state and {describe(data)} for the "
-            "data, probably in another order"
+            "data" + ", probably in another order" * swapped
         )
     check_key(key)
     _check_clients(state, data)
@@ -30,8 +31,7 @@ def _check_clients(state: State, data: FederatedData) -> None:
     for name, column in {**columns, "epochs": state.epochs, "epoch_losses": state.epoch_losses}.items():
         if column.shape[:1] != (clients,):
             raise ValueError(
-                f"expected a state of the {clients} clients of the data, got {name} of shape {column.shape}, probably "
-                "ranks made for another split"
+                f"expected a state of the {clients} clients of the data, got {name} of shape {column.shape}"
             )
     for path, rank in state.ranks.items():
         if not jnp.issubdtype(rank.dtype, jnp.integer):
@@ -63,8 +63,8 @@ def _check_like(name: str, found: PyTree, expected: PyTree) -> None:
     if _same_structure(found, expected) and all(map(_same_shape, jax.tree.leaves(found), jax.tree.leaves(expected))):
         return
     raise ValueError(
-        f"expected {name} as this rule makes it, got that of another rule or of another model, probably a state made "
-        "for another rule: init_state(server, rule, ranks) with the rule of the round"
+        f"expected {name} as this rule makes it, got that of another rule or of another model: init_state(server, "
+        "rule, ranks) with the rule of the round makes it"
     )
 
 
@@ -130,5 +130,6 @@ def check_losses(losses: Any, examples: int, what: str) -> None:
     """Raise `ValueError` unless there is one loss for every example."""
     shape = jnp.shape(losses)
     if shape != (examples,):
-        cause = "a mean over the batch: leave it out" if shape == () else "a loss that keeps more axes: take their mean"
-        raise ValueError(f"expected {what} of every example, shape ({examples},), got {shape}, probably {cause}")
+        mean = ", probably a mean over the batch: leave it out" if shape == () else ""
+        cause = ": take the mean over the other axes" if shape[:1] == (examples,) else mean
+        raise ValueError(f"expected {what} of every example, shape ({examples},), got {shape}{cause}")

@@ -5,6 +5,7 @@ it counts local steps and restarts each round; a learning rate by *round* belong
 `init_state(..., learning_rate=optax.cosine_decay_schedule(0.1, 100))`.
 """
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -41,9 +42,10 @@ class _Given(dict):
     def __getitem__(self, name: str) -> Array:
         self.asked |= name == "learning_rate"
         if name not in self:
+            near = difflib.get_close_matches(name, self, n=1)
+            meant = f", probably {near[0]!r}" if near else f": init_state(..., {name}=...) gives it"
             raise ValueError(
-                f"expected hparams {sorted(self)}, which the state has, got {name!r} of the optimizer, probably left "
-                f"out: init_state(..., {name}=...)"
+                f"expected hparams {sorted(self)}, which the state has, got {name!r} of the optimizer{meant}"
             )
         return super().__getitem__(name)
 
@@ -61,12 +63,14 @@ def check_optimizer(optimizer: Any) -> None:
     if isinstance(optimizer, optax.GradientTransformation):
         return
     made = getattr(optimizer, "func", optimizer)  # of a functools.partial
-    own = callable(optimizer) and takes(optimizer, 1)
-    if own and not str(getattr(made, "__module__", "")).startswith("optax"):
+    own = callable(optimizer) and not str(getattr(made, "__module__", "")).startswith("optax")
+    if own and takes(optimizer, 1):
         return
     cause = ""
     if isinstance(optimizer, optax.MultiSteps):
         cause = ", probably one step too early: .gradient_transformation()"
+    elif own:
+        cause = ", which takes other arguments"
     elif callable(optimizer):
         name = getattr(made, "__name__", "optimizer")
         cause = f', probably not called: optax.{name}(...), or lambda h: optax.{name}(h["learning_rate"])'
@@ -92,14 +96,13 @@ def make_transformation(optimizer: Optimizer, hparams: Hparams) -> optax.Gradien
         made, asked = _call(optimizer, given), given.asked
     if not isinstance(made, optax.GradientTransformation):
         raise TypeError(
-            f"expected an optimizer as optax makes them, got {type(made).__name__}, probably one of another library, "
-            "or a function that does not return it"
+            f"expected an optimizer as optax makes them, got {describe(made)}"
+            + ", probably of a function that does not return it" * (made is None)
         )
     if "learning_rate" in hparams and not asked:
         raise ValueError(
-            "expected an optimizer that uses the state's learning_rate, got one that ignores it, probably "
-            'optax.sgd(0.1) in place of lambda h: optax.sgd(h["learning_rate"]): change it, or leave learning_rate out '
-            "of init_state"
+            "expected an optimizer that uses the state's learning_rate, got one that ignores it: make it like "
+            'lambda h: optax.sgd(h["learning_rate"]), or leave learning_rate out of init_state'
         )
     return optax.with_extra_args_support(made)
 
@@ -155,8 +158,7 @@ def step_optimizer(
     if _structures(after, updates) != _structures(memory, params):
         raise ValueError(
             "expected an optimizer whose updates are built like the parameters and whose state like the one before, "
-            "got another structure, probably one made for parameters of its own, such as optax.lookahead: use the "
-            "optimizer inside it"
+            "got another structure; of one for parameters of its own, such as optax.lookahead, use the optimizer inside"
         )
     return updates, jax.tree.map(_keep_type, after, memory)
 
@@ -168,8 +170,8 @@ def _first(error: Exception) -> str:
 def _refusal(what: str, error: Exception) -> str:
     return (
         f"expected an optimizer of gradients, parameters and the loss, got one that cannot {what} the client's "
-        f"parameters ({_first(error)}), probably one that needs parameters or arguments of its own, "
-        "such as optax.lookahead: use another, or the optimizer inside it"
+        f"parameters ({_first(error)}); of one for parameters of its own, such as optax.lookahead, use the optimizer "
+        "inside"
     )
 
 
@@ -193,8 +195,8 @@ def params_to_send(memory: PyTree, params: Trainable) -> Trainable:
         if isinstance(state, contrib.ScheduleFreeState):
             if _structures(state.z) != _structures(params):
                 raise ValueError(
-                    "expected schedule_free of all parameters, got it of a part of them, probably inside "
-                    "optax.partition: say what is sent with make_local_training(report=...)"
+                    "expected schedule_free of all parameters, got it of a part of them, as inside optax.partition: "
+                    "say what is sent with make_local_training(report=...)"
                 )
             params = contrib.schedule_free_eval_params(state, params)
         elif isinstance(state, contrib.SAMState) and state.cache is not None:
@@ -259,8 +261,8 @@ def scale_updates(
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
-                    f"expected patterns that match a layer or a dense parameter, got {pattern!r}, probably a misspelt "
-                    f"path: there are {sorted(names)}"
+                    f"expected patterns that match a layer or a dense parameter, got {pattern!r}: there are "
+                    f"{sorted(names)}"
                 )
         return optax.EmptyState()
 

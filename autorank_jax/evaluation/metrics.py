@@ -111,11 +111,11 @@ def _check_classes(logits: tuple[int, ...], labels: Array) -> None:
     """Raise `ValueError` for a label without an output of its own: no rule of indexing makes a number of it."""
     if isinstance(labels, jax.core.Tracer):
         return
-    largest = int(np.asarray(labels).max())
+    least, largest = int(np.asarray(labels).min()), int(np.asarray(labels).max())
     if largest >= logits[1]:
         raise ValueError(
-            f"expected a model of at least {largest + 1} outputs for labels up to {largest}, got {logits[1]}, probably "
-            "one for fewer classes, or labels counted from 1"
+            f"expected a model of at least {largest + 1} outputs for labels up to {largest}, got {logits[1]}"
+            + ", probably labels that count from 1" * (least == 1 and largest == logits[1])
         )
 
 
@@ -181,8 +181,7 @@ def label_weighted_accuracy(
     """
     if label_counts.ndim != 2 or label_counts.shape[:1] != state.epochs.shape:
         raise ValueError(
-            f"expected label counts of the state's {state.epochs.shape[0]} clients, got shape {label_counts.shape}, "
-            "probably statistics of another split"
+            f"expected label counts of the state's {state.epochs.shape[0]} clients, got shape {label_counts.shape}"
         )
     check_least("rank_levels", rank_levels)
     widest = max_ranks(state.server.trainable)

@@ -112,8 +112,8 @@ def _classes(stats: ClientStats) -> Array:
 def _loss_entropy_of_present(stats: ClientStats) -> Array:
     if stats.epoch_losses is None:
         raise ValueError(
-            "criterion 'loss_entropy': expected stats.epoch_losses, got None, probably no probe was run: "
-            "autorank_jax.probe makes them, or drop the criterion"
+            "criterion 'loss_entropy': expected stats.epoch_losses, got None: autorank_jax.probe makes them, or drop "
+            "the criterion"
         )
     losses = jnp.asarray(stats.epoch_losses)
     epochs = jnp.full(losses.shape[0], losses.shape[1], jnp.int32) if stats.epochs is None else stats.epochs

@@ -153,10 +153,10 @@ def test_bad_arrays_are_not_saved(tmp_path):
             "labels in 0 .. classes - 1, got .* different ones up to 1800; .*list",
         ),
         ({"y_train": SMALL.y_train[:-1]}, r"as many examples as labels.* got x_train\(30, 4, 4\) and y_train\(29,\)"),
-        ({"y_test": SMALL.y_test - 1}, r"expected labels in 0 .. .* in y_test, got -1 .. 1; probably examples without"),
+        ({"y_test": SMALL.y_test - 1}, r"expected labels in 0 .. .* in y_test, got -1 .. 1; probably a marker of unknown"),
         ({"x_test": SMALL.x_test[:, :2]}, r"of one shape, got \(4, 4\) and \(2, 4\)"),
         ({"x_test": SMALL.x_test[:0], "y_test": SMALL.y_test[:0]}, "at least one, got x_test"),
-        ({"x_train": np.array([None] * 30)}, "expected arrays of numbers, got Python objects; probably made of lists"),
+        ({"x_train": np.array([None] * 30)}, "expected arrays of numbers, got Python objects"),
     ],
 )
 def test_wrong_arrays_are_refused_by_name(tmp_path, changes, message):
@@ -185,7 +185,7 @@ def test_truncated_file_is_refused(tmp_path, keep):
     path = save_dataset(tmp_path / "mine.npz", SMALL)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content))])
-    with pytest.raises(DatasetError, match=r"cannot be read.*probably truncated or damaged.*put it there again"):
+    with pytest.raises(DatasetError, match=r"cannot be read.*put it there again"):
         load_dataset("mine", cache=tmp_path)
 
 
