@@ -91,7 +91,7 @@ FAULTS = {
         one_folder_down,
         r"folders train and test in .*/cinic, got CINIC-10; probably those in .*/cinic/CINIC-10 are meant",
     ),
-    "an empty folder": (lambda t: [shutil.rmtree(path) for path in t.iterdir()], "train and test in .*, got none; pr"),
+    "an empty folder": (lambda t: [shutil.rmtree(path) for path in t.iterdir()], "train and test in .*, got none"),
     "no test part": (lambda t: shutil.rmtree(t / "test"), r"folders train and test in .*, got train, valid"),
     "a class is missing": (drop_class, r"each of airplane, .*/test, got no dog"),
     "a class too many": (lambda t: (t / "train" / "tree").mkdir(), r"/train, got also tree"),
@@ -158,7 +158,7 @@ def test_what_is_there_is_not_fetched_again(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "read_from_tfds", lambda *_, **__: pytest.fail("it was there"))
     assert fetch_dataset("mine", cache=tmp_path) == path
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DatasetError, match="cannot be read .*put it there again"):
+    with pytest.raises(DatasetError, match=r"cannot be read .*put it there again"):
         fetch_dataset("mine", cache=tmp_path)
 
 
@@ -298,7 +298,7 @@ def test_no_usable_temporary_folder_is_one_line(worker, tmp_path, monkeypatch):
     cache = worker("send()")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(
-        DatasetError, match=r"^dataset 'mine': .* No such file .*: choose another with TMPDIR$"
+        DatasetError, match=r"^dataset 'mine': .* No such file .*: choose another folder with TMPDIR$"
     ) as caught:
         load_dataset("mine", cache=cache)
     assert "\n" not in str(caught.value)
@@ -312,7 +312,7 @@ def test_a_full_disk_is_one_line(worker, monkeypatch):
 
     cache = worker("send()")
     monkeypatch.setattr(np, "savez_compressed", fail)
-    with pytest.raises(DatasetError, match=r"to write dataset 'mine' to .*No space left .*disk is full"):
+    with pytest.raises(DatasetError, match=r"to write dataset 'mine' to .*No space left .*: choose another folder"):
         load_dataset("mine", cache=cache)
     assert not list(cache.iterdir())
 

@@ -46,7 +46,10 @@ def mean_loss(*given):
         (lambda: one_round(state=state(aggregators.rolora())), "expected State.aggregator as this rule makes it"),
         (lambda: one_round(state=state(aggregators.fedsa_lora())), "expected State.clients as this rule makes it"),
         (lambda: one_round(state=state(), rule=aggregators.local_only()), "expected State.clients as this rule makes"),
-        (lambda: one_round(optax.lookahead(optax.sgd(1.0), 2, 0.5), state=state()), "such as optax.lookahead, use the optimizer inside"),
+        (
+            lambda: one_round(optax.lookahead(optax.sgd(1.0), 2, 0.5), state=state()),
+            "such as optax.lookahead, use the optimizer inside",
+        ),
         (lambda: one_round(optax.sgd, state=state()), "probably not called: optax.sgd"),
     ],
 )

@@ -162,7 +162,9 @@ def test_a_rate_that_nobody_looks_at_is_refused():
     rate = {"learning_rate": jnp.asarray(0.5)}
     for ignoring in (optax.sgd(0.1), lambda _: optax.sgd(0.1)):
         make_transformation(ignoring, {})
-        with pytest.raises(ValueError, match="uses the state's learning_rate, got one that ignores it: make it like lambda h: opt"):
+        with pytest.raises(
+            ValueError, match="uses the state's learning_rate, got one that ignores it: make it like lambda h: opt"
+        ):
             make_transformation(ignoring, rate)
     with pytest.raises(ValueError, match="ignores it"):
         run(optax.sgd(0.1), learning_rate=0.1)
@@ -192,9 +194,7 @@ def test_updates_are_scaled_by_part_and_layer():
     scaled, _ = scale.update(ones, scale.init(ones))
     got = [float(leaf.ravel()[0]) for leaf in (*scaled.adapters["head"], scaled.dense["head/bias"], scaled.dense["b"])]
     assert got == [0.5, 8, 1.5, 3]
-    with pytest.raises(
-        ValueError, match=r"got 'tail': there are \['b', 'head', 'head/bias'\]"
-    ):
+    with pytest.raises(ValueError, match=r"got 'tail': there are \['b', 'head', 'head/bias'\]"):
         scale_updates(layers={"tail": 2}).init(ones)
     with pytest.raises(ValueError, match="expected factors of updates >= 0, got -1 for 'lora_b'"):
         scale_updates(lora_b=-1)

@@ -140,7 +140,10 @@ NAN = np.array([[0.0], [np.nan], [0], [np.inf], [0], [0]], np.float32)
         (bad(ids=["a", "b"]), "expected ids as"),
         (bad(ids=[-1, 0]), "expected ids in 0 .. 2147483647, got -1 .. 0"),
         (bad(ids=[0, 2**31]), "expected ids in 0 .. 2147483647, got 0 .. 2147483648: number clients"),
-        (lambda: from_client_ids(INPUTS, TARGETS, [0, 1]), r"client_ids of shape \(6,\).*use from_parts"),
+        (
+            lambda: from_client_ids(INPUTS, TARGETS, [0, 1]),
+            r"client_ids of shape \(6,\), one per example, got \(2,\); from_parts",
+        ),
         (lambda: from_client_ids(INPUTS, TARGETS, list("aabbcc")), "client_ids as an array of numbers"),
         (lambda: from_client_ids(INPUTS, TARGETS, [0.0] * 6), "integer client_ids, got float64"),
         (lambda: from_client_ids(INPUTS, TARGETS, [-1] * 6), "client_ids in 0 .. 2147483647, got -1"),
