@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from autorank_jax.interface.kinds import is_whole
 from autorank_jax.types import PyTree, Trainable
 
 Where = str | tuple[str, ...] | Callable[[str, Any], bool]
@@ -41,14 +42,14 @@ def choose_ranks(
     patterns = dict(max_rank) if isinstance(max_rank, Mapping) else {"*": max_rank}
     chosen = _chosen(layers, others, where)
     for pattern, rank in patterns.items():
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        if not is_whole(rank) or rank < 1:
             raise ValueError(f"expected maximum ranks as whole numbers >= 1, got {rank!r} for {pattern!r}")
         _check_match("max_rank", pattern, chosen, others)
     ranks = {}
     for path in sorted(chosen):
         matching = [rank for pattern, rank in patterns.items() if matches(path, pattern)]
         if matching:
-            ranks[path] = matching[0]
+            ranks[path] = int(matching[0])
     return ranks
 
 

@@ -1,13 +1,16 @@
 """Checks of what a round is given, when it is made or traced: of types and shapes alone."""
 
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from autorank_jax.interface import check_key, describe
-from autorank_jax.types import Aggregator, Array, FederatedData, PyTree, State
+from autorank_jax.interface import check_key, check_kind, describe
+from autorank_jax.interface.kinds import kinds_of
+from autorank_jax.types import Aggregator, Array, FederatedData, PyTree, State, Trains
 
 
 def check_round(key: Any, state: Any, data: Any, rule: Aggregator) -> None:
@@ -19,8 +22,16 @@ def check_round(key: Any, state: Any, data: Any, rule: Aggregator) -> None:
             "data" + ", probably in another order" * swapped
         )
     check_key(key)
+    if "local_epochs" not in state.hparams:
+        raise ValueError(f"expected hparams with local_epochs, got {sorted(state.hparams)}: state.hparams | {{...}}")
     _check_clients(state, data)
     _check_rule_state(state, rule)
+
+
+def check_rule(rule: Aggregator) -> None:
+    """Raise `TypeError` unless every field of a rule is of its kind, such as a function of so many arguments."""
+    for name, annotation in inspect.get_annotations(Aggregator).items():
+        check_kind(f"the rule's {name}", getattr(rule, name), kinds_of(annotation))
 
 
 def _check_clients(state: State, data: FederatedData) -> None:
@@ -126,8 +137,42 @@ def check_goes_on(before: State, after: State) -> None:
         )
 
 
-def check_losses(losses: Any, examples: int, what: str) -> None:
-    """Raise `ValueError` unless there is one loss for every example."""
+def check_built_like(what: str, found: PyTree, expected: PyTree) -> None:
+    """Raise `TypeError` unless what somebody's function returned is built like something."""
+    if not _same_structure(found, expected):
+        raise TypeError(f"expected {what} to return what is built like {describe(expected)}, got {describe(found)}")
+
+
+def check_trains(trains: Any) -> None:
+    """Raise `TypeError` unless a rule said what it trains in a `Trains`."""
+    if not isinstance(trains, Trains):
+        raise TypeError(f"expected the rule's trains to return a Trains(...), got {describe(trains)}")
+
+
+def strong(what: str, tree: PyTree) -> PyTree:
+    """Make arrays of all leaves, none weakly typed: the result of a round would be strong, and the next retrace.
+
+    Raises:
+        TypeError: for a leaf that is no array of numbers.
+    """
+
+    def one(leaf: Any) -> Array:
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
+            raise TypeError(f"expected {what} of arrays, got {describe(leaf)} in it")
+        array = jnp.asarray(leaf)
+        return lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array
+
+    return jax.tree.map(one, tree)
+
+
+def check_losses(losses: Any, examples: int, what: str, penalty: Any = 0) -> None:
+    """Raise `ValueError` unless there is one loss for every example, and one penalty."""
+    if not hasattr(losses, "dtype"):
+        raise TypeError(f"expected {what} as an array, got {describe(losses)}; a penalty is added by with_penalty")
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise ValueError(f"expected {what} as floats, got {losses.dtype}, which have no gradient")
+    if jnp.shape(penalty):
+        raise ValueError(f"expected a penalty of shape (), got {jnp.shape(penalty)}: take its sum or mean")
     shape = jnp.shape(losses)
     if shape != (examples,):
         mean = ", probably a mean over the batch: leave it out" if shape == () else ""

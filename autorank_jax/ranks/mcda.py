@@ -9,11 +9,12 @@ better and a *cost* where less is better.
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
 from autorank_jax.interface import check_name, checked
-from autorank_jax.interface.kinds import whole_to_float
+from autorank_jax.interface.kinds import is_traced, whole_to_float
 from autorank_jax.types import Array
 
 NORMALIZATIONS = ("vector", "minmax")
@@ -182,6 +183,8 @@ def _decision_problem(
     _check_shape("where", where_, (clients,))
     _check_bool("benefit", benefit_)
     _check_bool("where", where_)
+    if not (is_traced(x) or is_traced(where_)) and not np.isfinite(np.asarray(x)[np.asarray(where_)]).all():
+        raise ValueError("matrix: expected finite numbers of every client that is present, got NaN or infinity")
 
     x = jnp.where(where_[:, None], x, 0)
     x = jnp.where(where_[:, None], x, x[jnp.argmax(where_)][None, :])

@@ -80,6 +80,7 @@ def autorank(
     if benefit is not None and len(benefit) < len(criteria):
         raise ValueError(f"expected benefit of {len(criteria)} criteria, one of each, got {len(benefit)}")
 
+    @checked
     def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
         matrix = complexity_matrix(stats, criteria=criteria)
         weights = mcda.critic_weights(matrix, benefit=benefit, where=stats.where)
@@ -105,6 +106,7 @@ def by_size(*, min_ratio: float = 0.1) -> RankPolicy:
     """
     check_share("min_ratio", min_ratio, cause=_RANK)
 
+    @checked
     def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
         size = jnp.asarray(stats.size).astype(jnp.result_type(float))
         ratios = ratios_from_scores(size, min_ratio=min_ratio, where=stats.where)
@@ -130,6 +132,7 @@ def uniform(ratio: float = 1.0) -> RankPolicy:
     """
     check_share("ratio", ratio, cause=_RANK)
 
+    @checked
     def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
         return jnp.full(_clients(stats), ratio, jnp.result_type(float)), _no_scores(stats)
 
@@ -156,6 +159,7 @@ def manual(ratios: ArrayLike | Sequence[float] | Sequence[Sequence[float]]) -> R
     if given.ndim not in (1, 2):
         raise ValueError(f"ratios: expected shape (clients,) or (clients, layers), got {given.shape}")
 
+    @checked
     def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
         if given.shape[0] != _clients(stats):
             raise ValueError(

@@ -156,3 +156,10 @@ def test_loss_entropy_names_wrong_shapes():
         loss_entropy(np.ones((3, 0)))
     with pytest.raises(ValueError, match=r"epochs: expected shape \(3,\), got \(2,\)"):
         loss_entropy(np.ones((3, 5)), np.ones(2, int))
+
+
+@pytest.mark.parametrize("equation", [label_entropy, gini_simpson])
+@pytest.mark.parametrize(("counts", "got"), [([1.0, -2.0], "-2"), ([np.nan, 1.0], "nan")])
+def test_counts_that_are_none_are_refused(equation, counts, got):
+    with pytest.raises(ValueError, match=f"label_counts as finite numbers >= 0, got {got}"):
+        equation(counts)

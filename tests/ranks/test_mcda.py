@@ -247,6 +247,7 @@ def test_min_max_scales_the_present():
         ({"matrix": VARIED, "benefit": [1, -1, 1]}, r"benefit: expected booleans, got int32: `benefit > 0` makes"),
         ({"matrix": VARIED, "where": np.ones(3, bool)}, r"where: expected shape \(4,\), got \(3,\)"),
         ({"matrix": VARIED, "where": np.ones(4)}, r"where: expected booleans, got float32"),
+        ({"matrix": np.where(np.eye(4, 3), np.nan, VARIED)}, "matrix: expected finite numbers of every client"),
     ],
 )
 def test_static_mistakes_are_named(call, arguments, message):
