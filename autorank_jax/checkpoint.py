@@ -94,9 +94,7 @@ def save_state(
             if old.exists():
                 shutil.rmtree(old)
     except OSError as error:
-        raise CheckpointError(
-            f"expected to write a checkpoint to {folder}, got: {error.strerror or error}; probably a full disk"
-        ) from error
+        raise CheckpointError(f"expected to write a checkpoint to {folder}, got: {error.strerror or error}") from error
     return target
 
 
@@ -165,7 +163,7 @@ def _find(folder: str | Path, step: int | None) -> Path:
     folder = Path(folder).expanduser().absolute()
     steps = saved_steps(folder)
     if not steps:
-        raise CheckpointError(f"expected checkpoints in {folder}, got none; probably another folder, or saved too late")
+        raise CheckpointError(f"expected checkpoints in {folder}, got none")
     if step is not None and step not in steps:
         raise CheckpointError(f"expected a checkpoint of step {step} in {folder}, got steps {steps}")
     return step_folder(folder, steps[-1] if step is None else step)
@@ -244,15 +242,14 @@ def _sync(path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """Read `about.json` and check the format's number and every file."""
-    cause = f"probably cut short or changed: delete {path} to go on from the checkpoint before it"
+    cause = f"delete {path} to go on from the checkpoint before it"
     try:
         sealed = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
         content, checksum = sealed["content"], sealed["checksum"]
         version = content["format"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"expected a whole checkpoint, got {path / _ABOUT} that does not read; {cause}"
-        ) from error
+        remedy = "" if isinstance(error, PermissionError) else f"; {cause}"
+        raise CheckpointError(f"expected a whole checkpoint, got {path / _ABOUT} that does not read{remedy}") from error
     if version > FORMAT:
         raise CheckpointError(
             f"expected a checkpoint of format {FORMAT} or older, got format {version} in {path}; "

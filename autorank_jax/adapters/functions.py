@@ -96,8 +96,8 @@ def _stacks(values: Mapping[str, Array], patterns: str | tuple[str, ...]) -> set
         found = {name for name in values if fnmatchcase(name, pattern)}
         if not any(values[name].ndim == 3 for name in found):
             raise ValueError(
-                f"expected stacked patterns that match a leaf (layers, d_in, d_out), got {pattern!r}, probably a "
-                f"misspelt path: the leaves are { {name: value.shape for name, value in values.items()} }"
+                f"expected stacked patterns that match a leaf (layers, d_in, d_out), got {pattern!r}: the leaves are "
+                f"{ {name: value.shape for name, value in values.items()} }"
             )
         stacks |= found
     return stacks

@@ -104,14 +104,20 @@ def task_from_linen(
 
 def _check_collections(variables: Mapping[str, Any], frozen_statistics: bool) -> None:
     if "params" not in variables:
-        raise ValueError(f'expected variables {{"params": ...}}, got {list(variables)}, probably the params alone')
+        alone = any(isinstance(value, Mapping) for value in variables.values())
+        raise ValueError(
+            f'expected variables {{"params": ...}}, got {list(variables)}' + ", probably the params alone" * alone
+        )
     others = sorted(set(variables) - {"params"})
     if others and not frozen_statistics:
-        raise ValueError(
-            f"expected a module without mutable statistics, got the collections {others}, probably of nn.BatchNorm: "
-            "clients with different data have no common statistics; use nn.GroupNorm or nn.LayerNorm, or keep those "
-            "of a pretrained module with frozen_statistics=True"
+        remedy = (
+            "clients with different data have no common statistics; use nn.GroupNorm or nn.LayerNorm in place of "
+            "nn.BatchNorm, or keep those of a pretrained module with frozen_statistics=True"
+            if "batch_stats" in others
+            else 'give {"params": variables["params"]} if it works without them, or keep them as they are with '
+            "frozen_statistics=True"
         )
+        raise ValueError(f"expected a module without mutable statistics, got the collections {others}: {remedy}")
 
 
 def _find_layers(module: nn.Module, variables: Any, inputs: PyTree, flags: Mapping[str, Any]) -> dict[str, nn.Module]:

@@ -115,8 +115,7 @@ def _adapter(path: str, lora_a: Array, lora_b: Array) -> Adapter:
     if plain == stacked:
         raise ValueError(
             f"adapter {path!r}: expected factors (..., r) and (r, ...), or stacks (layers, d_in, r) and (layers, r, "
-            f"d_out), got {lora_a.shape} and {lora_b.shape}, "
-            + ("which are both: choose another rank" if plain else "probably of another kind of adapter")
+            f"d_out), got {lora_a.shape} and {lora_b.shape}" + ", which are both: choose another rank" * plain
         )
     if stacked:
         return Adapter(lora_a, lora_b)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from autorank_jax.interface import describe
 from autorank_jax.types import Array, PyTree
 
 
@@ -37,8 +38,7 @@ def regression_loss(outputs: Array, targets: Array) -> Array:
     size, wanted = outputs.size, targets.size
     if size != wanted:
         raise ValueError(
-            f"regression_loss: expected outputs and targets of one shape, got {outputs.shape} and {targets.shape}, "
-            "probably a model with another number of outputs than targets"
+            f"regression_loss: expected outputs and targets of one shape, got {outputs.shape} and {targets.shape}"
         )
     flat = outputs.reshape(outputs.shape[0], -1)
     return jnp.mean(jnp.square(flat - targets.reshape(flat.shape).astype(flat.dtype)), axis=-1)
@@ -70,15 +70,14 @@ def check_outputs(name: str, outputs: Any, targets: Any, axes: tuple[int, int] |
     for what, value in (("outputs", outputs), ("targets", targets)):
         if not hasattr(value, "ndim"):
             raise TypeError(
-                f"{name}: expected {what} as one array, got a {type(value).__name__}, probably of a model that returns "
-                "several: choose one by a loss of your own, loss=lambda outputs, targets: ..."
+                f"{name}: expected {what} as one array, got {describe(value)}: a loss of your own chooses one of "
+                "several, loss=lambda outputs, targets: ..."
             )
     if axes is not None and (outputs.ndim, targets.ndim) != axes:
-        cause = ", probably a loss for another kind of model"
-        if targets.ndim > outputs.ndim:
-            cause = ", probably inputs and targets swapped"
-        elif axes == (2, 1) and outputs.shape == targets.shape:
-            cause = ", probably one-hot targets: argmax(axis=-1) makes labels of them"
+        swapped = jnp.issubdtype(outputs.dtype, jnp.integer) and jnp.issubdtype(targets.dtype, jnp.floating)
+        cause = ", probably the two swapped" if swapped else ""
+        if axes == (2, 1) and outputs.shape == targets.shape:
+            cause = ": argmax(axis=-1) makes labels of one-hot targets, others are for regression_loss"
         raise ValueError(
             f"{name}: expected outputs of {axes[0]} axes and targets of {axes[1]}, got shapes {outputs.shape} and "
             f"{targets.shape}{cause}"
@@ -89,7 +88,10 @@ def check_outputs(name: str, outputs: Any, targets: Any, axes: tuple[int, int] |
             f"{targets.shape}"
         )
     if axes is not None and jnp.issubdtype(targets.dtype, jnp.floating):
-        raise ValueError(f"{name}: expected integer targets, got {targets.dtype}, probably those of a regression")
+        raise ValueError(
+            f"{name}: expected integer targets, got {targets.dtype}: astype(int) makes labels of whole numbers, others "
+            "are for regression_loss"
+        )
 
 
 def as_float(inputs: PyTree) -> PyTree:

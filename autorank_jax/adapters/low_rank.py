@@ -87,7 +87,7 @@ def einsum_form(equation: str | None, shape: Sequence[int]) -> Form:
 def _operands(equation: str | None) -> tuple[str, str, str]:
     """Split an equation; an ellipsis of the inputs becomes `.`."""
     if equation is None:
-        raise ValueError("expected an einsum layer with its equation, got none, probably given at call time")
+        raise ValueError("expected an einsum layer with its equation, got one that is told it when it is called")
     operands, out = equation.replace(" ", "").replace("...", ".").split("->")
     lhs, kernel = operands.split(",")
     return lhs, kernel, out
@@ -171,7 +171,7 @@ def check_convolution(groups: int, input_dilation: int | Sequence[int] | None, m
     if groups != 1 or dilated or mask is not None:
         raise ValueError(
             f"expected a convolution with feature_group_count=1, input_dilation=1 and no mask, got {groups}, "
-            f"{input_dilation} and {'a' if mask is not None else 'no'} mask, probably a depthwise layer: leave it out"
+            f"{input_dilation} and {'a' if mask is not None else 'no'} mask: leave it out of `where`"
         )
 
 

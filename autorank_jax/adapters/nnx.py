@@ -79,7 +79,9 @@ def task_from_nnx(
     run = _runner(adapted, frozen_statistics)
     shapes = without_values(plain[1])
     built = Model(values, weights, forms, run, lambda flat: nnx.merge(plain[0], _state(shapes, flat)))
+    vectors = ("bias", "scale")  # of stacked layers these have two axes as well
     matrices = [n for n in names if values[n].ndim > 1 and n not in weights.values() and n not in dense]
+    matrices = [n for n in matrices if n.rpartition("/")[2] not in vectors]
     modules = {name_of(path): module for path, module in nnx.iter_modules(model)}
     unadapted = why_unadapted(modules, matrices, tuple(ADAPTED), wanted=(max_rank, where))
     reading = Reading(loss, preprocess, compute_dtype)
@@ -239,7 +241,10 @@ def check_statistics(state: Any, frozen: bool) -> None:
 
 
 def fresh_randomness(flat: Flat, key: Key | None) -> Flat:
-    """Give every random-number stream inside the model its own fresh key, as `nnx.merge` under jit needs."""
+    """Give every random-number stream inside the model its own fresh key, as `nnx.merge` under jit needs.
+
+    Streams of stacked layers hold a key for each of them.
+    """
     streams = sorted(
         name
         for name, value in flat.items()  # of quantised weights a value is no array
@@ -247,7 +252,8 @@ def fresh_randomness(flat: Flat, key: Key | None) -> Flat:
     )
     if key is None or not streams:
         return dict(flat)
-    return flat | {name: jax.random.fold_in(key, number) for number, name in enumerate(streams)}
+    own = {name: jax.random.fold_in(key, number) for number, name in enumerate(streams)}
+    return flat | {n: jax.random.split(one, flat[n].shape) if flat[n].shape else one for n, one in own.items()}
 
 
 def name_of(path: tuple) -> str:

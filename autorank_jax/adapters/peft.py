@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax.interface import checked
+from autorank_jax.adapters.task import check_server
+from autorank_jax.interface import checked, describe
 from autorank_jax.types import Adapter, Array, Server, Task
 
 T = TypeVar("T")
@@ -26,7 +27,7 @@ def export_peft(
     *,
     ranks: Mapping[str, int | Array] | None = None,
     names: Names | None = None,
-    base_model: str | None = None,
+    base_model: str | Path | None = None,
 ) -> Path:
     """Write the adapters as `adapter_model.safetensors` and `adapter_config.json`, as Hugging Face PEFT reads them.
 
@@ -51,6 +52,7 @@ def export_peft(
 
     Raises:
         ImportError: without the package safetensors.
+        TypeError: for names that are no text.
         ValueError: if the task was built by hand, if the rule has changed the base weights, if two layers get one name,
             if a parameter trained whole has no counterpart, or for ranks of other layers or out of range.
     """
@@ -61,34 +63,47 @@ def export_peft(
         raise ImportError(message) from error
     _check(task, server)
     server = server if ranks is None else _cut(server, ranks)
-    modules = _module_names(server, names or (lambda layer: layer.replace("/", ".")))
+    names = _of_text(names or (lambda layer: layer.replace("/", ".")))
+    modules = _module_names(server, names)
     tensors, pattern, targets = {}, {}, []
     for layer, adapter in server.trainable.adapters.items():
         for module, one in _unstack(modules[layer], adapter):
             targets.append(module)
             tensors.update(_factors(f"base_model.model.{module}", one, task.origin, layer))
             pattern[f"^{re.escape(module)}"] = adapter.lora_a.shape[-1]
-    dense = _dense(server, names or (lambda layer: layer.replace("/", ".")))
+    dense = _dense(server, names)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    config = _config(sorted(targets), pattern, any(name.endswith("bias") for name in dense), base_model)
+    base = None if base_model is None else str(base_model)
+    config = _config(sorted(targets), pattern, any(name.endswith("bias") for name in dense), base)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(tensors | dense, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     return folder
 
 
 def _check(task: Task, server: Server) -> None:
-    if task.origin is None:
-        raise ValueError("expected a task made by a task_from_ function, got one built by hand, which has no layers")
+    check_server(task, server)
     if not server.trainable.adapters:
-        raise ValueError("expected a server with adapters, got none, probably a task made with max_rank={}")
+        raise ValueError("expected a server with adapters, got one without")
     start, now = task.server.frozen.kernels, server.frozen.kernels
     changed = sorted(path for path in start if not bool(jnp.array_equal(start[path], now[path])))
     if changed:
         raise ValueError(
-            f"expected the base weights that the task began with, got others for {changed}, probably from a rule that "
-            "merges into the base: the adapters alone are not the model, use merge"
+            f"expected the base weights that the task began with, got others for {changed}: where a rule merges into "
+            "the base, the adapters alone are not the model, use merge"
         )
+
+
+def _of_text(names: Names) -> Names:
+    """Return the same names, held to be text or None."""
+
+    def name(layer: str) -> str | None:
+        module = names(layer)
+        if module is not None and not isinstance(module, str):
+            raise TypeError(f"expected names that return text or None, got {describe(module)} for {layer!r}")
+        return module
+
+    return name
 
 
 def _cut(server: Server, ranks: Mapping[str, int | Array]) -> Server:
@@ -100,9 +115,9 @@ def _cut(server: Server, ranks: Mapping[str, int | Array]) -> Server:
     for layer, adapter in adapters.items():
         rank, largest = np.asarray(ranks[layer]), adapter.lora_a.shape[-1]
         if rank.shape or not np.issubdtype(rank.dtype, np.integer) or not 1 <= rank <= largest:
+            cause = ", probably the ranks of all clients" if rank.ndim == 1 else ""
             raise ValueError(
-                f"ranks[{layer!r}]: expected a whole number in 1..{largest}, got {ranks[layer]}, probably the ranks of "
-                "all clients, or a ratio"
+                f"ranks[{layer!r}]: expected a whole number in 1..{largest}, got {describe(ranks[layer])}{cause}"
             )
         cut[layer] = Adapter(adapter.lora_a[..., : int(rank)], adapter.lora_b[..., : int(rank), :])
     return server._replace(trainable=server.trainable._replace(adapters=cut))

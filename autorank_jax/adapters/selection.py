@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from autorank_jax.interface.kinds import is_whole
 from autorank_jax.types import PyTree, Trainable
 
 Where = str | tuple[str, ...] | Callable[[str, Any], bool]
@@ -41,14 +42,14 @@ def choose_ranks(
     patterns = dict(max_rank) if isinstance(max_rank, Mapping) else {"*": max_rank}
     chosen = _chosen(layers, others, where)
     for pattern, rank in patterns.items():
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        if not is_whole(rank) or rank < 1:
             raise ValueError(f"expected maximum ranks as whole numbers >= 1, got {rank!r} for {pattern!r}")
         _check_match("max_rank", pattern, chosen, others)
     ranks = {}
     for path in sorted(chosen):
         matching = [rank for pattern, rank in patterns.items() if matches(path, pattern)]
         if matching:
-            ranks[path] = matching[0]
+            ranks[path] = int(matching[0])
     return ranks
 
 
@@ -74,8 +75,7 @@ def _check_match(argument: str, pattern: str, paths: Collection[str], others: Ma
             f"{_listed(unfit)}: train these whole through train_dense; the candidates are {sorted(paths)}"
         )
     raise ValueError(
-        f"expected {argument} patterns that match a layer, got {pattern!r}, probably a misspelt path: the candidates "
-        f"are {sorted(paths)}"
+        f"expected {argument} patterns that match a layer, got {pattern!r}: the candidates are {sorted(paths)}"
     )
 
 
@@ -99,8 +99,8 @@ def choose_parameters(names: Collection[str], patterns: str | tuple[str, ...], *
     for pattern in globs:
         if pattern != optional and not any(matches(name, pattern) for name in names):
             raise ValueError(
-                f"expected train_dense patterns that match a parameter, got {pattern!r}, probably a misspelt path or "
-                f"the kernel of an adapted layer: the candidates are {sorted(names)}"
+                f"expected train_dense patterns that match a parameter that is not adapted, got {pattern!r}: the "
+                f"candidates are {sorted(names)}"
             )
     return {name for name in names if any(matches(name, pattern) for pattern in globs)}
 
@@ -126,8 +126,8 @@ def choose_parts(trainable: Trainable, patterns: tuple[str, ...]) -> tuple[set[s
         parameters = {name for name in names if matches(name, pattern)}
         if not layers and not parameters:
             raise ValueError(
-                f"expected patterns that match an adapter or a parameter trained whole, got {pattern!r}, probably a "
-                f"misspelt path: there are {sorted({*trainable.adapters, *names})}"
+                f"expected patterns that match an adapter or a parameter trained whole, got {pattern!r}: there are "
+                f"{sorted({*trainable.adapters, *names})}"
             )
         adapters |= layers
         dense |= parameters

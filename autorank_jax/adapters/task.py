@@ -130,22 +130,36 @@ def merge(task: Task, server: Server) -> Any:
         parameter tree of a function.
 
     Raises:
-        ValueError: if the task was built by hand.
+        ValueError: if the task was built by hand, or the server is that of another model.
     """
+    return check_server(task, server).merge(server)
+
+
+def check_server(task: Task, server: Server) -> Origin:
+    """Return a task's origin, or raise `ValueError` where it has none, or a server is of another model."""
     if task.origin is None:
         raise ValueError("expected a task made by a task_from_ function, got one built by hand, which has no model")
-    return task.origin.merge(server)
+    if _built(server) != _built(task.server):
+        raise ValueError("expected a server of this task, such as state.server, got one of other layers or shapes")
+    return task.origin
+
+
+def _built(server: Server) -> tuple:
+    """Return the shapes of a server's arrays but for their rank positions."""
+    adapters = {
+        path: (a.lora_a.shape[:-1], a.lora_b.shape[:-2], a.lora_b.shape[-1])
+        for path, a in server.trainable.adapters.items()
+    }
+    return adapters, *jax.tree.flatten(jax.tree.map(jnp.shape, (server.trainable.dense, server.frozen)))
 
 
 def _refusal(inputs: PyTree, targets: PyTree, error: Exception) -> str:
     """Say that a model does not take its inputs, and why it may be so."""
-    axes = [max((leaf.ndim for leaf in jax.tree.leaves(tree)), default=0) for tree in (inputs, targets)]
-    cause = ""
-    if axes[0] < axes[1]:
-        cause = ", probably inputs and targets swapped"
-    elif axes[0] == 1:
-        cause = ", probably labels in place of inputs"
-    got = ", ".join(map(describe, jax.tree.leaves(inputs)))
+    leaves = jax.tree.leaves(inputs)
+    labels = len(leaves) == 1 and leaves[0].ndim == 1 and jnp.issubdtype(leaves[0].dtype, jnp.integer)
+    swapped = labels and any(leaf.ndim > 1 for leaf in jax.tree.leaves(targets))
+    cause = ", probably inputs and targets swapped" if swapped else ", probably labels in place of inputs" * labels
+    got = ", ".join(map(describe, leaves))
     said = (str(error).strip().splitlines() or [""])[0][:200]
     return f"expected inputs that the model takes, got {got}{cause}; it says {type(error).__name__}: {said}"
 

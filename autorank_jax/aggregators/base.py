@@ -221,6 +221,6 @@ def need_client_state(client: Client, rule: str) -> None:
     """Raise `ValueError` when a client comes without the state that a rule keeps for it."""
     if isinstance(client.state, tuple) and not client.state:
         raise ValueError(
-            f"{rule} keeps a state for every client: expected it in State.clients, got none, probably the state was "
-            f"made for another rule: make it with init_state(server, {rule}(...), ranks)"
+            f"{rule} keeps a state for every client: expected it in State.clients, got none: "
+            f"init_state(server, {rule}(...), ranks) makes it"
         )

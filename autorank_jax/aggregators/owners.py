@@ -27,10 +27,8 @@ def check_levels(levels: Levels) -> None:
         return
     for path, ends in levels.items() if isinstance(levels, Mapping) else [("every adapter", levels)]:
         if not ends or ends[0] < 1 or any(low >= high for low, high in pairwise(ends)):
-            raise ValueError(
-                f"expected strictly increasing rank levels >= 1, got {tuple(ends)} for {path}, "
-                "probably the clients' ranks themselves: sort them and drop repetitions"
-            )
+            hint = ": sort them and drop repetitions" if ends and min(ends) >= 1 else ""
+            raise ValueError(f"expected strictly increasing rank levels >= 1, got {tuple(ends)} for {path}{hint}")
 
 
 def check_levels_fit(levels: Levels, server: Server) -> None:
@@ -49,8 +47,7 @@ def _segment_ends(levels: Levels, path: str, width: int) -> np.ndarray:
     ends = np.asarray(levels[path] if isinstance(levels, Mapping) else levels)
     if ends[-1] > width:
         raise ValueError(
-            f"expected rank levels of {path!r} up to its {width} rank positions, got {tuple(ends.tolist())}, "
-            "probably levels made for a larger max_rank"
+            f"expected rank levels of {path!r} up to its {width} rank positions, got {tuple(ends.tolist())}"
         )
     return np.append(ends, width + 1)[np.searchsorted(ends, positions, side="right")]
 

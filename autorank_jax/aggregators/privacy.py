@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.aggregators.base import ClientSums, make_summand
-from autorank_jax.interface import checked
+from autorank_jax.interface import check_share, checked
 from autorank_jax.types import (
     Aggregator,
     AggState,
@@ -197,7 +197,7 @@ def _count_noise(adaptive: AdaptiveClip | None, noise_multiplier: float, denomin
     if not (0 < adaptive.quantile < 1 and adaptive.rate > 0 and noise > noise_multiplier / 2):
         raise ValueError(
             f"adaptive: expected a quantile in (0, 1), a rate above 0 and a count_noise above noise_multiplier / 2 = "
-            f"{noise_multiplier / 2:g}, got {adaptive} with {noise:g} on the count, probably few clients a round"
+            f"{noise_multiplier / 2:g}, got {adaptive} with {noise:g} on the count"
         )
     return noise
 
@@ -234,8 +234,7 @@ def expected_owners(ranks: Mapping[str, ArrayLike], max_ranks: Mapping[str, int]
     Returns:
         By adapter path, `(max_rank,)`; 0 at positions that no client owns, which then stay as they are.
     """
-    if not 0 < rate <= 1:
-        raise ValueError(f"rate: expected a share above 0 and at most 1, got {rate}, probably a percentage")
+    check_share("rate", rate)
     return {
         path: rate * jnp.sum(jnp.arange(widest)[None, :] < jnp.asarray(ranks[path])[:, None], axis=0, dtype=jnp.float32)
         for path, widest in max_ranks.items()
@@ -247,7 +246,7 @@ def _owners_of(path: str, widest: int, owners: Mapping[str, ArrayLike] | None, d
         return jnp.full(widest, denominator, jnp.result_type(float))
     if path not in owners or jnp.shape(owners[path]) != (widest,):
         got = jnp.shape(owners[path]) if path in owners else "none"
-        raise ValueError(f"owners: expected {(widest,)} numbers for {path!r}, got {got}, probably of another model")
+        raise ValueError(f"owners: expected {(widest,)} numbers for {path!r}, got {got}")
     return jnp.asarray(owners[path], jnp.result_type(float))
 
 

@@ -9,6 +9,7 @@ import optax
 
 from autorank_jax.adapters.lora import nonzero_positions
 from autorank_jax.aggregators.base import anything, choose, owned
+from autorank_jax.engine.optimizers import begin_optimizer, means_others, step_optimizer
 from autorank_jax.interface import checked
 from autorank_jax.types import (
     Adapter,
@@ -41,11 +42,14 @@ def with_server_optimizer(rule: Aggregator, optimizer: optax.GradientTransformat
 
     Args:
         rule: any rule.
-        optimizer: its state must be built like the values, or of scalars, as everything in optax is.
+        optimizer: what belongs to a value is found in its state by the value's path, as in everything of optax. It is
+            told no loss.
 
     Raises:
         TypeError: for what is no rule or no optimiser.
-        ValueError: if the rule has a server optimiser; when traced, if it has no `step` and changes the base.
+        ValueError: if the rule has a server optimiser; when initialised, for an optimiser that moves other values than
+            it means (schedule-free ones, SAM); when traced, for one that needs a loss, or if the rule has no `step` and
+            changes the base.
     """
     if rule.step is not None and rule.step.read is step_taken:
         raise ValueError("expected a rule without a server optimizer, got one that has it: chain both with optax.chain")
@@ -60,14 +64,24 @@ def with_server_optimizer(rule: Aggregator, optimizer: optax.GradientTransformat
         values = read(server)
         mean, seen, write, advanced = aim(rule, key, sums, inner, server)
         gradient = jax.tree.map(lambda old, new, some: jnp.where(some, old - new, 0), values, mean, seen)
-        updates, after = optimizer.update(gradient, memory, values)
+        updates, after = step_optimizer(optax.with_extra_args_support(optimizer), gradient, memory, values)
         moved = optax.apply_updates(values, updates)
         moved = jax.tree.map(jnp.where, seen, moved, values)
         some = anything(seen)
-        return choose(some, write(moved), server), (advanced, _frozen(optimizer, after, memory, seen, some))
+        flags = jax.tree.map(lambda value, flag: (jnp.shape(value), flag), values, seen)
+        return choose(some, write(moved), server), (advanced, _frozen(after, memory, flags, some))
+
+    def begin(server: Server) -> PyTree:
+        memory = begin_optimizer(optimizer, read(server))
+        if means_others(memory):
+            raise ValueError(
+                "expected a server optimizer that means the values it moves, got schedule_free or sam: clients may "
+                "have it"
+            )
+        return memory
 
     return rule._replace(
-        init=lambda server: (rule.init(server), optimizer.init(read(server))),
+        init=lambda server: (rule.init(server), begin(server)),
         start=lambda server, state, client: rule.start(server, state[0], client),
         trains=lambda state: rule.trains(state[0]),
         update=update,
@@ -103,8 +117,8 @@ def _aim_of_update(rule: Aggregator, key: Key, sums: Sums, state: AggState, serv
     leaves = zip(jax.tree.leaves(after.frozen), jax.tree.leaves(server.frozen), strict=True)
     if any(new is not old for new, old in leaves):
         raise ValueError(
-            "expected a rule that leaves the base alone, got one without a step whose update changes it, probably a "
-            "rule that merges: give it a ServerStep"
+            "expected a rule that leaves the base alone, got one without a step whose update changes it: a rule that "
+            "merges needs a ServerStep"
         )
     old, new = server.trainable, after.trainable
     adapters = {path: owned(_moved(new.adapters[path], adapter), adapter) for path, adapter in old.adapters.items()}
@@ -114,15 +128,27 @@ def _aim_of_update(rule: Aggregator, key: Key, sums: Sums, state: AggState, serv
 
 def _moved(new: Adapter, old: Adapter) -> Array:
     """Return at which rank positions anything differs, `(r,)`."""
-    return nonzero_positions(Adapter(new.lora_a != old.lora_a, new.lora_b != old.lora_b))
+    differ = jax.tree.map(lambda n, o: (n != o).astype(o.dtype), new, old)
+    return nonzero_positions(differ)
 
 
-def _frozen(
-    optimizer: optax.GradientTransformation, after: PyTree, before: PyTree, seen: PyTree, some: Array
-) -> PyTree:
-    """Keep the optimiser's state where nobody reported; scalars such as counts move if anybody did."""
-    flags = optax.tree.map_params(optimizer, lambda _, flag: flag, after, seen, transform_non_params=lambda _: some)
-    return jax.tree.map(jnp.where, flags, after, before)
+def _frozen(after: PyTree, before: PyTree, flags: PyTree, some: Array) -> PyTree:
+    """Keep the optimiser's state where nobody reported.
+
+    Args:
+        after: the state after the step.
+        before: likewise, before it.
+        flags: of every value, its shape and bools where anyone reported; what lies at its path in the state is its own.
+        some: whether anyone reported at all: then what belongs to no value moves, such as counts.
+    """
+    by_path = dict(jax.tree.leaves_with_path(flags, is_leaf=lambda node: type(node) is tuple))
+
+    def keep(path: tuple, new: Array, old: Array) -> Array:
+        parts = (path[begin:end] for begin in range(len(path)) for end in range(begin + 1, len(path) + 1))
+        shape, flag = next((by_path[part] for part in parts if part in by_path), ((), some))
+        return jnp.where(flag if shape == jnp.shape(new) else jnp.any(flag), new, old)
+
+    return jax.tree.map_with_path(keep, after, before)
 
 
 @checked

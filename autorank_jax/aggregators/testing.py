@@ -89,7 +89,7 @@ def check_aggregator(rule: Aggregator, *, rounds: int = 2) -> None:
     def expect(what: str, cause: str, case: _Case, same_as: State) -> None:
         gap = _gap(_model(run(case).server), _model(same_as.server))
         if not gap <= _tolerance():
-            broken.append(f"{what}: the model is off by {gap:.2g}, probably {cause}")
+            broken.append(f"{what}: the model is off by {gap:.2g}, for instance through {cause}")
 
     usual, start = run(_Case()), _begin(rule, _Case())[0]
     _check_lanes(rule, usual, run, broken)
@@ -103,7 +103,7 @@ def check_aggregator(rule: Aggregator, *, rounds: int = 2) -> None:
     nobody = _Case(present=(0,) * len(_SIZES))
     expect("nobody reports", "a division by a summed weight of 0", nobody, start)
     if _types(usual) != _types(start):
-        broken.append("types: the state after a round has other shapes or dtypes, probably weakly typed numbers")
+        broken.append("types: the state after a round has other shapes or dtypes, or weakly typed numbers")
     if broken:
         raise AssertionError("expected an aggregation rule that keeps the invariances, got\n- " + "\n- ".join(broken))
 
@@ -113,15 +113,15 @@ def _check_lanes(rule: Aggregator, usual: State, run: Callable[..., State], brok
         other = run(_Case(), jax.jit(_make_round(rule, lanes=3, rank_levels=2)))
     except (IndexError, TypeError, ValueError) as error:
         broken.append(
-            f"rank levels: {type(error).__name__} ({str(error).strip().splitlines()[0]}), probably a summand that "
-            "assumes max_rank: the width is that of the client's level"
+            f"rank levels: {type(error).__name__} ({str(error).strip().splitlines()[0]}), for instance through a "
+            "summand that assumes max_rank: the width is that of the client's level"
         )
         return
     server, kept = _gap(_model(other.server), _model(usual.server)), _gap(other.clients, usual.clients)
     if not max(server, kept) <= _tolerance():
         broken.append(
-            f"lanes and rank levels: the model is off by {server:.2g}, what clients keep by {kept:.2g}, probably "
-            "something else than a sum over clients"
+            f"lanes and rank levels: the model is off by {server:.2g}, what clients keep by {kept:.2g}, for instance "
+            "through something else than a sum over clients"
         )
 
 

@@ -41,9 +41,7 @@ def write_results(folder: str | Path, results: Results, *, overwrite: bool = Fal
         for name, content in zip(FILES, _contents(results), strict=True):
             write_file(folder / name, content)
     except OSError as error:
-        raise ReportError(
-            f"out: expected to write {folder}, got: {error.strerror or error}; probably a full disk"
-        ) from error
+        raise ReportError(f"out: expected to write {folder}, got: {error.strerror or error}") from error
     return [folder / name for name in FILES]
 
 

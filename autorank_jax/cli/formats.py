@@ -66,7 +66,7 @@ def read_run(folder: Path, what: str, make: Callable[[Any], T]) -> tuple[T, int,
     path = folder.expanduser() / CHECKPOINTS / RUN_FILE
     if not os.path.exists(path):  # where `path.exists()` raises for a name of 300 letters
         if what != "experiment" or not os.path.exists(folder.expanduser() / "config.json"):
-            problem = f"got {folder} without {CHECKPOINTS}/{RUN_FILE}, probably another folder"
+            problem = f"got {folder} without {CHECKPOINTS}/{RUN_FILE}"
         else:
             problem = (
                 f"got {folder}, a run that kept none, so that its models are gone; run it anew: autorank-jax run "
@@ -77,8 +77,10 @@ def read_run(folder: Path, what: str, make: Callable[[Any], T]) -> tuple[T, int,
     try:
         return make(content[what]), int(content["every"]), int(content["keep"])
     except (TypeError, KeyError) as error:
+        another = isinstance(content, dict) and what not in content and {"every", "keep"} <= content.keys()
+        cause = "; probably of another command" if another else ""
         raise ConfigurationError(
-            [f"resume: expected {path} as this command leaves it, got another content; probably of another command"]
+            [f"resume: expected {path} as this command leaves it, got another content{cause}"]
         ) from error
 
 

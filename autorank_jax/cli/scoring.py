@@ -42,7 +42,7 @@ def score_table(command: Ranks) -> None:
         tell(remark)
     little = little_variation(table.criteria, table.matrix)
     if little:
-        tell(f"{little}; probably give all clients one rank")
+        tell(f"{little}; consider one rank for all clients")
     with jax.enable_x64(True):
         scored = _score(command.normalization, command.min_ratio, command.max_rank, table.matrix, table.benefit)
     weights, *found = map(np.asarray, scored)

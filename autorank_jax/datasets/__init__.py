@@ -217,8 +217,11 @@ def _source_folder(source: str | Path | None) -> Path | None:
         return None
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        got = "a file" if folder.is_file() else "nothing there"
-        raise DatasetError(f"source: expected a folder, got {got} at {folder}; probably an archive to be extracted")
+        archive = folder.is_file() and {".tar", ".tgz", ".zip"} & set(folder.suffixes)
+        hint = "; probably an archive to be extracted" if archive else ""
+        raise DatasetError(
+            f"source: expected a folder, got {'a file' if folder.is_file() else 'nothing'} at {folder}{hint}"
+        )
     return folder
 
 
@@ -240,8 +243,8 @@ def _unknown(name: str, path: Path, further: Sequence[str] = (), source: Path | 
     """Explain a name that is neither known nor that of a file, nor given with folders of images."""
     folders = f", or folders {' and '.join(PARTS)} in {source}" if source else ""
     return (
-        f"expected a known dataset or the file {path}{folders}, got {name!r}; probably a typing error: "
-        f"{_known_names(name, further)}, and those of TensorFlow Datasets"
+        f"expected a known dataset or the file {path}{folders}, got {name!r}; {_known_names(name, further)}, and those "
+        "of TensorFlow Datasets"
     )
 
 

@@ -109,10 +109,10 @@ def check_writable(path: Path, name: str) -> None:
 
 def _not_written(path: Path, name: str, error: OSError) -> DatasetError:
     in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
-    cause = "a file lies where its folder should be" if in_the_way else "the disk is full or the folder read-only"
+    cause = "; a file lies where its folder should be" if in_the_way else ""
     return DatasetError(
-        f"expected to write dataset '{name}' to {path}, got: {error.strerror or error}; probably {cause}: choose "
-        f"another folder with {ENVIRONMENT_VARIABLE}"
+        f"expected to write dataset '{name}' to {path}, got: {error.strerror or error}{cause}: choose another folder "
+        f"with {ENVIRONMENT_VARIABLE}"
     )
 
 
@@ -127,20 +127,20 @@ def _read_arrays(file: str | Path | IO[bytes], where: str, name: str) -> dict[st
     except _UNREADABLE as error:
         source = " --source FOLDER" if name in FOLDERS else ""
         if (reason := _reason(error)) == OBJECTS:
-            raise DatasetError(
-                f"{where}: expected arrays of numbers, got Python objects; probably made of lists of unequal lengths"
-            ) from error
+            raise DatasetError(f"{where}: expected arrays of numbers, got Python objects") from error
+        remedy = (
+            f": delete it and put it there again, or autorank-jax data fetch {name}{source} --overwrite"
+            if getattr(error, "errno", None) is None  # it can be read, and is not whole
+            else ""
+        )
         raise DatasetError(
-            f"{where}: expected a complete npz file, got one that cannot be read ({reason}); probably "
-            "truncated or damaged on its way, or something else under its name: delete it and put it there again, or "
-            f"autorank-jax data fetch {name}{source} --overwrite"
+            f"{where}: expected a complete npz file, got one that cannot be read ({reason}){remedy}"
         ) from error
     if isinstance(stored, np.ndarray):
         raise DatasetError(f"{where}: expected an npz file, got a single array; probably saved with numpy.save")
     if len(found) < len(KEYS):
         raise DatasetError(
-            f"{where}: expected the arrays {', '.join(KEYS)}, got {', '.join(sorted(stored.files)) or 'none'}; "
-            "probably the file comes from elsewhere: rename its arrays"
+            f"{where}: expected the arrays {', '.join(KEYS)}, got {', '.join(sorted(stored.files)) or 'none'}"
         )
     return found
 
@@ -167,62 +167,68 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], where: str, expected: Known 
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.ndim < 2 or y.ndim < 1 or len(x) != len(y) or not x.size:
             got = f"x_{part}{x.shape} and y_{part}{y.shape}"
-            refuse("as many examples as labels, at least one", got, "a partial conversion")
+            refuse("as many examples as labels, at least one", got)
         if expected and x.shape != (getattr(expected, part), *expected.shape):
             shape = (getattr(expected, part), *expected.shape)
-            refuse(f"x_{part} of shape {shape}", x.shape, "a partial conversion, or another dataset under this name")
+            refuse(f"x_{part} of shape {shape}", x.shape)
         _check_inputs(x, f"x_{part}", refuse, images=expected is not None)
         (_check_labels if labelled else _check_numbers)(y, f"y_{part}", refuse, expected)
     for axis, what in (("x", "examples"), ("y", "targets")):
         train, test = arrays[f"{axis}_train"], arrays[f"{axis}_test"]
         if train.shape[1:] != test.shape[1:]:
             got = f"{train.shape[1:]} and {test.shape[1:]}"
-            refuse(f"training and test {what} of one shape", got, "two datasets in one file")
+            refuse(f"training and test {what} of one shape", got)
         if axis == "x" and (train.dtype == np.uint8) != (test.dtype == np.uint8):
-            refuse("images or features in both parts", f"{train.dtype} and {test.dtype}", "a part that is scaled")
+            refuse("uint8 images or float features in both parts", f"{train.dtype} and {test.dtype}")
     if labelled and not expected:
         _check_gaps(np.unique(np.concatenate([arrays["y_train"], arrays["y_test"]])), refuse)
 
 
-def _refuse(where: str, what: str, got: Any, cause: str) -> None:
-    raise DatasetError(f"{where}: expected {what}, got {got}; probably {cause}")
+def _refuse(where: str, what: str, got: Any, hint: str = "") -> None:
+    raise DatasetError(f"{where}: expected {what}, got {got}{hint}")
 
 
 def _check_inputs(x: np.ndarray, name: str, refuse: Callable[..., None], *, images: bool) -> None:
     if images and x.dtype != np.uint8:
-        refuse(f"{name} as uint8 in 0 .. 255", x.dtype, "already scaled: multiply by 255 and convert")
+        scaled = x.dtype.kind == "f" and bool(((x >= 0) & (x <= 1)).all())
+        hint = "; probably already scaled: multiply by 255 and convert" if scaled else ""
+        refuse(f"{name} as uint8 in 0 .. 255", x.dtype, hint)
     if x.dtype != np.uint8 and x.dtype.kind != "f":
-        refuse(f"{name} as uint8 images or float features", x.dtype, "features as whole numbers: convert to float32")
+        refuse(f"{name} as uint8 images or float features", x.dtype, ": convert features to float32")
     if x.dtype.kind == "f" and not (np.abs(x) <= LARGEST).all():
-        refuse(
-            f"finite numbers of at most {LARGEST:g} in {name}", "others", "missing values, or features in huge units"
-        )
+        refuse(f"finite numbers of at most {LARGEST:g} in {name}", *_beyond(x))
 
 
 def _check_labels(y: np.ndarray, name: str, refuse: Callable[..., None], expected: Known | None) -> None:
     if y.ndim != 1 or y.dtype.kind not in "iu":
-        cause = "one-hot or a column: flatten it" if y.ndim != 1 else "whole numbers of another dtype: convert them"
-        refuse(f"{name} as a vector of integers", f"{y.dtype}{y.shape}", cause)
+        refuse(f"{name} as a vector of integers", f"{y.dtype}{y.shape}")
     last = expected.classes - 1 if expected else np.iinfo(np.int32).max - 1
     if int(y.min()) < 0 or int(y.max()) > last:
-        cause = "examples without labels" if int(y.min()) < 0 else "labels that count from 1"
-        refuse(f"labels in 0 .. {last} in {name}", f"{y.min()} .. {y.max()}", cause)
+        hint = "; probably a marker of unknown labels" if int(y.min()) == -1 else ""
+        hint = "; probably labels that count from 1" if (int(y.min()), int(y.max())) == (1, last + 1) else hint
+        refuse(f"labels in 0 .. {last} in {name}", f"{y.min()} .. {y.max()}", hint)
+
+
+def _beyond(values: np.ndarray) -> tuple[str, str]:
+    """Return what is found among numbers that are not finite, or huge, and why that may be."""
+    if np.isnan(values).any():
+        return "NaN", "; probably missing values"
+    return f"{np.abs(values).max():g}", ": choose a larger unit"
 
 
 def _check_numbers(y: np.ndarray, name: str, refuse: Callable[..., None], _: Known | None) -> None:
     """Check what is to be predicted where there are no classes."""
     if y.dtype.kind != "f" or y.ndim > 2:
-        refuse(f"{name} as integer labels or float targets (n,) or (n, outputs)", f"{y.dtype}{y.shape}", "text")
+        refuse(f"{name} as integer labels or float targets (n,) or (n, outputs)", f"{y.dtype}{y.shape}")
     if not (np.abs(y) <= LARGEST).all():
-        refuse(f"finite numbers of at most {LARGEST:g} in {name}", "others", "missing values, or targets in huge units")
+        refuse(f"finite numbers of at most {LARGEST:g} in {name}", *_beyond(y))
     if (y == np.round(y)).all() and len(np.unique(y)) < GAPS:
-        cause = "one-hot labels" if y.ndim == 2 else "labels of another dtype"
-        refuse(f"{name} as a vector of integers", f"{y.dtype}{y.shape} of whole numbers", f"{cause}: convert them")
+        refuse(f"{name} as a vector of integers", f"{y.dtype}{y.shape} of whole numbers", ": convert them")
     if len(y) > 1 and (y == y[:1]).all():
-        refuse(f"different numbers in {name}", f"{y.flat[0]:g} everywhere", "a constant column")
+        refuse(f"different numbers in {name}", f"{y.flat[0]:g} everywhere")
 
 
 def _check_gaps(labels: np.ndarray, refuse: Callable[..., None]) -> None:
     if int(labels[-1]) >= GAPS * len(labels):
         got = f"{len(labels)} different ones up to {labels[-1]}"
-        refuse("labels in 0 .. classes - 1", got, "numbers of another list: number the classes from 0 on")
+        refuse("labels in 0 .. classes - 1", got, ": number the classes from 0 on")

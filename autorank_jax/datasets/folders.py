@@ -81,8 +81,8 @@ def _files(root: Path, part: str, where: str) -> dict[str, list[Path]]:
         inside = next((path for path in found if are_image_folders(path)), None)
         raise DatasetError(
             f"{where}: expected the folders {' and '.join(PARTS)} in {root}, got "
-            f"{', '.join(path.name for path in found) or 'none'}; probably "
-            + (f"those in {inside} are meant" if inside else "an archive that was not extracted to its end")
+            f"{', '.join(path.name for path in found) or 'none'}"
+            + (f"; probably those in {inside} are meant" if inside else "")
         )
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     return {path.name: sorted(f for f in path.iterdir() if _is_image(f)) for path in classes}
@@ -100,14 +100,11 @@ def _check_classes(folder: Path, files: Mapping[str, Sequence[Path]], classes: S
         got = [f"no {', '.join(missing)}"] * bool(missing) + [f"also {', '.join(further)}"] * bool(further)
         raise DatasetError(
             f"{where}: expected a folder for each of {', '.join(classes) or 'some classes'} in {folder}, "
-            f"got {' and '.join(got) or 'none'}; probably an archive that was not extracted to its end"
+            f"got {' and '.join(got) or 'none'}"
         )
     empty = [label for label in classes if not files[label]]
     if empty:
-        raise DatasetError(
-            f"{where}: expected images ({', '.join(SUFFIXES)}) in {folder / empty[0]}, got none; "
-            "probably an archive that was not extracted to its end"
-        )
+        raise DatasetError(f"{where}: expected images ({', '.join(SUFFIXES)}) in {folder / empty[0]}, got none")
 
 
 def _check_expected(paths: Sequence[Path], number: int, shape: Sequence[int], where: str) -> None:
@@ -115,14 +112,13 @@ def _check_expected(paths: Sequence[Path], number: int, shape: Sequence[int], wh
     folder = paths[0].parent.parent
     if len(paths) != number:
         raise DatasetError(
-            f"{where}: expected {number} images in {folder}, got {len(paths)}; probably an archive that was not "
-            "extracted to its end"
+            f"{where}: expected {number} images in {folder}, got {len(paths)}"
+            + "; probably an archive that was not extracted to its end" * (len(paths) < number)
         )
     height, width = _opened(paths[0], where, lambda image: (image.height, image.width))
     if (height, width) != tuple(shape[:2]):
         raise DatasetError(
-            f"{where}: expected images of {shape[0]} × {shape[1]} pixels, got {height} × {width} in {paths[0]}; "
-            "probably another dataset"
+            f"{where}: expected images of {shape[0]} × {shape[1]} pixels, got {height} × {width} in {paths[0]}"
         )
 
 
@@ -174,7 +170,8 @@ def _opened(path: Path, where: str, use: Callable[[Any], Any]) -> Any:
         EOFError,
         Image.DecompressionBombError,
     ) as error:  # Pillow raises them all
+        whole = isinstance(error, Image.DecompressionBombError) or getattr(error, "errno", None) is not None
         raise DatasetError(
-            f"{where}: expected an image at {path}, got one that cannot be read ({' '.join(str(error).split())}); "
-            "probably truncated or damaged: extract the archive again"
+            f"{where}: expected an image at {path}, got one that cannot be read ({' '.join(str(error).split())})"
+            + "; probably truncated or damaged: extract the archive again" * (not whole)
         ) from error

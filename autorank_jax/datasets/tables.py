@@ -98,8 +98,8 @@ def _number(text: str, where: str, line: int, column: str) -> float:
     if not _is_number(text):
         got = repr(text) if text else "nothing"
         raise DatasetError(
-            f"{where}: expected a finite number in line {line}, column {column!r}, got {got}; probably a category or a "
-            "missing value: encode or remove it, or predict it with --target"
+            f"{where}: expected a finite number in line {line}, column {column!r}, got {got}: encode or remove it, or "
+            "predict it with --target"
         )
     return float(text)
 
@@ -123,5 +123,5 @@ def _targets(cells: Sequence[str], train: np.ndarray, where: str) -> tuple[np.nd
         got = (
             f"{len(different)} different ones in {len(cells)} rows, such as {', '.join(islice(map(str, different), 3))}"
         )
-        raise DatasetError(f"{where}: expected labels that examples share, got {got}; probably names or free text")
+        raise DatasetError(f"{where}: expected labels that examples share, got {got}")
     return labels.astype(np.int32), len(different)

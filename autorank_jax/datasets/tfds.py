@@ -32,12 +32,11 @@ MOST_CHARACTERS = 300  # of somebody else's message
 MISTAKES = {
     "network": "expected to download it from {host}, got no connection ({text}){nor}; without a network {instead}, or "
     "download its archives elsewhere and give autorank-jax data fetch {name} --source FOLDER",
-    "unsuitable": "expected {text}; probably meant for another task: {instead}",
+    "unsuitable": "expected {text}; {instead}",
     "package": f"expected the package {{text}} to prepare it, got none; {INSTALL} brings what most datasets need, "
     "install by itself what only this one needs",
-    "disk": "expected room for what TensorFlow Datasets keeps, got {text}; probably the disk is full or the folder "
-    "read-only: choose another with {variable}",
-    "checksum": "expected the published archives, got {text}; probably truncated, or other files under their names",
+    "disk": "expected room for what TensorFlow Datasets keeps, got {text}: choose another folder with {variable}",
+    "checksum": "expected the published archives, got {text}",
     "manual": "expected archives that must be downloaded by hand: give autorank-jax data fetch {name} --source FOLDER; "
     "TensorFlow Datasets says: {text}",
     "other": "expected TensorFlow Datasets to prepare it, got {text}; {instead}",

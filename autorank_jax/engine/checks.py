@@ -1,25 +1,37 @@
 """Checks of what a round is given, when it is made or traced: of types and shapes alone."""
 
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from autorank_jax.interface import check_key, describe
-from autorank_jax.types import Aggregator, Array, FederatedData, PyTree, State
+from autorank_jax.interface import check_key, check_kind, describe
+from autorank_jax.interface.kinds import kinds_of
+from autorank_jax.types import Aggregator, Array, FederatedData, PyTree, State, Trains
 
 
 def check_round(key: Any, state: Any, data: Any, rule: Aggregator) -> None:
     """Raise an error unless key, state and data are those of a round under a rule."""
     if not isinstance(state, State) or not isinstance(data, FederatedData):
+        swapped = any(isinstance(one, State) for one in (key, data)) or isinstance(state, FederatedData)
         raise TypeError(
             f"expected a round of (key, state, data), got {describe(state)} for the state and {describe(data)} for the "
-            "data, probably in another order"
+            "data" + ", probably in another order" * swapped
         )
     check_key(key)
+    if "local_epochs" not in state.hparams:
+        raise ValueError(f"expected hparams with local_epochs, got {sorted(state.hparams)}: state.hparams | {{...}}")
     _check_clients(state, data)
     _check_rule_state(state, rule)
+
+
+def check_rule(rule: Aggregator) -> None:
+    """Raise `TypeError` unless every field of a rule is of its kind, such as a function of so many arguments."""
+    for name, annotation in inspect.get_annotations(Aggregator).items():
+        check_kind(f"the rule's {name}", getattr(rule, name), kinds_of(annotation))
 
 
 def _check_clients(state: State, data: FederatedData) -> None:
@@ -30,8 +42,7 @@ def _check_clients(state: State, data: FederatedData) -> None:
     for name, column in {**columns, "epochs": state.epochs, "epoch_losses": state.epoch_losses}.items():
         if column.shape[:1] != (clients,):
             raise ValueError(
-                f"expected a state of the {clients} clients of the data, got {name} of shape {column.shape}, probably "
-                "ranks made for another split"
+                f"expected a state of the {clients} clients of the data, got {name} of shape {column.shape}"
             )
     for path, rank in state.ranks.items():
         if not jnp.issubdtype(rank.dtype, jnp.integer):
@@ -63,8 +74,8 @@ def _check_like(name: str, found: PyTree, expected: PyTree) -> None:
     if _same_structure(found, expected) and all(map(_same_shape, jax.tree.leaves(found), jax.tree.leaves(expected))):
         return
     raise ValueError(
-        f"expected {name} as this rule makes it, got that of another rule or of another model, probably a state made "
-        "for another rule: init_state(server, rule, ranks) with the rule of the round"
+        f"expected {name} as this rule makes it, got that of another rule or of another model: init_state(server, "
+        "rule, ranks) with the rule of the round makes it"
     )
 
 
@@ -126,9 +137,44 @@ def check_goes_on(before: State, after: State) -> None:
         )
 
 
-def check_losses(losses: Any, examples: int, what: str) -> None:
-    """Raise `ValueError` unless there is one loss for every example."""
+def check_built_like(what: str, found: PyTree, expected: PyTree) -> None:
+    """Raise `TypeError` unless what somebody's function returned is built like something."""
+    if not _same_structure(found, expected):
+        raise TypeError(f"expected {what} to return what is built like {describe(expected)}, got {describe(found)}")
+
+
+def check_trains(trains: Any) -> None:
+    """Raise `TypeError` unless a rule said what it trains in a `Trains`."""
+    if not isinstance(trains, Trains):
+        raise TypeError(f"expected the rule's trains to return a Trains(...), got {describe(trains)}")
+
+
+def strong(what: str, tree: PyTree) -> PyTree:
+    """Make arrays of all leaves, none weakly typed: the result of a round would be strong, and the next retrace.
+
+    Raises:
+        TypeError: for a leaf that is no array of numbers.
+    """
+
+    def one(leaf: Any) -> Array:
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
+            raise TypeError(f"expected {what} of arrays, got {describe(leaf)} in it")
+        array = jnp.asarray(leaf)
+        return lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array
+
+    return jax.tree.map(one, tree)
+
+
+def check_losses(losses: Any, examples: int, what: str, penalty: Any = 0) -> None:
+    """Raise `ValueError` unless there is one loss for every example, and one penalty."""
+    if not hasattr(losses, "dtype"):
+        raise TypeError(f"expected {what} as an array, got {describe(losses)}; a penalty is added by with_penalty")
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise ValueError(f"expected {what} as floats, got {losses.dtype}, which have no gradient")
+    if jnp.shape(penalty):
+        raise ValueError(f"expected a penalty of shape (), got {jnp.shape(penalty)}: take its sum or mean")
     shape = jnp.shape(losses)
     if shape != (examples,):
-        cause = "a mean over the batch: leave it out" if shape == () else "a loss that keeps more axes: take their mean"
-        raise ValueError(f"expected {what} of every example, shape ({examples},), got {shape}, probably {cause}")
+        mean = ", probably a mean over the batch: leave it out" if shape == () else ""
+        cause = ": take the mean over the other axes" if shape[:1] == (examples,) else mean
+        raise ValueError(f"expected {what} of every example, shape ({examples},), got {shape}{cause}")

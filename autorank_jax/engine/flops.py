@@ -49,8 +49,8 @@ def training_flops(task: Task, data: FederatedData, *, batch_size: int = 8) -> F
         cost = jax.jit(gradient).lower(trained._replace(adapters=adapters)).cost_analysis()
         if not cost or "flops" not in cost:
             raise RuntimeError(
-                f"expected XLA to count the FLOPs of a gradient, got no count on {jax.default_backend()}, probably "
-                "a device that has no cost analysis: count on a CPU, or make a FlopModel by hand"
+                f"expected XLA to count the FLOPs of a gradient, got no count on {jax.default_backend()}: count on a "
+                "CPU, or make a FlopModel by hand"
             )
         return float(cost["flops"]) / count
 

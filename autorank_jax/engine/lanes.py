@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from autorank_jax.adapters.lora import cut, max_ranks, narrow, pad_like, rank_level, rank_masks
-from autorank_jax.engine.checks import summable
+from autorank_jax.engine.checks import check_built_like, check_trains, summable
 from autorank_jax.engine.levels import Widths
 from autorank_jax.engine.optimizers import follow_client
 from autorank_jax.engine.totals import LEAF_BY_LEAF, Summation, Totals, Turn, zeros
@@ -229,6 +229,7 @@ def look_up(level: Level, place: Array) -> Assignment:
     masks = rank_masks({path: ranks[row] for path, ranks in state.ranks.items()}, level.widths)
     client = Client(row, masks, queue.weight[place], jax.tree.map(lambda leaf: leaf[row], state.clients))
     handed = level.program.aggregator.start(state.server, state.aggregator, client)
+    check_built_like("the rule's start", handed, state.server.trainable)
     size, steps, batch_size = data.size[row], queue.steps[place], level.program.local.batch_size
     per_epoch = jnp.maximum(steps_per_epoch(size, batch_size), 1)
     epochs, rest, dtype = steps // per_epoch, steps % per_epoch, jnp.result_type(float)
@@ -254,6 +255,7 @@ def _advance(level: Level, assignment: Assignment, lane: Lanes, now: Array) -> L
     local, state, number = level.program.local, level.round.state, now - lane.since
     batch, epoch = take_batch(level.round.data, assignment.client.row, assignment.words, number, local.batch_size)
     trains = level.program.aggregator.trains(state.aggregator)
+    check_trains(trains)
     setting = Setting(assignment.client, assignment.start, state.server.frozen, trains)
     key = jax.random.fold_in(assignment.noise, number)
     trained, losses = local.step(state.hparams, setting, lane.local, batch, key)
@@ -276,6 +278,7 @@ def finish(level: Level, assignment: Assignment, local: LocalState, done: Array)
     update, server = ClientUpdate(trained, assignment.start, client), level.round.state.server
     sums = summable(level.program.aggregator.summand(update, server, level.round.plan))
     kept = level.program.aggregator.client_keep(update, server)
+    check_built_like("the rule's client_keep", kept, client.state)
     finite &= level.program.summation.all_finite((sums, kept))  # finite factors may have an infinite product
     sums = jax.tree.map(lambda leaf: jnp.where(done & finite, leaf, 0), sums)
     return sums, finite, pad_like(kept, assignment.client.state)

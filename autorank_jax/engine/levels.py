@@ -53,10 +53,7 @@ def resolve_levels(widest: Mapping[str, int], rank_levels: RankLevels) -> list[W
     levels = [{path: int(widths[path]) for path in sorted(widths)} for widths in rank_levels]
     for widths, wider in zip(levels, [*levels[1:], dict(widest)], strict=True):
         if widths.keys() != widest.keys() or any(not 1 <= widths[p] <= wider[p] for p in widths):
-            raise ValueError(
-                f"expected widths of every adapter, ascending from 1 to {dict(widest)}, got {levels}, probably those "
-                "of another model"
-            )
+            raise ValueError(f"expected widths of every adapter, ascending from 1 to {dict(widest)}, got {levels}")
     return levels
 
 

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from autorank_jax.adapters.lora import over_columns, over_rows
-from autorank_jax.engine.checks import check_losses
+from autorank_jax.engine.checks import check_built_like, check_losses
 from autorank_jax.engine.optimizers import (
     Optimizer,
     begin_optimizer,
@@ -78,10 +78,10 @@ def from_task_loss(loss: Callable[[PyTree, Trainable, Batch, Key], Array]) -> Lo
 
 
 @checked
-def with_penalty(value: Array | Penalised, penalty: Array) -> Penalised:
+def with_penalty(value: Array | Penalised, penalty: float | Array) -> Penalised:
     """Add a scalar penalty to what a local loss returns."""
     losses, before = value if isinstance(value, Penalised) else (value, jnp.zeros((), value.dtype))
-    return Penalised(losses, before + penalty.astype(before.dtype))
+    return Penalised(losses, before + jnp.asarray(penalty, before.dtype))
 
 
 @checked
@@ -157,7 +157,7 @@ def make_local_training(
             effective = _rescale(_stop(params, setting.trains), setting.client, scale)
             value = local_loss(setting.frozen, effective, setting.start, batch, key)
             losses, penalty = value if isinstance(value, Penalised) else (value, 0)
-            check_losses(losses, batch.weight.shape[0], "a local loss")
+            check_losses(losses, batch.weight.shape[0], "a local loss", penalty)
             losses = jnp.where(batch.weight > 0, losses, 0)
             return jnp.sum(losses) / jnp.maximum(jnp.sum(batch.weight).astype(losses.dtype), 1) + penalty, losses
 
@@ -172,9 +172,11 @@ def make_local_training(
         return LocalState(optax.apply_updates(state.params, updates), memory), losses
 
     def end(state: LocalState, client: Client) -> Trainable:
-        return _rescale(report(state.optimizer, state.params), client, scale)
+        sent = report(state.optimizer, state.params)
+        check_built_like("report", sent, state.params)
+        return _rescale(sent, client, scale)
 
-    return LocalTraining(begin, step, end, batch_size)
+    return LocalTraining(begin, step, end, min(batch_size, jnp.iinfo(jnp.int32).max))
 
 
 def _rescale(params: Trainable, client: Client, scale: Scale | None, *, inverse: bool = False) -> Trainable:
@@ -183,7 +185,7 @@ def _rescale(params: Trainable, client: Client, scale: Scale | None, *, inverse:
         return params
     adapters = {}
     for path, adapter in params.adapters.items():
-        factor = scale(jnp.sum(client.masks[path])).astype(adapter.lora_b.dtype)
+        factor = jnp.asarray(scale(jnp.sum(client.masks[path])), adapter.lora_b.dtype)
         adapters[path] = adapter._replace(lora_b=adapter.lora_b / factor if inverse else adapter.lora_b * factor)
     return params._replace(adapters=adapters)
 

@@ -5,6 +5,7 @@ it counts local steps and restarts each round; a learning rate by *round* belong
 `init_state(..., learning_rate=optax.cosine_decay_schedule(0.1, 100))`.
 """
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -34,25 +35,28 @@ _FAILURES = (AttributeError, KeyError, TypeError, ValueError, AssertionError, No
 
 
 class _Given(dict):
-    """Hyper-parameters that know whether the learning rate was asked for."""
+    """Hyper-parameters that know which of them were asked for."""
 
-    asked = False
+    def __init__(self, numbers: Mapping[str, Array]) -> None:
+        super().__init__(numbers)
+        self.asked: set[str] = set()
 
     def __getitem__(self, name: str) -> Array:
-        self.asked |= name == "learning_rate"
+        self.asked.add(name)
         if name not in self:
+            near = difflib.get_close_matches(name, self, n=1)
+            meant = f", probably {near[0]!r}" if near else f": init_state(..., {name}=...) gives it"
             raise ValueError(
-                f"expected hparams {sorted(self)}, which the state has, got {name!r} of the optimizer, probably left "
-                f"out: init_state(..., {name}=...)"
+                f"expected hparams {sorted(self)}, which the state has, got {name!r} of the optimizer{meant}"
             )
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        self.asked |= name == "learning_rate"
+        self.asked.add(name)
         return super().get(name, default)
 
     def __iter__(self) -> Iterator[str]:  # of **hparams
-        self.asked = True
+        self.asked.update(self.keys())
         return super().__iter__()
 
 
@@ -61,12 +65,14 @@ def check_optimizer(optimizer: Any) -> None:
     if isinstance(optimizer, optax.GradientTransformation):
         return
     made = getattr(optimizer, "func", optimizer)  # of a functools.partial
-    own = callable(optimizer) and takes(optimizer, 1)
-    if own and not str(getattr(made, "__module__", "")).startswith("optax"):
+    own = callable(optimizer) and not str(getattr(made, "__module__", "")).startswith("optax")
+    if own and takes(optimizer, 1):
         return
     cause = ""
     if isinstance(optimizer, optax.MultiSteps):
         cause = ", probably one step too early: .gradient_transformation()"
+    elif own:
+        cause = ", which takes other arguments"
     elif callable(optimizer):
         name = getattr(made, "__name__", "optimizer")
         cause = f', probably not called: optax.{name}(...), or lambda h: optax.{name}(h["learning_rate"])'
@@ -83,23 +89,26 @@ def make_transformation(optimizer: Optimizer, hparams: Hparams) -> optax.Gradien
     Raises:
         TypeError: for what is no optimiser.
         ValueError: if it asks for a number that the state does not have, or the state has a learning rate that it
-            does not look at.
+            does not look at, or a number whose name nearly is that of one it asks for.
     """
     if isinstance(optimizer, optax.GradientTransformation):
-        made, asked = optimizer, False
+        made, asked = optimizer, set[str]()
     else:
         given = _Given({"learning_rate": jnp.asarray(LEARNING_RATE, jnp.result_type(float)), **hparams})
         made, asked = _call(optimizer, given), given.asked
     if not isinstance(made, optax.GradientTransformation):
         raise TypeError(
-            f"expected an optimizer as optax makes them, got {type(made).__name__}, probably one of another library, "
-            "or a function that does not return it"
+            f"expected an optimizer as optax makes them, got {describe(made)}"
+            + ", probably of a function that does not return it" * (made is None)
         )
-    if "learning_rate" in hparams and not asked:
+    for name in hparams.keys() - asked:
+        near = difflib.get_close_matches(name, asked - hparams.keys(), n=1, cutoff=0.8)
+        if near:
+            raise ValueError(f"expected hparams that the optimizer asks for, got {name!r}, probably {near[0]!r}")
+    if "learning_rate" in hparams and "learning_rate" not in asked:
         raise ValueError(
-            "expected an optimizer that uses the state's learning_rate, got one that ignores it, probably "
-            'optax.sgd(0.1) in place of lambda h: optax.sgd(h["learning_rate"]): change it, or leave learning_rate out '
-            "of init_state"
+            "expected an optimizer that uses the state's learning_rate, got one that ignores it: make it like "
+            'lambda h: optax.sgd(h["learning_rate"]), or leave learning_rate out of init_state'
         )
     return optax.with_extra_args_support(made)
 
@@ -114,29 +123,29 @@ def _call(optimizer: Callable[[Hparams], Any], given: Hparams) -> Any:
         ) from error
 
 
-def begin_optimizer(optimizer: optax.GradientTransformation, params: Trainable) -> PyTree:
+def begin_optimizer(optimizer: optax.GradientTransformation, params: PyTree) -> PyTree:
     """Return the optimiser's first state.
 
     Raises:
-        ValueError: for an optimiser that wants parameters of another form.
+        ValueError: for an optimiser that wants parameters of another form, or whose state is not of arrays.
     """
     try:
-        return optimizer.init(params)
+        return jax.tree.map(jnp.asarray, optimizer.init(params))
     except _FAILURES as error:
         raise ValueError(_refusal("start on", error)) from error
 
 
 def step_optimizer(
     optimizer: optax.GradientTransformationExtraArgs,
-    grads: Trainable,
+    grads: PyTree,
     memory: PyTree,
-    params: Trainable,
+    params: PyTree,
     **about_loss: Any,
-) -> tuple[Trainable, PyTree]:
+) -> tuple[PyTree, PyTree]:
     """Return the optimiser's updates and its next state.
 
     Args:
-        optimizer: told the loss too, if it asks: `value`, `grad`, `value_fn` and so on.
+        optimizer: of clients told the loss too, if it asks: `value`, `grad`, `value_fn` and so on.
         grads: of the mean loss.
         memory: its state.
         params: what they are the gradients of.
@@ -152,11 +161,11 @@ def step_optimizer(
         updates, after = optimizer.update(grads, memory, params, **about_loss)
     except _FAILURES as error:
         raise ValueError(_refusal("make updates of", error)) from error
-    if _structures(after, updates) != _structures(memory, params):
+    if _structures(after, updates) != _structures(memory, params) or _shapes(after, updates) != _shapes(memory, params):
         raise ValueError(
             "expected an optimizer whose updates are built like the parameters and whose state like the one before, "
-            "got another structure, probably one made for parameters of its own, such as optax.lookahead: use the "
-            "optimizer inside it"
+            "got another structure or other shapes; of one for parameters of its own, such as optax.lookahead, use the "
+            "optimizer inside"
         )
     return updates, jax.tree.map(_keep_type, after, memory)
 
@@ -167,14 +176,17 @@ def _first(error: Exception) -> str:
 
 def _refusal(what: str, error: Exception) -> str:
     return (
-        f"expected an optimizer of gradients, parameters and the loss, got one that cannot {what} the client's "
-        f"parameters ({_first(error)}), probably one that needs parameters or arguments of its own, "
-        "such as optax.lookahead: use another, or the optimizer inside it"
+        f"expected an optimizer of gradients and parameters, got one that cannot {what} them ({_first(error)}); of one "
+        "for parameters of its own, such as optax.lookahead, use the optimizer inside"
     )
 
 
 def _structures(*trees: PyTree) -> tuple:
     return tuple(map(jax.tree.structure, trees))
+
+
+def _shapes(*trees: PyTree) -> list[tuple[int, ...]]:
+    return list(map(jnp.shape, jax.tree.leaves(trees)))
 
 
 def _keep_type(new: Array, old: Array) -> Array:
@@ -188,19 +200,29 @@ def params_to_send(memory: PyTree, params: Trainable) -> Trainable:
     Known are `optax.contrib.schedule_free`, which trains at a point between its average and its last iterate, and
     `optax.contrib.sam`, which may be at an adversarial point; of any other the parameters themselves are sent.
     """
-    kinds = (contrib.ScheduleFreeState, contrib.SAMState)
-    for state in jax.tree.leaves(memory, is_leaf=lambda node: isinstance(node, kinds)):
+    for state in _of_others(memory):
         if isinstance(state, contrib.ScheduleFreeState):
             if _structures(state.z) != _structures(params):
                 raise ValueError(
-                    "expected schedule_free of all parameters, got it of a part of them, probably inside "
-                    "optax.partition: say what is sent with make_local_training(report=...)"
+                    "expected schedule_free of all parameters, got it of a part of them, as inside optax.partition: "
+                    "say what is sent with make_local_training(report=...)"
                 )
             params = contrib.schedule_free_eval_params(state, params)
         elif isinstance(state, contrib.SAMState) and state.cache is not None:
             away = state.steps_since_sync > 0
             params = jax.tree.map(lambda kept, now, away=away: jnp.where(away, kept, now), state.cache, params)
     return params
+
+
+def means_others(memory: PyTree) -> bool:
+    """Return whether an optimiser is known to mean other parameters than those that it trains."""
+    return bool(_of_others(memory))
+
+
+def _of_others(memory: PyTree) -> list[Any]:
+    kinds = (contrib.ScheduleFreeState, contrib.SAMState)
+    leaves = jax.tree.leaves(memory, is_leaf=lambda node: isinstance(node, kinds))
+    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
 
 
 def follow_client(memory: PyTree, key: Key) -> PyTree:
@@ -259,8 +281,8 @@ def scale_updates(
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
-                    f"expected patterns that match a layer or a dense parameter, got {pattern!r}, probably a misspelt "
-                    f"path: there are {sorted(names)}"
+                    f"expected patterns that match a layer or a dense parameter, got {pattern!r}: there are "
+                    f"{sorted(names)}"
                 )
         return optax.EmptyState()
 
@@ -279,6 +301,23 @@ def scale_updates(
 
 
 def at_round(hparams: Hparams, number: Array) -> Hparams:
-    """Return the hyper-parameters of a round: schedules are called with its number, from 0."""
-    dtype = jnp.result_type(float)
-    return {n: jnp.asarray(value(number), dtype) if callable(value) else value for n, value in hparams.items()}
+    """Return the hyper-parameters of a round: schedules are called with its number, from 0.
+
+    Raises:
+        ValueError: for a schedule that gives no number for a traced round, or a learning rate that is an array.
+    """
+    now = {n: _scheduled(n, value, number) if callable(value) else value for n, value in hparams.items()}
+    shape = jnp.shape(now.get("learning_rate", 0))
+    if shape:
+        raise ValueError(f"expected one learning_rate in a round, got shape {shape}: jax.vmap runs several")
+    return now
+
+
+def _scheduled(name: str, schedule: Callable[[Array], Any], number: Array) -> Array:
+    try:
+        return jnp.asarray(schedule(number), jnp.result_type(float))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected {name} as a schedule that gives a number for a traced round, got one that fails with "
+            f"{_first(error)}; jnp.where and optax.join_schedules take the place of if"
+        ) from error

@@ -106,12 +106,10 @@ def _check_finite(epochs: np.ndarray, size: np.ndarray) -> None:
     """Say how many clients have no curve."""
     lost = int(np.sum((size > 0) & (epochs == 0)))
     if lost == int(np.sum(size > 0)):
-        raise ValueError(
-            "expected finite losses of a probe, got none of any client, probably a learning rate too large"
-        )
+        raise ValueError("expected finite losses of a probe, got none of any client: try a smaller learning rate")
     if lost:
         warnings.warn(
             f"the training of {lost} of {len(size)} clients was not finite: they have no loss curve and take the mean "
-            "of the others; probably the probe's learning rate is too large",
+            "of the others; try a smaller learning rate of the probe",
             stacklevel=3,
         )

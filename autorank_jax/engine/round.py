@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from autorank_jax.adapters.lora import max_ranks
-from autorank_jax.engine.checks import check_round, check_update
+from autorank_jax.engine.checks import check_round, check_rule, check_update
 from autorank_jax.engine.lanes import Program, Round, make_queue, no_totals, run_queue, steps_of_epochs
 from autorank_jax.engine.levels import RankLevels, resolve_levels
 from autorank_jax.engine.optimizers import at_round
@@ -78,15 +78,17 @@ def make_round(
     check_least("lanes", lanes)
     if isinstance(rank_levels, int):
         check_least("rank_levels", rank_levels)
+    check_rule(aggregator)
 
     def round_fn(key: Key, state: State, data: FederatedData) -> tuple[State, RoundInfo]:
         check_round(key, state, data, aggregator)
         hparams, state = state.hparams, state._replace(hparams=at_round(state.hparams, state.round))
         _, training, server_step, _ = round_keys(key, state.round)
         levels = resolve_levels(widest := max_ranks(state.server), rank_levels)
-        program = Program(local, aggregator, lanes, levels, choose_summation(pack, mesh))
+        whole = min(local.batch_size, data.order.shape[0])  # no larger batch is ever full
+        program = Program(local._replace(batch_size=whole), aggregator, lanes, levels, choose_summation(pack, mesh))
         invited, cohort = draw_cohort(key, state.round, data, participation, faults)
-        weights = weigh(data)
+        weights = jnp.asarray(weigh(data))
         if weights.shape != data.size.shape:
             raise ValueError(f"expected one weight of every client, {data.size.shape}, got shape {weights.shape}")
         weights = jnp.where((data.size > 0) & (weights > 0) & jnp.isfinite(weights), weights, 0)

@@ -45,8 +45,7 @@ def check_mesh(mesh: Mesh) -> None:
     """Raise `ValueError` unless a mesh has the one axis `clients`."""
     if mesh.axis_names != (AXIS,):
         raise ValueError(
-            f"expected a mesh of the one axis {AXIS!r}, got {mesh.axis_names}, probably a mesh for model parallelism: "
-            "use client_mesh()"
+            f"expected a mesh of the one axis {AXIS!r}, got {mesh.axis_names}: client_mesh(devices) makes one"
         )
 
 

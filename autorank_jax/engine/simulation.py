@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from autorank_jax.adapters.lora import max_ranks
-from autorank_jax.engine.checks import check_goes_on, why_no_ranks
+from autorank_jax.engine.checks import check_goes_on, strong, why_no_ranks
 from autorank_jax.interface import check_least, checked
 from autorank_jax.types import (
     Aggregator,
@@ -19,7 +19,6 @@ from autorank_jax.types import (
     EvaluateFn,
     FederatedData,
     Key,
-    PyTree,
     RoundFn,
     RoundInfo,
     Server,
@@ -80,11 +79,12 @@ def init_state(
         ranks = {path: jnp.full(clients, rank, jnp.int32) for path, rank in max_ranks(server.trainable).items()}
     clients = _check_ranks(server, ranks, clients)
     dtype = jnp.result_type(float)
-    numbers, server = hparams if learning_rate is None else {"learning_rate": learning_rate, **hparams}, _strong(server)
-    kept = _strong(aggregator.client_init(server))
+    numbers = hparams if learning_rate is None else {"learning_rate": learning_rate, **hparams}
+    server = strong("a server", server)
+    kept = strong("the rule's client_init", aggregator.client_init(server))
     return State(
         server=server,
-        aggregator=_strong(aggregator.init(server)),
+        aggregator=strong("the rule's init", aggregator.init(server)),
         ranks={path: jnp.asarray(ranks[path], jnp.int32) for path in sorted(ranks)},
         round=jnp.zeros((), jnp.int32),
         hparams={n: Partial(v) if callable(v) else jnp.asarray(v, dtype) for n, v in numbers.items()}
@@ -93,16 +93,6 @@ def init_state(
         epochs=jnp.zeros(clients, jnp.int32),
         clients=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *jnp.shape(leaf))), kept),
     )
-
-
-def _strong(tree: PyTree) -> PyTree:
-    """Make arrays of all leaves, none weakly typed: the result of a round would be strong, and the next retrace."""
-
-    def strong(leaf: Array) -> Array:
-        array = jnp.asarray(leaf)
-        return lax.convert_element_type(array, array.dtype) if getattr(array, "weak_type", False) else array
-
-    return jax.tree.map(strong, tree)
 
 
 def _check_ranks(server: Server, ranks: Mapping[str, Array], clients: int | None) -> int:
@@ -116,6 +106,7 @@ def _check_ranks(server: Server, ranks: Mapping[str, Array], clients: int | None
     shapes = {path: jnp.shape(rank) for path, rank in ranks.items()}
     if any(shape != (clients,) for shape in shapes.values()):
         raise ValueError(f"expected ranks of shape (clients,) = ({clients},) for every adapter, got {shapes}")
+    check_least("clients", clients)
     for path, rank in ranks.items():
         widest = adapters[path].lora_a.shape[-1]
         if not jnp.issubdtype(jnp.result_type(rank), jnp.integer):

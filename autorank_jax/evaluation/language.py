@@ -37,7 +37,7 @@ def make_evaluate_language(task: Task, inputs: PyTree, targets: PyTree, *, batch
         raise ValueError(f"expected inputs and targets of one length >= 1, got {sorted(rows)}")
     total = jnp.sum(targets >= 0)
     if not isinstance(total, jax.core.Tracer) and total == 0:
-        raise ValueError("expected targets that count some token, got none, probably rows of padding alone")
+        raise ValueError("expected targets that count some token, got negative ones alone")
 
     def evaluate(state: State) -> dict[str, Array]:
         nats = _nats(task, state.server)

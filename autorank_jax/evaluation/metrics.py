@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from autorank_jax.adapters.lora import cut, level_widths, max_ranks, rank_level, rank_masks
 from autorank_jax.adapters.losses import check_outputs, regression_loss
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
-from autorank_jax.interface import check_least, checked
+from autorank_jax.interface import check_least, checked, describe
 from autorank_jax.types import (
     Aggregator,
     Array,
@@ -84,7 +84,9 @@ def make_evaluate(
         `state -> {name: mean}`.
 
     Raises:
-        ValueError: if inputs and targets differ in length or are empty; where labels outnumber the model's outputs.
+        TypeError: for metrics that are no dict; when called, for what is no state.
+        ValueError: if inputs and targets differ in length or are empty, or inputs are not finite; for labels without an
+            output of their own, and metrics of another shape.
     """
     check_least("batch_size", batch_size)
     inputs, targets = jax.tree.map(jnp.asarray, (inputs, targets))
@@ -92,6 +94,8 @@ def make_evaluate(
     _check_evaluation(_predictor(task, task.server), metrics, inputs, targets)
 
     def evaluate(state: State) -> dict[str, Array]:
+        if not hasattr(state, "server"):
+            raise TypeError(f"expected a state, got {describe(state)}")
         values = _by_batch(_predictor(task, state.server), (inputs, targets), metrics, batch_size)
         return {name: jnp.sum(value) / examples for name, value in values.items()}
 
@@ -102,25 +106,39 @@ def _check_evaluation(predict: Callable[[PyTree], Array], metrics: Metrics, inpu
     """Raise an error where the model does not take the inputs, the metrics the targets, or a label has no output."""
     x, y = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), (inputs, targets))
     logits = jax.eval_shape(predict, x)
-    jax.eval_shape(metrics, logits, y)
+    measured = jax.eval_shape(metrics, logits, y)
+    if not isinstance(measured, dict):
+        raise TypeError(f"expected metrics as a dict of (b,) numbers, got {describe(measured)}")
+    for name, value in measured.items():
+        if value.shape != (1,):
+            raise ValueError(f"expected metrics of each example, (b,), got {name!r} of shape {value.shape} for one")
     if metrics is classification_metrics:
         _check_classes(logits.shape, targets)
+    for leaf in jax.tree.leaves(inputs):
+        known = not isinstance(leaf, jax.core.Tracer) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if known and not bool(jnp.all(jnp.isfinite(leaf))):
+            raise ValueError("expected finite test inputs, got NaN or infinity in them")
 
 
 def _check_classes(logits: tuple[int, ...], labels: Array) -> None:
     """Raise `ValueError` for a label without an output of its own: no rule of indexing makes a number of it."""
     if isinstance(labels, jax.core.Tracer):
         return
-    largest = int(np.asarray(labels).max())
+    least, largest = int(np.asarray(labels).min()), int(np.asarray(labels).max())
+    if least < 0:
+        raise ValueError(f"expected labels of at least 0, got {least}: leave out examples without a label")
     if largest >= logits[1]:
         raise ValueError(
-            f"expected a model of at least {largest + 1} outputs for labels up to {largest}, got {logits[1]}, probably "
-            "one for fewer classes, or labels counted from 1"
+            f"expected a model of at least {largest + 1} outputs for labels up to {largest}, got {logits[1]}"
+            + ", probably labels that count from 1" * (least == 1 and largest == logits[1])
         )
 
 
 def _length(inputs: PyTree, targets: PyTree) -> int:
-    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves((inputs, targets))}
+    leaves = jax.tree.leaves((inputs, targets))
+    if not all(leaf.ndim for leaf in leaves):
+        raise ValueError("expected inputs and targets as arrays, got single numbers: np.asarray makes arrays of lists")
+    lengths = {leaf.shape[0] for leaf in leaves}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"expected inputs and targets of one length >= 1, got {sorted(lengths)}")
     return lengths.pop()
@@ -181,8 +199,7 @@ def label_weighted_accuracy(
     """
     if label_counts.ndim != 2 or label_counts.shape[:1] != state.epochs.shape:
         raise ValueError(
-            f"expected label counts of the state's {state.epochs.shape[0]} clients, got shape {label_counts.shape}, "
-            "probably statistics of another split"
+            f"expected label counts of the state's {state.epochs.shape[0]} clients, got shape {label_counts.shape}"
         )
     check_least("rank_levels", rank_levels)
     widest = max_ranks(state.server.trainable)

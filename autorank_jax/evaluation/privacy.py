@@ -8,7 +8,7 @@ A fixed size: by one client in place of another.
 import functools
 from typing import Any
 
-from autorank_jax.interface import checked
+from autorank_jax.interface import check_share, checked
 
 _LEAST_NOISE = 0.2
 _LARGEST = 30.0
@@ -127,8 +127,7 @@ def _check(rounds: int, delta: float, rate: float) -> None:
         raise ValueError(f"rounds: expected a whole number of at least 0, got {rounds}")
     if not 0 < delta < 1:
         raise ValueError(f"delta: expected a number above 0 and below 1, got {delta}")
-    if not 0 < rate <= 1:
-        raise ValueError(f"rate: expected a share above 0 and at most 1, got {rate}, probably a percentage")
+    check_share("rate", rate)
 
 
 @functools.cache

@@ -354,7 +354,7 @@ def _idle_problems(e: Experiment) -> Iterable[str]:
         if option in changed and e.split in SPLITS and e.split not in users:
             yield (
                 f"{option.replace('_', '-')}: expected only with the split {' or '.join(users)}, got "
-                f"{getattr(e, option)} with {e.split}, probably a forgotten --split"
+                f"{getattr(e, option)} with {e.split}" + ", probably a forgotten --split" * ("split" not in changed)
             )
     for option in sorted(name for name in changed if name.startswith("dp_") and not e.dp_epsilon):
         yield f"{option.replace('_', '-')}: expected only with --dp-epsilon, got it without, probably forgotten"

@@ -162,7 +162,7 @@ def _check_memory(experiment: Experiment, dataset: Dataset) -> None:
         raise ConfigurationError(
             [
                 f"hidden: expected a model that fits {memory / 2**30:.0f} GB of memory with its training, got "
-                f"{needed / 2**30:.3g} GB of weights and adapters, probably too wide layers or too large --max-ranks"
+                f"{needed / 2**30:.3g} GB of weights and adapters: lower --hidden or --max-ranks"
             ]
         )
 
@@ -197,7 +197,7 @@ def make_model(
     if len(shape) not in (2, 3) or min(shape[:2]) < smallest:
         raise ValueError(
             f"model: expected images of at least {smallest} pixels a side for {experiment.model}, got examples of "
-            f"shape {shape}, probably a dataset for mlp, or too many convolutions in --hidden"
+            f"shape {shape}: " + ("choose fewer --hidden" if len(shape) in (2, 3) else "choose --model mlp")
         )
     channels = (shape[2] if len(shape) == 3 else 1, *widths)
     ranks = {f"convs/{number}": width for number, width in enumerate(widths)} | {"head": widths[-1]}

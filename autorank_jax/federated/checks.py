@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autorank_jax.interface import describe
+from autorank_jax.interface.kinds import is_whole
 from autorank_jax.types import PyTree
 
 INT32_MAX = int(np.iinfo(np.int32).max)
@@ -20,15 +21,20 @@ def check_known(what: str, tree: PyTree) -> None:
         )
 
 
+def looks_one_hot(labels: np.ndarray) -> bool:
+    """Return whether every row has one 1 and otherwise zeros."""
+    rows = labels.ndim == 2 and labels.shape[1] > 1 and np.isin(labels, (0, 1)).all()
+    return bool(rows and (labels.sum(axis=1) == 1).all())
+
+
 def first_few(numbers: np.ndarray) -> str:
     """Name the first few of many."""
     return ", ".join(map(str, numbers[:5].tolist())) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
 
 
-def check_range(values: np.ndarray, end: int, what: str, cause: str) -> None:
-    """Check that integers lie in 0 .. end-1."""
+def check_range(values: np.ndarray, end: int, what: str, hint: str = "") -> None:
+    """Check that integers lie in 0 .. end-1; the hint is the end of the message."""
     if values.size and (values.min() < 0 or values.max() >= end):
-        hint = f"; probably {cause}" if cause else ""
         raise ValueError(f"expected {what} in 0 .. {end - 1}, got {values.min()} .. {values.max()}{hint}")
 
 
@@ -44,15 +50,21 @@ def check_examples(inputs: PyTree, targets: PyTree, classes: int | None) -> int:
     if len(set(lengths.values())) > 1:
         got = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise ValueError(f"expected inputs and targets of one length, got {got}")
-    axes = [max(leaf.ndim for leaf in jax.tree.leaves(tree)) for tree in (inputs, targets)]
-    if classes is not None and axes[0] < axes[1]:
+    if classes is not None and _look_swapped(inputs, targets):
         raise ValueError(
-            f"expected inputs, then targets as labels in 0 .. {classes - 1}, got inputs of {axes[0]} axes and targets "
-            f"of {axes[1]}, probably inputs and targets swapped"
+            f"expected inputs, then targets as labels in 0 .. {classes - 1}, got a vector of whole numbers, then "
+            f"{describe(jax.tree.leaves(targets)[0])}, probably inputs and targets swapped"
         )
     if classes is not None:
         check_labels(targets, n, classes, "targets")
     return n
+
+
+def _look_swapped(inputs: PyTree, targets: PyTree) -> bool:
+    """Return whether inputs look like labels, and targets do not."""
+    first, others = jax.tree.leaves(inputs), jax.tree.leaves(targets)
+    labels = len(first) == 1 and first[0].ndim == 1 and first[0].dtype.kind in "iu"
+    return labels and max(leaf.ndim for leaf in others) > 1 and not looks_one_hot(np.asarray(others[0]))
 
 
 def check_array(name: str, leaf: PyTree) -> int:
@@ -62,13 +74,16 @@ def check_array(name: str, leaf: PyTree) -> int:
         raise ValueError(f"expected an array at {name}, got {describe(leaf)}{cause}")
     values = np.asarray(leaf)
     if values.dtype.kind in "OSUMm":
-        cause = {"O": "; probably ragged rows", "S": ": encode them", "U": ": encode them"}.get(values.dtype.kind, "")
+        first = values.flat[0] if values.size else None
+        text = ": encode them" if isinstance(first, str | bytes) else ""
+        cause = "; probably ragged rows" if isinstance(first, list | tuple | np.ndarray) else text
         raise ValueError(f"expected numbers at {name}, got {values.dtype}{cause}")
     if values.dtype.kind not in "biu" and not np.isfinite(values).all():
         bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+        got, cause = ("NaN", "; probably missing values") if np.isnan(values).any() else ("infinity", "")
         raise ValueError(
-            f"expected finite numbers at {name}, got NaN or infinity in example {first_few(bad)}; "
-            "probably missing values: fill them or leave these examples out"
+            f"expected finite numbers at {name}, got {got} in example {first_few(bad)}{cause}: fill them or leave "
+            "these examples out"
         )
     _check_width(name, values)
     return len(values)
@@ -81,7 +96,7 @@ def _check_width(name: str, values: np.ndarray) -> None:
         return
     limits = np.finfo(narrow) if values.dtype.kind == "f" else np.iinfo(narrow)
     if values.min() < limits.min or values.max() > limits.max:
-        hint = "probably hashes: number them, or " if values.dtype.kind in "iu" else ""
+        hint = "number them, or " if values.dtype.kind in "iu" else ""
         raise ValueError(
             f"expected numbers that fit {narrow} at {name}, got {values.min()} .. {values.max()}; {hint}enable "
             "jax_enable_x64"
@@ -92,18 +107,23 @@ def check_labels(labels: ArrayLike, n: int, classes: int | None, what: str) -> n
     """Check that labels are a vector of integers in 0 .. classes-1."""
     labels = np.asarray(labels)
     if labels.shape != (n,):
-        one_hot = labels.ndim == 2 and len(labels) == n and np.isin(labels, (0, 1)).all()
-        cause = "probably one-hot: argmax(axis=-1)" if one_hot else "if these are no labels, give groups to count"
+        cause = "if these are no labels, give groups to count"
+        if labels.shape[:1] == (n,) and labels.size == n:
+            cause = "reshape(-1) makes a vector of them"
+        elif looks_one_hot(labels):
+            cause = "probably one-hot: argmax(axis=-1)"
         raise ValueError(f"expected {what} of shape ({n},), one label per example, got {labels.shape}; {cause}")
     if labels.dtype.kind not in "iu":
         whole = labels.dtype.kind == "b" or (labels.dtype.kind == "f" and (labels == np.round(labels)).all())
-        cause = "astype(int) makes labels of them" if whole else "probably a regression: give groups to count instead"
+        cause = "astype(int) makes labels of them" if whole else "if these are no labels, give groups to count"
+        if labels.dtype.kind in "SUO":
+            cause = "number names with np.unique(names, return_inverse=True)[1]"
         raise ValueError(f"expected {what} as integers, got {labels.dtype}; {cause}")
     if classes is not None and classes < 1:
         raise ValueError(f"expected at least one class, got {classes}")
     if labels.size:
-        cause = "labels that count from 1" if labels.min() == 1 and labels.max() == classes else ""
-        cause = "a marker of unknown labels" if labels.min() == -1 else cause
+        cause = "; probably labels that count from 1" if labels.min() == 1 and labels.max() == classes else ""
+        cause = "; probably a marker of unknown labels" if labels.min() == -1 else cause
         check_range(labels, classes or INT32_MAX, f"{what} as labels", cause)
     return labels
 
@@ -113,9 +133,10 @@ def part_sizes(parts: Sequence[ArrayLike]) -> np.ndarray:
     try:
         size = np.fromiter((len(part) for part in parts), dtype=np.int64)  # type: ignore[arg-type]  # checked here
     except TypeError:
+        odd = next(part for part in parts if not hasattr(part, "__len__") or np.ndim(part) == 0)
+        cause = ", probably one client number per example: use from_client_ids" if is_whole(odd) else ""
         raise ValueError(
-            "expected parts as one vector of example numbers per client, got something else; "
-            "probably one client number per example: use from_client_ids"
+            f"expected parts as one vector of example numbers per client, got {describe(odd)} among them{cause}"
         ) from None
     if not size.any():
         raise ValueError(f"expected at least one example in some client, got {size.size} clients without any")
@@ -149,13 +170,14 @@ def check_order(order: np.ndarray, size: np.ndarray, n: int, require_all: bool) 
         example = int(np.argmax(uses > 1))
         raise ValueError(
             f"expected every example in one client only, got {np.count_nonzero(uses > 1)} in several places, "
-            f"the first is example {example} in clients {first_few(owner[order == example])}; "
-            "probably parts drawn with replacement"
+            f"the first is example {example} in clients {first_few(owner[order == example])}"
         )
     if require_all and not uses.all():
+        last = order.max()
+        cause = "; probably parts of a smaller dataset" if last < n - 1 and uses[: last + 1].all() else ""
         raise ValueError(
             f"expected every example in some client, got {np.count_nonzero(uses == 0)} in none, "
-            f"the first is example {np.argmin(uses)}; probably parts of a smaller dataset"
+            f"the first is example {np.argmin(uses)}{cause}"
         )
 
 
@@ -164,11 +186,11 @@ def check_ids(ids: ArrayLike, clients: int) -> np.ndarray:
     ids = np.asarray(ids)
     if ids.shape != (clients,) or ids.dtype.kind not in "iu":
         raise ValueError(f"expected ids as {clients} integers, one per client, got {ids.dtype} of shape {ids.shape}")
-    check_range(ids, INT32_MAX + 1, "ids", "hashed names: number them 0, 1, …" if ids.max() > INT32_MAX else "")
+    check_range(ids, INT32_MAX + 1, "ids", ": number clients 0, 1, …")
     values, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
         raise ValueError(
-            f"expected different ids, got {first_few(values[counts > 1])} more than once; "
-            "probably two clients of one user: random numbers follow the id, so they would be the same"
+            f"expected different ids, got {first_few(values[counts > 1])} more than once: random numbers follow the "
+            "id, so they would be the same"
         )
     return ids

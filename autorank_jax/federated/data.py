@@ -61,8 +61,8 @@ def from_parts(
     size = part_sizes(parts)
     if not allow_empty and not size.all():
         raise ValueError(
-            f"expected at least one example per client, got none for client {first_few(np.flatnonzero(size == 0))}; "
-            "probably a split with too many clients"
+            f"expected at least one example per client, got none for client {first_few(np.flatnonzero(size == 0))}: "
+            "leave it out, or allow_empty=True"
         )
     order = concatenate_parts(parts, size)
     check_order(order, size, n, require_all)
@@ -95,15 +95,14 @@ def from_client_ids(
     owner = np.asarray(client_ids)
     if owner.shape != (n,):
         raise ValueError(
-            f"expected client_ids of shape ({n},), one per example, got {owner.shape}; "
-            "probably one per client: use from_parts"
+            f"expected client_ids of shape ({n},), one per example, got {owner.shape}; from_parts takes the examples "
+            "of each client"
         )
     if owner.dtype.kind not in "iu":
         raise ValueError(
-            f"expected integer client_ids, got {owner.dtype}; "
-            "probably names: number them with np.unique(names, return_inverse=True)[1]"
+            f"expected integer client_ids, got {owner.dtype}: np.unique(client_ids, return_inverse=True)[1] makes them"
         )
-    check_range(owner, INT32_MAX + 1, "client_ids", "hashed names: number them with np.unique(..., return_inverse)")
+    check_range(owner, INT32_MAX + 1, "client_ids", ": np.unique(client_ids, return_inverse=True)[1] numbers them")
     order = np.argsort(owner, kind="stable")
     first = np.flatnonzero(np.diff(owner[order], prepend=-1))
     return _assemble(inputs, targets, order, np.diff(first, append=n), owner[order[first]])
@@ -148,7 +147,7 @@ def client_stats(
     clients = len(size)
     losses = _columns(epoch_losses, "epoch_losses", clients)
     if losses is None and epochs is not None:
-        raise ValueError("expected epoch_losses with epochs, got epochs alone; probably the losses were left out")
+        raise ValueError("expected epoch_losses with epochs, got epochs alone")
     ran = None if losses is None or epochs is None else _check_epochs(epochs, losses.shape)
     if losses is not None:
         _check_losses(losses, ran)
@@ -211,7 +210,7 @@ def _check_epochs(epochs: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
     ran = np.asarray(epochs)
     if ran.shape != shape[:1] or ran.dtype.kind not in "iu":
         raise ValueError(f"expected epochs as {shape[0]} integers, got {ran.dtype} of shape {ran.shape}")
-    check_range(ran, shape[1] + 1, "epochs", "more epochs than columns of epoch_losses")
+    check_range(ran, shape[1] + 1, "epochs", f": epoch_losses has {shape[1]} columns")
     return ran.astype(np.int32)
 
 
@@ -221,7 +220,7 @@ def _check_losses(losses: np.ndarray, ran: np.ndarray | None) -> None:
     bad = np.flatnonzero((seen & ~(np.isfinite(losses) & (losses >= 0))).any(axis=1))
     if bad.size:
         finite = np.isfinite(losses[bad]).all()
-        hint = "" if finite else "; probably the probe diverged: lower its learning rate"
+        hint = "" if finite else ": of clients that have no losses, give epochs 0"
         raise ValueError(
             f"expected finite epoch_losses of at least 0, got {'negative ones' if finite else 'others'} for client "
             f"{first_few(bad)}{hint}"

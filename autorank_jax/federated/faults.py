@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autorank_jax.federated.participation import Cohort, Participation
-from autorank_jax.interface import check_share, checked
+from autorank_jax.interface import check_share, checked, describe
 from autorank_jax.types import Array, Client, FederatedData, Key, LocalState, LocalTraining, Trainable
 
 Fault = Callable[[Key, Array, FederatedData, Cohort], Cohort]
@@ -136,16 +136,35 @@ def draw_cohort(
         data: all clients' examples.
         participation: chooses who is invited.
         faults: what becomes of them.
+
+    Raises:
+        TypeError: for one that returns no cohort, or rows that are no integers.
+        ValueError: for a cohort of more than all clients, or with other shapes.
     """
     who, _, _, luck = round_keys(key, number)
-    invited = participation(who, data)
+    invited = _checked_cohort("a participation", participation(who, data), data)
     return invited, apply_faults(faults, luck, number, data, invited)
+
+
+def _checked_cohort(what: str, cohort: Cohort, data: FederatedData) -> Cohort:
+    """Return a cohort as arrays of the round's types."""
+    if not isinstance(cohort, Cohort):
+        raise TypeError(f"expected {what} that return a Cohort(row, present), got {describe(cohort)}")
+    row, present, clients = jnp.asarray(cohort.row), jnp.asarray(cohort.present), data.size.shape[0]
+    if not jnp.issubdtype(row.dtype, jnp.integer):
+        raise TypeError(f"expected {what} that return rows as integers, got {row.dtype}")
+    if row.ndim != 1 or present.shape != row.shape or row.shape[0] > clients:
+        raise ValueError(
+            f"expected {what} that return row and present of one length of at most all {clients} clients, got "
+            f"{row.shape} and {present.shape}"
+        )
+    return cohort._replace(row=row.astype(jnp.int32), present=present.astype(bool))
 
 
 def apply_faults(faults: Sequence[Fault], key: Key, number: Array, data: FederatedData, cohort: Cohort) -> Cohort:
     """Apply faults one after another, each with its own key."""
     for fault, own in zip(faults, jax.random.split(key, max(1, len(faults))), strict=False):
-        cohort = fault(own, number, data, cohort)
+        cohort = _checked_cohort("faults", fault(own, number, data, cohort), data)
     return cohort
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from autorank_jax.federated.checks import concatenate_parts, part_sizes
+from autorank_jax.federated.checks import concatenate_parts, looks_one_hot, part_sizes
 from autorank_jax.interface import check_least, check_name, check_share, checked
 
 Seed = int | np.random.Generator
@@ -146,8 +146,8 @@ def staircase(labels: ArrayLike, clients: int | None = None, *, seed: Seed) -> P
     count = len(classes)
     if clients not in (None, count):
         raise ValueError(
-            f"expected {count} clients for {count} classes on the staircase, got {clients}; "
-            "probably another split is meant: dirichlet_lognormal is doubly imbalanced for any number of clients"
+            f"expected {count} clients for {count} classes on the staircase, got {clients}; dirichlet_lognormal is "
+            "doubly imbalanced for any number of clients"
         )
     rng = _generator(seed)
     owner = np.empty(np.size(labels), dtype=np.int64)
@@ -155,7 +155,7 @@ def staircase(labels: ArrayLike, clients: int | None = None, *, seed: Seed) -> P
         if examples.size < count - c:
             raise ValueError(
                 f"expected at least {count - c} examples of class {classes[c]}, one for each of its clients, "
-                f"got {examples.size}; probably labels of very rare classes"
+                f"got {examples.size}"
             )
         owner[rng.permutation(examples)] = count - 1 - np.arange(examples.size) % (count - c)
     return _parts(owner, count)
@@ -305,15 +305,11 @@ def _check(labels: ArrayLike, clients: int) -> np.ndarray:
     """Check that labels are a vector and that there are enough examples for all clients."""
     labels = np.asarray(labels)
     if labels.ndim != 1:
-        one_hot = labels.ndim == 2 and np.isin(labels, (0, 1)).all()
-        hint = "; probably one-hot: argmax(axis=-1)" if one_hot else ""
+        hint = "; probably one-hot: argmax(axis=-1)" if looks_one_hot(labels) else ""
         raise ValueError(f"expected labels as a vector, got shape {labels.shape}{hint}")
     check_least("clients", clients)
     if clients > labels.size:
-        raise ValueError(
-            f"expected at least one example for each of {clients} clients, got {labels.size} examples; "
-            "probably too many clients for this dataset"
-        )
+        raise ValueError(f"expected at least one example for each of {clients} clients, got {labels.size} examples")
     return labels
 
 

@@ -74,7 +74,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
         return read_safetensors(folder / _SINGLE)
     weight_map = _read_json(folder, _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"expected a weight_map in {str(folder / _INDEX)!r}, got none, probably a damaged file")
+        raise ValueError(f"expected a weight_map in {str(folder / _INDEX)!r}, got none")
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not (folder / name).is_file():
@@ -103,7 +103,10 @@ def read_safetensors(file: Path) -> dict[str, np.ndarray]:
             tensors[name] = (told["dtype"], told["shape"], raw[begin + first : begin + last])
         odd = {name: told[0] for name, told in tensors.items() if told[0] not in _DTYPES}
         if odd:
-            raise ValueError(f"numbers of type {odd[min(odd)]} in {min(odd)}, probably a quantised checkpoint")
+            few_bits = odd[min(odd)].endswith("8") or "8_" in odd[min(odd)]
+            raise ValueError(
+                f"numbers of type {odd[min(odd)]} in {min(odd)}" + ", probably a quantised checkpoint" * few_bits
+            )
         return {name: part.view(_DTYPES[dtype]).reshape(shape) for name, (dtype, shape, part) in tensors.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError, OverflowError) as error:
         raise ValueError(
@@ -121,7 +124,7 @@ def _parameter(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, .
     names = [theirs.format(number) for number in range(shape[0])] if stacked else [theirs]
     for each in names:
         if each not in tensors:
-            raise ValueError(f"expected the tensor {each!r} in {str(folder)!r}, got none, probably another config.json")
+            raise ValueError(f"expected the tensor {each!r}, as config.json has it, in {str(folder)!r}, got none")
         if tensors[each].shape != expected:
             raise ValueError(f"expected {each!r} of shape {expected}, as config.json has it, got {tensors[each].shape}")
     dtype = tensors[names[0]].dtype if dtype is None else dtype
@@ -140,16 +143,17 @@ def _refuse_others(tensors: Mapping[str, np.ndarray], config: CausalConfig, fold
         taken |= {theirs.format(number) for number in range(config.depth)}
     others = sorted(name for name in set(tensors) - taken if not name.endswith("rotary_emb.inv_freq"))
     if others:
+        adapters = ", probably of adapters: merge them first" if any("lora" in name for name in others) else ""
         raise ValueError(
-            f"expected the tensors of a {config.family} alone in {str(folder)!r}, got {', '.join(others[:3])} besides, "
-            "probably of another architecture, or adapters"
+            f"expected the tensors of a {config.family} alone in {str(folder)!r}, got {', '.join(others[:3])} besides"
+            + adapters
         )
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name
     if not file.is_file():
-        raise ValueError(f"expected {name} in {str(folder)!r}, got no such file, probably not the folder of a model")
+        raise ValueError(f"expected {name} in {str(folder)!r}, got no such {'file' if folder.is_dir() else 'folder'}")
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -209,10 +213,7 @@ def load_text_tokenizer(folder: str | Path, config: CausalConfig | None = None) 
         raise ValueError(f"expected a tokenizer in {str(file)!r}, got {error!s:.100}") from error
     largest = max(library.get_vocab().values(), default=0)
     if config is not None and largest >= config.vocabulary:
-        raise ValueError(
-            f"expected tokens below the model's {config.vocabulary}, got up to {largest} in {str(file)!r}, probably "
-            "the tokenizer of another model"
-        )
+        raise ValueError(f"expected tokens below the model's {config.vocabulary}, got up to {largest} in {str(file)!r}")
     about = _read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     eos = _token(about.get("eos_token"))
     if not eos and config is not None and config.end:

@@ -84,8 +84,8 @@ def parse_config(told: Mapping[str, Any], *, where: str = "config.json") -> Caus
     family = told.get("model_type")
     if family not in FAMILIES:
         raise ValueError(
-            f"{where}: expected model_type to be one of {', '.join(FAMILIES)}, got {family!r}, probably an "
-            "architecture that is not read here: bring it as a Flax model or a function"
+            f"{where}: expected model_type to be one of {', '.join(FAMILIES)}, got {family!r}: bring other models as "
+            "Flax modules or functions"
         )
     _refuse_unknown(told, where)
     _refuse_settings(told, family, where)
@@ -123,9 +123,12 @@ def _refuse_unknown(told: Mapping[str, Any], where: str) -> None:
     """Refuse settings that nobody here has heard of, unless they are switched off."""
     odd = sorted(name for name, value in told.items() if value and name not in _HONOURED | _HARMLESS)
     if odd:
-        what = "a quantised checkpoint: get the unquantised one" if "quantization_config" in odd else "another model"
+        quantised = "quantization_config" in odd
         shown = ", ".join(f"{name} = {told[name]!r:.60}" for name in odd[:3])
-        raise ValueError(f"{where}: expected settings that are honoured here, got {shown}, probably {what}")
+        raise ValueError(
+            f"{where}: expected settings that are honoured here, got {shown}"
+            + ", probably a quantised checkpoint: get the unquantised one" * quantised
+        )
 
 
 def _refuse_settings(told: Mapping[str, Any], family: str, where: str) -> None:
@@ -185,10 +188,7 @@ def _rope(told: Mapping[str, Any], where: str) -> Rope:
         del scaling["partial_rotary_factor"]
     extra, missing = sorted(set(scaling) - set(names)), sorted(set(names) - set(scaling))
     if extra or missing:
-        raise ValueError(
-            f"{where}: expected rope scaling of kind {kind!r} with {sorted(names)}, got {sorted(scaling)}, probably of "
-            "another kind"
-        )
+        raise ValueError(f"{where}: expected rope scaling of kind {kind!r} with {sorted(names)}, got {sorted(scaling)}")
     return Rope(theta=theta, kind=kind, **{ours: scaling[theirs] for theirs, ours in names.items()})
 
 

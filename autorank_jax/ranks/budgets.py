@@ -227,9 +227,7 @@ def _shares(stats: ClientStats, weight: str, layer_weights: Sequence[float] | No
     layers = 1 if ratios.ndim == 1 else ratios.shape[1]
     per_layer = jnp.ones(layers, ratios.dtype) if layer_weights is None else jnp.array(layer_weights, ratios.dtype)
     if per_layer.shape != (layers,):
-        raise ValueError(
-            f"layer_weights: expected {layers} of them, got shape {per_layer.shape}, probably of another model"
-        )
+        raise ValueError(f"layer_weights: expected {layers} of them, got shape {per_layer.shape}")
     per_client = jnp.ones(ratios.shape[0], ratios.dtype) if weight == "clients" else _as(stats.size, ratios)
     per_client = jnp.where(stats.where, per_client, 0)
     product = (per_client[:, None] * per_layer[None, :]).reshape(ratios.shape)

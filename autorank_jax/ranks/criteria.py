@@ -7,11 +7,12 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
 from autorank_jax.interface import check_name, checked
-from autorank_jax.interface.kinds import whole_to_float
+from autorank_jax.interface.kinds import is_traced, whole_to_float
 from autorank_jax.types import Array, ClientStats
 
 Criterion = Callable[[ClientStats], Array]  # -> (clients,)
@@ -112,8 +113,8 @@ def _classes(stats: ClientStats) -> Array:
 def _loss_entropy_of_present(stats: ClientStats) -> Array:
     if stats.epoch_losses is None:
         raise ValueError(
-            "criterion 'loss_entropy': expected stats.epoch_losses, got None, probably no probe was run: "
-            "autorank_jax.probe makes them, or drop the criterion"
+            "criterion 'loss_entropy': expected stats.epoch_losses, got None: autorank_jax.probe makes them, or drop "
+            "the criterion"
         )
     losses = jnp.asarray(stats.epoch_losses)
     epochs = jnp.full(losses.shape[0], losses.shape[1], jnp.int32) if stats.epochs is None else stats.epochs
@@ -233,6 +234,11 @@ def _counts(label_counts: ArrayLike) -> Array:
     counts = _as_float(label_counts)
     if counts.ndim == 0:
         raise ValueError("expected label_counts of shape (..., classes), got one number")
+    if not is_traced(counts):
+        known = np.asarray(counts)
+        bad = known[~(np.isfinite(known) & (known >= 0))]
+        if bad.size:
+            raise ValueError(f"expected label_counts as finite numbers >= 0, got {bad[0]:g}")
     return counts
 
 

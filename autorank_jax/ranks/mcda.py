@@ -9,11 +9,12 @@ better and a *cost* where less is better.
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
 from autorank_jax.interface import check_name, checked
-from autorank_jax.interface.kinds import whole_to_float
+from autorank_jax.interface.kinds import is_traced, whole_to_float
 from autorank_jax.types import Array
 
 NORMALIZATIONS = ("vector", "minmax")
@@ -118,7 +119,7 @@ def topsis(
     check_name("normalization", normalization, NORMALIZATIONS)
     x, benefit_, where_ = _decision_problem(matrix, benefit, where)
     w = critic_weights(x, benefit=benefit_, where=where_) if weights is None else _as_float(weights).astype(x.dtype)
-    _check_shape("weights", w, (x.shape[1],), "weights of another set of criteria")
+    _check_shape("weights", w, (x.shape[1],))
 
     z, varying = min_max(x, where=where_)
     if normalization == "vector":
@@ -173,15 +174,17 @@ def _decision_problem(
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(
             f"matrix: expected shape (clients, criteria), at least one each, got {x.shape}"
-            + (", probably a single criterion: `[:, None]`" if x.ndim == 1 else "")
+            + (": a single criterion is `[:, None]`, a single client `[None]`" if x.ndim == 1 else "")
         )
     clients, criteria = x.shape
     benefit_ = jnp.ones(criteria, bool) if benefit is None else jnp.asarray(benefit)
     where_ = jnp.ones(clients, bool) if where is None else jnp.asarray(where)
-    _check_shape("benefit", benefit_, (criteria,), "directions of another set of criteria")
-    _check_shape("where", where_, (clients,), "a mask of other clients")
-    _check_bool("benefit", benefit_, "the +1 / -1 of another library: pass `types > 0`")
-    _check_bool("where", where_, "a mask of numbers: pass `mask > 0`")
+    _check_shape("benefit", benefit_, (criteria,))
+    _check_shape("where", where_, (clients,))
+    _check_bool("benefit", benefit_)
+    _check_bool("where", where_)
+    if not (is_traced(x) or is_traced(where_)) and not np.isfinite(np.asarray(x)[np.asarray(where_)]).all():
+        raise ValueError("matrix: expected finite numbers of every client that is present, got NaN or infinity")
 
     x = jnp.where(where_[:, None], x, 0)
     x = jnp.where(where_[:, None], x, x[jnp.argmax(where_)][None, :])
@@ -209,11 +212,11 @@ def _as_float(x: ArrayLike) -> Array:
     return x if wide_enough else x.astype(jnp.result_type(float))
 
 
-def _check_shape(name: str, x: Array, shape: tuple[int, ...], probably: str) -> None:
+def _check_shape(name: str, x: Array, shape: tuple[int, ...]) -> None:
     if x.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {x.shape}, probably {probably}")
+        raise ValueError(f"{name}: expected shape {shape}, got {x.shape}")
 
 
-def _check_bool(name: str, x: Array, probably: str) -> None:
+def _check_bool(name: str, x: Array) -> None:
     if x.dtype != jnp.bool_:
-        raise ValueError(f"{name}: expected booleans, got {x.dtype}, probably {probably}")
+        raise ValueError(f"{name}: expected booleans, got {x.dtype}: `{name} > 0` makes them of numbers")

@@ -80,6 +80,7 @@ def autorank(
     if benefit is not None and len(benefit) < len(criteria):
         raise ValueError(f"expected benefit of {len(criteria)} criteria, one of each, got {len(benefit)}")
 
+    @checked
     def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
         matrix = complexity_matrix(stats, criteria=criteria)
         weights = mcda.critic_weights(matrix, benefit=benefit, where=stats.where)
@@ -105,6 +106,7 @@ def by_size(*, min_ratio: float = 0.1) -> RankPolicy:
     """
     check_share("min_ratio", min_ratio, cause=_RANK)
 
+    @checked
     def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
         size = jnp.asarray(stats.size).astype(jnp.result_type(float))
         ratios = ratios_from_scores(size, min_ratio=min_ratio, where=stats.where)
@@ -130,6 +132,7 @@ def uniform(ratio: float = 1.0) -> RankPolicy:
     """
     check_share("ratio", ratio, cause=_RANK)
 
+    @checked
     def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
         return jnp.full(_clients(stats), ratio, jnp.result_type(float)), _no_scores(stats)
 
@@ -156,11 +159,12 @@ def manual(ratios: ArrayLike | Sequence[float] | Sequence[Sequence[float]]) -> R
     if given.ndim not in (1, 2):
         raise ValueError(f"ratios: expected shape (clients,) or (clients, layers), got {given.shape}")
 
+    @checked
     def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
         if given.shape[0] != _clients(stats):
             raise ValueError(
-                f"manual: expected one ratio for each of {_clients(stats)} clients, got {given.shape[0]}, probably "
-                "written for another split"
+                f"manual: expected one ratio for each of {_clients(stats)} clients, got shape {given.shape}"
+                + ", probably transposed" * (given.shape[1:] == (_clients(stats),))
             )
         return given, _no_scores(stats)
 
@@ -228,8 +232,8 @@ def ranks_from_ratios(ratios: ArrayLike, max_ranks: Mapping[str, int]) -> dict[s
         ratios = jnp.broadcast_to(ratios[:, None], (ratios.shape[0], len(max_ranks)))
     if ratios.ndim != 2 or ratios.shape[1] != len(max_ranks):
         raise ValueError(
-            f"ratios: expected shape (clients,) or (clients, {len(max_ranks)}), got {ratios.shape}, probably ratios "
-            "for other layers"
+            f"ratios: expected shape (clients,) or (clients, {len(max_ranks)}), got {ratios.shape}"
+            + ", probably transposed" * (ratios.ndim == 2 and ratios.shape[0] == len(max_ranks))
         )
     ranks = {}
     for layer, path in enumerate(sorted(max_ranks)):
@@ -261,8 +265,7 @@ def with_reranking(round_fn: RoundFn, policy: RankPolicy, stats: ClientStats, *,
     def round_then_rank(key: Key, state: State, data: FederatedData) -> tuple[State, RoundInfo]:
         if state.epochs.shape[0] != _clients(stats):
             raise ValueError(
-                f"with_reranking: expected stats of {state.epochs.shape[0]} clients, got {_clients(stats)}, probably "
-                "of another split"
+                f"with_reranking: expected stats of {state.epochs.shape[0]} clients, got those of {_clients(stats)}"
             )
         state, info = round_fn(key, state, data)
 
@@ -320,7 +323,8 @@ def autorank_ranks(
     losses = None if epoch_losses is None else _client_table("epoch_losses", epoch_losses)
     if losses is not None and losses.shape[0] != counts.shape[0]:
         raise ValueError(
-            f"epoch_losses: expected {counts.shape[0]} clients, got {losses.shape[0]}, probably of another split"
+            f"epoch_losses: expected {counts.shape[0]} clients, got {losses.shape[0]}"
+            + ", probably transposed" * (losses.shape[1] == counts.shape[0])
         )
     criteria = tuple(name for name in CRITERIA if losses is not None or name not in NEEDS_LOSSES)
     return _score_and_rank(criteria, float(min_ratio), int(max_rank), counts, losses)

@@ -19,6 +19,7 @@ RESULTS = ("closeness", "ratio", "rank")
 """Columns that a run leaves behind in its `criteria.csv` beside the criteria, alone or before a dot."""
 COUNTS = ("size", "classes")
 MOST_BYTES = 2**26
+_SPREADSHEETS = (b"PK", b"\xd0\xcf\x11\xe0")  # how .xlsx, .ods and .xls begin
 MOST_BYTES_OF_HEADER = 2**20
 STANDARD_INPUT = Path("-")
 
@@ -137,10 +138,12 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     (_, header), *rows = lines
     number = next((name for name in header if _number(name) is not None), None)
     if number is not None:
-        got = "only numbers" if all(_number(name) is not None for name in header) else f"the number {number}"
+        numeric = [_number(name) is not None for name in header]
+        got = "only numbers" if all(numeric) else f"the number {number}"
+        cause = ", probably a client" * all(numeric[1:])
         raise CriteriaError(
-            f"{path}: expected a header of column names, got {got} in the first line, probably a client: put a line "
-            "such as client,size,classes above it"
+            f"{path}: expected a header of column names, got {got} in the first line{cause}: put a line such as "
+            "client,size,classes above the clients"
         )
     if not all(header[1:]) or header == [""]:
         raise CriteriaError(f"{path}: expected a name for every column, got an empty one in the first line")
@@ -165,17 +168,16 @@ def _text(path: Path) -> str:
         reason = getattr(error, "strerror", None) or error
         raise CriteriaError(f"{path}: expected a criteria file, got: {reason}") from error
     if b"\0" in content:
-        raise CriteriaError(f"{path}: expected text, got zero bytes; probably a spreadsheet: save as CSV")
+        cause = "; probably a spreadsheet" if content.startswith(_SPREADSHEETS) else ""
+        raise CriteriaError(f"{path}: expected UTF-8 text, got zero bytes{cause}: save as CSV in UTF-8")
     if len(content) > MOST_BYTES:
-        raise CriteriaError(f"{path}: expected at most {MOST_BYTES >> 20} MB, got more, probably not a row per client")
+        raise CriteriaError(f"{path}: expected at most {MOST_BYTES >> 20} MB, got more")
     if len(content.lstrip().partition(b"\n")[0].partition(b"\r")[0]) > MOST_BYTES_OF_HEADER:
         raise CriteriaError(f"{path}: expected a header of column names, got a line of over a MB")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CriteriaError(
-            f"{path}: expected UTF-8 text, got other bytes; probably a spreadsheet: save as CSV"
-        ) from error
+        raise CriteriaError(f"{path}: expected UTF-8 text, got other bytes: save as CSV in UTF-8") from error
 
 
 def _split(path: Path, text: str) -> list[tuple[int, list[str]]]:

@@ -176,8 +176,8 @@ def test_where_takes_patterns_and_predicates():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_rank": {"atend/*": 2}}, r"'atend/\*', probably a misspelt path: the candidates are \['attend/key'"),
-        ({"max_rank": 2, "where": "nothing"}, "'nothing', probably a misspelt path: the candidates are"),
+        ({"max_rank": {"atend/*": 2}}, r"'atend/\*': the candidates are \['attend/key'"),
+        ({"max_rank": 2, "where": "nothing"}, "'nothing': the candidates are"),
         (
             {"max_rank": 2, "where": lambda *_: False},
             "predicate `where` that takes some layer, got none of 'attend/key'",

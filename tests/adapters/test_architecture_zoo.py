@@ -25,9 +25,9 @@ def standard_promotion():
 class Chain(nnx.Module):
     """Layers one after the other, the mean over what is left between batch and channels, and a head."""
 
-    def __init__(self, *layers, width, before=lambda x: x):
+    def __init__(self, *layers, width, before=lambda x: x, out=3):
         self.layers, self.before = nnx.List(layers), before
-        self.head = nnx.Linear(width, 3, rngs=nnx.Rngs(9))
+        self.head = nnx.Linear(width, out, rngs=nnx.Rngs(9))
 
     def __call__(self, x):
         x = self.before(x)
@@ -151,6 +151,17 @@ class Counting(nnx.Module):
         return self.layer(x)
 
 
+class Stacked(nnx.Module):
+    """Normalised layers with dropout, stacked and scanned over."""
+
+    def __init__(self):
+        make = nnx.vmap(lambda rngs: Chain(nnx.LayerNorm(5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs), width=5, out=5))
+        self.blocks = make(nnx.Rngs(0).split(3))
+
+    def __call__(self, x):
+        return nnx.scan(lambda block, x: block(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.blocks, x)
+
+
 class Wanting(nnx.Module):
     """A model that wants more than its inputs."""
 
@@ -197,6 +208,7 @@ NNX = {
         lambda: Chain(conv(4, 4, (3,)), width=4, before=lambda ids: jax.nn.one_hot(ids, 4)),
         IDS,
     ),
+    "stacked, with dropout": (Stacked, ROWS),
     "mixer": (lambda: Chain(conv(1, 4), Mixer(), width=4), IMAGES),
     "mixture of experts": (lambda: Chain(Experts(), width=4), ROWS),
     "shared layer": (lambda: Chain(Shared(), width=5), ROWS),

@@ -102,5 +102,5 @@ def test_merging_needs_kernels():
     check_mergeable(SERVER, "flora")
     check_mergeable(Server(Trainable({}, {}), ()), "flora")
     for frozen in (Base({"a": jnp.ones((6, 2))}, {}), {"kernel": 1}):
-        with pytest.raises(ValueError, match=r"flora merges adapters .* got none for \[.*'b'\], probably"):
+        with pytest.raises(ValueError, match=r"flora merges adapters .* got none for \[.*'b'\]"):
             check_mergeable(SERVER._replace(frozen=frozen), "flora")

@@ -115,3 +115,18 @@ def test_export_refuses_what_the_adapters_do_not_tell(tmp_path):
     whole = task_from_nnx(Mixed(nnx.Rngs(0)), max_rank={"head": 2}, train_dense="conv/*")
     with pytest.raises(ValueError, match="conv/kernel"):
         export(tmp_path, whole, whole.server)
+
+
+def test_names_and_servers_of_another_kind_are_refused(tmp_path):
+    def task(width):
+        return task_from_nnx(nnx.Linear(width, 3, rngs=nnx.Rngs(0)), max_rank=2)
+
+    one, other = task(4), task(5).server
+    with pytest.raises(TypeError, match="names that return text or None, got 3 for ''"):
+        export_peft(tmp_path, one, one.server, names=lambda _: 3)
+    with pytest.raises(TypeError, match="names as a function of 1 argument or None, got "):
+        export_peft(tmp_path, one, one.server, names=["a"])
+    for call in (lambda: export_peft(tmp_path, one, other), lambda: merge(one, other)):
+        with pytest.raises(ValueError, match="a server of this task"):
+            call()
+    assert not list(tmp_path.iterdir())

@@ -177,14 +177,14 @@ def test_positions_are_divided_by_their_expected_owners():
 def test_numbers_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         private("rbla", **options)
-    with pytest.raises(ValueError, match=r"rate: .* probably a percentage"):
+    with pytest.raises(ValueError, match=r"expected rate in .* probably a percentage"):
         expected_owners({}, {}, rate=10.0)
 
 
 def test_owners_of_another_model_are_refused():
     server = to_jax(make_server())
     rule = private("rbla", owners={"other": np.ones(3)})
-    with pytest.raises(ValueError, match=r"owners: expected .* probably of another model"):
+    with pytest.raises(ValueError, match=r"owners: expected .* numbers for"):
         rule.init(server)
     with pytest.raises(TypeError, match="the state of a rule made by with_differential_privacy"):
         set_expected_owners(start(aggregators.rbla()), 0.5)

@@ -187,7 +187,7 @@ def test_results_go_elsewhere_if_their_folder_fails(tmp_path, monkeypatch, train
     monkeypatch.setattr(files, "write_file", full)
     assert cli.main([*RUN, "--out", str(out)]) == 2
     said, rescued = capsys.readouterr(), tmp_path / "autorank-jax-rescued"
-    assert said.err.endswith(f"No space left on device; probably a full disk; the results are in {rescued}\n")
+    assert said.err.endswith(f"No space left on device; the results are in {rescued}\n")
     assert "final accuracy" in said.out
     assert sorted(path.name for path in rescued.iterdir()) == sorted(FILES)
     assert json.loads((rescued / "summary.json").read_text())["policies"]

@@ -128,7 +128,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
 
 
 def test_bad_arrays_are_not_saved(tmp_path):
-    with pytest.raises(DatasetError, match="images or features in both parts"):
+    with pytest.raises(DatasetError, match="images or float features in both parts"):
         save_dataset(tmp_path / "mine.npz", SMALL._replace(x_train=SMALL.x_train / 255))
     assert not list(tmp_path.iterdir())
 
@@ -137,26 +137,32 @@ def test_bad_arrays_are_not_saved(tmp_path):
     ("changes", "message"),
     [
         ({"y_test": None}, "expected the arrays x_train, y_train, x_test, y_test, got x_test, x_train, y_train"),
-        ({"x_train": SMALL.x_train.astype(np.float32)}, r"images or features in both parts, got float32 .*scaled"),
+        (
+            {"x_train": SMALL.x_train.astype(np.float32)},
+            r"images or float features in both parts, got float32 and uint8$",
+        ),
         ({"x_train": SMALL.x_train.astype(int)}, r"expected x_train as uint8 images or float features, got int64"),
         (
             {"y_train": np.eye(3)[SMALL.y_train]},
-            r"y_train as a vector of integers, got float64\(30, 3\) of whole numbers; .*one-hot",
+            r"y_train as a vector of integers, got float64\(30, 3\) of whole numbers: convert them",
         ),
         ({"y_train": SMALL.y_train[:, None]}, r"got int32\(30, 1\)"),
         (
             {"y_train": SMALL.y_train.astype(float)},
-            r"y_train as a vector of integers, got float64\(30,\).*another",
+            r"y_train as a vector of integers, got float64\(30,\) of whole numbers: convert",
         ),
         (
             {"y_test": SMALL.y_test * 900},
-            "labels in 0 .. classes - 1, got .* different ones up to 1800; .*list",
+            "labels in 0 .. classes - 1, got .* different ones up to 1800: number the classes",
         ),
         ({"y_train": SMALL.y_train[:-1]}, r"as many examples as labels.* got x_train\(30, 4, 4\) and y_train\(29,\)"),
-        ({"y_test": SMALL.y_test - 1}, r"expected labels in 0 .. .* in y_test, got -1 .. 1; probably examples without"),
+        (
+            {"y_test": SMALL.y_test - 1},
+            r"expected labels in 0 .. .* in y_test, got -1 .. 1; probably a marker of unknown",
+        ),
         ({"x_test": SMALL.x_test[:, :2]}, r"of one shape, got \(4, 4\) and \(2, 4\)"),
         ({"x_test": SMALL.x_test[:0], "y_test": SMALL.y_test[:0]}, "at least one, got x_test"),
-        ({"x_train": np.array([None] * 30)}, "expected arrays of numbers, got Python objects; probably made of lists"),
+        ({"x_train": np.array([None] * 30)}, "expected arrays of numbers, got Python objects"),
     ],
 )
 def test_wrong_arrays_are_refused_by_name(tmp_path, changes, message):
@@ -170,7 +176,7 @@ def test_wrong_arrays_are_refused_by_name(tmp_path, changes, message):
 
 def test_published_sizes_are_checked(tmp_path):
     write(tmp_path, "mnist")
-    with pytest.raises(DatasetError, match=r"expected x_train of shape \(60000, 28, 28\), got \(30, 4, 4\); .*partial"):
+    with pytest.raises(DatasetError, match=r"expected x_train of shape \(60000, 28, 28\), got \(30, 4, 4\)$"):
         load_dataset("mnist", cache=tmp_path)
     known = datasets.Known((4, 4), 30, 10, 2, "")
     with pytest.raises(DatasetError, match=r"expected labels in 0 .. 1 in y_train, got 0 .. 2"):
@@ -185,7 +191,7 @@ def test_truncated_file_is_refused(tmp_path, keep):
     path = save_dataset(tmp_path / "mine.npz", SMALL)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content))])
-    with pytest.raises(DatasetError, match=r"cannot be read.*probably truncated or damaged.*put it there again"):
+    with pytest.raises(DatasetError, match=r"cannot be read.*put it there again"):
         load_dataset("mine", cache=tmp_path)
 
 
@@ -298,6 +304,6 @@ def test_trying_a_folder_leaves_everything_as_it_was(tmp_path, monkeypatch):
         return make(folder, *args, **how)
 
     monkeypatch.setattr(type(tmp_path), "mkdir", full)
-    with pytest.raises(DatasetError, match=r"to write dataset 'mine' .*No space left .*disk is full"):
+    with pytest.raises(DatasetError, match=r"to write dataset 'mine' .*No space left .*: choose another folder"):
         check_writable(last / "mine.npz", "mine")
     assert list(tmp_path.iterdir()) == []

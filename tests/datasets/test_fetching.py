@@ -91,9 +91,9 @@ FAULTS = {
         one_folder_down,
         r"folders train and test in .*/cinic, got CINIC-10; probably those in .*/cinic/CINIC-10 are meant",
     ),
-    "an empty folder": (lambda t: [shutil.rmtree(path) for path in t.iterdir()], "train and test in .*, got none; pr"),
+    "an empty folder": (lambda t: [shutil.rmtree(path) for path in t.iterdir()], "train and test in .*, got none"),
     "no test part": (lambda t: shutil.rmtree(t / "test"), r"folders train and test in .*, got train, valid"),
-    "a class is missing": (drop_class, r"each of airplane, .*/test, got no dog; probably an archive that was not"),
+    "a class is missing": (drop_class, r"each of airplane, .*/test, got no dog"),
     "a class too many": (lambda t: (t / "train" / "tree").mkdir(), r"/train, got also tree"),
     "an empty class": (empty_class, r"expected images \(.png, .* in .*/train/frog, got none"),
     "no image": (lambda t: (t / "test" / "cat" / "n0.png").write_text("<html>"), "cat/n0.png, got one that cannot be"),
@@ -112,7 +112,7 @@ FAULTS = {
     ),
     "the first of another size": (
         lambda t: picture(0, 0, (28, 30)).save(t / "train" / "airplane" / "n0.png"),
-        r"expected images of 32 × 32 pixels, got 28 × 30 in .*/airplane/n0.png; probably another dataset",
+        r"expected images of 32 × 32 pixels, got 28 × 30 in .*/airplane/n0.png",
     ),
 }
 
@@ -121,7 +121,7 @@ FAULTS = {
 def test_a_cache_folder_that_cannot_be_written_is_told_before_the_work(tree, tmp_path):
     (tmp_path / "file").write_text("")
     seen = []
-    with pytest.raises(DatasetError, match=r"to write dataset 'cinic10' to .*; probably a file lies where its folder"):
+    with pytest.raises(DatasetError, match=r"to write dataset 'cinic10' to .*; a file lies where its folder"):
         fetch_dataset("cinic10", source=tree, cache=tmp_path / "file" / "cache", on_progress=seen.append)
     assert not seen
 
@@ -158,7 +158,7 @@ def test_what_is_there_is_not_fetched_again(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "read_from_tfds", lambda *_, **__: pytest.fail("it was there"))
     assert fetch_dataset("mine", cache=tmp_path) == path
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DatasetError, match="probably truncated or damaged"):
+    with pytest.raises(DatasetError, match=r"cannot be read .*put it there again"):
         fetch_dataset("mine", cache=tmp_path)
 
 
@@ -242,7 +242,7 @@ STOPS = {
     "it sends wrong labels": ("ARRAYS['y_test'] -= 5\nsend()", "expected labels in 0 .."),
     "the disk is full": (
         "tell('error', error='disk', text='No space', names=[])",
-        "No space; probably the disk is full or the folder read-only: choose another with TFDS_DATA_DIR",
+        "No space: choose another folder with TFDS_DATA_DIR",
     ),
     "a package is missing": (
         "tell('error', error='package', text='cv2', names=[])",
@@ -298,7 +298,7 @@ def test_no_usable_temporary_folder_is_one_line(worker, tmp_path, monkeypatch):
     cache = worker("send()")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(
-        DatasetError, match=r"^dataset 'mine': .* No such file .*: choose another with TMPDIR$"
+        DatasetError, match=r"^dataset 'mine': .* No such file .*: choose another folder with TMPDIR$"
     ) as caught:
         load_dataset("mine", cache=cache)
     assert "\n" not in str(caught.value)
@@ -312,7 +312,7 @@ def test_a_full_disk_is_one_line(worker, monkeypatch):
 
     cache = worker("send()")
     monkeypatch.setattr(np, "savez_compressed", fail)
-    with pytest.raises(DatasetError, match=r"to write dataset 'mine' to .*No space left .*disk is full"):
+    with pytest.raises(DatasetError, match=r"to write dataset 'mine' to .*No space left .*: choose another folder"):
         load_dataset("mine", cache=cache)
     assert not list(cache.iterdir())
 

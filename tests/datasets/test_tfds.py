@@ -94,7 +94,7 @@ def test_archives_of_a_folder_are_prepared_apart_from_others_of_the_same_name(ar
 def test_wrong_archives_are_refused(tmp_path):
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (tmp_path / f"{name}-ubyte.gz").write_bytes(b"half")
-    with pytest.raises(DatasetError, match=r"expected the published archives, got .*checksum.*probably truncated"):
+    with pytest.raises(DatasetError, match=r"expected the published archives, got .*checksum"):
         fetch_dataset("mnist", source=tmp_path, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
@@ -113,7 +113,7 @@ def test_a_network_that_never_answers_is_given_up(patience, tmp_path, monkeypatc
 
 MISTAKES = {
     "mnist": r"'mnist': expected to download it from \S+, got no connection .*cache/mnist.npz.* data fetch mnist --so",
-    "kmnst": r"got 'kmnst'; probably a typing error: did you mean kmnist or mnist\?",
+    "kmnst": r"got 'kmnst'; did you mean kmnist or mnist\?",
     "imdb_reviews": "expected images with one label each, got text: Text, label: ClassLabel",
     "cats_vs_dogs": r"expected images of one size as uint8, got uint8 of shape \(None, None, 3\)",
 }

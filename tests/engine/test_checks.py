@@ -11,7 +11,8 @@ import pytest
 from autorank_jax import aggregators
 from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.engine import init_state, local, make_local_training, make_round, simulate
-from autorank_jax.types import Aggregator, Trains
+from autorank_jax.federated.participation import Cohort, everyone
+from autorank_jax.types import Aggregator, Penalised, Trains
 from tests.engine.test_optimizers import CLIENTS, data, task
 
 RULE = aggregators.rbla()
@@ -35,8 +36,8 @@ def mean_loss(*given):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: one_round(state=state(clients=2)), "a state of the 3 clients of the data, got ranks.*(2,).*anoth"),
-        (lambda: one_round(state=state(clients=5)), "a state of the 3 clients of the data, got ranks.*(5,).*anoth"),
+        (lambda: one_round(state=state(clients=2)), "a state of the 3 clients of the data, got ranks.*(2,)"),
+        (lambda: one_round(state=state(clients=5)), "a state of the 3 clients of the data, got ranks.*(5,)"),
         (lambda: state(ranks={"layers/0": np.array([0.5, 1.0, 0.2])}), "integer ranks, got float.*ranks_from_ratios"),
         (lambda: state(ranks={"layers/0": jnp.ones(3)}), "integer ranks, got float32"),
         (
@@ -46,7 +47,10 @@ def mean_loss(*given):
         (lambda: one_round(state=state(aggregators.rolora())), "expected State.aggregator as this rule makes it"),
         (lambda: one_round(state=state(aggregators.fedsa_lora())), "expected State.clients as this rule makes it"),
         (lambda: one_round(state=state(), rule=aggregators.local_only()), "expected State.clients as this rule makes"),
-        (lambda: one_round(optax.lookahead(optax.sgd(1.0), 2, 0.5), state=state()), "probably one that needs param"),
+        (
+            lambda: one_round(optax.lookahead(optax.sgd(1.0), 2, 0.5), state=state()),
+            "such as optax.lookahead, use the optimizer inside",
+        ),
         (lambda: one_round(optax.sgd, state=state()), "probably not called: optax.sgd"),
     ],
 )
@@ -80,6 +84,69 @@ def test_values_that_do_not_fit_are_refused(call, message):
 def test_arguments_in_the_wrong_place_are_refused(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+def losses(make):
+    """Make a local loss that is something else."""
+    return lambda *given: make(local.from_task_loss(task().loss)(*given))
+
+
+def cohort(row, present):
+    return lambda key, data: Cohort(row, present)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: one_round(state=state(), loss=losses(lambda x: (x, 0))),
+            "local loss as an array, got a tuple of 2; a p",
+        ),
+        (lambda: one_round(state=state(), loss=losses(lambda x: x.astype(int))), "local loss as floats, got int32"),
+        (
+            lambda: one_round(state=state(), loss=losses(lambda x: Penalised(x, x))),
+            r"penalty of shape \(\), got \(4,\)",
+        ),
+        (lambda: one_round(state=state(), report=lambda memory, params: None), "report to return what is built like"),
+        (
+            lambda: one_round(state=state()._replace(hparams={"learning_rate": jnp.ones(())})),
+            r"hparams with local_epochs, got \['learning_rate'\]",
+        ),
+        (lambda: state(ranks={"layers/0": np.ones(0, int)}, clients=None), "clients >= 1, got 0"),
+        (lambda: of_cohort(lambda key, data: data.size > 0), "that return a Cohort"),
+        (lambda: of_cohort(cohort(jnp.arange(3.0), jnp.ones(3, bool))), "rows as integers, got float32"),
+        (lambda: of_cohort(cohort(jnp.arange(9), jnp.ones(9, bool))), "of at most all 3 clients"),
+        (lambda: of_cohort(everyone, faults=[lambda key, number, data, cohort: None]), "return a Cohort.*got None"),
+        (lambda: of_cohort(everyone, weigh=lambda data: 1.0), r"one weight of every client, \(3,\), got shape \(\)"),
+    ],
+)
+def test_what_own_functions_return_is_looked_at(call, message):
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        call()
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def of_cohort(participation, **options):
+    trained = make_local_training(task(), optax.sgd(0.1), batch_size=4)
+    return jax.eval_shape(make_round(trained, RULE, participation=participation, **options), KEY, state(), data())
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_own_functions_may_be_of_numpy_and_python():
+    rows = np.arange(2), np.ones(2, bool)
+    options = {"weigh": lambda data: [1.0, 2.0, 3.0]}
+    assert of_cohort(cohort(*rows), **options)[1].loss.shape == ()
+    scaled = {"scale": lambda rank: 2.0, "loss": losses(lambda x: local.with_penalty(x, 0.5))}
+    assert one_round(state=state(), **scaled)[1].loss.shape == ()
+
+
+@pytest.mark.parametrize("batch_size", [10**9, 10**12])
+def test_no_batch_is_larger_than_the_data(batch_size):
+    trained = make_local_training(task(), optax.sgd(0.1), batch_size=batch_size)
+    traced = jax.make_jaxpr(make_round(trained, RULE))(KEY, state(), data())
+    examples = data().order.shape[0]
+    assert f"[{examples}," in str(traced)
+    assert f"{min(batch_size, 2**31 - 1)}," not in str(traced)
 
 
 def rule_of(**parts):
@@ -127,6 +194,11 @@ def test_rules_may_sum_whatever_is_numbers(name):
             {"init": lambda server: jnp.int32(0), "update": lambda key, sums, state, server: (server, state + 0.5)},
             "shapes and dtypes of the state as they are, got an array float32.. in place of an array int32..",
         ),
+        ({"start": lambda server, state, client: server}, "the rule's start to return what is built like a Trainable"),
+        ({"trains": lambda state: True}, "the rule's trains to return a Trains.*got True"),
+        ({"client_keep": lambda update, server: update.trained}, "the rule's client_keep to return .*got a Trainable"),
+        ({"summand": lambda update: ()}, "the rule's summand as a function of 3 arguments, got the function"),
+        ({"init": lambda server: "zero"}, "the rule's init of arrays, got 'zero' in it"),
     ],
 )
 @pytest.mark.usefixtures("standard_promotion")

@@ -14,7 +14,15 @@ from autorank_jax import aggregators
 from autorank_jax.adapters.nnx import task_from_nnx
 from autorank_jax.checkpoint import restore_state, save_state
 from autorank_jax.engine import init_state, make_local_training, make_round, simulate
-from autorank_jax.engine.optimizers import at_round, follow_client, make_transformation, params_to_send, scale_updates
+from autorank_jax.engine.optimizers import (
+    at_round,
+    begin_optimizer,
+    follow_client,
+    make_transformation,
+    params_to_send,
+    scale_updates,
+    step_optimizer,
+)
 from autorank_jax.federated.data import from_parts
 from autorank_jax.models.vision import MLP
 from autorank_jax.types import Adapter, Batch, Client, Setting, Trainable, Trains
@@ -162,7 +170,9 @@ def test_a_rate_that_nobody_looks_at_is_refused():
     rate = {"learning_rate": jnp.asarray(0.5)}
     for ignoring in (optax.sgd(0.1), lambda _: optax.sgd(0.1)):
         make_transformation(ignoring, {})
-        with pytest.raises(ValueError, match="uses the state's learning_rate, got one that ignores it, probably opt"):
+        with pytest.raises(
+            ValueError, match="uses the state's learning_rate, got one that ignores it: make it like lambda h: opt"
+        ):
             make_transformation(ignoring, rate)
     with pytest.raises(ValueError, match="ignores it"):
         run(optax.sgd(0.1), learning_rate=0.1)
@@ -175,13 +185,50 @@ def test_a_rate_that_nobody_looks_at_is_refused():
 
 
 def test_numbers_that_the_state_does_not_have_are_named():
-    with pytest.raises(ValueError, match=r"got 'momentum' of the optimizer, probably left out: init_state\(..., mom"):
+    with pytest.raises(ValueError, match=r"got 'momentum' of the optimizer: init_state\(..., mom"):
         make_transformation(lambda h: optax.sgd(h["learning_rate"], h["momentum"]), {})
     rates = []
     make_transformation(lambda h: optax.sgd(rates.append(h["learning_rate"]) or 0.1), {})
     assert rates[0] == pytest.approx(0.01)
-    with pytest.raises(TypeError, match="expected an optimizer as optax makes them, got NoneType"):
+    with pytest.raises(
+        TypeError,
+        match="expected an optimizer as optax makes them, got None, probably of a function that does not return it",
+    ):
         make_transformation(lambda _: None, {})
+
+
+def test_a_number_of_nearly_the_name_asked_for_is_told():
+    with pytest.raises(ValueError, match="asks for, got 'learning_rte', probably 'learning_rate'"):
+        make_transformation(lambda h: optax.sgd(h["learning_rate"]), {"learning_rte": 0.1})
+    make_transformation(lambda h: optax.sgd(h["learning_rate"]), {"learning_rate": 0.1, "learning_rate_b": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        (jnp.ones(2), r"one learning_rate in a round, got shape \(2,\)"),
+        (lambda number: jnp.ones(1), r"one learning_rate in a round, got shape \(1,\)"),  # noqa: ARG005
+        (lambda number: None, "learning_rate as a schedule that gives a number for a traced round"),  # noqa: ARG005
+        (lambda number: 0.1 if number < 2 else 0.01, "jnp.where and optax.join_schedules take the place of if"),
+    ],
+)
+def test_learning_rates_of_other_forms_are_refused(rate, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        jax.eval_shape(lambda number: at_round({"learning_rate": rate}, number), jnp.int32(0))
+    assert "\n" not in str(caught.value)
+
+
+def test_states_of_optimizers_may_be_python_numbers_but_keep_their_shapes():
+    def counting(after):
+        return optax.with_extra_args_support(
+            optax.GradientTransformation(lambda _: 0, lambda grads, memory, _=None: (grads, after(memory)))
+        )
+
+    ones = Trainable({}, {"b": jnp.ones(2)})
+    made = counting(lambda memory: memory + 1)
+    assert step_optimizer(made, ones, begin_optimizer(made, ones), ones)[1] == 1
+    with pytest.raises(ValueError, match="got another structure or other shapes"):
+        step_optimizer(counting(lambda _: jnp.zeros(3)), ones, begin_optimizer(made, ones), ones)
 
 
 def test_updates_are_scaled_by_part_and_layer():
@@ -192,9 +239,7 @@ def test_updates_are_scaled_by_part_and_layer():
     scaled, _ = scale.update(ones, scale.init(ones))
     got = [float(leaf.ravel()[0]) for leaf in (*scaled.adapters["head"], scaled.dense["head/bias"], scaled.dense["b"])]
     assert got == [0.5, 8, 1.5, 3]
-    with pytest.raises(
-        ValueError, match=r"got 'tail', probably a misspelt path: there are \['b', 'head', 'head/bias'\]"
-    ):
+    with pytest.raises(ValueError, match=r"got 'tail': there are \['b', 'head', 'head/bias'\]"):
         scale_updates(layers={"tail": 2}).init(ones)
     with pytest.raises(ValueError, match="expected factors of updates >= 0, got -1 for 'lora_b'"):
         scale_updates(lora_b=-1)

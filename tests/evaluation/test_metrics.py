@@ -50,8 +50,30 @@ def logits_of(task, inputs, ranks=None):
 
 def test_a_model_of_too_few_outputs_is_refused(world):
     task, inputs, labels, _, state = world
-    with pytest.raises(ValueError, match="at least 4 outputs for labels up to 3, got 3, probably one"):
+    with pytest.raises(ValueError, match="at least 4 outputs for labels up to 3, got 3"):
         jax.jit(evaluation.make_evaluate(task, inputs, labels + 1))(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda x, y: (x, y - 1), {}, "labels of at least 0, got -1"),
+        (lambda x, y: (x * np.float32("nan"), y), {}, "finite test inputs, got NaN"),
+        (lambda x, y: (x.tolist(), y), {}, "np.asarray makes arrays of lists"),
+        (lambda x, y: (x, y), {"metrics": lambda o, y: jnp.zeros(y.shape)}, "metrics as a dict"),  # noqa: ARG005
+        (lambda x, y: (x, y), {"metrics": lambda o, y: {"m": jnp.mean(o)}}, r"got 'm' of shape \(\) for one"),  # noqa: ARG005
+    ],
+)
+def test_odd_test_sets_and_metrics_are_refused(world, change, options, message):
+    task, inputs, labels, _, _ = world
+    with pytest.raises((ValueError, TypeError), match=message):
+        evaluation.make_evaluate(task, *change(np.asarray(inputs), np.asarray(labels)), **options)
+
+
+def test_a_server_is_no_state(world):
+    task, inputs, labels, _, state = world
+    with pytest.raises(TypeError, match="expected a state, got a Server"):
+        evaluation.make_evaluate(task, inputs, labels)(state.server)
 
 
 def test_accuracy_and_loss_of_the_server_in_short_batches(world):

@@ -97,7 +97,7 @@ def test_the_ends():
     [
         (lambda: spent_epsilon(1.0, -1, 1e-5, rate=0.1), "rounds: "),
         (lambda: spent_epsilon(1.0, 5, 0.0, rate=0.1), "delta: "),
-        (lambda: spent_epsilon(1.0, 5, 1e-5, rate=10.0), "rate: .* probably a percentage"),
+        (lambda: spent_epsilon(1.0, 5, 1e-5, rate=10.0), "expected rate in .*got 10, probably a percentage"),
         (lambda: spent_epsilon(-1.0, 5, 1e-5, rate=0.1), "noise_multiplier: "),
         (lambda: calibrated_noise(float("inf"), 5, 1e-5, rate=0.1), "a finite epsilon"),
         (lambda: calibrated_noise(1e-9, 5, 1e-12, rate=1.0), "too small"),

@@ -84,4 +84,4 @@ def test_a_table_of_clients_that_hardly_differ(tmp_path, capsys):
     path = tmp_path / "criteria.csv"
     path.write_text("client,size\na,1000\nb,1001\n")
     assert cli.main(["ranks", "--criteria", str(path)]) == 0
-    assert capsys.readouterr().err.endswith("; probably give all clients one rank\n")
+    assert capsys.readouterr().err.endswith("; consider one rank for all clients\n")

@@ -215,7 +215,7 @@ def test_shards_leave_extra_examples_to_any_holder():
         (("iid", [0, 1], 0, {}), "expected clients >= 1, got 0"),
         (("iid", [0, 1], 1.5, {}), "expected clients as a whole number, got 1.5"),
         (("iid", [0, 1], True, {}), "expected clients as a whole number, got True"),
-        (("iid", [0, 1], 3, {}), "one example for each of 3 clients, got 2 examples; probably too many"),
+        (("iid", [0, 1], 3, {}), "one example for each of 3 clients, got 2 examples"),
         (("iid", [[0, 1]], 1, {}), r"expected labels as a vector, got shape \(1, 2\); probably one-hot"),
         (("iid", [], 1, {}), "got 0 examples"),
         (("dirichlet", [0.5, 1], 2, {}), r"expected integer labels, got float64; bins\(targets\) makes some"),

@@ -137,7 +137,7 @@ def test_absent_clients_stay_out_of_the_mean_curve():
         (
             {"epoch_losses": None},
             ("loss_entropy",),
-            "expected stats.epoch_losses, got None, probably no probe.*drop the",
+            "expected stats.epoch_losses, got None: .*probe makes them, or drop the",
         ),
         ({}, ("entropy",), "expected criteria out of .*label_entropy.*got 'entropy'"),
         ({}, (), "expected at least one, got none"),
@@ -156,3 +156,10 @@ def test_loss_entropy_names_wrong_shapes():
         loss_entropy(np.ones((3, 0)))
     with pytest.raises(ValueError, match=r"epochs: expected shape \(3,\), got \(2,\)"):
         loss_entropy(np.ones((3, 5)), np.ones(2, int))
+
+
+@pytest.mark.parametrize("equation", [label_entropy, gini_simpson])
+@pytest.mark.parametrize(("counts", "got"), [([1.0, -2.0], "-2"), ([np.nan, 1.0], "nan")])
+def test_counts_that_are_none_are_refused(equation, counts, got):
+    with pytest.raises(ValueError, match=f"label_counts as finite numbers >= 0, got {got}"):
+        equation(counts)

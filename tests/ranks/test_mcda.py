@@ -241,12 +241,13 @@ def test_min_max_scales_the_present():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"matrix": np.ones(3)}, r"matrix: expected shape \(clients, criteria\).*got \(3,\), probably"),
+        ({"matrix": np.ones(3)}, r"matrix: expected shape \(clients, criteria\).*got \(3,\): a single criterion"),
         ({"matrix": np.ones((0, 3))}, r"matrix: expected .*at least one"),
-        ({"matrix": VARIED, "benefit": [True, False]}, r"benefit: expected shape \(3,\), got \(2,\), probably"),
-        ({"matrix": VARIED, "benefit": [1, -1, 1]}, r"benefit: expected booleans, got int32, probably the \+1 / -1"),
-        ({"matrix": VARIED, "where": np.ones(3, bool)}, r"where: expected shape \(4,\), got \(3,\), probably"),
+        ({"matrix": VARIED, "benefit": [True, False]}, r"benefit: expected shape \(3,\), got \(2,\)"),
+        ({"matrix": VARIED, "benefit": [1, -1, 1]}, r"benefit: expected booleans, got int32: `benefit > 0` makes"),
+        ({"matrix": VARIED, "where": np.ones(3, bool)}, r"where: expected shape \(4,\), got \(3,\)"),
         ({"matrix": VARIED, "where": np.ones(4)}, r"where: expected booleans, got float32"),
+        ({"matrix": np.where(np.eye(4, 3), np.nan, VARIED)}, "matrix: expected finite numbers of every client"),
     ],
 )
 def test_static_mistakes_are_named(call, arguments, message):

@@ -209,8 +209,8 @@ def test_reranking_draws_a_key_of_its_own_each_time():
         (lambda: policies.manual([0.5, 0.0]), r"ratios in \(0, 1\]"),
         (lambda: policies.manual([0.5, float("nan")]), r"ratios in \(0, 1\]"),
         (lambda: policies.manual(0.5), r"expected shape \(clients,\) or"),
-        (lambda: policies.manual([0.5] * 5)(KEY, client_stats()), "each of 6 clients, got 5"),
-        (lambda: jax.jit(policies.manual([0.5] * 5))(KEY, client_stats()), "each of 6 clients, got 5"),
+        (lambda: policies.manual([0.5] * 5)(KEY, client_stats()), r"each of 6 clients, got shape \(5,"),
+        (lambda: jax.jit(policies.manual([0.5] * 5))(KEY, client_stats()), r"each of 6 clients, got shape \(5,"),
         (lambda: policies.autorank()(KEY, client_stats(losses=False)), "expected stats.epoch_losses, got None"),
         (lambda: ratios_from_scores(jnp.ones((3, 2))), r"scores of shape \(clients,\)"),
         (lambda: ranks_from_ratios(jnp.ones((3, 2)), {"a": 4}), r"expected shape \(clients,\) or \(clients, 1\)"),
@@ -252,5 +252,5 @@ def test_mistakes_are_named(mistake, message):
 
 def test_reranking_refuses_stats_of_other_clients():
     round_fn = with_reranking(fake_round, policies.autorank(criteria=NO_LOSS), client_stats(5), every=1)
-    with pytest.raises(ValueError, match="expected stats of 6 clients, got 5"):
+    with pytest.raises(ValueError, match="expected stats of 6 clients, got those of 5"):
         round_fn(KEY, federation(), jnp.ones(6, bool))
