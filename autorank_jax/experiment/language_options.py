@@ -7,7 +7,7 @@ from typing import Any
 
 from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, outside, unknown
 
-LANGUAGE_POLICIES = ("autorank", "uniform", "full")
+LANGUAGE_POLICIES = ("autorank", "uniform_bytes", "full")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -28,7 +28,8 @@ class LanguageOptions:
         dtype: of the weights: auto (as the files have it), float32, bfloat16
         max_rank: rank of the most complex client, in every projection
         min_ratio: share of it that the least complex client gets
-        policy: autorank (by the complexity of a client's data), uniform (AutoRank's mean for all, so equal bytes), full
+        policy: autorank (by the complexity of a client's data), uniform_bytes (AutoRank's mean for all, so equal
+            bytes), full (everybody at the maximum)
         probe_epochs: epochs of the probe behind the criterion loss_entropy, at an eighth of the maximum rank; 0 = leave
             the criterion out
         aggregator: aggregation rule

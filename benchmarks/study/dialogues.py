@@ -42,7 +42,7 @@ from autorank_jax.experiment.language_setup import make_parts
 from benchmarks import harness
 from benchmarks.study.options import make_parser
 
-POLICIES, RULES = ("autorank", "uniform", "full"), ("rbla", "raflora", "flora")
+POLICIES, RULES = ("autorank", "uniform_bytes", "full"), ("rbla", "raflora", "flora")
 RECOMPUTED = 1.5
 """FLOPs of a step over those that are counted: the backward pass computes the activations of a block again."""
 COLUMNS = (
@@ -94,7 +94,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def grid(given: argparse.Namespace) -> dict[str, LanguageOptions]:
     """Return the options of every cell, by name; all policies and rules of a seed before the next seed."""
     common: dict[str, Any] = {"rounds": 1, "tokens": 2, "max_rank": 4, "clients": 3, "alpha": 1.0}
-    policies, rules, seeds = ("autorank", "uniform"), ("rbla",), 1
+    policies, rules, seeds = ("autorank", "uniform_bytes"), ("rbla",), 1
     if not given.quick:
         common = {name: getattr(given, name) for name in ("rounds", "max_length", "max_rank", "batch_size", "lanes")}
         common |= {"model": given.data / "smollm2", "data": given.data / "dialogues.jsonl", "dtype": given.dtype}

@@ -132,7 +132,7 @@ def test_a_run_leaves_whole_files(tmp_path, capsys, rule):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("policy", ["uniform", "full"])
+@pytest.mark.parametrize("policy", ["uniform_bytes", "full"])
 def test_policies_of_one_rank(policy):
     events = []
     options = LanguageOptions(policy=policy, probe_epochs=0, rounds=1, clients=3, alpha=1.0, tokens=1)
@@ -142,7 +142,7 @@ def test_policies_of_one_rank(policy):
     assert (results.clients[0].rank == 8) == (policy == "full")
     assert results.probe_flops == 0
     assert "loss_entropy" not in results.weights
-    assert bool(results.weights) == (policy == "uniform")
+    assert bool(results.weights) == (policy == "uniform_bytes")
     assert "probe" not in {event.name for event in events if isinstance(event, Stage)}
 
 
@@ -153,7 +153,7 @@ def test_policies_of_one_rank(policy):
         (["--hold-out", "20"], "probably a percentage: 0.2"),
         (["--clients", "1"], "clients: expected 0 or a whole number of at least 2"),
         (["--probe-epochs", "1"], "probe-epochs: expected 0 or a whole number of at least 2"),
-        (["--policy", "unifrom"], "probably 'uniform'"),
+        (["--policy", "uniform"], "probably 'uniform_bytes'"),
         (["--aggregator", "fedavg"], "aggregator: expected one of"),
         (["--dtype", "int8"], "dtype: expected one of"),
         (["--learning-rate", "0"], "learning-rate: expected a number above 0"),
