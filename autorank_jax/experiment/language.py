@@ -38,6 +38,7 @@ from autorank_jax.experiment.language_results import (
 )
 from autorank_jax.experiment.language_setup import Parts, begin, make_parts, mistakes_of, shortest_prompt
 from autorank_jax.experiment.waiting import wait_for
+from autorank_jax.interface import checked
 from autorank_jax.ranks import budgets, policies
 from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
 from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy, Server, State, Task
@@ -62,6 +63,7 @@ class Tools(NamedTuple):
     answer: np.ndarray
 
 
+@checked
 def run_language(
     options: LanguageOptions,
     *,
@@ -185,7 +187,7 @@ def rank_policy(options: LanguageOptions) -> RankPolicy:
         return policies.uniform(1.0)
     criteria = [name for name in CRITERIA if options.probed or name not in NEEDS_LOSSES]
     scored = policies.autorank(criteria=criteria, min_ratio=options.min_ratio)
-    return budgets.with_one_ratio(scored) if options.policy == "uniform" else scored
+    return budgets.with_one_ratio(scored) if options.policy == "uniform_bytes" else scored
 
 
 def make_ranking(
