@@ -72,8 +72,8 @@ def make_federations(experiment: Experiment, dataset: Dataset) -> list[Federatio
     if experiment.split == "staircase" and experiment.clients != (dataset.classes or BINS):
         raise ConfigurationError(
             [
-                f"--clients must be {dataset.classes or BINS} on the staircase split, one for each class, not "
-                f"{experiment.clients}; use --split dirichlet_lognormal for any number"
+                f"clients: expected {dataset.classes or BINS} on the staircase split, one for each class, got "
+                f"{experiment.clients}; --split dirichlet_lognormal takes any number"
             ]
         )
     inputs, targets, classes = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train), dataset.classes or None

@@ -143,7 +143,7 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
         ("--drop-out 1", "drop-out: expected a number of at least 0 and below 1, got 1.0"),
         ("--learning-rate 1e-300", "learning-rate: expected a number that float32 holds"),
         ("--clients 5000", "probably too many clients for this dataset"),
-        ("--split staircase --clients 7", "--clients must be 10 on the staircase split"),
+        ("--split staircase --clients 7", "clients: expected 10 on the staircase split"),
         ("--dataset cinic10", "expected a file at"),
         ("--dataset ../etc", "dataset: expected one of"),
     ],

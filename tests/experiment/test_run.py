@@ -338,7 +338,7 @@ def test_all_mistakes_are_named_at_once():
         ({"rank_policies": ("full", "full")}, "expected every name once"),
         ({"rank_policies": ("full",)}, "expected only with the policy manual"),
         ({"ratios": (0.5,)}, "expected one for each of 6 clients"),
-        ({"split": "staircase"}, "--clients must be 10 on the staircase split, one for each class, not 6; use --split"),
+        ({"split": "staircase"}, "clients: expected 10 on the staircase split, one for each class, got 6; --split"),
         ({"clients": 2000, "rank_policies": ("full",), "ratios": ()}, "at least one example for each of 2000 clients"),
         ({"model": "cnn", "hidden": (1, 1, 1, 1)}, "expected images of at least 16 pixels"),
         (
