@@ -1,4 +1,4 @@
-"""From a command to what does it: each command loads its own modules alone, and only `run` and `ranks` load JAX."""
+"""From a command to what does it: each command loads its own modules alone, only `run`, `finetune` and `ranks` JAX."""
 
 import importlib
 
