@@ -32,7 +32,6 @@ from autorank_jax.cli.options import Finetune
 from autorank_jax.cli.stages import Stages
 from autorank_jax.cli.tables import make_console, make_table
 from autorank_jax.cli.terminal import tell
-from autorank_jax.experiment.config import GLOBAL_RULES
 from autorank_jax.experiment.events import Resumed
 from autorank_jax.experiment.language import run_language
 from autorank_jax.experiment.language_options import as_json
@@ -55,7 +54,7 @@ def finetune(command: Finetune) -> None:
         LanguageDivergedError: for a loss that is no number.
     """
     options = command.training
-    options.validate(GLOBAL_RULES)
+    options.validate()
     if problems := list(resuming_problems(command)):
         raise ConfigurationError(problems)
     if command.resume:

@@ -1,10 +1,11 @@
 """The options of a federation of language models, checked at once."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from autorank_jax.experiment.config import GLOBAL_RULES
 from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, outside, unknown
 
 LANGUAGE_POLICIES = ("autorank", "uniform_bytes", "full")
@@ -74,11 +75,8 @@ class LanguageOptions:
         """Return whether there is a probe: ranks of equal size need none."""
         return self.probe_epochs > 0 and self.policy != "full"
 
-    def validate(self, rules: Iterable[str]) -> None:
+    def validate(self) -> None:
         """Check all options that need no file.
-
-        Args:
-            rules: names of the aggregation rules.
 
         Raises:
             ConfigurationError: naming all mistakes.
@@ -97,7 +95,7 @@ class LanguageOptions:
             *not_in_float32("learning_rate", self.rate),
             *unknown("policy", [self.policy], LANGUAGE_POLICIES),
             *unknown("dtype", [self.dtype], DTYPES),
-            *unknown("aggregator", [self.aggregator], rules),
+            *unknown("aggregator", [self.aggregator], GLOBAL_RULES),
         ]
         if problems:
             raise ConfigurationError(problems)

@@ -34,7 +34,6 @@ import jax.numpy as jnp
 from autorank_jax.cli.finetuning import summarize_language
 from autorank_jax.cli.stages import spoken
 from autorank_jax.experiment.checkpoints import Checkpoints
-from autorank_jax.experiment.config import GLOBAL_RULES
 from autorank_jax.experiment.language import FORWARD, run_language
 from autorank_jax.experiment.language_options import LanguageOptions, as_json
 from autorank_jax.experiment.language_results import Begun, Clock, Stage
@@ -134,7 +133,7 @@ def plan(cells: Mapping[str, LanguageOptions], total: int) -> str:
     if not cells:
         return f"{total} cells, all of them finished"
     options = next(iter(cells.values()))
-    options.validate(GLOBAL_RULES)
+    options.validate()
     parts = make_parts(options, Clock(lambda _: None))
     examples, held = (float(data.size.sum()) for data in (parts.data, parts.held_out))
     # policies differ little: adapters are a small part of a step
