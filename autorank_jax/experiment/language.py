@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax.adapters import max_ranks
+from autorank_jax.adapters.lora import equal_ranks, max_ranks
 from autorank_jax.engine.probe import probe
 from autorank_jax.engine.round import make_round
 from autorank_jax.evaluation.costs import client_costs
@@ -23,7 +23,6 @@ from autorank_jax.evaluation.language import (
     make_evaluate_language,
 )
 from autorank_jax.experiment.checkpoints import Checkpoints
-from autorank_jax.experiment.config import GLOBAL_RULES
 from autorank_jax.experiment.events import Resumed
 from autorank_jax.experiment.language_options import LanguageOptions, as_json
 from autorank_jax.experiment.language_position import LanguagePosition, Save, make_save, restore
@@ -87,7 +86,7 @@ def run_language(
         CheckpointError: for checkpoints of something else, damaged ones, or those of a newer version.
         LanguageDivergedError: for a loss that is no number.
     """
-    options.validate(GLOBAL_RULES)
+    options.validate()
     options = dataclasses.replace(options, learning_rate=options.rate)
     clock = Clock(on_event)
     parts = make_parts(options, clock)
@@ -150,10 +149,7 @@ def run_probe(key: Key, options: LanguageOptions, parts: Parts, clock: Clock) ->
     Raises:
         ConfigurationError: if no client's losses are finite.
     """
-    widest = max_ranks(parts.task)
-    ranks = {
-        path: jnp.full(len(parts.names), max(1, int(PROBE_RATIO * width)), jnp.int32) for path, width in widest.items()
-    }
+    ranks = equal_ranks(max_ranks(parts.task), len(parts.names), PROBE_RATIO)
     cost = client_costs(parts.task.server, ranks, parts.data.size, parts.flops, local_epochs=options.probe_epochs)
     flops = float(cost.flops.sum())
 
