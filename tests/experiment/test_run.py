@@ -77,7 +77,7 @@ def test_one_run_equals_the_pipeline_wired_by_hand(tiny):
     dataset = datasets.load_dataset("synthetic")
     federation = make_federations(TINY, dataset)[1]
     training = local.make_local_training(federation.task, optax.sgd(0.1, momentum=0.9), batch_size=16)
-    rule = make_aggregator(*TINY.aggregators)
+    rule = make_aggregator(*TINY.aggregators, TINY)
     ranks = {p: jnp.asarray(r) for p, r in results.scores[1].ranks["autorank"].items()}
     state = simulation.init_state(federation.task.server, rule, ranks)
     evaluate = evaluation.make_evaluate(federation.task, dataset.x_test, dataset.y_test)
