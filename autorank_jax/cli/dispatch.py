@@ -17,7 +17,7 @@ def execute(command: Command) -> None:
             what = f"{found.programs} compiled programs, {found.bytes / 1e6:.1f} MB, in {cache.program_folder()}"
             make_console().print(f"Deleted {what}" if clear else what, soft_wrap=True)
         case Run():
-            importlib.import_module("autorank_jax.cli.commands").run(command)
+            importlib.import_module("autorank_jax.cli.running").run(command)
         case Finetune():
             importlib.import_module("autorank_jax.cli.finetuning").finetune(command)
         case Compare():

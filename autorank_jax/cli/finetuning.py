@@ -35,7 +35,7 @@ from autorank_jax.cli.terminal import tell
 from autorank_jax.experiment.events import Resumed
 from autorank_jax.experiment.language import run_language
 from autorank_jax.experiment.language_options import as_json
-from autorank_jax.experiment.language_results import Begun, LanguageEvent, LanguageResults, LanguageRow, Stage
+from autorank_jax.experiment.language_results import Begun, Ended, LanguageEvent, LanguageResults, LanguageRow
 from autorank_jax.experiment.mistakes import ConfigurationError
 from autorank_jax.experiment.results import si
 from autorank_jax.models.causal_checkpoint import causal_name
@@ -117,7 +117,7 @@ def show_stage(stages: Stages, event: LanguageEvent) -> None:
     match event:
         case Begun(name, expected):
             stages.begin(name, expected)
-        case Stage(name, seconds, detail):
+        case Ended(name, seconds, detail):
             stages.leave()
             stages.say(f"{name}: {seconds:.1f} s" + (f", {detail}" if detail else ""))
         case Resumed(rounds, differences):

@@ -66,13 +66,13 @@ def test_clients_that_differ_are_not():
 
 
 def test_a_run_tells_its_doubts(alike, tmp_path, monkeypatch, capsys):
-    commands = importlib.import_module("autorank_jax.cli.commands")
+    running = importlib.import_module("autorank_jax.cli.running")
 
     def scored(experiment, *, on_event, **options):  # noqa: ARG001
         on_event(Scored(alike))
         return make_results()
 
-    monkeypatch.setattr(commands, "run_experiment", scored)
+    monkeypatch.setattr(running, "run_experiment", scored)
     run = ["run", "--dataset", "synthetic", "--split", "iid", "--devices", "1", "--out"]
     assert cli.main([*run, str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err.startswith("autorank-jax: the criteria hardly vary between clients")
