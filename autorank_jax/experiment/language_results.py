@@ -17,7 +17,7 @@ class Begun(NamedTuple):
     expected: float | None = None  # seconds, where earlier stages tell
 
 
-class Stage(NamedTuple):
+class Ended(NamedTuple):
     """Event: a stage is over; of rounds the row tells."""
 
     name: str
@@ -25,7 +25,7 @@ class Stage(NamedTuple):
     detail: str = ""
 
 
-LanguageEvent = Begun | Stage | Resumed
+LanguageEvent = Begun | Ended | Resumed
 
 
 class LanguageRow(NamedTuple):
@@ -96,7 +96,7 @@ class Clock:
         if flops:
             self.rate = flops / max(seconds, 1e-9)
         if tell:
-            self.on_event(Stage(self.name, seconds, detail))
+            self.on_event(Ended(self.name, seconds, detail))
         return seconds
 
 

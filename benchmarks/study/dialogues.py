@@ -36,7 +36,7 @@ from autorank_jax.cli.stages import spoken
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.language import FORWARD, run_language
 from autorank_jax.experiment.language_options import LanguageOptions, as_json
-from autorank_jax.experiment.language_results import Begun, Clock, Stage
+from autorank_jax.experiment.language_results import Begun, Clock, Ended
 from autorank_jax.experiment.language_setup import make_parts
 from benchmarks import harness
 from benchmarks.study.options import make_parser
@@ -174,7 +174,7 @@ def run_cell(folder: Path, name: str, options: LanguageOptions) -> dict[str, Any
     def on_event(event: Any) -> None:
         if isinstance(event, Begun) and event.expected:
             print(f"{name}, {event.name}: about {spoken(event.expected)}", flush=True)
-        if isinstance(event, Stage):
+        if isinstance(event, Ended):
             print(f"{name}, {event.name}: {event.seconds:.1f} s {event.detail}", flush=True)
 
     results = run_language(
