@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         label_weighted_accuracy,
         make_evaluate,
         regression_metrics,
-        summarise_clients,
+        summarize_clients,
         with_personal_scores,
     )
 else:
@@ -54,6 +54,6 @@ __all__ = [
     "make_evaluate_language",
     "privacy",
     "regression_metrics",
-    "summarise_clients",
+    "summarize_clients",
     "with_personal_scores",
 ]

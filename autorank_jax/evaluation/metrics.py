@@ -259,7 +259,7 @@ def with_personal_scores(rule: Aggregator, task: Task, held_out: FederatedData, 
 
 
 @checked
-def summarise_clients(values: Array, examples: Array) -> dict[str, Array]:
+def summarize_clients(values: Array, examples: Array) -> dict[str, Array]:
     """Return the mean over clients, the mean weighted by examples, and the worst client.
 
     Args:

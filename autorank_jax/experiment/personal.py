@@ -82,14 +82,14 @@ def make_measure(experiment: Experiment, name: str, federation: Federation, data
         scores = train_once(key, state, data, own)
         diverged = {"diverged": jnp.sum((own.size > 0) & (data.size > 0) & (scores.examples == 0))}
         found = {
-            "before": evaluation.summarise_clients(scores.before, scores.examples) | diverged,
-            "after": evaluation.summarise_clients(scores.after, scores.examples) | diverged,
+            "before": evaluation.summarize_clients(scores.before, scores.examples) | diverged,
+            "after": evaluation.summarize_clients(scores.after, scores.examples) | diverged,
         }
         if name in PERSONAL_RULES:
             return found
         levels = SERVER_WIDTHS if experiment.rank_levels == "auto" else experiment.rank_levels
         predicted = evaluation.label_weighted_accuracy(task, state, counts, inputs, labels, rank_levels=levels)
-        return {"label_weighted": evaluation.summarise_clients(predicted, jnp.sum(counts, axis=1))} | found
+        return {"label_weighted": evaluation.summarize_clients(predicted, jnp.sum(counts, axis=1))} | found
 
     def measure(federation: Federation, state: State) -> dict[str, dict[str, float]]:
         counts = federation.stats.label_counts
