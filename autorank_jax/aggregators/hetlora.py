@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from autorank_jax.adapters.lora import cut, max_ranks, nonzero_positions, over_columns, over_rows
 from autorank_jax.aggregators.base import (
     Values,
-    assemble,
+    compose_rule,
     mean_dense,
     need_client_state,
     owned,
@@ -76,7 +76,7 @@ def hetlora(*, per: Literal["model", "layer"] = "model", prune: float | None = N
         ValueError: for another `per` or γ; when traced with pruning, if `State.clients` holds no state.
     """
     if prune is None:
-        return assemble(lambda update, server, plan: _sum(update, per), _step())  # noqa: ARG005
+        return compose_rule(lambda update, server, plan: _sum(update, per), _step())  # noqa: ARG005
     _check_share(prune)
 
     def start(server: Server, state: AggState, client: Client) -> Trainable:  # noqa: ARG001
@@ -98,7 +98,7 @@ def hetlora(*, per: Literal["model", "layer"] = "model", prune: float | None = N
     def own(ranks: dict[str, Array], clients: PyTree) -> dict[str, Array]:
         return {path: jnp.minimum(rank, clients[path]) for path, rank in ranks.items()}
 
-    return assemble(summand, _step(), start=start, client_init=full, client_keep=keep, client_ranks=own)
+    return compose_rule(summand, _step(), start=start, client_init=full, client_keep=keep, client_ranks=own)
 
 
 @checked

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from autorank_jax.adapters.lora import over_columns, over_rows
 from autorank_jax.aggregators.base import (
     Values,
-    assemble,
+    compose_rule,
     make_summand,
     need_client_state,
     start_from_server,
@@ -63,7 +63,7 @@ def fedsa_lora(*, owners: bool = True) -> Aggregator:
             kept[path] = merge_owned(mask, adapter.lora_b, update.client.state[path])
         return kept
 
-    return assemble(
+    return compose_rule(
         make_summand(factors=True),
         factor_step(owners=owners, averages=lambda state: Trains(lora_b=False)),  # noqa: ARG005
         start=start,
@@ -105,7 +105,7 @@ def local_only() -> Aggregator:
         write=lambda key, values, state, server: server,  # noqa: ARG005
     )
     silence = Travels(0, 0, 0)
-    return assemble(
+    return compose_rule(
         summand,
         step,
         start=start,

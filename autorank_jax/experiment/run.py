@@ -49,7 +49,14 @@ from autorank_jax.experiment.position import (
     is_evaluated,
     next_row,
 )
-from autorank_jax.experiment.ranking import Ranking, charged_flops, first_ranks, make_ranking, rank_again, score_clients
+from autorank_jax.experiment.ranking import (
+    Ranking,
+    first_ranks,
+    make_ranking,
+    own_probe_flops,
+    rank_again,
+    score_clients,
+)
 from autorank_jax.experiment.results import DivergedError, Record, Results, Run, Scores
 from autorank_jax.experiment.setup import (
     Federation,
@@ -175,9 +182,9 @@ def run_experiment(
                     )
             except _Halted as halt:
                 if halt.record.rows:
-                    runs.append(finish_run(halt.record, seen, costs, charged_flops(seen, policy)))
+                    runs.append(finish_run(halt.record, seen, costs, own_probe_flops(seen, policy)))
                 end_early(halt.error, results(), hooks, last_good(checkpoints, halt.record))
-            runs.append(finish_run(position.records[len(runs)], seen, costs, charged_flops(seen, policy)))
+            runs.append(finish_run(position.records[len(runs)], seen, costs, own_probe_flops(seen, policy)))
             on_event(Finished(runs[-1]))
     return results()
 
@@ -343,7 +350,7 @@ def run_rounds(
         _Halted: of whatever was raised; a `DivergedError`, if the loss is no number any more.
     """
     record, state, key = position.records[-1], position.state, federation.keys["training"]
-    spent, privacy = charged_flops(scores, record.policy), experiment.privacy
+    spent, privacy = own_probe_flops(scores, record.policy), experiment.privacy
     try:
         while not record.over:
             assert state is not None

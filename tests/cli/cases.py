@@ -6,7 +6,7 @@ from autorank_jax.cli import main as cli
 
 
 def fails(capsys, *arguments):
-    """Run a command that must fail with exit code 2, and return its complaint, one line per mistake."""
+    """Run a command that must fail with exit code 2, and return what it says, one line per mistake."""
     assert cli.main([str(a) for a in arguments]) == 2
     captured = capsys.readouterr()
     assert all(re.fullmatch(r"[a-z ]+\S*: \d+\.\d s", line) for line in captured.out.splitlines())  # stages before it

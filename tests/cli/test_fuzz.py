@@ -1,4 +1,4 @@
-"""Command lines and files as nobody wrote them: a line of complaint, or the work begins; never a traceback, never long.
+"""Command lines and files as nobody wrote them: lines about mistakes, or work begins; never a traceback, never long.
 
 Everything before training is real; in place of the first compilation, `Reached` is raised.
 """

@@ -97,9 +97,9 @@ def test_tables_of_other_programs(text, tmp_path, capsys):
     ],
 )
 def test_mistakes_in_a_criteria_file(text, options, message, tmp_path, capsys):
-    complaint = fails(capsys, "ranks", "--criteria", write(tmp_path, text), *options)
-    assert message in complaint
-    assert complaint.count("\n") == 1
+    problems = fails(capsys, "ranks", "--criteria", write(tmp_path, text), *options)
+    assert message in problems
+    assert problems.count("\n") == 1
 
 
 def test_what_a_run_found_is_left_out_of_its_own_table(tmp_path, capsys):

@@ -150,12 +150,12 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed(victim, whole, tmp_p
         time.sleep(0.01)
     processes[victim].send_signal(signal.SIGKILL)
     begin = time.monotonic()
-    (_, complaint), code = end(processes, seconds=60)[1 - victim]
+    (_, problems), code = end(processes, seconds=60)[1 - victim]
     assert time.monotonic() - begin < 60
-    assert code in ((-signal.SIGABRT, 4) if victim == 0 else (4,)), complaint
-    said = [line for line in complaint.splitlines() if line.startswith("autorank-jax: ")]  # XLA's threads write as well
-    assert "another process ended or cannot be reached" in said[-1], complaint
-    assert "Traceback" not in complaint
+    assert code in ((-signal.SIGABRT, 4) if victim == 0 else (4,)), problems
+    said = [line for line in problems.splitlines() if line.startswith("autorank-jax: ")]  # XLA's threads write as well
+    assert "another process ended or cannot be reached" in said[-1], problems
+    assert "Traceback" not in problems
     assert not (folder / "history.json").exists()
     results = end(start_two("run", "--resume", str(folder), "--devices", "1"))
     assert [code for _, code in results] == [0, 0], results
