@@ -21,7 +21,7 @@ from autorank_jax.engine import FlopModel, make_local_training, make_round, trai
 from autorank_jax.engine.probe import discard
 from autorank_jax.evaluation import make_evaluate
 from autorank_jax.experiment.checkpoints import Checkpoints, Save, last_good, make_save, restore_position
-from autorank_jax.experiment.compiling import CompiledRound, serves
+from autorank_jax.experiment.compiling import CompiledRound, compile_fitting, serves
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.costs import CostFn, expected_costs, make_round_cost
 from autorank_jax.experiment.events import (
@@ -36,7 +36,7 @@ from autorank_jax.experiment.events import (
     Started,
     Stopped,
 )
-from autorank_jax.experiment.launch import compile_fitting, describe_machine, is_first
+from autorank_jax.experiment.launch import describe_machine, is_first
 from autorank_jax.experiment.levels import expected_levels, given_levels, levels_for
 from autorank_jax.experiment.personal import Measure, make_measure
 from autorank_jax.experiment.position import (

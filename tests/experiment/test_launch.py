@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from autorank_jax.checkpoint import saved_steps, step_folder
 from autorank_jax.engine import sharding
-from autorank_jax.experiment import launch
+from autorank_jax.experiment import compiling, launch
 from autorank_jax.experiment.config import ConfigurationError
 from tests import QUICK
 
@@ -76,7 +76,7 @@ def test_a_compiled_round_takes_and_returns_what_lies_here():
         return jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(state, data)
 
     key, state, data = jax.random.key(0), jnp.zeros(3), jnp.ones(3)
-    run = launch.compile_round(round_fn, mesh, key, state, data)
+    run = compiling.compile_round(round_fn, mesh, key, state, data)
     first, _ = run(key, state, data)
     second, draw = run(key, first, data)
     np.testing.assert_array_equal(second, np.full(3, 2.0 * mesh.devices.size))
@@ -88,7 +88,7 @@ def test_a_compiled_round_takes_and_returns_what_lies_here():
 
 def test_without_compilation_a_run_says_so():
     with jax.disable_jit(), pytest.raises(ConfigurationError, match="JAX_DISABLE_JIT=1: unset it"):
-        launch.compile_round(lambda *given: given, None, jax.random.key(0), jnp.zeros(3), jnp.ones(3))
+        compiling.compile_round(lambda *given: given, None, jax.random.key(0), jnp.zeros(3), jnp.ones(3))
 
 
 # -------------------------------------------------------------------------------------------------------- two processes
@@ -169,13 +169,13 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed(victim, whole, tmp_p
 def test_a_program_that_needs_more_than_is_free_does_not_fit(free, does, monkeypatch):
     memory = SimpleNamespace(temp_size_in_bytes=7, output_size_in_bytes=5)
     monkeypatch.setattr(launch, "free_memory", lambda: free)
-    assert launch.fits(SimpleNamespace(memory_analysis=lambda: memory)) is does
-    assert launch.fits(lambda: None)
+    assert compiling.fits(SimpleNamespace(memory_analysis=lambda: memory)) is does
+    assert compiling.fits(lambda: None)
 
 
 @pytest.mark.parametrize(("fixed", "lanes"), [(False, 2), (True, 8)])
 def test_lanes_are_halved_until_a_round_fits(fixed, lanes, monkeypatch):
     monkeypatch.setattr(launch, "compile_round", lambda made, *_: made)
     monkeypatch.setattr(launch, "fits", lambda made: made <= 3)
-    found = launch.compile_fitting(lambda lanes: lanes, 8, None, (), fixed=fixed)
+    found = compiling.compile_fitting(lambda lanes: lanes, 8, None, (), fixed=fixed)
     assert found == (lanes, lanes)
