@@ -231,7 +231,7 @@ def run_rounds(
     clock.end()
     while position.round < options.rounds:
         up, down, flops = cost_of(options, parts, position.state)
-        clock.begin(f"round {position.round + 1} of {options.rounds}", flops)
+        clock.begin(f"round {position.round + 1} of {options.rounds}", flops, number=position.round + 1)
         state, done = wait_for(compiled(key, position.state, parts.data))
         seconds = clock.end(flops=flops, tell=False)
         scores = _scores(wait_for(tools.evaluate(state)))

@@ -31,12 +31,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from autorank_jax.cli.finetuning import summarize_language
 from autorank_jax.cli.stages import spoken
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.language import FORWARD, run_language
 from autorank_jax.experiment.language_options import LanguageOptions, as_json
-from autorank_jax.experiment.language_results import Begun, Clock, Ended
+from autorank_jax.experiment.language_results import Begun, Clock, Ended, summarize_language
 from autorank_jax.experiment.language_setup import make_parts
 from benchmarks import harness
 from benchmarks.study.options import make_parser

@@ -14,7 +14,7 @@ import pytest
 from autorank_jax.checkpoint import CheckpointError, save_state, saved_steps
 from autorank_jax.cli import finetuning, stages
 from autorank_jax.cli import main as cli
-from autorank_jax.cli.finetuning import ADAPTER
+from autorank_jax.cli.language_report import ADAPTER
 from autorank_jax.experiment import language
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.events import Resumed
@@ -59,7 +59,7 @@ def made_by_hand(options, *, on_event, on_round, checkpoints):  # noqa: ARG001
     on_event(Begun("loading"))
     on_event(Ended("loading", 0.25, "3 clients"))
     for row in rows:
-        on_event(Begun(f"round {row.round} of 2", 240.0))
+        on_event(Begun(f"round {row.round} of 2", 240.0, row.round))
         time.sleep(0.1)  # so long that it is said
         on_round(row)
     task = Task(Server(Trainable({}, ()), Base({}, ())), None, None)
@@ -255,7 +255,7 @@ def test_a_stopped_run_says_how_it_goes_on(tmp_path, monkeypatch, capsys):
 
     def stopped(options, *, on_event, on_round, checkpoints):
         given.append((options, checkpoints))
-        on_event(Begun("round 1 of 9"))
+        on_event(Begun("round 1 of 9", round=1))
         signal.raise_signal(signal.SIGINT)  # waits for the end of the round
         row = LanguageRow(1, 20.0, 3.0, None, 0.5, 0.0, 0.0, 0.0, 0)
         try:
