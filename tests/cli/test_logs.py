@@ -11,7 +11,7 @@ from autorank_jax.cli import main as cli
 from autorank_jax.cli.files import write_results
 from autorank_jax.cli.logs import SCALARS, Logs, log_problems
 from autorank_jax.experiment.events import RoundDone, Started
-from tests.cli.test_files import make_results, make_run
+from tests.cli.cases import make_results, make_run
 
 ROWS = make_run("autorank", 0, [0.1, None, 0.3, 0.4]).rows
 

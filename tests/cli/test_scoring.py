@@ -11,8 +11,7 @@ from autorank_jax.cli import main as cli
 from autorank_jax.cli.formats import to_csv
 from autorank_jax.experiment.results import client_rows
 from autorank_jax.ranks import policies, table_file
-from tests.cli.cases import fails
-from tests.cli.test_files import make_scores
+from tests.cli.cases import fails, make_scores
 
 TABLE = "client,size,classes,label_entropy,gini_simpson\na,10,1,0,0\nb,10,2,0.6931472,0.5\nc,40,2,0.6931472,0.5\n"
 

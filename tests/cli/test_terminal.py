@@ -15,8 +15,7 @@ from autorank_jax.cli import folders
 from autorank_jax.cli import main as cli
 from autorank_jax.cli.folders import FILES, occupied
 from autorank_jax.cli.terminal import plain
-from tests.cli.cases import fails
-from tests.cli.test_files import make_results
+from tests.cli.cases import fails, make_results
 
 RUN = ["run", "--dataset", "synthetic", "--split", "iid", "--clients", "4", "--devices", "1"]
 

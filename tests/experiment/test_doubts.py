@@ -10,7 +10,7 @@ from autorank_jax.experiment.doubts import doubts, little_variation, swapped_pai
 from autorank_jax.experiment.events import Scored
 from autorank_jax.ranks import policies
 from autorank_jax.ranks.criteria import CRITERIA
-from tests.cli.test_files import make_results, make_scores
+from tests.cli.cases import make_results, make_scores
 
 NAMES = ("size", "classes", "label_entropy", "gini_simpson")
 
