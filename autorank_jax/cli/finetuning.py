@@ -98,6 +98,4 @@ def show_stage(stages: Stages, event: LanguageEvent) -> None:
             stages.leave()
             stages.say(f"{name}: {seconds:.1f} s" + (f", {detail}" if detail else ""))
         case Resumed(rounds, differences):
-            stages.say(f"Going on after {rounds} rounds of an earlier process.")
-            for difference in differences:
-                stages.say(f"Since then: {difference}; results are equal up to rounding only.")
+            stages.say_resumed(rounds, differences)

@@ -57,7 +57,7 @@ from autorank_jax.experiment.ranking import (
     rank_again,
     score_clients,
 )
-from autorank_jax.experiment.results import DivergedError, Record, Results, Run, Scores
+from autorank_jax.experiment.results import SCORES, DivergedError, Record, Results, Run, Scores
 from autorank_jax.experiment.setup import (
     Federation,
     lane_count,
@@ -145,11 +145,11 @@ def run_experiment(
     needing = [name for name in experiment.aggregators if position.needs_rounds(experiment, name)]
     position, scores, compiled = score(experiment, setup, position, mesh, on_event, total=len(needing))
     runs: list[Run] = []
+    measure = "accuracy" if dataset.classes else "r2"
 
     def results() -> Results:
         config, seconds = dataclasses.asdict(experiment), dict(position.seconds)
-        score = "accuracy" if dataset.classes else "r2"
-        return Results(config, tuple(scores), tuple(runs), seconds, score=score, **machine)
+        return Results(config, tuple(scores), tuple(runs), seconds, score=measure, **machine)
 
     for name in experiment.aggregators:
         rule = make_aggregator(name, experiment)
@@ -174,7 +174,7 @@ def run_experiment(
                     start = start._replace(epoch_losses=losses, epochs=epochs)
                 position = position.begin(Record(policy, name, federation.seed), start)
             record = position.records[len(runs)]
-            on_event(Started(policy, name, federation.seed, record.round, "accuracy" if dataset.classes else "R²"))
+            on_event(Started(policy, name, federation.seed, record.round, SCORES[measure]))
             try:
                 if program and not record.over:
                     position = run_rounds(
