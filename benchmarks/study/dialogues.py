@@ -18,9 +18,7 @@ Expect:   what the plan says, which is printed first: FLOPs over the speed of a 
 
 import argparse
 import dataclasses
-import fcntl
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +36,7 @@ from autorank_jax.experiment.language_options import LanguageOptions, as_json
 from autorank_jax.experiment.language_results import Begun, Clock, Ended, summarize_language
 from autorank_jax.experiment.language_setup import make_parts
 from benchmarks import harness
+from benchmarks.study.cell_file import appending
 from benchmarks.study.options import make_parser
 
 POLICIES, RULES = ("autorank", "uniform_bytes", "full"), ("rbla", "raflora", "flora")
@@ -189,14 +188,8 @@ def run_cell(folder: Path, name: str, options: LanguageOptions) -> dict[str, Any
 
 def append(path: Path, name: str, cell: Mapping[str, Any]) -> None:
     """Add a cell as one line of its own, whatever an interrupted write has left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"cell": name, **cell}, separators=(",", ":"), ensure_ascii=False)
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        broken = path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        file.write(b"\n" * broken + line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with appending(path) as write:
+        write([{"cell": name, **cell}])
 
 
 def read(path: Path) -> dict[str, Any]:
