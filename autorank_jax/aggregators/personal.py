@@ -1,5 +1,6 @@
 """Rules under which clients keep something between rounds: one factor, or everything."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -87,13 +88,7 @@ def local_only() -> Aggregator:
         return client.state
 
     def keep(update: ClientUpdate, server: Server) -> Trainable:  # noqa: ARG001
-        adapters = {}
-        for path, (a, b) in update.trained.adapters.items():
-            mask, before = update.client.masks[path], update.client.state.adapters[path]
-            adapters[path] = Adapter(
-                merge_owned(over_columns(mask, a), a, before.lora_a), merge_owned(over_rows(mask, b), b, before.lora_b)
-            )
-        return Trainable(adapters, update.trained.dense)
+        return keep_owned(update.trained, update.client.state, update.client.masks)
 
     def summand(update: ClientUpdate, server: Server, plan: Plan) -> Nothing:  # noqa: ARG001
         return Nothing(update.client.weight)
@@ -113,6 +108,17 @@ def local_only() -> Aggregator:
         client_keep=keep,
         traffic=Traffic(silence, silence),
     )
+
+
+def keep_owned(trained: Trainable, before: Trainable, masks: Mapping[str, Array]) -> Trainable:
+    """Return what a client has trained, with the rank positions that it does not own as they were before."""
+    adapters = {}
+    for path, (a, b) in trained.adapters.items():
+        mask, old = masks[path], before.adapters[path]
+        adapters[path] = Adapter(
+            merge_owned(over_columns(mask, a), a, old.lora_a), merge_owned(over_rows(mask, b), b, old.lora_b)
+        )
+    return Trainable(adapters, trained.dense)
 
 
 def merge_owned(mask: Array, new: Array, before: Array) -> Array:

@@ -13,7 +13,7 @@ from autorank_jax.experiment import run as run_module
 from autorank_jax.experiment.config import ConfigurationError, Experiment, outside
 from autorank_jax.experiment.run import Compiled, Finished, RoundDone, Scored, Stage, Started, run_experiment
 from autorank_jax.experiment.setup import make_aggregator, make_federations
-from autorank_jax.ranks.criteria import CRITERIA
+from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
 
 TINY = Experiment(
     dataset="synthetic",
@@ -170,7 +170,7 @@ def test_a_seed_a_probe_and_other_policies_change_no_run(tiny):
     results, _ = tiny
     alone = run_experiment(dataclasses.replace(TINY, rank_policies=("full",), ratios=(), seeds=1, first_seed=1))
     assert alone.scores[0].closeness is None
-    assert alone.scores[0].criteria == tuple(name for name in CRITERIA if name != "loss_entropy")
+    assert alone.scores[0].criteria == tuple(name for name in CRITERIA if name not in NEEDS_LOSSES)
     assert [row._replace(seconds=0.0) for row in alone.runs[0].rows] == [
         row._replace(seconds=0.0) for row in runs_of(results, "full")[1].rows
     ]
