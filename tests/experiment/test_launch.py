@@ -168,14 +168,14 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed(victim, whole, tmp_p
 @pytest.mark.parametrize(("free", "does"), [(None, True), (12, True), (11, False)])
 def test_a_program_that_needs_more_than_is_free_does_not_fit(free, does, monkeypatch):
     memory = SimpleNamespace(temp_size_in_bytes=7, output_size_in_bytes=5)
-    monkeypatch.setattr(launch, "free_memory", lambda: free)
+    monkeypatch.setattr(compiling, "free_memory", lambda: free)
     assert compiling.fits(SimpleNamespace(memory_analysis=lambda: memory)) is does
     assert compiling.fits(lambda: None)
 
 
 @pytest.mark.parametrize(("fixed", "lanes"), [(False, 2), (True, 8)])
 def test_lanes_are_halved_until_a_round_fits(fixed, lanes, monkeypatch):
-    monkeypatch.setattr(launch, "compile_round", lambda made, *_: made)
-    monkeypatch.setattr(launch, "fits", lambda made: made <= 3)
+    monkeypatch.setattr(compiling, "compile_round", lambda made, *_: made)
+    monkeypatch.setattr(compiling, "fits", lambda made: made <= 3)
     found = compiling.compile_fitting(lambda lanes: lanes, 8, None, (), fixed=fixed)
     assert found == (lanes, lanes)
