@@ -15,10 +15,11 @@ PyTree = Any
 
 
 class Adapter(NamedTuple):
-    """The low-rank update `ΔW = lora_a @ lora_b` of one layer, always 2-D for one client.
+    """The low-rank update `ΔW = lora_a @ lora_b` of one layer, 2-D for one client.
 
-    A k×k convolution has `d_in = k·k·c_in`, so that every aggregation rule is written once. `ΔW` is in units of the
-    weight itself: a LoRA scale is a matter of local training only (see `autorank_jax.engine.local`).
+    Where layers are stacked, both factors have axes `*layers` in front: a batch of matrices. A k×k convolution has
+    `d_in = k·k·c_in`, so that every aggregation rule is written once. `ΔW` is in units of the weight itself: a LoRA
+    scale is a matter of local training only (see `autorank_jax.engine.local`).
     """
 
     lora_a: Array  # (..., d_in, r)
@@ -35,7 +36,7 @@ class Trainable(NamedTuple):
 class Base(NamedTuple):
     """Frozen weights into which products of adapters can be merged."""
 
-    kernels: dict[str, Array]  # by adapter path, (d_in, d_out) each
+    kernels: dict[str, Array]  # by adapter path, (d_in, d_out), (*layers, d_in, d_out) where stacked
     rest: PyTree  # everything else that is frozen
 
 
@@ -165,7 +166,7 @@ class Client(NamedTuple):
     """One client as an aggregation rule sees it."""
 
     row: Array  # () row of the client in `FederatedData`
-    masks: dict[str, Array]  # by adapter path, (max_rank,) float: 1 where the client owns the rank position
+    masks: dict[str, Array]  # by adapter path, (width of the rank level,): 1 where the client owns the position
     weight: Array  # () its share in sums; 0 where it counts nowhere
     state: PyTree  # what the client kept from earlier rounds; () where the rule keeps nothing
 
@@ -218,9 +219,9 @@ class ClientUpdate(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is known before anyone trains."""
+    """What is known before anyone trains; `owners` are cut to the width of the client's rank level in `summand`."""
 
-    owners: dict[str, Array]  # by adapter path, (max_rank,) summed weight of the participants that own the position
+    owners: dict[str, Array]  # by adapter path, (max_rank,) summed weight of those that own the position
     weight: Array  # () summed weight of all participants
     total: Array  # () summed weight of all clients, present or not
     prepared: PyTree = ()  # what the rule's `prepare` made

@@ -122,7 +122,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Lay rows out as a Markdown table, the form in which `benchmarks/README.md` holds them."""
+    """Lay rows out as a Markdown table, the form in which the READMEs hold them."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
     return "\n".join(lines)

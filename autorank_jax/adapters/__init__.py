@@ -1,7 +1,8 @@
 """LoRA adapters on models as they are: `y = x W + (x A) diag(m) B`, `W` frozen, `m` the client's rank mask.
 
-- `Adapter`: `lora_a` and `lora_b` of one layer, always 2-D for one client. `Trainable`: what clients train. The scale,
-  1, `α/r` or `α/√r`, belongs to local training: `make_local_training(scale=...)`.
+- `Adapter`: `lora_a` and `lora_b` of one layer, 2-D for one client; stacked layers have axes `*layers` in front.
+  `Trainable`: what clients train. The scale, 1, `α/r` or `α/√r`, belongs to local training:
+  `make_local_training(scale=...)`.
 - `Task`: a model as the engine sees it, functions and start values: `task_from_nnx`, `task_from_linen`,
   `task_from_function`, `task_from_causal_lm`, and `task_from_lora_params` for models that carry their adapters;
   anything else by building a `Task`. `max_rank` names the layers, by pattern if you like.

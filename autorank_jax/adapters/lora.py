@@ -70,6 +70,15 @@ def max_ranks(trainable: Trainable | Server | Task) -> dict[str, int]:
     return {path: trainable.adapters[path].lora_a.shape[-1] for path in sorted(trainable.adapters)}
 
 
+def equal_ranks(widest: Mapping[str, int], clients: int, ratio: float = 1.0) -> dict[str, Array]:
+    """Return one ratio of the maximum ranks for all clients, by path, `(clients,)` each.
+
+    Rounded down, to 1 at least; a ratio of hundredths is exact, as in `ranks.ranks_from_ratios`.
+    """
+    factor = ratio * (1 + 1e-6)
+    return {path: jnp.full(clients, max(1, int(factor * width)), jnp.int32) for path, width in widest.items()}
+
+
 def level_widths(widest: Mapping[str, int], levels: int) -> list[dict[str, int]]:
     """Return the adapter widths of each rank level, `⌈R·q/levels⌉` for `q = 1..levels`, each once."""
     ladder = [{path: -(-rank * q // levels) for path, rank in widest.items()} for q in range(1, levels + 1)]
@@ -167,10 +176,3 @@ def check_mergeable(server: Server, rule: str) -> None:
             f"{rule} merges adapters into the base: expected server.frozen to be a Base with a kernel for every "
             f"adapter, got none for {missing} (autorank_jax.types.Base holds them)"
         )
-
-
-def merge_products(server: Server, deltas: Mapping[str, Array]) -> Server:
-    """Add `(..., d_in, d_out)` updates to the base kernels of a server whose `frozen` is a `Base`."""
-    base: Base = server.frozen
-    merged = {p: k + deltas[p].astype(k.dtype) if p in deltas else k for p, k in base.kernels.items()}
-    return server._replace(frozen=base._replace(kernels=merged))

@@ -17,8 +17,6 @@ from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task, wi
 from autorank_jax.interface import checked, describe
 from autorank_jax.types import Adapter, Array, Key, PyTree, Task
 
-__all__ = ["as_float", "classification_loss", "match_layers", "task_from_nnx"]
-
 
 @checked
 def task_from_nnx(

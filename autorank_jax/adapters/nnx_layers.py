@@ -25,21 +25,9 @@ from autorank_jax.adapters.low_rank import (
     linear_form,
     linear_update,
     make_window,
-    patches,
 )
 from autorank_jax.models.convolution import convolve
 from autorank_jax.types import Array
-
-__all__ = [
-    "ADAPTED",
-    "AdaptedConv",
-    "AdaptedEinsum",
-    "AdaptedEmbed",
-    "AdaptedLinear",
-    "AdaptedLinearGeneral",
-    "Factor",
-    "patches",
-]
 
 
 class Factor(nnx.Variable):

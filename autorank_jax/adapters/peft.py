@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from autorank_jax.adapters.lora import narrow
 from autorank_jax.adapters.task import check_server
 from autorank_jax.interface import checked, describe
 from autorank_jax.types import Adapter, Array, Server, Task
@@ -111,7 +112,7 @@ def _cut(server: Server, ranks: Mapping[str, int | Array]) -> Server:
     adapters = server.trainable.adapters
     if ranks.keys() != adapters.keys():
         raise ValueError(f"ranks: expected one for each of {sorted(adapters)}, got {sorted(ranks)}")
-    cut = {}
+    widths = {}
     for layer, adapter in adapters.items():
         rank, largest = np.asarray(ranks[layer]), adapter.lora_a.shape[-1]
         if rank.shape or not np.issubdtype(rank.dtype, np.integer) or not 1 <= rank <= largest:
@@ -119,8 +120,8 @@ def _cut(server: Server, ranks: Mapping[str, int | Array]) -> Server:
             raise ValueError(
                 f"ranks[{layer!r}]: expected a whole number in 1..{largest}, got {describe(ranks[layer])}{cause}"
             )
-        cut[layer] = Adapter(adapter.lora_a[..., : int(rank)], adapter.lora_b[..., : int(rank), :])
-    return server._replace(trainable=server.trainable._replace(adapters=cut))
+        widths[layer] = int(rank)
+    return server._replace(trainable=narrow(server.trainable, widths))
 
 
 def _module_names(server: Server, names: Names) -> dict[str, str]:

@@ -48,39 +48,10 @@ memory = rule.init(server)
 print(rule.traffic.up.lora_a, sorted(ar.aggregators.RULES)[:3])
 ```
 
-## A rule of your own
-
-It is an `Aggregator`, of which five functions must be written (`help(ar.Aggregator)`); `factors.py` has more. Sum
-differences from the start, times the client's weight, and the weights beside them; what a lane that is not done or a
-client that is not finite would add, the engine leaves out. `ar.testing.check_aggregator` says what a rule gets wrong,
-`with_server_optimizer` and the others go around it.
-
-```python
-import autorank_jax as ar
-import jax
-import jax.numpy as jnp
-
-
-def summand(update, server, plan):  # of one client, at the width of its rank level
-    weight = update.client.weight
-    return weight, jax.tree.map(lambda new, old: weight * (new - old), update.trained, update.start)
-
-
-def update(key, sums, state, server):
-    weight, moved = sums  # padded to full width, added over clients; zeros where nobody reported
-    mean = jax.tree.map(lambda old, total: old + total / jnp.maximum(weight, 1e-9), server.trainable, moved)
-    return server._replace(trainable=mean), state + 1
-
-
-mine = ar.Aggregator(
-    init=lambda server: jnp.zeros((), jnp.int32),  # what the rule remembers: the rounds
-    start=lambda server, state, client: server.trainable,
-    trains=lambda state: ar.Trains(),
-    summand=summand,
-    update=update,
-)
-ar.testing.check_aggregator(mine)
-```
+A rule of your own is an `Aggregator`, of which five functions must be written: `help(ar.Aggregator)`; `factors.py` has the
+simplest, the guide `manual/guides/your_own_rule.md` writes one. Sum differences from the start, times the client's weight, and the
+weights beside them; what a lane that is not done or a client that is not finite would add, the engine leaves out.
+`ar.testing.check_aggregator` says what a rule gets wrong, `with_server_optimizer` and the others go around it.
 """  # noqa: E501
 
 from collections.abc import Callable, Mapping

@@ -194,7 +194,7 @@ def choose(flag: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda n, o: o if n is o else jnp.where(flag, n, o), new, old)
 
 
-def assemble(
+def compose_rule(
     summand: Callable[[ClientUpdate, Server, Plan], Sums],
     step: ServerStep,
     *,

@@ -19,6 +19,13 @@ def svd(matrix: Array) -> tuple[Array, Array, Array]:
     return lax.platform_dependent(matrix, cuda=_polar, default=_default)
 
 
+def singular_values(matrix: Array) -> Array:
+    """Return the singular values of a matrix alone, `(k,)`, as `svd` has them."""
+    return lax.platform_dependent(
+        matrix, cuda=lambda m: _polar(m)[1], default=lambda m: jnp.linalg.svd(m, compute_uv=False)
+    )
+
+
 def _default(matrix: Array) -> tuple[Array, Array, Array]:
     return tuple(jnp.linalg.svd(matrix, full_matrices=False))
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from autorank_jax.adapters.lora import per_layer
 from autorank_jax.aggregators.base import ClientSums, make_summand, mean_factors, mean_product
+from autorank_jax.aggregators.decompositions import singular_values
 from autorank_jax.interface import checked
 from autorank_jax.types import Adapter, Aggregator, AggState, Array, ClientUpdate, Key, Plan, Server, Sums
 
@@ -59,7 +60,7 @@ def position_energy(adapter: Adapter) -> Array:
 
 def effective_rank(product: Array) -> Array:
     """Return `exp(-Σ_i p_i ln p_i)` with `p_i = σ_i / Σ σ`; 0 for a matrix of zeros (Roy and Vetterli 2007)."""
-    values = jnp.linalg.svd(product.astype(jnp.promote_types(product.dtype, jnp.float32)), compute_uv=False)
+    values = singular_values(product.astype(jnp.promote_types(product.dtype, jnp.float32)))
     total = jnp.sum(values)
     shares = values / jnp.where(total > 0, total, 1)
     entropy = -jnp.sum(shares * jnp.log(jnp.where(shares > 0, shares, 1)))

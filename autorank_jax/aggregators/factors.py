@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from autorank_jax.aggregators.base import (
     ClientSums,
     Values,
-    assemble,
+    compose_rule,
     make_summand,
     mean_dense,
     mean_factors,
@@ -56,7 +56,7 @@ def zero_pad() -> Aggregator:
     With equal ranks this is FedIT's mean of factors (arXiv 2305.05644). A position that nobody owns this round keeps
     the server's value. Dense parameters: weighted mean, here as in every other rule.
     """
-    return assemble(make_summand(factors=True), factor_step(owners=False))
+    return compose_rule(make_summand(factors=True), factor_step(owners=False))
 
 
 def rbla() -> Aggregator:
@@ -65,7 +65,7 @@ def rbla() -> Aggregator:
     `A[:, j] = Σ_k m_kj w_k A_k[:, j] / Σ_k m_kj w_k`, likewise rows of `B`; a position that nobody owns this round
     keeps the server's value. Not invariant to a change of LoRA basis, and `mean(A) mean(B) ≠ mean(A B)`.
     """
-    return assemble(make_summand(factors=True), factor_step(owners=True))
+    return compose_rule(make_summand(factors=True), factor_step(owners=True))
 
 
 @checked
@@ -83,7 +83,7 @@ def ffa_lora(*, owners: bool = False) -> Aggregator:
         return Trains(lora_a=False)
 
     step, only = factor_step(owners=owners, averages=only_b), Travels(lora_a=0)
-    return assemble(make_summand(factors=True), step, trains=only_b, traffic=Traffic(only, only))
+    return compose_rule(make_summand(factors=True), step, trains=only_b, traffic=Traffic(only, only))
 
 
 @checked
@@ -101,7 +101,7 @@ def rolora(*, owners: bool = False) -> Aggregator:
         return Trains(lora_a=~even, lora_b=even)
 
     step, half = factor_step(owners=owners, averages=alternate, advance=lambda n: n + 1), Travels(0.5, 0.5)
-    return assemble(
+    return compose_rule(
         make_summand(factors=True),
         step,
         init=lambda server: jnp.zeros((), jnp.int32),  # noqa: ARG005
@@ -131,4 +131,4 @@ def fedavg() -> Aggregator:
         ),
     )
     dense = Travels(lora_a=0, lora_b=0)
-    return assemble(make_summand(), step, trains=neither, traffic=Traffic(dense, dense))
+    return compose_rule(make_summand(), step, trains=neither, traffic=Traffic(dense, dense))

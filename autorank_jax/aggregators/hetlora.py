@@ -5,10 +5,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from autorank_jax.adapters.lora import cut, max_ranks, nonzero_positions, over_columns, over_rows
+from autorank_jax.adapters.lora import cut, max_ranks, nonzero_positions, over_columns, over_rows, rank_masks
 from autorank_jax.aggregators.base import (
     Values,
-    assemble,
+    compose_rule,
     mean_dense,
     need_client_state,
     owned,
@@ -76,12 +76,12 @@ def hetlora(*, per: Literal["model", "layer"] = "model", prune: float | None = N
         ValueError: for another `per` or γ; when traced with pruning, if `State.clients` holds no state.
     """
     if prune is None:
-        return assemble(lambda update, server, plan: _sum(update, per), _step())  # noqa: ARG005
+        return compose_rule(lambda update, server, plan: _sum(update, per), _step())  # noqa: ARG005
     _check_share(prune)
 
     def start(server: Server, state: AggState, client: Client) -> Trainable:  # noqa: ARG001
         need_client_state(client, "hetlora")
-        return cut(server.trainable, _limited(client, max_ranks(server.trainable)))
+        return cut(server.trainable, rank_masks(client.state, max_ranks(server.trainable)))  # what it has not pruned
 
     def summand(update: ClientUpdate, server: Server, plan: Plan) -> HetSums:  # noqa: ARG001
         masks = _masks(_pruned(update, prune), update.client.masks)
@@ -98,7 +98,7 @@ def hetlora(*, per: Literal["model", "layer"] = "model", prune: float | None = N
     def own(ranks: dict[str, Array], clients: PyTree) -> dict[str, Array]:
         return {path: jnp.minimum(rank, clients[path]) for path, rank in ranks.items()}
 
-    return assemble(summand, _step(), start=start, client_init=full, client_keep=keep, client_ranks=own)
+    return compose_rule(summand, _step(), start=start, client_init=full, client_keep=keep, client_ranks=own)
 
 
 @checked
@@ -159,12 +159,6 @@ def _ranks(client: Client) -> dict[str, Array]:
     return {
         path: jnp.minimum(client.state[path], jnp.sum(mask > 0, dtype=jnp.int32)) for path, mask in client.masks.items()
     }
-
-
-def _limited(client: Client, widths: dict[str, int]) -> dict[str, Array]:
-    """Return the masks of what a client has not pruned, at full width."""
-    dtype = jnp.result_type(float)
-    return {path: (jnp.arange(widths[path], dtype=jnp.int32) < client.state[path]).astype(dtype) for path in widths}
 
 
 def _masks(ranks: dict[str, Array], masks: dict[str, Array]) -> dict[str, Array]:

@@ -4,13 +4,11 @@ from typing import Any
 
 import jax
 
-from autorank_jax.adapters.lora import over_columns, over_rows
 from autorank_jax.adapters.selection import choose_parts, leave_out
-from autorank_jax.aggregators.personal import merge_owned
+from autorank_jax.aggregators.personal import keep_owned
 from autorank_jax.aggregators.server import step_taken
 from autorank_jax.interface import checked
 from autorank_jax.types import (
-    Adapter,
     Aggregator,
     AggState,
     Array,
@@ -83,15 +81,8 @@ def keep_local(rule: Aggregator, patterns: str | tuple[str, ...]) -> Aggregator:
         return rule.prepare(key, state, less(server))
 
     def keep(update: ClientUpdate, server: Server) -> tuple[PyTree, Trainable]:
-        trained, (_, before), masks = own(update.trained), update.client.state, update.client.masks
-        adapters = {
-            path: Adapter(
-                merge_owned(over_columns(masks[path], a), a, before.adapters[path].lora_a),
-                merge_owned(over_rows(masks[path], b), b, before.adapters[path].lora_b),
-            )
-            for path, (a, b) in trained.adapters.items()
-        }
-        return rule.client_keep(seen(update, server), less(server)), Trainable(adapters, trained.dense)
+        mine = keep_owned(own(update.trained), update.client.state[1], update.client.masks)
+        return rule.client_keep(seen(update, server), less(server)), mine
 
     def client_ranks(ranks: dict[str, Array], clients: PyTree) -> dict[str, Array]:
         inner, kept = clients

@@ -10,7 +10,7 @@ from autorank_jax.adapters.lora import check_mergeable, key_of
 from autorank_jax.aggregators.base import (
     ClientSums,
     Values,
-    assemble,
+    compose_rule,
     make_summand,
     mean_dense,
     mean_factors,
@@ -71,7 +71,7 @@ def flora(*, restart: Restart = "start") -> Aggregator:
         return mean_product(server.trainable.adapters[path], sums.products[path], sums.weight)
 
     init = _remember("flora")
-    return assemble(make_summand(products=True), _merge_step("flora", product, restart), init=init, traffic=_MERGED)
+    return compose_rule(make_summand(products=True), _merge_step("flora", product, restart), init=init, traffic=_MERGED)
 
 
 @checked
@@ -92,7 +92,7 @@ def owner_merge(*, levels: Levels = None, restart: Restart = "start") -> Aggrega
     check_levels(levels)
     init = _remember("owner_merge", levels)
     step = _merge_step("owner_merge", owner_product, restart)
-    return assemble(make_owner_summand(levels), step, init=init, exact_plan=True, traffic=_MERGED)
+    return compose_rule(make_owner_summand(levels), step, init=init, exact_plan=True, traffic=_MERGED)
 
 
 @checked
@@ -128,7 +128,7 @@ def fedex_lora(*, owners: bool = False) -> Aggregator:
         write=lambda key, values, state, server: _write(values.adapters, values, server),  # noqa: ARG005
     )
     traffic = Traffic(down=Travels(kernels=True, stack=True))
-    return assemble(make_summand(factors=True, products=True), step, init=init, traffic=traffic)
+    return compose_rule(make_summand(factors=True, products=True), step, init=init, traffic=traffic)
 
 
 def _remember(rule: str, levels: Levels = None) -> Callable[[Server], dict[str, Array]]:

@@ -1,4 +1,4 @@
-"""Products weighted by the owners of each rank position, or of each segment of positions between rank levels.
+"""Products weighted by the owners of each rank position, or of each band of positions between rank levels.
 
 `P = Σ_h Σ_{k: r_k ≥ r_h} w_k A_k[:, r_{h-1}:r_h] B_k[r_{h-1}:r_h] / Σ_{k: r_k ≥ r_h} w_k`. The denominators must be
 known before the sum, so that rules made of this set `exact_plan`.
@@ -34,11 +34,11 @@ def check_levels(levels: Levels) -> None:
 def check_levels_fit(levels: Levels, server: Server) -> None:
     """Raise `ValueError` unless every adapter has levels that end within its rank positions."""
     for path, adapter in server.trainable.adapters.items():
-        _segment_ends(levels, path, adapter.lora_a.shape[-1])
+        _band_ends(levels, path, adapter.lora_a.shape[-1])
 
 
-def _segment_ends(levels: Levels, path: str, width: int) -> np.ndarray:
-    """Return for each position the end of its segment, `min {r_h : r_h > j}`; beyond the last level `width + 1`."""
+def _band_ends(levels: Levels, path: str, width: int) -> np.ndarray:
+    """Return for each position the end of its band, `min {r_h : r_h > j}`; beyond the last level `width + 1`."""
     positions = np.arange(width)
     if levels is None:
         return positions + 1
@@ -53,13 +53,13 @@ def _segment_ends(levels: Levels, path: str, width: int) -> np.ndarray:
 
 
 def make_owner_summand(levels: Levels) -> Callable[[ClientUpdate, Server, Plan], ClientSums]:
-    """Make the summand `w_k A_k diag(c_k / N) B_k`, `c_k` the positions of segments that the client covers whole."""
+    """Make the summand `w_k A_k diag(c_k / N) B_k`, `c_k` the positions of bands that the client covers whole."""
 
     def summand(update: ClientUpdate, server: Server, plan: Plan) -> ClientSums:
         owners, shares, weight = {}, {}, update.client.weight
         for path, mask in update.client.masks.items():
             widest = server.trainable.adapters[path].lora_a.shape[-1]
-            last = _segment_ends(levels, path, widest)[: mask.shape[0]] - 1
+            last = _band_ends(levels, path, widest)[: mask.shape[0]] - 1
             covered = jnp.take(mask, last, mode="fill", fill_value=0)
             total = jnp.take(plan.owners[path], last, mode="fill", fill_value=0)
             owners[path] = weight.astype(covered.dtype) * covered

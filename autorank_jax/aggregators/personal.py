@@ -1,5 +1,6 @@
 """Rules under which clients keep something between rounds: one factor, or everything."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from autorank_jax.adapters.lora import over_columns, over_rows
 from autorank_jax.aggregators.base import (
     Values,
-    assemble,
+    compose_rule,
     make_summand,
     need_client_state,
     start_from_server,
@@ -63,7 +64,7 @@ def fedsa_lora(*, owners: bool = True) -> Aggregator:
             kept[path] = merge_owned(mask, adapter.lora_b, update.client.state[path])
         return kept
 
-    return assemble(
+    return compose_rule(
         make_summand(factors=True),
         factor_step(owners=owners, averages=lambda state: Trains(lora_b=False)),  # noqa: ARG005
         start=start,
@@ -87,13 +88,7 @@ def local_only() -> Aggregator:
         return client.state
 
     def keep(update: ClientUpdate, server: Server) -> Trainable:  # noqa: ARG001
-        adapters = {}
-        for path, (a, b) in update.trained.adapters.items():
-            mask, before = update.client.masks[path], update.client.state.adapters[path]
-            adapters[path] = Adapter(
-                merge_owned(over_columns(mask, a), a, before.lora_a), merge_owned(over_rows(mask, b), b, before.lora_b)
-            )
-        return Trainable(adapters, update.trained.dense)
+        return keep_owned(update.trained, update.client.state, update.client.masks)
 
     def summand(update: ClientUpdate, server: Server, plan: Plan) -> Nothing:  # noqa: ARG001
         return Nothing(update.client.weight)
@@ -105,7 +100,7 @@ def local_only() -> Aggregator:
         write=lambda key, values, state, server: server,  # noqa: ARG005
     )
     silence = Travels(0, 0, 0)
-    return assemble(
+    return compose_rule(
         summand,
         step,
         start=start,
@@ -113,6 +108,17 @@ def local_only() -> Aggregator:
         client_keep=keep,
         traffic=Traffic(silence, silence),
     )
+
+
+def keep_owned(trained: Trainable, before: Trainable, masks: Mapping[str, Array]) -> Trainable:
+    """Return what a client has trained, with the rank positions that it does not own as they were before."""
+    adapters = {}
+    for path, (a, b) in trained.adapters.items():
+        mask, old = masks[path], before.adapters[path]
+        adapters[path] = Adapter(
+            merge_owned(over_columns(mask, a), a, old.lora_a), merge_owned(over_rows(mask, b), b, old.lora_b)
+        )
+    return Trainable(adapters, trained.dense)
 
 
 def merge_owned(mask: Array, new: Array, before: Array) -> Array:

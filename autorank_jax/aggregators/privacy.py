@@ -103,9 +103,8 @@ def with_differential_privacy(
     """
     if rule.summand not in (make_summand(factors=True), make_summand()):
         raise ValueError(
-            "expected a rule whose sums are moves of factors and weights (zero_pad, rbla, ffa_lora, rolora, "
-            "fedsa_lora, fedavg), got another: what one client can change in its sums has no bound, or it is clipped "
-            "already"
+            "expected a rule whose sums are moves of factors and weights, such as rbla, got another: what one client "
+            "can change in its sums has no bound, or it is clipped already"
         )
     for name, value, least in (("clip", clip, False), ("noise_multiplier", noise_multiplier, True)):
         if not (value >= 0 if least else value > 0) or np.isnan(value):

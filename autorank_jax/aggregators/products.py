@@ -17,7 +17,7 @@ from autorank_jax.adapters.lora import per_layer
 from autorank_jax.aggregators.base import (
     ClientSums,
     Values,
-    assemble,
+    compose_rule,
     divide,
     make_summand,
     mean_dense,
@@ -37,7 +37,7 @@ from autorank_jax.aggregators.owners import (
     make_owner_summand,
     owner_product,
 )
-from autorank_jax.aggregators.sketches import LowRank, Maps, Sketch, by_shape, make_prepare, reconstruct
+from autorank_jax.aggregators.sketches import Maps, Reconstruction, Sketch, by_shape, make_prepare, reconstruct
 from autorank_jax.interface import checked
 from autorank_jax.types import (
     Adapter,
@@ -163,7 +163,7 @@ def lora_fair(*, ridge: float = 0.01, owners: bool = False, exact: Exact = "auto
     if ridge < 0:
         raise ValueError(f"expected ridge >= 0, got {ridge}")
 
-    from_sketch = functools.partial(_correction_of_low_rank, ridge=ridge)
+    from_sketch = functools.partial(_correction_of_reconstruction, ridge=ridge)
 
     def steps(maps: dict[str, Maps]) -> ServerStep:
         def mean(sums: ClientSums, state: AggState, server: Server) -> tuple[Values, Values]:  # noqa: ARG001
@@ -201,7 +201,7 @@ def _product_rule(
         maps = prepare(key, state, server) if sketched else {}
         return update_with(steps(maps))(key, sums, state, server)
 
-    return assemble(summand, steps({}), prepare=prepare, **options)._replace(update=update)
+    return compose_rule(summand, steps({}), prepare=prepare, **options)._replace(update=update)
 
 
 def _correction(a: Array, gap: Array, ridge: float) -> Array:
@@ -213,7 +213,7 @@ def _correction(a: Array, gap: Array, ridge: float) -> Array:
 
 
 @jax.default_matmul_precision("highest")
-def _correction_of_low_rank(mean: Adapter, product: LowRank, ridge: float) -> Array:
+def _correction_of_reconstruction(mean: Adapter, product: Reconstruction, ridge: float) -> Array:
     """Solve the same in an orthonormal basis of `A`, with `AᵀP` of a product that is never formed."""
     a, b = (factor.astype(product.core.dtype) for factor in mean)
     q, upper = jnp.linalg.qr(a)
@@ -265,7 +265,7 @@ def _svd_steps(average: Products, sigma: Sigma, keep: Keep | None = None) -> Mak
     return steps
 
 
-def split_product(product: Array | LowRank, old: Adapter, *, sigma: Sigma, keep: Keep | None = None) -> Adapter:
+def split_product(product: Array | Reconstruction, old: Adapter, *, sigma: Sigma, keep: Keep | None = None) -> Adapter:
     """Split `U Σ Vᵀ` into the factors of an adapter, positions in descending order of singular values.
 
     Positions of vanishing singular value (those beyond `min(d_in, d_out)` always) keep their old `lora_a` and get
@@ -277,7 +277,7 @@ def split_product(product: Array | LowRank, old: Adapter, *, sigma: Sigma, keep:
         sigma: where the singular values go.
         keep: how many positions to keep, of the singular values; all where None.
     """
-    u, s, vt, energy = _svd_of_low_rank(product) if isinstance(product, LowRank) else _svd(product)
+    u, s, vt, energy = _svd_of_reconstruction(product) if isinstance(product, Reconstruction) else _svd(product)
     count = min(old.lora_a.shape[-1], s.shape[0])
     live = s > max(u.shape[0], vt.shape[1]) * jnp.finfo(s.dtype).eps * s[0]
     if keep is not None:
@@ -301,6 +301,6 @@ def _svd(product: Array) -> tuple[Array, Array, Array, Array]:
 
 
 @jax.default_matmul_precision("highest")
-def _svd_of_low_rank(product: LowRank) -> tuple[Array, Array, Array, Array]:
+def _svd_of_reconstruction(product: Reconstruction) -> tuple[Array, Array, Array, Array]:
     u, s, vt = svd(product.core)
     return product.left @ u, s, vt @ product.right, product.energy

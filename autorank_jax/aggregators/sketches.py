@@ -49,7 +49,7 @@ class Sketch(NamedTuple):
     core: Array  # (c, c) left[r:] P right[:, r:]
 
 
-class LowRank(NamedTuple):
+class Reconstruction(NamedTuple):
     """`P ≈ left @ core @ right`; columns of `left` and rows of `right` are orthonormal, or zero."""
 
     left: Array  # (d_in, r + k)
@@ -139,7 +139,7 @@ def _sketch_layer(a: Array, b: Array, maps: Maps, old: Adapter) -> Sketch:
 
 
 @jax.default_matmul_precision("highest")
-def reconstruct(sketch: Sketch, maps: Maps, old: Adapter) -> LowRank:
+def reconstruct(sketch: Sketch, maps: Maps, old: Adapter) -> Reconstruction:
     """Approximate the product of one layer: `UᵀP` and `P V` are exact to rounding, the rest is `Q C Wᵀ`.
 
     `Q` and `W` span what the sketched columns and rows have beside `U` and `V`; with `P'` what `P` has beside both, `C`
@@ -159,7 +159,7 @@ def reconstruct(sketch: Sketch, maps: Maps, old: Adapter) -> LowRank:
     rest = _solve(psi.T @ w, _solve(phi @ q, beside).T).T
     energy = jnp.sum(u_p**2) + jnp.sum(p_v**2) - jnp.sum(both**2) + jnp.mean(beside**2)
     core = jnp.block([[both, u_p @ w], [q.T @ p_v, rest]])
-    return LowRank(jnp.concatenate([u, q], axis=1), core, jnp.concatenate([v, w], axis=1).T, energy)
+    return Reconstruction(jnp.concatenate([u, q], axis=1), core, jnp.concatenate([v, w], axis=1).T, energy)
 
 
 def _known(directions: Array, image: Array) -> tuple[Array, Array]:

@@ -18,7 +18,7 @@ from autorank_jax.cli.formats import read_json, write_file
 from autorank_jax.cli.options import Compare
 from autorank_jax.cli.tables import make_console, make_table, percent
 from autorank_jax.experiment.config import ConfigurationError
-from autorank_jax.experiment.results import Costs, Row, Run, accuracies, rounds_to, si, spread
+from autorank_jax.experiment.results import SCORES, Costs, Row, Run, accuracies, rounds_to, run_name, si, spread
 
 UNKNOWN_COSTS = Costs(*[float("nan")] * len(Costs._fields))
 
@@ -115,7 +115,7 @@ def read_found(folder: Path, name: str) -> Found:
         groups.setdefault((row.policy, row.aggregator), {}).setdefault(row.seed, []).append(row)
     several = len({aggregator for _, aggregator in groups}) > 1
     runs = {
-        f"{policy}+{aggregator}" if several else policy: [
+        run_name(policy, aggregator, several=several): [
             Run(policy, aggregator, seed, tuple(seeds[seed]), UNKNOWN_COSTS, 0.0, 0.0, 0.0) for seed in seeds
         ]
         for (policy, aggregator), seeds in groups.items()
@@ -123,8 +123,7 @@ def read_found(folder: Path, name: str) -> Found:
     numbers = [[row.round for row in run.rows] for some in runs.values() for run in some]
     if any(rounds != list(range(1, len(rounds) + 1)) for rounds in numbers):
         raise ConfigurationError([f"runs: expected {path} as a run leaves it, got a history that lacks rounds"])
-    score = "R²" if summary.get("score") == "r2" else "accuracy"
-    return Found(name, config, runs, str(summary.get("stopped", "")), score)
+    return Found(name, config, runs, str(summary.get("stopped", "")), SCORES.get(str(summary.get("score")), "accuracy"))
 
 
 def _row(values: Mapping[str, Any]) -> Row:

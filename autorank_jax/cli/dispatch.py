@@ -1,4 +1,4 @@
-"""From a command to what does it: each command loads its own modules alone, and only `run` and `ranks` load JAX."""
+"""From a command to what does it: each command loads its own modules alone, only `run`, `finetune` and `ranks` JAX."""
 
 import importlib
 
@@ -17,7 +17,7 @@ def execute(command: Command) -> None:
             what = f"{found.programs} compiled programs, {found.bytes / 1e6:.1f} MB, in {cache.program_folder()}"
             make_console().print(f"Deleted {what}" if clear else what, soft_wrap=True)
         case Run():
-            importlib.import_module("autorank_jax.cli.commands").run(command)
+            importlib.import_module("autorank_jax.cli.running").run(command)
         case Finetune():
             importlib.import_module("autorank_jax.cli.finetuning").finetune(command)
         case Compare():

@@ -90,7 +90,7 @@ def expected(option: Option) -> str:
 
 
 def shortly(word: str) -> str:
-    """Return a word as it is shown in a complaint."""
+    """Return a word as it is shown in a message."""
     return repr(word if len(word) <= 40 else f"{word[:37]}...")
 
 

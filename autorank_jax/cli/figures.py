@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from autorank_jax.cli.tables import EQUAL
-from autorank_jax.experiment.results import Results, Run, Scores, accuracies, run_names, si
+from autorank_jax.experiment.results import SCORES, Results, Run, Scores, accuracies, run_names, si
 
 # Okabe and Ito: told apart with every common colour blindness.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -58,7 +58,7 @@ def accuracy_figure(results: Results) -> Figure:
         )
         for name, runs in run_names(results).items()
     ]
-    return curves_figure(curves, _caption(results), score="R²" if results.score == "r2" else "accuracy")
+    return curves_figure(curves, _caption(results), score=SCORES[results.score])
 
 
 def curves_figure(curves: Sequence[Curve], caption: str, *, score: str = "accuracy") -> Figure:

@@ -26,7 +26,7 @@ from autorank_jax.experiment.events import (
     Stage,
     Started,
 )
-from autorank_jax.experiment.results import Row, accuracies
+from autorank_jax.experiment.results import Row, accuracies, run_name
 
 NARROW = 76
 """Columns below which speed and faults are not shown."""
@@ -77,9 +77,7 @@ class Display(Stages):
                 self._enter("")
                 self.console.print(scores_table(scores))
             case Resumed(rounds, differences):
-                self.say(f"Going on after {rounds} rounds of an earlier process.")
-                for difference in differences:
-                    self.say(f"Since then: {difference}; results are equal up to rounding only.")
+                self.say_resumed(rounds, differences)
             case Started(policy, aggregator, _, done, score):
                 self.score = score
                 self._enter("")
@@ -95,7 +93,7 @@ class Display(Stages):
                 self.say(", ".join([what, *faults_of(run.rows)]))
 
     def _name(self, policy: str, aggregator: str) -> str:
-        return f"{policy}+{aggregator}" if len(self.experiment.aggregators) > 1 else policy
+        return run_name(policy, aggregator, several=len(self.experiment.aggregators) > 1)
 
     def progress(self) -> str:
         """Return what is said where nothing was for a while."""

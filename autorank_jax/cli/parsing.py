@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import re
 import sys
 from collections import deque
@@ -16,7 +15,7 @@ from autorank_jax.cli.fields import Option, expected, options_of, read_word, sho
 from autorank_jax.cli.formats import read_config, read_run
 from autorank_jax.cli.help import NEARBY, help_on, help_on_program
 from autorank_jax.cli.options import COMMANDS, PROGRAM, Command, Finetune, Run
-from autorank_jax.experiment.config import GLOBAL_RULES, ConfigurationError, experiment_from
+from autorank_jax.experiment.config import ConfigurationError, experiment_from
 from autorank_jax.experiment.language_options import language_options_from
 
 HELP = ("-h", "--help", "--help-all")
@@ -277,13 +276,13 @@ def _further(kind: type[Any], given: Mapping[str, Any], problems: Iterable[str])
     except ConfigurationError as error:
         return list(error.problems)
     for part in (made.launch, made.experiment) if isinstance(made, Run) else ():
-        found += _complaints(part.validate)
+        found += _problems_of(part.validate)
     if isinstance(made, Finetune):
-        found += _complaints(functools.partial(made.training.validate, GLOBAL_RULES))
+        found += _problems_of(made.training.validate)
     return [line for line in found if unread.isdisjoint(re.findall(r"[\w-]+", line))]
 
 
-def _complaints(check: Callable[[], None]) -> Sequence[str]:
+def _problems_of(check: Callable[[], None]) -> Sequence[str]:
     try:
         check()
     except ConfigurationError as error:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -58,6 +59,12 @@ class Stages:
         """Print a line that stays."""
         self.said = time.monotonic()
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def say_resumed(self, rounds: int, differences: Sequence[str]) -> None:
+        """Tell what is taken over from an earlier process, and what has changed since."""
+        self.say(f"Going on after {rounds} rounds of an earlier process.")
+        for difference in differences:
+            self.say(f"Since then: {difference}; results are equal up to rounding only.")
 
     def progress(self) -> str:
         """Return what is said where nothing was for a while."""

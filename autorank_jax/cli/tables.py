@@ -12,7 +12,7 @@ from rich.table import Table
 
 from autorank_jax.datasets import DatasetInfo
 from autorank_jax.experiment.config import POLICIES, Experiment
-from autorank_jax.experiment.results import Results, Scores, si, summarize
+from autorank_jax.experiment.results import SCORES, Results, Scores, si, summarize
 
 SHOWN_CLIENTS = 20
 SHOWN_LAYERS = 3
@@ -131,7 +131,7 @@ _MEASURED = {
 
 def _lines(results: Results, policies: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Any], str], bool]]:
     """Yield the lines of the comparison: label, contents, whether a section ends."""
-    score = "R²" if results.score == "r2" else "accuracy"
+    score = SCORES[results.score]
     yield f"final {score}", lambda p: percent(p["final_accuracy"]), False
     yield f"best {score}", lambda p: percent(p["best_accuracy"]), False
     if results.config.get("dp_epsilon"):

@@ -98,7 +98,7 @@ def load_dataset(name: str, *, cache: str | Path | None = None, fetch: bool = Tr
         `fetch_dataset` does. It needs the extra `tfds`.
 
     Returns:
-      The dataset, inputs as uint8 and labels as int32.
+      The dataset: inputs as uint8, or float32 as they are; labels as int32, or float32 targets of a regression.
 
     Raises:
       DatasetError: unknown name, missing file, damaged file, arrays that are not what they should be, no network.

@@ -7,8 +7,8 @@ Rank levels run the loop once per static adapter width, so that cost follows ran
 
 - `make_local_training(task, optimizer, batch_size=...)`: of one client; `loss=mine` is
   `(frozen, trainable, start, batch, key) -> (batch,)`, and `local.with_penalty` keeps a penalty out of the recorded losses.
-  `scale=` is the LoRA scale by rank, which the client applies and the server never sees: 1, or
-  `local.alpha_over_rank(α)` = `α/r`, or `local.alpha_over_sqrt_rank(α)` = `α/√r`.
+  `scale=` is the LoRA scale by rank, which the client applies and the server never sees: 1, or `alpha_over_rank(α)` =
+  `α/r`, or `alpha_over_sqrt_rank(α)` = `α/√r`.
 - `make_round(local, rule, lanes=...)`: `(key, state, data) -> (state, info)`, a pure function; `choose_lanes` counts lanes,
   `choose_levels` finds rank levels that pay for their compilation.
 - `init_state`, `simulate`: the state before the first round, and a `lax.scan` over rounds.
@@ -49,7 +49,13 @@ print(int(info.participants), int(state.round))
 from autorank_jax.engine.flops import FlopModel, training_flops
 from autorank_jax.engine.lane_count import choose_lanes
 from autorank_jax.engine.levels import LevelChoice, Workload, choose_levels
-from autorank_jax.engine.local import make_local_training, with_penalty, with_proximal_term
+from autorank_jax.engine.local import (
+    alpha_over_rank,
+    alpha_over_sqrt_rank,
+    make_local_training,
+    with_penalty,
+    with_proximal_term,
+)
 from autorank_jax.engine.optimizers import scale_updates
 from autorank_jax.engine.probe import probe
 from autorank_jax.engine.round import make_round
@@ -60,6 +66,8 @@ __all__ = [
     "History",
     "LevelChoice",
     "Workload",
+    "alpha_over_rank",
+    "alpha_over_sqrt_rank",
     "choose_lanes",
     "choose_levels",
     "init_state",

@@ -6,8 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from autorank_jax.interface import check_least, checked
+from autorank_jax.interface import check_least, check_name, checked
 from autorank_jax.types import Adapter, Batch, FederatedData, Task
+
+FLOPS_PER_SECOND = {"cpu": 1e11, "gpu": 1e13, "tpu": 1e13}
+"""Of one device, small matrices: what choices of lanes and levels reckon with."""
 
 
 class FlopModel(NamedTuple):
@@ -15,6 +18,17 @@ class FlopModel(NamedTuple):
 
     base: float
     per_rank: dict[str, float]
+
+
+def platform_of(name: str | None) -> str:
+    """Return the platform of JAX's default device, or the one that is named.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    platform = name or jax.default_backend()
+    check_name("a platform", platform, FLOPS_PER_SECOND)
+    return platform
 
 
 @checked

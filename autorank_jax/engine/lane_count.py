@@ -4,17 +4,15 @@ import jax
 import numpy as np
 
 from autorank_jax.adapters.lora import max_ranks
-from autorank_jax.engine.flops import training_flops
+from autorank_jax.engine.flops import FLOPS_PER_SECOND, platform_of, training_flops
 from autorank_jax.engine.footprint import training_footprint
 from autorank_jax.federated.checks import check_known
-from autorank_jax.interface import check_least, check_name, checked
+from autorank_jax.interface import check_least, checked
 from autorank_jax.types import FederatedData, Task
 
-_PLATFORMS = ("cpu", "gpu", "tpu")
 _CPU_STEP_FLOPS, _MOST_ON_CPU = 2.0**25, 64
 _LAUNCHES = 2.4  # for every product of a step: counted in compiled rounds of an MLP, a CNN and a transformer
 _LAUNCH_SECONDS = 4e-6
-_FLOPS_PER_SECOND = 1e13  # of an accelerator, small matrices
 _BUSY = 4  # how many times longer a step is to compute than to launch
 _SHARE = 0.8  # of the free memory that lanes may take
 
@@ -51,8 +49,7 @@ def choose_lanes(
         ValueError: for an unknown platform.
     """
     check_known("choose_lanes", data)
-    platform = platform or jax.default_backend()
-    check_name("a platform", platform, _PLATFORMS)
+    platform = platform_of(platform)
     check_least("batch_size", batch_size)
     check_least("cohort", 1 if cohort is None else cohort)
     flops = training_flops(task, data, batch_size=batch_size)
@@ -69,7 +66,7 @@ def choose_lanes(
     memory = free_memory() if memory is None else memory
     fitting = useful if memory is None else int(_SHARE * memory / step.bytes)
     launching = _LAUNCHES * step.products * _LAUNCH_SECONDS
-    return max(1, min(round(_BUSY * launching * _FLOPS_PER_SECOND / per_step), useful, fitting))
+    return max(1, min(round(_BUSY * launching * FLOPS_PER_SECOND[platform] / per_step), useful, fitting))
 
 
 def free_memory(device: jax.Device | None = None) -> int | None:

@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
 from autorank_jax.adapters.lora import level_widths
-from autorank_jax.engine.flops import FlopModel
+from autorank_jax.engine.flops import FLOPS_PER_SECOND, FlopModel, platform_of
 from autorank_jax.interface import checked
 
 Widths = dict[str, int]
@@ -16,7 +15,6 @@ Widths = dict[str, int]
 RankLevels = int | Literal["auto"] | Sequence[Mapping[str, int]]
 
 _COMPILE_SECONDS = 0.7  # of every adapter in every level, tracing included: measured on two CPU cores
-_FLOPS_PER_SECOND = {"cpu": 1e11, "gpu": 1e13, "tpu": 1e13}  # of one device, small matrices
 _MOST_LEVELS = 8
 _MOST_WIDTHS = 32  # that are looked at
 
@@ -89,9 +87,7 @@ def choose_levels(
     Raises:
         ValueError: for no workload, and an unknown platform.
     """
-    platform = platform or jax.default_backend()
-    if platform not in _FLOPS_PER_SECOND:
-        raise ValueError(f"expected a platform among {sorted(_FLOPS_PER_SECOND)}, got {platform!r}")
+    platform = platform_of(platform)
     if not workloads:
         raise ValueError("expected at least one workload, got none")
     paths = sorted(workloads[0].ranks)
@@ -99,7 +95,7 @@ def choose_levels(
         return LevelChoice(({},), 0.0, 0.0)
     widths, lane_steps = _lane_steps(workloads, paths, lanes)
     per_step = batch_size * (flops.base + widths @ np.array([flops.per_rank[path] for path in paths]))
-    seconds = lane_steps * per_step / (_FLOPS_PER_SECOND[platform] * devices)
+    seconds = lane_steps * per_step / (FLOPS_PER_SECOND[platform] * devices)
     ends, totals = _best_ends(seconds)
     compiling = _COMPILE_SECONDS * len(paths)
     count = int(np.argmin(totals + compiling * np.arange(len(totals))))

@@ -47,13 +47,6 @@ Scale = Callable[[Array], Array]
 
 
 @checked
-def constant_scale(value: float = 1.0) -> Scale:
-    """Scale every client's update alike: `x W + value · (x A) B`."""
-    _check_positive("value", value)
-    return lambda rank: jnp.full_like(rank, value)
-
-
-@checked
 def alpha_over_rank(alpha: float) -> Scale:
     """Scale by `alpha / rank`, LoRA's own rule (arXiv 2106.09685)."""
     _check_positive("alpha", alpha)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.adapters.lora import equal_ranks, max_ranks
 from autorank_jax.engine.round import make_round
 from autorank_jax.federated.data import client_stats
 from autorank_jax.interface import check_least, check_share, checked
@@ -75,11 +75,10 @@ def probe(
     check_least("lanes", lanes)
     plain = client_stats(data, classes=classes, groups=groups, extra=extra, max_ratio=max_ratio)
     clients, dtype = data.size.shape[0], state.epoch_losses.dtype
-    widest = max_ranks(state.server.trainable)
     state = state._replace(
         aggregator=(),
         clients=(),
-        ranks={p: jnp.full(clients, max(1, int(ratio * width * (1 + 1e-6))), jnp.int32) for p, width in widest.items()},
+        ranks=equal_ranks(max_ranks(state.server), clients, ratio),
         hparams=state.hparams | {"local_epochs": jnp.asarray(epochs, jnp.int32)},
         epoch_losses=jnp.zeros((clients, epochs), dtype),
         epochs=jnp.zeros(clients, jnp.int32),

@@ -10,7 +10,7 @@ from jax import lax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.adapters.lora import equal_ranks, max_ranks
 from autorank_jax.engine.checks import check_goes_on, strong, why_no_ranks
 from autorank_jax.interface import check_least, checked
 from autorank_jax.types import (
@@ -76,7 +76,7 @@ def init_state(
     if ranks is None:
         if clients is None:
             raise ValueError("expected clients=, got none: there are no ranks to count them by")
-        ranks = {path: jnp.full(clients, rank, jnp.int32) for path, rank in max_ranks(server.trainable).items()}
+        ranks = equal_ranks(max_ranks(server), clients)
     clients = _check_ranks(server, ranks, clients)
     dtype = jnp.result_type(float)
     numbers = hparams if learning_rate is None else {"learning_rate": learning_rate, **hparams}

@@ -1,8 +1,8 @@
 """What was learnt, and what it cost.
 
 `make_evaluate` tests the server's model after a round; `class_accuracy` by class; `label_weighted_accuracy` predicts every
-client's accuracy from its label mix; `with_personal_scores` measures clients on examples of their own, before and after
-local training. `make_evaluate_language` and `client_perplexities` are for language models, `continue_text` lets one speak. `privacy` accounts for the noise of private rounds. `client_costs` counts parameters, bytes in either direction and FLOPs of every client.
+client's accuracy from its label mix; `personal_scores` measures clients on examples of their own, before and after local
+training. `make_evaluate_language` and `client_perplexities` are for language models, `continue_text` lets one speak. `privacy` accounts for the noise of private rounds. `client_costs` counts parameters, bytes in either direction and FLOPs of every client.
 
 ```python
 import autorank_jax as ar
@@ -36,13 +36,14 @@ if TYPE_CHECKING:
         label_weighted_accuracy,
         make_evaluate,
         regression_metrics,
-        summarise_clients,
-        with_personal_scores,
+        summarize_clients,
     )
+    from autorank_jax.evaluation.personal import PersonalScores, personal_scores, with_personal_scores
 else:
     __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
+    "PersonalScores",
     "class_accuracy",
     "classification_metrics",
     "client_costs",
@@ -52,8 +53,9 @@ __all__ = [
     "language_flops",
     "make_evaluate",
     "make_evaluate_language",
+    "personal_scores",
     "privacy",
     "regression_metrics",
-    "summarise_clients",
+    "summarize_clients",
     "with_personal_scores",
 ]

@@ -1,7 +1,6 @@
 """What a federation has learnt: accuracy of the server, by class and of clients."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +10,14 @@ from jax.typing import ArrayLike
 
 from autorank_jax.adapters.lora import cut, level_widths, max_ranks, rank_level, rank_masks
 from autorank_jax.adapters.losses import check_outputs, regression_loss
-from autorank_jax.federated.batches import steps_per_epoch, take_batch
 from autorank_jax.interface import check_least, checked, describe
 from autorank_jax.types import (
-    Aggregator,
     Array,
-    Client,
-    ClientUpdate,
     EvaluateFn,
-    FederatedData,
     PyTree,
     Server,
     State,
     Task,
-    Trainable,
 )
 
 Metrics = Callable[[Array, PyTree], dict[str, Array]]
@@ -216,67 +209,8 @@ def label_weighted_accuracy(
     return jnp.sum(shares * table[level], axis=1)
 
 
-class PersonalScores(NamedTuple):
-    """Each client's accuracy on examples of its own that it did not train on."""
-
-    before: Array  # (clients,) of the server cut to the client's rank
-    after: Array  # (clients,) after the client's local training
-    examples: Array  # (clients,) int32 they were measured on; 0 for clients without any, absent, or diverged
-
-
 @checked
-def with_personal_scores(rule: Aggregator, task: Task, held_out: FederatedData, *, batch_size: int = 64) -> Aggregator:
-    """Make a rule measure, in place of aggregating, every client before and after its local training.
-
-    Run one ordinary round with it: the server stays, and `state.clients[1]` holds the `PersonalScores`. Give it the
-    rule that the federation was trained with, so that clients start from what that rule hands them.
-
-    Args:
-        rule: the rule; its state and what clients keep enter, and nothing of them changes.
-        task: the model, a classifier.
-        held_out: examples kept from training, in the same order of clients.
-        batch_size: examples at a time.
-
-    Returns:
-        An aggregator.
-    """
-
-    def correct(server: Server, trainable: Trainable, row: Array) -> Array:
-        def add(step: Array, total: Array) -> Array:
-            batch, _ = take_batch(held_out, row, jnp.zeros(2, jnp.uint32), step, batch_size)
-            logits = task.predict(server.frozen, trainable, batch.inputs)
-            right = classification_metrics(logits, batch.targets)["accuracy"]
-            return total + jnp.sum(right * batch.weight.astype(right.dtype))
-
-        size = held_out.size[row]
-        total = lax.fori_loop(0, steps_per_epoch(size, batch_size), add, jnp.zeros((), jnp.result_type(float)))
-        return total / jnp.maximum(size, 1).astype(total.dtype)
-
-    def keep(update: ClientUpdate, server: Server) -> tuple[PyTree, PersonalScores]:
-        row = update.client.row
-        before, after = correct(server, update.start, row), correct(server, update.trained, row)
-        return update.client.state[0], PersonalScores(before, after, held_out.size[row])
-
-    def start(server: Server, state: PyTree, client: Client) -> Trainable:
-        return rule.start(server, state, client._replace(state=client.state[0]))
-
-    nothing = jnp.zeros((), jnp.result_type(float))
-    unknown = PersonalScores(nothing, nothing, jnp.zeros((), jnp.int32))
-    return rule._replace(
-        start=start,
-        summand=lambda update, server, plan: (),  # noqa: ARG005
-        update=lambda key, sums, state, server: (server, state),  # noqa: ARG005
-        client_init=lambda server: (rule.client_init(server), unknown),
-        client_keep=keep,
-        exact_plan=False,
-        step=None,
-        report=lambda sums, before, after: {},  # noqa: ARG005
-        client_ranks=lambda ranks, clients: rule.client_ranks(ranks, clients[0]),
-    )
-
-
-@checked
-def summarise_clients(values: Array, examples: Array) -> dict[str, Array]:
+def summarize_clients(values: Array, examples: Array) -> dict[str, Array]:
     """Return the mean over clients, the mean weighted by examples, and the worst client.
 
     Args:

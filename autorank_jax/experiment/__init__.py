@@ -10,6 +10,12 @@ partition → probe → rank → rounds for every rule, policy and seed → resu
 - `Run` and `Row`: one policy under one rule and seed, and one round of it.
 - `Results`: everything that was found; `summarize` sums it up as in `summary.json`.
 
+What happens meanwhile goes to `on_event` as an `Event`: `Stage`, `Leveled`, `Compiled` and `Scored` before the rounds,
+then `Started`, `RoundDone` and `Finished` for every run, `Resumed` and `Stopped` where they apply.
+
+The modules `language*` do the same for one federation of a language model, under one policy and rule (`autorank-jax
+finetune`): `run_language(LanguageOptions(...))` returns `LanguageResults`, a `LanguageRow` for every round in them.
+
 ```python
 from autorank_jax.experiment import Experiment, run_experiment, summarize
 
@@ -30,7 +36,21 @@ from autorank_jax.interface.lazy import lazy
 if TYPE_CHECKING:
     from autorank_jax.experiment.checkpoints import Checkpoints
     from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
-    from autorank_jax.experiment.events import Compiled, Event, Finished, Resumed, RoundDone, Scored, Started, Stopped
+    from autorank_jax.experiment.events import (
+        Compiled,
+        Event,
+        Finished,
+        Leveled,
+        Resumed,
+        RoundDone,
+        Scored,
+        Stage,
+        Started,
+        Stopped,
+    )
+    from autorank_jax.experiment.language import run_language
+    from autorank_jax.experiment.language_options import LanguageOptions
+    from autorank_jax.experiment.language_results import LanguageResults, LanguageRow
     from autorank_jax.experiment.position import RoundEnd
     from autorank_jax.experiment.results import DivergedError, Results, Row, Run, Scores, summarize
     from autorank_jax.experiment.run import run_experiment
@@ -45,6 +65,10 @@ __all__ = [
     "Event",
     "Experiment",
     "Finished",
+    "LanguageOptions",
+    "LanguageResults",
+    "LanguageRow",
+    "Leveled",
     "Results",
     "Resumed",
     "RoundDone",
@@ -53,9 +77,11 @@ __all__ = [
     "Run",
     "Scored",
     "Scores",
+    "Stage",
     "Started",
     "Stopped",
     "experiment_from",
     "run_experiment",
+    "run_language",
     "summarize",
 ]

@@ -185,7 +185,7 @@ class Experiment:
         if not self.dp_epsilon:
             return None
         fixed = self.cohort < self.clients and self.sampling != "independent"
-        rate = self.cohort / self.clients if fixed or self.sampling != "independent" else self.participation
+        rate = self.cohort / self.clients if self.sampling != "independent" else self.participation
         budget = self.dp_epsilon, self.dp_delta, self.dp_noise, self.dp_ranks
         return privacy.make_privacy(*budget, rounds=self.rounds, rate=rate, clients=self.clients if fixed else None)
 

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from autorank_jax.adapters.lora import equal_ranks, max_ranks
 from autorank_jax.engine.flops import FlopModel
 from autorank_jax.evaluation.costs import ClientCosts, client_costs
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.results import Costs
-from autorank_jax.experiment.setup import Federation, full_ranks, make_faults, make_participation
+from autorank_jax.experiment.setup import Federation, make_faults, make_participation
 from autorank_jax.federated import faults
 from autorank_jax.types import Aggregator, FederatedData, Key, State
 
@@ -31,7 +32,8 @@ def probe_flops(experiment: Experiment, federation: Federation, flops: FlopModel
     """Return what the probe costs: all clients at full rank."""
     if not experiment.probed:
         return 0.0
-    size, full = federation.stats.size, full_ranks(federation.task, federation.stats.size.shape[0])
+    size, widest = federation.stats.size, max_ranks(federation.task)
+    full = equal_ranks(widest, size.shape[0])
     each = client_costs(federation.task.server, full, size, flops, local_epochs=experiment.probe_epochs)
     return float(each.flops.sum())
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from autorank_jax.experiment.results import Scores
 from autorank_jax.ranks import mcda
-from autorank_jax.ranks.criteria import CRITERIA
+from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
 from autorank_jax.types import Array, ClientStats
 
 LEAST_VARIATION = 0.05
@@ -56,7 +56,7 @@ def swapped_pairs(scores: Scores, *, seed: int = 0) -> float:
         ones, present = jnp.ones(size.shape, jnp.float32), jnp.ones(size.shape, bool)
         stats = ClientStats(size, label_counts, None, None, None, max_ratio=ones, where=present)
         columns = [
-            kept[:, place] if name == "loss_entropy" else CRITERIA[name](stats).astype(jnp.float32)
+            kept[:, place] if name in NEEDS_LOSSES else CRITERIA[name](stats).astype(jnp.float32)
             for place, name in enumerate(scores.criteria)
         ]
         matrix = jnp.stack(columns, axis=1)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax.adapters import max_ranks
+from autorank_jax.adapters.lora import equal_ranks, max_ranks
 from autorank_jax.engine.probe import probe
 from autorank_jax.engine.round import make_round
 from autorank_jax.evaluation.costs import client_costs
@@ -23,7 +23,6 @@ from autorank_jax.evaluation.language import (
     make_evaluate_language,
 )
 from autorank_jax.experiment.checkpoints import Checkpoints
-from autorank_jax.experiment.config import GLOBAL_RULES
 from autorank_jax.experiment.events import Resumed
 from autorank_jax.experiment.language_options import LanguageOptions, as_json
 from autorank_jax.experiment.language_position import LanguagePosition, Save, make_save, restore
@@ -38,6 +37,7 @@ from autorank_jax.experiment.language_results import (
 )
 from autorank_jax.experiment.language_setup import Parts, begin, make_parts, mistakes_of, shortest_prompt
 from autorank_jax.experiment.waiting import wait_for
+from autorank_jax.interface import checked
 from autorank_jax.ranks import budgets, policies
 from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
 from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy, Server, State, Task
@@ -62,6 +62,7 @@ class Tools(NamedTuple):
     answer: np.ndarray
 
 
+@checked
 def run_language(
     options: LanguageOptions,
     *,
@@ -85,7 +86,7 @@ def run_language(
         CheckpointError: for checkpoints of something else, damaged ones, or those of a newer version.
         LanguageDivergedError: for a loss that is no number.
     """
-    options.validate(GLOBAL_RULES)
+    options.validate()
     options = dataclasses.replace(options, learning_rate=options.rate)
     clock = Clock(on_event)
     parts = make_parts(options, clock)
@@ -148,10 +149,7 @@ def run_probe(key: Key, options: LanguageOptions, parts: Parts, clock: Clock) ->
     Raises:
         ConfigurationError: if no client's losses are finite.
     """
-    widest = max_ranks(parts.task)
-    ranks = {
-        path: jnp.full(len(parts.names), max(1, int(PROBE_RATIO * width)), jnp.int32) for path, width in widest.items()
-    }
+    ranks = equal_ranks(max_ranks(parts.task), len(parts.names), PROBE_RATIO)
     cost = client_costs(parts.task.server, ranks, parts.data.size, parts.flops, local_epochs=options.probe_epochs)
     flops = float(cost.flops.sum())
 
@@ -185,7 +183,7 @@ def rank_policy(options: LanguageOptions) -> RankPolicy:
         return policies.uniform(1.0)
     criteria = [name for name in CRITERIA if options.probed or name not in NEEDS_LOSSES]
     scored = policies.autorank(criteria=criteria, min_ratio=options.min_ratio)
-    return budgets.with_one_ratio(scored) if options.policy == "uniform" else scored
+    return budgets.with_one_ratio(scored) if options.policy == "uniform_bytes" else scored
 
 
 def make_ranking(
@@ -233,7 +231,7 @@ def run_rounds(
     clock.end()
     while position.round < options.rounds:
         up, down, flops = cost_of(options, parts, position.state)
-        clock.begin(f"round {position.round + 1} of {options.rounds}", flops)
+        clock.begin(f"round {position.round + 1} of {options.rounds}", flops, number=position.round + 1)
         state, done = wait_for(compiled(key, position.state, parts.data))
         seconds = clock.end(flops=flops, tell=False)
         scores = _scores(wait_for(tools.evaluate(state)))

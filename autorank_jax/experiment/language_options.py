@@ -1,13 +1,14 @@
 """The options of a federation of language models, checked at once."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from autorank_jax.experiment.config import GLOBAL_RULES
 from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, outside, unknown
 
-LANGUAGE_POLICIES = ("autorank", "uniform", "full")
+LANGUAGE_POLICIES = ("autorank", "uniform_bytes", "full")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -28,7 +29,8 @@ class LanguageOptions:
         dtype: of the weights: auto (as the files have it), float32, bfloat16
         max_rank: rank of the most complex client, in every projection
         min_ratio: share of it that the least complex client gets
-        policy: autorank (by the complexity of a client's data), uniform (AutoRank's mean for all, so equal bytes), full
+        policy: autorank (by the complexity of a client's data), uniform_bytes (AutoRank's mean for all, so equal
+            bytes), full (everybody at the maximum)
         probe_epochs: epochs of the probe behind the criterion loss_entropy, at an eighth of the maximum rank; 0 = leave
             the criterion out
         aggregator: aggregation rule
@@ -73,11 +75,8 @@ class LanguageOptions:
         """Return whether there is a probe: ranks of equal size need none."""
         return self.probe_epochs > 0 and self.policy != "full"
 
-    def validate(self, rules: Iterable[str]) -> None:
+    def validate(self) -> None:
         """Check all options that need no file.
-
-        Args:
-            rules: names of the aggregation rules.
 
         Raises:
             ConfigurationError: naming all mistakes.
@@ -96,7 +95,7 @@ class LanguageOptions:
             *not_in_float32("learning_rate", self.rate),
             *unknown("policy", [self.policy], LANGUAGE_POLICIES),
             *unknown("dtype", [self.dtype], DTYPES),
-            *unknown("aggregator", [self.aggregator], rules),
+            *unknown("aggregator", [self.aggregator], GLOBAL_RULES),
         ]
         if problems:
             raise ConfigurationError(problems)

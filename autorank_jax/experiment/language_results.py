@@ -15,9 +15,10 @@ class Begun(NamedTuple):
 
     name: str
     expected: float | None = None  # seconds, where earlier stages tell
+    round: int = 0  # its number, from 1; 0 where it is no round
 
 
-class Stage(NamedTuple):
+class Ended(NamedTuple):
     """Event: a stage is over; of rounds the row tells."""
 
     name: str
@@ -25,7 +26,7 @@ class Stage(NamedTuple):
     detail: str = ""
 
 
-LanguageEvent = Begun | Stage | Resumed
+LanguageEvent = Begun | Ended | Resumed
 
 
 class LanguageRow(NamedTuple):
@@ -85,10 +86,10 @@ class Clock:
         self.name, self.began = "", 0.0
         self.rate: float | None = None  # FLOPs of training per second, as they are counted
 
-    def begin(self, name: str, flops: float = 0.0) -> None:
-        """Begin a stage, which trains so much."""
+    def begin(self, name: str, flops: float = 0.0, *, number: int = 0) -> None:
+        """Begin a stage, which trains so much, and has a number where it is a round."""
         self.name, self.began = name, time.perf_counter()
-        self.on_event(Begun(name, flops / self.rate if self.rate and flops else None))
+        self.on_event(Begun(name, flops / self.rate if self.rate and flops else None, number))
 
     def end(self, detail: str = "", *, flops: float = 0.0, tell: bool = True) -> float:
         """End the stage, which has trained so much, and return its seconds."""
@@ -96,8 +97,37 @@ class Clock:
         if flops:
             self.rate = flops / max(seconds, 1e-9)
         if tell:
-            self.on_event(Stage(self.name, seconds, detail))
+            self.on_event(Ended(self.name, seconds, detail))
         return seconds
+
+
+def summarize_language(results: LanguageResults) -> dict[str, Any]:
+    """Return what `summary.json` says; costs are those of all rounds and clients."""
+    first, last = results.rows[0], results.rows[-1]
+    clients = [client for client in results.clients if client.before is not None and client.after is not None]
+    befores, afters = ([getattr(client, name) for client in clients] for name in ("before", "after"))
+
+    def total(name: str) -> float:
+        return float(sum(getattr(row, name) for row in results.rows))
+
+    def told(values: list[float]) -> dict[str, float | None]:
+        return {"mean": sum(values) / len(values) if values else None, "worst": max(values, default=None)}
+
+    ranks = [client.rank for client in results.clients]
+    return {
+        "perplexity": {"before": first.perplexity, "after": last.perplexity},
+        "clients_perplexity": {"before": told(befores), "after": told(afters)},
+        "ranks": {"least": min(ranks), "mean": sum(ranks) / len(ranks), "most": max(ranks)},
+        "bytes_up": total("bytes_up"),
+        "bytes_down": total("bytes_down"),
+        "flops": total("flops"),
+        "probe_flops": results.probe_flops,
+        "seconds": total("seconds"),
+        "texts": results.texts,
+        "criteria_weights": results.weights,
+        "clients": [client._asdict() for client in results.clients],
+        "sample": results.sample._asdict(),
+    }
 
 
 def check_round(number: int, perplexity: float, info: RoundInfo) -> None:

@@ -9,6 +9,8 @@ AGGREGATORS = (
     "zero_pad", "rbla", "hetlora", "flexlora", "flora", "ffa_lora", "raflora", "owner_merge", "fedavg", "local_only",
     "fedex_lora", "fedsa_lora", "rolora", "florist", "lora_fair",
 )  # fmt: skip
+DIFFERENTIALLY_PRIVATE = ("zero_pad", "rbla", "ffa_lora", "rolora", "fedsa_lora", "fedavg")
+"""Of them, those of whose sums one client changes no more than the clip: `with_differential_privacy` takes them."""
 CRITERIA = ("size", "classes", "label_entropy", "gini_simpson", "loss_entropy")
 NEEDS_LOSSES = frozenset({"loss_entropy"})
 """Of the criteria, those that need a probe."""

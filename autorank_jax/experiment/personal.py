@@ -4,16 +4,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from numpy.typing import ArrayLike
 
 from autorank_jax import evaluation
 from autorank_jax.datasets import Dataset
-from autorank_jax.engine import make_local_training, make_round
-from autorank_jax.evaluation.metrics import PersonalScores
+from autorank_jax.engine import make_local_training
 from autorank_jax.experiment.config import PERSONAL_RULES, Experiment
 from autorank_jax.experiment.setup import Federation, lane_count, make_aggregator, make_optimizer
-from autorank_jax.federated import from_parts
+from autorank_jax.federated import from_parts, split_test_set
 from autorank_jax.types import Array, FederatedData, Key, State
 
 Measure = Callable[[Federation, State], dict[str, dict[str, float]]]
@@ -26,30 +23,6 @@ the accuracies, which then speak for the others alone.
 
 SERVER_WIDTHS = 4
 """At how many ranks the server is tested where rank levels are chosen by what they save."""
-
-
-def split_test_set(label_counts: ArrayLike, labels: ArrayLike) -> list[np.ndarray]:
-    """Share test examples out over the clients, each class in proportion to their training examples of it.
-
-    So every client is tested on its own label mix, by examples that nobody trained on and no other client is given.
-    Clients of few examples may get none.
-
-    Args:
-        label_counts: `(clients, classes)` training examples.
-        labels: `(n,)` of the test examples.
-
-    Returns:
-        Of each client, the numbers of its test examples. Classes that nobody trains on go to nobody.
-    """
-    counts, labels = np.asarray(label_counts, np.float64), np.asarray(labels)
-    parts: list[list[np.ndarray]] = [[] for _ in counts]
-    for label in np.flatnonzero(counts.sum(axis=0)):
-        members = np.flatnonzero(labels == label)
-        shares = np.cumsum(counts[:, label])
-        ends = np.rint(members.size * shares / shares[-1]).astype(np.int64)
-        for part, mine in zip(parts, np.split(members, ends[:-1]), strict=True):
-            part.append(mine)
-    return [np.sort(np.concatenate(part)) if part else np.zeros(0, np.int64) for part in parts]
 
 
 def make_measure(experiment: Experiment, name: str, federation: Federation, dataset: Dataset) -> Measure:
@@ -70,26 +43,21 @@ def make_measure(experiment: Experiment, name: str, federation: Federation, data
     lanes = lane_count(experiment, federation, cohort=experiment.clients)
     inputs, labels = jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test)
 
-    def train_once(key: Key, state: State, data: FederatedData, own: FederatedData) -> PersonalScores:
-        scoring = evaluation.with_personal_scores(rule, task, own)
-        blank = scoring.client_init(state.server)[1]
-        scores = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, data.size.shape), blank)
-        round_fn = make_round(local, scoring, lanes=lanes, rank_levels=experiment.rank_levels)
-        return round_fn(key, state._replace(clients=(state.clients, scores)), data)[0].clients[1]
+    options = {"lanes": lanes, "rank_levels": experiment.rank_levels}
 
     @jax.jit
     def measured(key: Key, state: State, data: FederatedData, own: FederatedData, counts: Array) -> dict:
-        scores = train_once(key, state, data, own)
+        scores = evaluation.personal_scores(key, local, rule, state, data, task=task, held_out=own, **options)
         diverged = {"diverged": jnp.sum((own.size > 0) & (data.size > 0) & (scores.examples == 0))}
         found = {
-            "before": evaluation.summarise_clients(scores.before, scores.examples) | diverged,
-            "after": evaluation.summarise_clients(scores.after, scores.examples) | diverged,
+            "before": evaluation.summarize_clients(scores.before, scores.examples) | diverged,
+            "after": evaluation.summarize_clients(scores.after, scores.examples) | diverged,
         }
         if name in PERSONAL_RULES:
             return found
         levels = SERVER_WIDTHS if experiment.rank_levels == "auto" else experiment.rank_levels
         predicted = evaluation.label_weighted_accuracy(task, state, counts, inputs, labels, rank_levels=levels)
-        return {"label_weighted": evaluation.summarise_clients(predicted, jnp.sum(counts, axis=1))} | found
+        return {"label_weighted": evaluation.summarize_clients(predicted, jnp.sum(counts, axis=1))} | found
 
     def measure(federation: Federation, state: State) -> dict[str, dict[str, float]]:
         counts = federation.stats.label_counts

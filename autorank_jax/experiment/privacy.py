@@ -5,9 +5,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from autorank_jax.evaluation import privacy
+from autorank_jax.experiment.names import DIFFERENTIALLY_PRIVATE
 
-RULES = ("zero_pad", "rbla", "ffa_lora", "rolora", "fedsa_lora", "fedavg")
-"""Aggregation rules of whose sums one client changes no more than the clip."""
 RANKS = ("public", "private")
 RELEASE_SHARE = 0.1
 """Of the budget, for the label counts behind private ranks."""
@@ -44,10 +43,10 @@ class Privacy(NamedTuple):
 def problems(e: Any, known: Container[str]) -> Iterable[str]:
     """Yield a line for what cannot be private among an experiment's options; unknown rules are told elsewhere."""
     for rule in e.aggregators:
-        if rule in known and rule not in RULES:
+        if rule in known and rule not in DIFFERENTIALLY_PRIVATE:
             yield (
-                f"aggregators: expected with --dp-epsilon out of {', '.join(RULES)}, got {rule}: what one "
-                "client changes in its sums has no bound; use --aggregators rbla"
+                f"aggregators: expected with --dp-epsilon out of {', '.join(DIFFERENTIALLY_PRIVATE)}, got {rule}: what "
+                "one client changes in its sums has no bound; use --aggregators rbla"
             )
     for option, wrong in (("clip_norm", e.clip_norm), ("rerank_every", e.rerank_every)):
         if wrong:

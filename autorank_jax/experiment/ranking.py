@@ -138,6 +138,6 @@ def rank_again(ranking: Ranking, federation: Federation, policy: str, state: Sta
     return state._replace(ranks=ranked[policy].ranks)
 
 
-def charged_flops(scores: Scores, policy: str) -> float:
+def own_probe_flops(scores: Scores, policy: str) -> float:
     """Return what a policy is charged for the probe: nothing where no client's ratio comes from its score."""
     return scores.probe_flops if policy in PROBE_POLICIES else 0.0

@@ -100,7 +100,7 @@ class Results(NamedTuple):
     compile_seconds: Mapping[str, float]  # by aggregator
     device: str
     versions: Mapping[str, str]
-    score: str = "accuracy"  # what accuracies are: accuracy, or "r2", the share of variance explained
+    score: str = "accuracy"  # what accuracies are, in `SCORES`: accuracy, or "r2", the share of variance explained
     stopped: str = ""  # why it ended before its time, if it did
 
 
@@ -118,12 +118,21 @@ class DivergedError(RuntimeError):
         super().__init__(message)
 
 
+SCORES = {"accuracy": "accuracy", "r2": "R²"}
+"""What accuracies are, as files name it and as it is shown."""
+
+
+def run_name(policy: str, aggregator: str, *, several: bool) -> str:
+    """Return how a policy under a rule is called: by both, where there are several rules."""
+    return f"{policy}+{aggregator}" if several else policy
+
+
 def run_names(results: Results) -> dict[str, list[Run]]:
     """Group the runs of all seeds by name: the policy, or `policy+aggregator` where there are several aggregators."""
     several = len({run.aggregator for run in results.runs}) > 1
     groups: dict[str, list[Run]] = {}
     for run in results.runs:
-        groups.setdefault(f"{run.policy}+{run.aggregator}" if several else run.policy, []).append(run)
+        groups.setdefault(run_name(run.policy, run.aggregator, several=several), []).append(run)
     return groups
 
 

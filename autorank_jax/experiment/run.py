@@ -21,7 +21,7 @@ from autorank_jax.engine import FlopModel, make_local_training, make_round, trai
 from autorank_jax.engine.probe import discard
 from autorank_jax.evaluation import make_evaluate
 from autorank_jax.experiment.checkpoints import Checkpoints, Save, last_good, make_save, restore_position
-from autorank_jax.experiment.compiling import CompiledRound, serves
+from autorank_jax.experiment.compiling import CompiledRound, compile_fitting, serves
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.costs import CostFn, expected_costs, make_round_cost
 from autorank_jax.experiment.events import (
@@ -36,7 +36,7 @@ from autorank_jax.experiment.events import (
     Started,
     Stopped,
 )
-from autorank_jax.experiment.launch import compile_fitting, describe_machine, is_first
+from autorank_jax.experiment.launch import describe_machine, is_first
 from autorank_jax.experiment.levels import expected_levels, given_levels, levels_for
 from autorank_jax.experiment.personal import Measure, make_measure
 from autorank_jax.experiment.position import (
@@ -49,8 +49,15 @@ from autorank_jax.experiment.position import (
     is_evaluated,
     next_row,
 )
-from autorank_jax.experiment.ranking import Ranking, charged_flops, first_ranks, make_ranking, rank_again, score_clients
-from autorank_jax.experiment.results import DivergedError, Record, Results, Run, Scores
+from autorank_jax.experiment.ranking import (
+    Ranking,
+    first_ranks,
+    make_ranking,
+    own_probe_flops,
+    rank_again,
+    score_clients,
+)
+from autorank_jax.experiment.results import SCORES, DivergedError, Record, Results, Run, Scores
 from autorank_jax.experiment.setup import (
     Federation,
     lane_count,
@@ -138,11 +145,11 @@ def run_experiment(
     needing = [name for name in experiment.aggregators if position.needs_rounds(experiment, name)]
     position, scores, compiled = score(experiment, setup, position, mesh, on_event, total=len(needing))
     runs: list[Run] = []
+    measure = "accuracy" if dataset.classes else "r2"
 
     def results() -> Results:
         config, seconds = dataclasses.asdict(experiment), dict(position.seconds)
-        score = "accuracy" if dataset.classes else "r2"
-        return Results(config, tuple(scores), tuple(runs), seconds, score=score, **machine)
+        return Results(config, tuple(scores), tuple(runs), seconds, score=measure, **machine)
 
     for name in experiment.aggregators:
         rule = make_aggregator(name, experiment)
@@ -167,7 +174,7 @@ def run_experiment(
                     start = start._replace(epoch_losses=losses, epochs=epochs)
                 position = position.begin(Record(policy, name, federation.seed), start)
             record = position.records[len(runs)]
-            on_event(Started(policy, name, federation.seed, record.round, "accuracy" if dataset.classes else "R²"))
+            on_event(Started(policy, name, federation.seed, record.round, SCORES[measure]))
             try:
                 if program and not record.over:
                     position = run_rounds(
@@ -175,9 +182,9 @@ def run_experiment(
                     )
             except _Halted as halt:
                 if halt.record.rows:
-                    runs.append(finish_run(halt.record, seen, costs, charged_flops(seen, policy)))
+                    runs.append(finish_run(halt.record, seen, costs, own_probe_flops(seen, policy)))
                 end_early(halt.error, results(), hooks, last_good(checkpoints, halt.record))
-            runs.append(finish_run(position.records[len(runs)], seen, costs, charged_flops(seen, policy)))
+            runs.append(finish_run(position.records[len(runs)], seen, costs, own_probe_flops(seen, policy)))
             on_event(Finished(runs[-1]))
     return results()
 
@@ -343,7 +350,7 @@ def run_rounds(
         _Halted: of whatever was raised; a `DivergedError`, if the loss is no number any more.
     """
     record, state, key = position.records[-1], position.state, federation.keys["training"]
-    spent, privacy = charged_flops(scores, record.policy), experiment.privacy
+    spent, privacy = own_probe_flops(scores, record.policy), experiment.privacy
     try:
         while not record.over:
             assert state is not None

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from autorank_jax import aggregators, datasets, federated, models
-from autorank_jax.adapters import classification_loss, max_ranks, regression_loss, task_from_nnx
+from autorank_jax.adapters import classification_loss, regression_loss, task_from_nnx
 from autorank_jax.aggregators.privacy import PrivateState
 from autorank_jax.datasets import Dataset
 from autorank_jax.engine import choose_lanes, init_state
@@ -72,8 +72,8 @@ def make_federations(experiment: Experiment, dataset: Dataset) -> list[Federatio
     if experiment.split == "staircase" and experiment.clients != (dataset.classes or BINS):
         raise ConfigurationError(
             [
-                f"--clients must be {dataset.classes or BINS} on the staircase split, one for each class, not "
-                f"{experiment.clients}; use --split dirichlet_lognormal for any number"
+                f"clients: expected {dataset.classes or BINS} on the staircase split, one for each class, got "
+                f"{experiment.clients}; --split dirichlet_lognormal takes any number"
             ]
         )
     inputs, targets, classes = jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train), dataset.classes or None
@@ -206,11 +206,6 @@ def make_model(
     return models.DeepCNN(channels, classes, rngs=rngs), {p: max(1, rank // 2) for p, rank in ranks.items()}
 
 
-def full_ranks(task: Task, clients: int) -> dict[str, Array]:
-    """Return the maximum rank of every layer for every client, `(clients,)` by layer."""
-    return {path: jnp.full(clients, rank, jnp.int32) for path, rank in max_ranks(task.server.trainable).items()}
-
-
 def start_state(
     experiment: Experiment, federation: Federation, rule: Aggregator, ranks: Mapping[str, Array] | None = None
 ) -> State:
@@ -219,7 +214,7 @@ def start_state(
     state = init_state(
         federation.task.server,
         rule,
-        full_ranks(federation.task, clients) if ranks is None else ranks,
+        ranks,
         learning_rate=learning_rates(experiment),
         local_epochs=experiment.local_epochs,
         max_epochs=max(experiment.local_epochs, experiment.probe_epochs),
@@ -247,9 +242,9 @@ def _schedule(kind: str, rate: float, rounds: int) -> Callable[[Array], Array]:
     return optax.linear_schedule(rate / 10, rate, max(1, rounds // 10))
 
 
-def make_aggregator(name: str, experiment: Experiment | None = None) -> Aggregator:
+def make_aggregator(name: str, experiment: Experiment) -> Aggregator:
     """Make an aggregation rule by name, with an experiment's server step and clipping of what clients send."""
-    rule, e = aggregators.RULES[name](), experiment or Experiment()
+    rule, e = aggregators.RULES[name](), experiment
     if e.server_learning_rate != 1 or e.server_momentum:
         step = optax.sgd(e.server_learning_rate, momentum=e.server_momentum or None)
         rule = aggregators.with_server_optimizer(rule, step)

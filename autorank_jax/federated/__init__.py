@@ -4,7 +4,8 @@
   make it of arrays or pytrees of arrays. Nothing is padded to the largest client.
 - `ClientStats`: what rank policies may look at; `client_stats(data, classes=...)`, or `groups=` where there are no labels.
 - `text_clients(instructions, tokenizer, length=..., clients_by="category")`: clients of instructions, texts packed into rows.
-- `partition`: splits: IID, Dirichlet, shards, quantity, staircase, Dirichlet × log-normal.
+- `partition`: splits: IID, Dirichlet, shards, quantity, staircase, Dirichlet × log-normal. `partition.holdout` keeps a share of
+  every client's examples from training, `split_test_set` shares a test set out by the clients' labels.
 - participation: `everyone`, `sample_uniformly`, `sample_by_size`, `sample_independently`; `by_examples` and `equally` weigh.
 - `faults`: drop-out, stragglers, broken clients.
 
@@ -22,6 +23,7 @@ print(data.size.shape, stats.label_counts.shape)
 """  # noqa: E501
 
 from autorank_jax.federated.data import client_stats, from_client_ids, from_parts
+from autorank_jax.federated.held_out import split_test_set
 from autorank_jax.federated.participation import (
     by_examples,
     equally,
@@ -44,6 +46,7 @@ __all__ = [
     "sample_by_size",
     "sample_independently",
     "sample_uniformly",
+    "split_test_set",
     "text_clients",
     "text_rows",
 ]

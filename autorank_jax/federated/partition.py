@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autorank_jax.federated.checks import concatenate_parts, looks_one_hot, part_sizes
+from autorank_jax.federated.held_out import held_counts
 from autorank_jax.interface import check_least, check_name, check_share, checked
 
 Seed = int | np.random.Generator
@@ -295,7 +296,7 @@ def holdout(parts: Sequence[ArrayLike], fraction: float, *, seed: Seed) -> tuple
     order = concatenate_parts(parts, size)
     owner = np.repeat(np.arange(len(size)), size)
     order = order[np.lexsort((_generator(seed).random(order.size), owner))]  # shuffled within each client
-    held = np.floor(fraction * size * (1 + 1e-12)).astype(np.int64)  # a tenth of 10 is 1, whatever rounding says
+    held = held_counts(fraction, size)
     place = np.arange(order.size) - np.repeat(np.cumsum(size) - size, size)
     out = place < np.repeat(held, size)
     return _slices(order[~out], size - held), _slices(order[out], held)

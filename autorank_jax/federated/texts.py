@@ -10,6 +10,7 @@ import numpy as np
 from autorank_jax.datasets.chat import Tokenizer, make_chat
 from autorank_jax.datasets.instructions import Instructions
 from autorank_jax.federated.data import client_stats, from_parts
+from autorank_jax.federated.held_out import held_counts
 from autorank_jax.federated.partition import dirichlet
 from autorank_jax.interface import checked
 from autorank_jax.types import ClientStats, FederatedData, Tokens
@@ -128,7 +129,7 @@ def _held_out(owner: np.ndarray, share: float, seed: int) -> np.ndarray:
     rng, held = np.random.default_rng(seed), np.zeros(len(owner), bool)
     for number in np.unique(owner):
         mine = rng.permutation(np.flatnonzero(owner == number))
-        held[mine[: int(share * len(mine))]] = True
+        held[mine[: held_counts(share, len(mine))]] = True
     return held
 
 

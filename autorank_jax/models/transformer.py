@@ -12,7 +12,7 @@ from flax import nnx
 from autorank_jax.interface import check_counts, check_least, check_share, checked
 from autorank_jax.types import Array
 
-Tokens = dict[str, Array]
+Texts = dict[str, Array]
 """A batch of texts: "ids" `(b, length)` integers and "mask" `(b, length)`, 0 or False where padded."""
 
 
@@ -104,7 +104,7 @@ class Encoder(nnx.Module):
         self.dropout = nnx.Dropout(size.dropout, rngs=rngs)
         self.blocks = nnx.List([Block(size, pre_norm=False, rngs=rngs) for _ in range(size.depth)])
 
-    def __call__(self, texts: Tokens) -> Array:
+    def __call__(self, texts: Texts) -> Array:
         """Map texts to `(b, length, width)`."""
         ids, mask = texts["ids"].astype(jnp.int32), texts["mask"].astype(bool)
         place, first = jnp.arange(ids.shape[1], dtype=jnp.int32), jnp.zeros(1, jnp.int32)
@@ -137,7 +137,7 @@ class TextClassifier(nnx.Module):
         self.encoder = encoder
         self.head = nnx.Linear(encoder.norm.num_features, classes, rngs=rngs)
 
-    def __call__(self, texts: Tokens) -> Array:
+    def __call__(self, texts: Texts) -> Array:
         """Map texts to logits `(b, classes)`."""
         return self.head(mean_pool(self.encoder(texts), texts["mask"]))
 

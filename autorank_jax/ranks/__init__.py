@@ -21,7 +21,8 @@ same ranks. Conclusions need random splits, equal budgets, shuffled ranks and se
 A policy is any `(key, ClientStats) -> (ratios, RankInfo)`: `policies` has `autorank`, `by_size`, `uniform`, `manual`;
 `budgets` adapts them (`with_budget`, `with_one_ratio`, `with_coverage`, `with_caps`), `controls` shuffles or reverses
 their ratios. A criterion of your own is a function `ClientStats -> (clients,)` in `autorank(criteria=(..., mine))`, or a
-column of `client_stats(extra=...)`. `criteria` and `mcda` hold the equations, `table_file` reads tables.
+column of `client_stats(extra=...)`. `criteria` and `mcda` hold the equations, `table_file` reads tables;
+`private_counts` releases label counts with noise, for ranks under differential privacy.
 
 ```python
 from autorank_jax import autorank_ranks
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from autorank_jax.ranks.criteria import complexity_matrix, gini_simpson, label_entropy, loss_entropy
     from autorank_jax.ranks.mcda import critic_weights, topsis
     from autorank_jax.ranks.policies import autorank_ranks, ranks_from_ratios, with_reranking
+    from autorank_jax.ranks.private import private_counts
 else:
     __getattr__, __dir__ = lazy(__name__)
 
@@ -49,6 +51,7 @@ __all__ = [
     "gini_simpson",
     "label_entropy",
     "loss_entropy",
+    "private_counts",
     "ranks_from_ratios",
     "topsis",
     "with_reranking",

@@ -40,7 +40,7 @@ def measure(sigma: float, repeats: int) -> harness.Row:
     data = workloads.clients_of(dataset, parts)
     model = workloads.mlp(workloads.SIZES, (MAX_RANK,) * 3)
     ranks = workloads.uniform_ranks(model, data)
-    workload = workloads.assemble("imbalance", model, data, ranks, batch_size=BATCH_SIZE, momentum=0.9)
+    workload = workloads.workload_of("imbalance", model, data, ranks, batch_size=BATCH_SIZE, momentum=0.9)
     entries = {"queue": make_ours(workload, workload.lanes), "lockstep": make_engine("lockstep", workload)}
     turns = harness.alternate({name: entry.run for name, entry in entries.items()}, repeats)
     seconds = {name: harness.summary(times) for name, times in turns.items()}

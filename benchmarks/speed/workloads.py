@@ -108,7 +108,7 @@ def uniform_ranks(model: Model, data: FederatedData, ratio: float = 1.0) -> dict
     return policies.ranks_from_ratios(ratios, max_ranks(model.task.server.trainable))
 
 
-def assemble(
+def workload_of(
     name: str,
     model: Model,
     data: FederatedData,
@@ -118,7 +118,7 @@ def assemble(
     rank_levels: int = 1,
     momentum: float | None = None,
 ) -> Workload:
-    """Put a workload together: SGD at a learning rate that is data, RBLA, one local epoch."""
+    """Make a workload: SGD at a learning rate that is data, RBLA, one local epoch."""
     task, rule = model.task, aggregators.rbla()
     local = make_local_training(task, lambda h: optax.sgd(h["learning_rate"], momentum), batch_size=batch_size)
     state = init_state(task.server, rule, ranks, learning_rate=LEARNING_RATE)
@@ -145,32 +145,32 @@ def make_tiny(clients: int, quick: bool) -> Workload:
     clients = 8 if quick else clients
     model = mlp((64, 128, 10), (8, 8))
     data, ranks = few_shot_clients(clients, 40), alternating_ranks(model, clients)
-    return assemble("tiny", model, data, ranks, batch_size=10)
+    return workload_of("tiny", model, data, ranks, batch_size=10)
 
 
 def make_scale(clients: int, total: int) -> Workload:
     """Let clients share a total of synthetic examples equally, at least one each."""
     model, data = mlp((64, 128, 10), (8, 8)), few_shot_clients(clients, max(1, total // clients))
-    return assemble("scale", model, data, alternating_ranks(model, clients), batch_size=4)
+    return workload_of("scale", model, data, alternating_ranks(model, clients), batch_size=4)
 
 
 def make_staircase(quick: bool) -> Workload:
     dataset, model = fashion_mnist(quick), mlp(SIZES, MAX_RANKS)
     data = clients_of(dataset, partition.staircase(dataset.y_train, seed=0))
-    return assemble("staircase", model, data, autorank_ranks(model, data), batch_size=64, rank_levels=4)
+    return workload_of("staircase", model, data, autorank_ranks(model, data), batch_size=64, rank_levels=4)
 
 
 def make_lognormal(quick: bool) -> Workload:
     dataset, model = fashion_mnist(quick), mlp(SIZES, MAX_RANKS)
     parts = partition.dirichlet_lognormal(dataset.y_train, 30 if quick else 1000, alpha=0.3, sigma=1.0, seed=0)
     data = clients_of(dataset, parts)
-    return assemble("lognormal", model, data, autorank_ranks(model, data), batch_size=32, rank_levels=4)
+    return workload_of("lognormal", model, data, autorank_ranks(model, data), batch_size=32, rank_levels=4)
 
 
 def make_equal(quick: bool) -> Workload:
     dataset, model = fashion_mnist(quick), mlp(SIZES, MAX_RANKS)
     data = clients_of(dataset, partition.iid(dataset.y_train, 20 if quick else 100, seed=0))
-    return assemble("equal", model, data, uniform_ranks(model, data), batch_size=50)
+    return workload_of("equal", model, data, uniform_ranks(model, data), batch_size=50)
 
 
 def make_images(name: str, model: Model, quick: bool) -> Workload:
@@ -181,7 +181,7 @@ def make_images(name: str, model: Model, quick: bool) -> Workload:
     images = np.minimum(dataset.x_train[chosen], 239) + noise
     parts = np.arange(len(chosen)).reshape(clients, -1)
     data = federated.from_parts(images, dataset.y_train[chosen], list(parts), classes=dataset.classes)
-    return assemble(name, model, data, uniform_ranks(model, data), batch_size=32)
+    return workload_of(name, model, data, uniform_ranks(model, data), batch_size=32)
 
 
 WORKLOADS: dict[str, Callable[[bool], Workload]] = {

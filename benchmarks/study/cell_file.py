@@ -5,11 +5,12 @@ options in which it differs. A cell is one write of one line under a lock. What 
 read, and counts as not there; of two cells of a name the later one counts.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,26 @@ from autorank_jax.experiment import Experiment, experiment_from
 
 Cell = dict[str, Any]
 """What `cells.contents` holds, `options`, and `ran`: when, and with which versions."""
+
+
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
+    """Lock a file, which need not be there yet, and give what adds lines of JSON to it in one write.
+
+    What an interrupted write has left becomes a line of its own, which does not read.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+        def write(lines: Sequence[Mapping[str, Any]]) -> None:
+            broken = path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+            text = "".join(json.dumps(line, separators=(",", ":"), ensure_ascii=False) + "\n" for line in lines)
+            file.write(b"\n" * broken + text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+        yield write
 
 
 class CellFile:
@@ -54,20 +75,14 @@ class CellFile:
             name: of the cell.
             cell: with all its options.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with appending(self.path) as write:
             self.cells()
-            broken = os.fstat(file.fileno()).st_size > self._read  # by who was interrupted: nobody else is writing
             options = cell["options"]
             lines = [] if self._shared is not None else [{"shared": options}]
             shared = self._shared or options
             differing = {key: value for key, value in options.items() if key not in shared or shared[key] != value}
             lines.append({"cell": name, **cell, "options": differing})
-            text = "".join(json.dumps(line, separators=(",", ":"), ensure_ascii=False) + "\n" for line in lines)
-            file.write(b"\n" * broken + text.encode())
-            file.flush()
-            os.fsync(file.fileno())
+            write(lines)
 
     def _take(self, line: bytes) -> None:
         """Take up a line, unless it does not read."""

@@ -18,9 +18,7 @@ Expect:   what the plan says, which is printed first: FLOPs over the speed of a 
 
 import argparse
 import dataclasses
-import fcntl
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,18 +29,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from autorank_jax.cli.finetuning import summarize_language
 from autorank_jax.cli.stages import spoken
 from autorank_jax.experiment.checkpoints import Checkpoints
-from autorank_jax.experiment.config import GLOBAL_RULES
 from autorank_jax.experiment.language import FORWARD, run_language
 from autorank_jax.experiment.language_options import LanguageOptions, as_json
-from autorank_jax.experiment.language_results import Begun, Clock, Stage
+from autorank_jax.experiment.language_results import Begun, Clock, Ended, summarize_language
 from autorank_jax.experiment.language_setup import make_parts
 from benchmarks import harness
+from benchmarks.study.cell_file import appending
 from benchmarks.study.options import make_parser
 
-POLICIES, RULES = ("autorank", "uniform", "full"), ("rbla", "raflora", "flora")
+POLICIES, RULES = ("autorank", "uniform_bytes", "full"), ("rbla", "raflora", "flora")
 RECOMPUTED = 1.5
 """FLOPs of a step over those that are counted: the backward pass computes the activations of a block again."""
 COLUMNS = (
@@ -94,7 +91,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def grid(given: argparse.Namespace) -> dict[str, LanguageOptions]:
     """Return the options of every cell, by name; all policies and rules of a seed before the next seed."""
     common: dict[str, Any] = {"rounds": 1, "tokens": 2, "max_rank": 4, "clients": 3, "alpha": 1.0}
-    policies, rules, seeds = ("autorank", "uniform"), ("rbla",), 1
+    policies, rules, seeds = ("autorank", "uniform_bytes"), ("rbla",), 1
     if not given.quick:
         common = {name: getattr(given, name) for name in ("rounds", "max_length", "max_rank", "batch_size", "lanes")}
         common |= {"model": given.data / "smollm2", "data": given.data / "dialogues.jsonl", "dtype": given.dtype}
@@ -134,7 +131,7 @@ def plan(cells: Mapping[str, LanguageOptions], total: int) -> str:
     if not cells:
         return f"{total} cells, all of them finished"
     options = next(iter(cells.values()))
-    options.validate(GLOBAL_RULES)
+    options.validate()
     parts = make_parts(options, Clock(lambda _: None))
     examples, held = (float(data.size.sum()) for data in (parts.data, parts.held_out))
     # policies differ little: adapters are a small part of a step
@@ -175,7 +172,7 @@ def run_cell(folder: Path, name: str, options: LanguageOptions) -> dict[str, Any
     def on_event(event: Any) -> None:
         if isinstance(event, Begun) and event.expected:
             print(f"{name}, {event.name}: about {spoken(event.expected)}", flush=True)
-        if isinstance(event, Stage):
+        if isinstance(event, Ended):
             print(f"{name}, {event.name}: {event.seconds:.1f} s {event.detail}", flush=True)
 
     results = run_language(
@@ -191,14 +188,8 @@ def run_cell(folder: Path, name: str, options: LanguageOptions) -> dict[str, Any
 
 def append(path: Path, name: str, cell: Mapping[str, Any]) -> None:
     """Add a cell as one line of its own, whatever an interrupted write has left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"cell": name, **cell}, separators=(",", ":"), ensure_ascii=False)
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        broken = path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        file.write(b"\n" * broken + line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with appending(path) as write:
+        write([{"cell": name, **cell}])
 
 
 def read(path: Path) -> dict[str, Any]:

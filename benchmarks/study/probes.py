@@ -27,8 +27,9 @@ from scipy.stats import kendalltau
 
 import autorank_jax as ar
 from autorank_jax import datasets
+from autorank_jax.adapters.lora import equal_ranks
 from autorank_jax.engine.flops import FlopModel, training_flops
-from autorank_jax.ranks.criteria import CRITERIA
+from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
 from benchmarks import harness
 from benchmarks.study.columns import SPLITS
 from benchmarks.study.options import RESULTS, make_parser
@@ -38,7 +39,7 @@ ROUNDS = 20
 LEAST = 32
 """Examples of a client that a probe on a part sees, where it has them."""
 MAX_RANKS = {"layers/0": 160, "layers/1": 160, "layers/2": 100}
-STATIC = tuple(name for name in CRITERIA if name != "loss_entropy")
+STATIC = tuple(name for name in CRITERIA if name not in NEEDS_LOSSES)
 
 
 class Probe(NamedTuple):
@@ -98,7 +99,7 @@ def ratios_of(federation: Federation, how: Probe) -> np.ndarray:
         return np.asarray(ar.policies.autorank(criteria=STATIC)(jax.random.key(0), stats)[0])
     local = ar.make_local_training(federation.task, optax.sgd(0.01, momentum=0.9), batch_size=64)
     rule = ar.aggregators.rbla()
-    state = ar.init_state(federation.task.server, rule, full_ranks(len(federation.parts)))
+    state = ar.init_state(federation.task.server, rule, None, clients=len(federation.parts))
     found = ar.probe(
         jax.random.key(federation.seed + 1000 * how.seed), local, state, federation.data(how.share),
         epochs=how.epochs, ratio=how.ratio, lanes=2, classes=10,
@@ -107,16 +108,11 @@ def ratios_of(federation: Federation, how: Probe) -> np.ndarray:
     return np.asarray(ar.policies.autorank()(jax.random.key(0), stats)[0])
 
 
-def full_ranks(clients: int) -> dict[str, Any]:
-    """Return the maximum ranks for every client."""
-    return ar.ranks_from_ratios(np.ones(clients), MAX_RANKS)
-
-
 def spent(federation: Federation, how: Probe, flops: FlopModel) -> float:
     """Return the training FLOPs of a probe."""
     examples = sum(map(len, part_of(federation.parts, how.share)))
-    ranks = {path: max(1, int(how.ratio * rank * (1 + 1e-6))) for path, rank in MAX_RANKS.items()}
-    return how.epochs * examples * example_flops(flops, ranks)
+    ranks = equal_ranks(MAX_RANKS, 1, how.ratio)
+    return how.epochs * examples * float(example_flops(flops, ranks).sum())
 
 
 def example_flops(flops: FlopModel, ranks: dict[str, Any]) -> Any:

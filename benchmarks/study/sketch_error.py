@@ -101,7 +101,7 @@ def watched(rule: Aggregator, like: Server) -> Aggregator:
 
 
 def split_data(images: datasets.Dataset, split: str, seed: int, **options: Any) -> FederatedData:
-    """Deal the training images out as a split of the study does."""
+    """Split the training images over clients as the study does."""
     options = dict(SPLITS[split]) | options
     parts = federated.partition.partition(
         options.pop("split"), images.y_train, options.pop("clients"), seed=seed, **options

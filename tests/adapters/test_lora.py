@@ -10,7 +10,6 @@ from autorank_jax.adapters.lora import (
     cut,
     init_adapter,
     max_ranks,
-    merge_products,
     narrow,
     pad_like,
     product,
@@ -88,14 +87,6 @@ def test_products_are_batched():
 
 
 SERVER = Server(TRAINABLE, Base({"a": jnp.ones((6, 2)), "b": jnp.ones((5, 4), jnp.bfloat16)}, {"c": jnp.zeros(1)}))
-
-
-def test_merging_adds_to_the_named_kernels():
-    merged = merge_products(SERVER, {"b": jnp.full((5, 4), 2.0)})
-    assert (merged.frozen.kernels["a"] == 1).all()
-    assert (merged.frozen.kernels["b"] == 3).all()
-    assert merged.frozen.kernels["b"].dtype == jnp.bfloat16
-    assert merged.frozen.rest is SERVER.frozen.rest
 
 
 def test_merging_needs_kernels():

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from autorank_jax.adapters.lora import merge_products
 from autorank_jax.adapters.nnx import task_from_nnx
 from autorank_jax.adapters.peft import export_peft
 from autorank_jax.adapters.task import merge
@@ -102,9 +101,10 @@ def test_a_clients_adapter_is_cut_to_its_rank(tmp_path):
 
 def test_export_refuses_what_the_adapters_do_not_tell(tmp_path):
     task = bert_task()
-    delta = {"encoder/blocks/1/up": jnp.ones((8, 12))}
+    base = task.server.frozen
+    moved = base._replace(kernels={path: kernel + 1 for path, kernel in base.kernels.items()})
     with pytest.raises(ValueError, match=r"merges into the base.*use merge"):
-        export(tmp_path, task, merge_products(task.server, delta), names=bert_names)
+        export(tmp_path, task, task.server._replace(frozen=moved), names=bert_names)
     with pytest.raises(ValueError, match="built by hand"):
         export(tmp_path, task._replace(origin=None), task.server)
     with pytest.raises(ValueError, match="one module name for each adapted layer"):

@@ -22,7 +22,6 @@ RULES = dict(aggregators.RULES)
 SHARED = ("ffa_lora", "rolora")  # clients share the factor that rests: lora_a, in round 0
 FROZEN = ("fedavg", "local_only")  # adapters do not move
 EXACT = ("flexlora", "flora", "fedex_lora", "ffa_lora", "rolora")
-MERGING = ("flora", "owner_merge", "fedex_lora")
 
 
 def make_cohort(seed=1, ranks=RANKS, weight=WEIGHTS, *, shared=False):

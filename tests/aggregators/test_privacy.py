@@ -13,10 +13,10 @@ from autorank_jax.aggregators.privacy import (
     with_differential_privacy,
 )
 from autorank_jax.engine.simulation import init_state
+from autorank_jax.experiment.names import DIFFERENTIALLY_PRIVATE as PRIVATE
 from autorank_jax.types import Adapter, Client, ClientUpdate, Plan, Trainable
 from tests.aggregators.cases import PRESENT, RANKS, SHAPES, compile_round, make_data, make_server, to_jax
 
-PRIVATE = ("zero_pad", "rbla", "ffa_lora", "rolora", "fedsa_lora", "fedavg")
 MAX_RANKS = {path: widest for path, (_, _, widest) in SHAPES.items()}
 EQUAL = np.ones(len(PRESENT))
 in_64_bit = pytest.mark.usefixtures("x64", "standard_promotion")

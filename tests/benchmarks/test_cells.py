@@ -16,7 +16,7 @@ from benchmarks import harness
 from benchmarks.study import cells, columns, paired, runs, tuning
 from benchmarks.study.cell_file import CellFile, options_of
 from tests.benchmarks.fake_cells import TINY, fake_cell, pretend
-from tests.cli.test_files import make_results
+from tests.cli.cases import make_results
 
 
 @pytest.fixture

@@ -28,21 +28,21 @@ def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch, capsys):
     words = ["--quick", "--out", str(tmp_path)]
     dialogues.main([*words, "--plan"])
     assert ran == []
-    dialogues.main([*words, "--cells", "uniform-*"])
+    dialogues.main([*words, "--cells", "uniform_bytes-*"])
     with (tmp_path / "dialogues.jsonl").open("a") as file:
         file.write('{"cell": "autorank-rbla-0", "opt')  # cut short
     dialogues.main(words)
-    assert ran == ["uniform-rbla-0", "autorank-rbla-0"]
+    assert ran == ["uniform_bytes-rbla-0", "autorank-rbla-0"]
     said = capsys.readouterr().out
     assert "1 of 2 cells" in said
-    assert "| uniform-rbla-0 | 40 | 20 | 20 | 40 | 3.5 | 2 | 3 | 4 | 1 | 0.5 |" in said.splitlines()
+    assert "| uniform_bytes-rbla-0 | 40 | 20 | 20 | 40 | 3.5 | 2 | 3 | 4 | 1 | 0.5 |" in said.splitlines()
 
 
 def test_cells_of_other_options_are_kept(tmp_path):
-    options = dialogues.grid(dialogues.parse(["--quick", "--out", str(tmp_path)]))["uniform-rbla-0"]
-    found = {"uniform-rbla-0": {"options": {**dialogues.described(options), "rounds": 7}}}
-    with pytest.raises(SystemExit, match="expected uniform-rbla-0 of rounds 1, got one of 7"):
-        dialogues.is_finished(found, "uniform-rbla-0", options)
+    options = dialogues.grid(dialogues.parse(["--quick", "--out", str(tmp_path)]))["uniform_bytes-rbla-0"]
+    found = {"uniform_bytes-rbla-0": {"options": {**dialogues.described(options), "rounds": 7}}}
+    with pytest.raises(SystemExit, match="expected uniform_bytes-rbla-0 of rounds 1, got one of 7"):
+        dialogues.is_finished(found, "uniform_bytes-rbla-0", options)
     with pytest.raises(SystemExit, match="expected --data FOLDER"):
         dialogues.parse(["--out", str(tmp_path)])
 
@@ -54,7 +54,7 @@ def test_a_rehearsal(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2 of 2 cells at " in said
     cells = [json.loads(line) for line in (tmp_path / "dialogues.jsonl").read_text().splitlines()]
-    assert [cell["cell"] for cell in cells] == ["autorank-rbla-0", "uniform-rbla-0"]
+    assert [cell["cell"] for cell in cells] == ["autorank-rbla-0", "uniform_bytes-rbla-0"]
     assert cells[0]["summary"]["perplexity"]["before"] == cells[1]["summary"]["perplexity"]["before"]
     assert cells[0]["summary"]["ranks"]["most"] > cells[1]["summary"]["ranks"]["most"]
     dialogues.main(["--quick", "--out", str(tmp_path)])

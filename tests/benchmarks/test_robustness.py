@@ -45,7 +45,9 @@ def test_error_bars_of_rules_stand_beside_one_another():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [("devices", "--workloads", "lognormal"), ("faults",), ("faults", "--soak")], ids="-".join)
+@pytest.mark.parametrize(
+    "script", [("devices", "--workloads", "lognormal"), ("faults",), ("faults", "--soak")], ids="-".join
+)
 def test_scripts_run_quickly(script, tmp_path):
     results = tmp_path / "results.json"
     command = [

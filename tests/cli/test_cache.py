@@ -63,7 +63,7 @@ def test_the_command_counts_and_empties(home, capsys):
 
 
 def test_the_library_leaves_jax_as_it_is(home):
-    code = "import autorank_jax, autorank_jax.cli.commands, jax; print(jax.config.jax_compilation_cache_dir)"
+    code = "import autorank_jax, autorank_jax.cli.running, jax; print(jax.config.jax_compilation_cache_dir)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "None\n"
     assert not (home / "autorank_jax").exists()

@@ -11,8 +11,7 @@ from autorank_jax.cli import main as cli
 from autorank_jax.cli.comparing import read_found
 from autorank_jax.cli.files import write_results
 from autorank_jax.experiment.config import ConfigurationError
-from tests.cli.cases import fails
-from tests.cli.test_files import make_results
+from tests.cli.cases import fails, make_results
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """Files of a run: numbers worked by hand, schemas in full, nothing half-written."""
 
 import csv
-import dataclasses
 import io
 import json
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from autorank_jax import datasets
 from autorank_jax.cli import files as report
@@ -18,60 +16,15 @@ from autorank_jax.cli.folders import FILES, ReportError, check_folder
 from autorank_jax.cli.tables import comparison_tables, criteria_table, datasets_table, scores_table
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.results import (
-    Costs,
-    Results,
     Row,
-    Run,
-    Scores,
     client_rows,
     run_names,
     si,
     spread,
     summarize,
 )
-from autorank_jax.ranks.criteria import CRITERIA as CRITERIA_OF_ALL
-
-CRITERIA = ("size", "label_entropy")
-COSTS = Costs(trained_parameters=100.0, bytes_up=400.0, bytes_down=300.0, flops=1e6, slowest_client=6e5)
-
-
-def make_scores(seed, policies=("autorank", "full")):
-    ratios = {policy: np.array([0.1, 1.0]) if policy == "autorank" else np.ones(2) for policy in policies}
-    return Scores(
-        seed=seed,
-        criteria=CRITERIA,
-        size=np.array([10, 30]),
-        label_counts=np.array([[10, 0], [15, 15]]),
-        matrix=np.array([[10.0, 0.0], [30.0, 0.6931472]]),
-        weights=np.array([0.25 + 0.5 * seed, 0.75 - 0.5 * seed]),
-        closeness=np.array([0.0, 1.0]),
-        ratios=ratios,
-        ranks={policy: {"layers/0": np.maximum(1, (10 * r).astype(int))} for policy, r in ratios.items()},
-        probe_flops=5e6,
-    )
-
-
-def make_run(policy, seed, curve, aggregator="rbla"):
-    probe = 5e6 if policy == "autorank" else 0.0
-    rows = tuple(
-        Row(policy, aggregator, seed, n, accuracy, 1.0, 2.0, 2, 0, 0, 0, 2, probe + n * 1e6, n * 700.0, 0.5)
-        for n, accuracy in enumerate(curve, 1)
-    )
-    ratios = (0.55, 0.775) if policy == "autorank" else (1.0, 1.0)
-    return Run(policy, aggregator, seed, rows, COSTS, *ratios, probe)
-
-
-def make_results(aggregators=("rbla",)):
-    experiment = Experiment(
-        dataset="synthetic", clients=2, rank_policies=("autorank", "full"), rounds=3, seeds=2, targets=(0.5, 0.95),
-        aggregators=aggregators,
-    )  # fmt: skip
-    curves = {("autorank", 0): (0.2, 0.6, 0.5), ("autorank", 1): (0.1, 0.4, 0.7)}
-    curves |= {("full", 0): (0.2, None, 0.96), ("full", 1): (0.3, None, 0.4)}
-    runs = [make_run(*key, curve, rule) for rule in aggregators for key, curve in curves.items()]
-    scores = (make_scores(0), make_scores(1))
-    seconds = dict.fromkeys(aggregators, 1.5)
-    return Results(dataclasses.asdict(experiment), scores, tuple(runs), seconds, "a cpu", {"jax": "0"})
+from autorank_jax.ranks.criteria import CRITERIA
+from tests.cli.cases import make_results, make_scores, printed
 
 
 def test_summary_worked_by_hand():
@@ -250,16 +203,9 @@ def test_many_clients_fit_into_the_picture():
     assert figure.get_size_inches()[0] <= 14
 
 
-def printed(*tables):
-    console = Console(record=True, width=80, file=io.StringIO())
-    for table in tables:
-        console.print(table)
-    return console.export_text()
-
-
 @pytest.mark.parametrize(("layers", "shown"), [(1, "{0}"), (3, "{0}/{0}/{0}"), (7, "{0}")])
 def test_clients_fit_a_terminal_in_a_line_each(layers, shown):
-    names, clients, rng = tuple(CRITERIA_OF_ALL), 5, np.random.default_rng(0)
+    names, clients, rng = tuple(CRITERIA), 5, np.random.default_rng(0)
     ranks = {f"layers/{layer}": np.array([16, 64, 112, 130, 160]) for layer in range(layers)}
     scores = make_scores(0)._replace(
         criteria=names,

@@ -14,7 +14,7 @@ import pytest
 from autorank_jax.checkpoint import CheckpointError, save_state, saved_steps
 from autorank_jax.cli import finetuning, stages
 from autorank_jax.cli import main as cli
-from autorank_jax.cli.finetuning import ADAPTER
+from autorank_jax.cli.language_report import ADAPTER
 from autorank_jax.experiment import language
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.events import Resumed
@@ -22,11 +22,11 @@ from autorank_jax.experiment.language_options import LanguageOptions
 from autorank_jax.experiment.language_results import (
     Begun,
     Clock,
+    Ended,
     LanguageClient,
     LanguageResults,
     LanguageRow,
     Sample,
-    Stage,
     check_round,
 )
 from autorank_jax.experiment.language_setup import load, shortest_prompt
@@ -57,9 +57,9 @@ def made_by_hand(options, *, on_event, on_round, checkpoints):  # noqa: ARG001
         LanguageClient("sport", 3, 0.125, 1, None, None),  # without held-out texts
     )
     on_event(Begun("loading"))
-    on_event(Stage("loading", 0.25, "3 clients"))
+    on_event(Ended("loading", 0.25, "3 clients"))
     for row in rows:
-        on_event(Begun(f"round {row.round} of 2", 240.0))
+        on_event(Begun(f"round {row.round} of 2", 240.0, row.round))
         time.sleep(0.1)  # so long that it is said
         on_round(row)
     task = Task(Server(Trainable({}, ()), Base({}, ())), None, None)
@@ -132,7 +132,7 @@ def test_a_run_leaves_whole_files(tmp_path, capsys, rule):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("policy", ["uniform", "full"])
+@pytest.mark.parametrize("policy", ["uniform_bytes", "full"])
 def test_policies_of_one_rank(policy):
     events = []
     options = LanguageOptions(policy=policy, probe_epochs=0, rounds=1, clients=3, alpha=1.0, tokens=1)
@@ -142,8 +142,8 @@ def test_policies_of_one_rank(policy):
     assert (results.clients[0].rank == 8) == (policy == "full")
     assert results.probe_flops == 0
     assert "loss_entropy" not in results.weights
-    assert bool(results.weights) == (policy == "uniform")
-    assert "probe" not in {event.name for event in events if isinstance(event, Stage)}
+    assert bool(results.weights) == (policy == "uniform_bytes")
+    assert "probe" not in {event.name for event in events if isinstance(event, Ended)}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_policies_of_one_rank(policy):
         (["--hold-out", "20"], "probably a percentage: 0.2"),
         (["--clients", "1"], "clients: expected 0 or a whole number of at least 2"),
         (["--probe-epochs", "1"], "probe-epochs: expected 0 or a whole number of at least 2"),
-        (["--policy", "unifrom"], "probably 'uniform'"),
+        (["--policy", "uniform"], "probably 'uniform_bytes'"),
         (["--aggregator", "fedavg"], "aggregator: expected one of"),
         (["--dtype", "int8"], "dtype: expected one of"),
         (["--learning-rate", "0"], "learning-rate: expected a number above 0"),
@@ -167,9 +167,9 @@ def test_policies_of_one_rank(policy):
 )
 def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
-    complaint = fails(capsys, "finetune", "--quiet", *words)
-    assert said in complaint
-    assert len(complaint.splitlines()) == 1
+    problems = fails(capsys, "finetune", "--quiet", *words)
+    assert said in problems
+    assert len(problems.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -199,7 +199,7 @@ def test_odd_lines_are_left_out_and_told(tmp_path):
     events = []
     options = LanguageOptions(data=odd, skip_odd_lines=True, hold_out=0.5, max_length=64)
     _, clients = load(options, Clock(events.append))
-    assert next(event.detail for event in events if isinstance(event, Stage)) == "4 texts, lines left out: 1"
+    assert next(event.detail for event in events if isinstance(event, Ended)) == "4 texts, lines left out: 1"
     assert clients.names == ("a", "b")
 
 
@@ -234,7 +234,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, rule):
     assert saved_steps(tmp_path) == [0, 1]  # due at 0; at 1 there was no later chance
     shorter = dataclasses.replace(options, rounds=2)
     language.run_language(shorter, on_event=events.append, checkpoints=checkpoints)
-    names = [event.name for event in events if isinstance(event, Stage)]
+    names = [event.name for event in events if isinstance(event, Ended)]
     assert Resumed(1, ()) in events
     assert "probe" not in names
     resumed = language.run_language(options, checkpoints=checkpoints)  # beyond its end
@@ -255,7 +255,7 @@ def test_a_stopped_run_says_how_it_goes_on(tmp_path, monkeypatch, capsys):
 
     def stopped(options, *, on_event, on_round, checkpoints):
         given.append((options, checkpoints))
-        on_event(Begun("round 1 of 9"))
+        on_event(Begun("round 1 of 9", round=1))
         signal.raise_signal(signal.SIGINT)  # waits for the end of the round
         row = LanguageRow(1, 20.0, 3.0, None, 0.5, 0.0, 0.0, 0.0, 0)
         try:

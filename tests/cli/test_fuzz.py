@@ -1,4 +1,4 @@
-"""Command lines and files as nobody wrote them: a line of complaint, or the work begins; never a traceback, never long.
+"""Command lines and files as nobody wrote them: lines about mistakes, or work begins; never a traceback, never long.
 
 Everything before training is real; in place of the first compilation, `Reached` is raised.
 """
@@ -21,7 +21,7 @@ from autorank_jax.experiment.config import AGGREGATORS, MODELS, OPTIMIZERS, POLI
 from autorank_jax.experiment.results import client_rows
 from autorank_jax.federated.partition import SPLITS
 from autorank_jax.ranks.criteria import CRITERIA
-from tests.cli.test_files import make_results, make_scores
+from tests.cli.cases import make_results, make_scores
 
 pytestmark = pytest.mark.slow
 COMMANDS, FILES, SECONDS = 300, 200, 10  # of a core, as others may work beside the tests

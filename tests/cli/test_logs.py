@@ -11,7 +11,7 @@ from autorank_jax.cli import main as cli
 from autorank_jax.cli.files import write_results
 from autorank_jax.cli.logs import SCALARS, Logs, log_problems
 from autorank_jax.experiment.events import RoundDone, Started
-from tests.cli.test_files import make_results, make_run
+from tests.cli.cases import make_results, make_run
 
 ROWS = make_run("autorank", 0, [0.1, None, 0.3, 0.4]).rows
 
@@ -91,14 +91,14 @@ def test_unknown_and_missing_logs(monkeypatch):
 
 
 def test_a_run_logs(tmp_path, monkeypatch):
-    commands = importlib.import_module("autorank_jax.cli.commands")
+    running = importlib.import_module("autorank_jax.cli.running")
 
     def train_one_round(experiment, *, on_event, **options):  # noqa: ARG001
         on_event(Started("autorank", "rbla", 0))
         on_event(RoundDone(ROWS[0], 1.0))
         return make_results()
 
-    monkeypatch.setattr(commands, "run_experiment", train_one_round)
+    monkeypatch.setattr(running, "run_experiment", train_one_round)
     out = tmp_path / "out"
     run = ["run", "--dataset", "synthetic", "--split", "iid", "--devices", "1", "--log", "jsonl", "--out", str(out)]
     assert cli.main(run) == 0

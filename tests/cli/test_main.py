@@ -143,16 +143,16 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
         ("--drop-out 1", "drop-out: expected a number of at least 0 and below 1, got 1.0"),
         ("--learning-rate 1e-300", "learning-rate: expected a number that float32 holds"),
         ("--clients 5000", "each of 5000 clients, got "),
-        ("--split staircase --clients 7", "--clients must be 10 on the staircase split"),
+        ("--split staircase --clients 7", "clients: expected 10 on the staircase split"),
         ("--dataset cinic10", "expected a file at"),
         ("--dataset ../etc", "dataset: expected one of"),
     ],
 )
 def test_mistakes_in_a_run(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("AUTORANK_JAX_DATA", str(tmp_path / "none"))
-    complaint = fails(capsys, *TINY, *arguments.split(), "--out", tmp_path / "out")
-    assert message in complaint
-    assert complaint.count("\n") == 1
+    problems = fails(capsys, *TINY, *arguments.split(), "--out", tmp_path / "out")
+    assert message in problems
+    assert problems.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -177,14 +177,14 @@ def test_more_devices_than_cores(tmp_path):
 
 
 def test_a_refused_run_leaves_nothing_to_resume(capsys, tmp_path):
-    complaint = fails(capsys, *TINY, "--clients", "5000", "--checkpoint-every", "1", "--out", tmp_path / "out")
-    assert "one example for each of" in complaint
+    problems = fails(capsys, *TINY, "--clients", "5000", "--checkpoint-every", "1", "--out", tmp_path / "out")
+    assert "one example for each of" in problems
     assert list(tmp_path.iterdir()) == []
 
 
 def test_all_mistakes_come_at_once(capsys):
-    complaint = fails(capsys, "run", "--rounds", "0", "--split", "stairs", "--seeds", "0")
-    assert [line.split(": ")[1] for line in complaint.splitlines()] == ["split", "rounds", "seeds"]
+    problems = fails(capsys, "run", "--rounds", "0", "--split", "stairs", "--seeds", "0")
+    assert [line.split(": ")[1] for line in problems.splitlines()] == ["split", "rounds", "seeds"]
 
 
 @pytest.mark.parametrize(
@@ -205,9 +205,9 @@ def test_all_mistakes_come_at_once(capsys):
     ],
 )
 def test_mistakes_in_commands(arguments, message, capsys):
-    complaint = fails(capsys, *arguments)
-    assert complaint.count("\n") == 1
-    assert message in complaint
+    problems = fails(capsys, *arguments)
+    assert problems.count("\n") == 1
+    assert message in problems
 
 
 def test_data(capsys, tmp_path, monkeypatch):

@@ -11,8 +11,7 @@ from autorank_jax.cli import main as cli
 from autorank_jax.cli.formats import to_csv
 from autorank_jax.experiment.results import client_rows
 from autorank_jax.ranks import policies, table_file
-from tests.cli.cases import fails
-from tests.cli.test_files import make_scores
+from tests.cli.cases import fails, make_scores
 
 TABLE = "client,size,classes,label_entropy,gini_simpson\na,10,1,0,0\nb,10,2,0.6931472,0.5\nc,40,2,0.6931472,0.5\n"
 
@@ -97,9 +96,9 @@ def test_tables_of_other_programs(text, tmp_path, capsys):
     ],
 )
 def test_mistakes_in_a_criteria_file(text, options, message, tmp_path, capsys):
-    complaint = fails(capsys, "ranks", "--criteria", write(tmp_path, text), *options)
-    assert message in complaint
-    assert complaint.count("\n") == 1
+    problems = fails(capsys, "ranks", "--criteria", write(tmp_path, text), *options)
+    assert message in problems
+    assert problems.count("\n") == 1
 
 
 def test_what_a_run_found_is_left_out_of_its_own_table(tmp_path, capsys):

@@ -15,8 +15,7 @@ from autorank_jax.cli import folders
 from autorank_jax.cli import main as cli
 from autorank_jax.cli.folders import FILES, occupied
 from autorank_jax.cli.terminal import plain
-from tests.cli.cases import fails
-from tests.cli.test_files import make_results
+from tests.cli.cases import fails, make_results
 
 RUN = ["run", "--dataset", "synthetic", "--split", "iid", "--clients", "4", "--devices", "1"]
 
@@ -24,19 +23,19 @@ RUN = ["run", "--dataset", "synthetic", "--split", "iid", "--clients", "4", "--d
 @pytest.fixture
 def training(monkeypatch):
     """Training that is over at once, so that what comes before and after it can be tested; how often it was asked."""
-    commands, asked = importlib.import_module("autorank_jax.cli.commands"), []
+    running, asked = importlib.import_module("autorank_jax.cli.running"), []
 
     def over(experiment, **options):  # noqa: ARG001
         asked.append(experiment)
         return make_results()
 
-    monkeypatch.setattr(commands, "run_experiment", over)
+    monkeypatch.setattr(running, "run_experiment", over)
     return asked
 
 
 def test_a_run_says_whether_it_can_be_extended(tmp_path, training, monkeypatch, capsys):  # noqa: ARG001
-    out, commands = tmp_path / "out", importlib.import_module("autorank_jax.cli.commands")
-    monkeypatch.setattr(commands, "save_results", lambda folder, _: ([folder / "config.json"], None))  # it draws
+    out, running = tmp_path / "out", importlib.import_module("autorank_jax.cli.running")
+    monkeypatch.setattr(running, "save_results", lambda folder, _: ([folder / "config.json"], None))  # it draws
     assert cli.main([*RUN, "--out", str(out)]) == 0
     without = "It cannot be extended by more rounds, as no checkpoints were kept: --checkpoint-every N keeps some.\n"
     assert capsys.readouterr().out.endswith(without)
@@ -47,13 +46,13 @@ def test_a_run_says_whether_it_can_be_extended(tmp_path, training, monkeypatch, 
         f"that its models are gone; run it anew: autorank-jax run --config {out}/config.json --checkpoint-every 5, "
         "with more --rounds\n"
     )
-    monkeypatch.setattr(commands, "saved_steps", lambda _: [3])
+    monkeypatch.setattr(running, "saved_steps", lambda _: [3])
     assert cli.main([*RUN, "--out", str(out), "--overwrite"]) == 0
     assert capsys.readouterr().out.endswith(
         "It cannot be extended by more rounds, as the state of autorank with rbla, seed 0 is not kept: only one policy"
         ", rule and seed can go on.\n"
     )
-    monkeypatch.setattr(commands, "run_experiment", lambda *given, **named: only_first(make_results()))  # noqa: ARG005
+    monkeypatch.setattr(running, "run_experiment", lambda *given, **named: only_first(make_results()))  # noqa: ARG005
     assert cli.main([*RUN, "--out", str(out), "--overwrite"]) == 0
     assert capsys.readouterr().out.endswith(
         f"It can be extended by more rounds: autorank-jax run --resume {out} --rounds N\n"

@@ -16,7 +16,7 @@ from autorank_jax import aggregators
 from autorank_jax.engine import local, sharding
 from autorank_jax.engine.round import make_round
 from autorank_jax.engine.simulation import init_state
-from autorank_jax.experiment import setup as federations
+from autorank_jax.experiment import setup
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.run import run_experiment
@@ -224,7 +224,7 @@ def make_wide_model(make_model, *args, **kwargs):
 def resume_elsewhere(folder):
     """Interrupt an experiment on one device and go on with it on four, and the other way round; compare with one."""
     jax.config.update("jax_enable_x64", True)
-    federations.make_model = partial(make_wide_model, federations.make_model)
+    setup.make_model = partial(make_wide_model, setup.make_model)
     experiment = Experiment(
         dataset="synthetic", split="dirichlet_lognormal", clients=6, hidden=(6,), rank_policies=("autorank",),
         rounds=2, local_epochs=1, probe_epochs=1, rank_levels=1, targets=(), drop_out=0.2,

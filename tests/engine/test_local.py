@@ -145,7 +145,7 @@ def test_unused_positions_have_no_gradient():
 # ---------------------------------------------------------------------------------------------------- scales, FedProx
 
 SCALES = {
-    "constant": (local.constant_scale(1.7), ("constant", 1.7)),
+    "constant": (lambda rank: jnp.full_like(rank, 1.7), ("constant", 1.7)),
     "alpha/rank": (local.alpha_over_rank(2.5), ("alpha/rank", 2.5)),
     "alpha/sqrt(rank)": (local.alpha_over_sqrt_rank(2.5), ("alpha/sqrt(rank)", 2.5)),
 }
@@ -228,7 +228,6 @@ def test_optimizers_may_be_made_of_hparams():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: local.constant_scale(0.0), "expected a positive LoRA value, got 0.0"),
         (lambda: local.alpha_over_rank(-1.0), "expected a positive LoRA alpha, got -1.0"),
         (lambda: local.alpha_over_sqrt_rank(float("nan")), "expected a positive LoRA alpha, got nan"),
     ],

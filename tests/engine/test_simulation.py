@@ -173,8 +173,6 @@ def test_random_numbers_are_used_once():
 
 # ----------------------------------------------------------------------------------------------------------- mistakes
 
-SERVER_RANKS = {"layers/0": [1, 2, 3]}
-
 
 @pytest.mark.parametrize(
     ("ranks", "options", "message"),

@@ -134,8 +134,8 @@ def test_personal_scores_before_and_after_training(world, wrap):
 
 
 def test_clients_without_held_out_examples_do_not_count():
-    found = evaluation.summarise_clients(jnp.array([0.9, 0.0, 0.5]), jnp.array([10, 0, 30]))
+    found = evaluation.summarize_clients(jnp.array([0.9, 0.0, 0.5]), jnp.array([10, 0, 30]))
     np.testing.assert_allclose(found["mean"], 0.7, rtol=1e-6)
     np.testing.assert_allclose(found["weighted_mean"], 0.6, rtol=1e-6)
     np.testing.assert_allclose(found["worst"], 0.5, rtol=1e-6)
-    assert evaluation.summarise_clients(jnp.zeros(2), jnp.zeros(2, jnp.int32))["worst"] == 0
+    assert evaluation.summarize_clients(jnp.zeros(2), jnp.zeros(2, jnp.int32))["worst"] == 0

@@ -7,8 +7,8 @@ import json
 import os
 import sys
 
-from autorank_jax.cli import commands  # noqa: F401  # imported once, for all forks
 from autorank_jax.cli import main as cli
+from autorank_jax.cli import running  # noqa: F401  # imported once, for all forks
 
 
 def main():

@@ -10,7 +10,7 @@ from autorank_jax.experiment.doubts import doubts, little_variation, swapped_pai
 from autorank_jax.experiment.events import Scored
 from autorank_jax.ranks import policies
 from autorank_jax.ranks.criteria import CRITERIA
-from tests.cli.test_files import make_results, make_scores
+from tests.cli.cases import make_results, make_scores
 
 NAMES = ("size", "classes", "label_entropy", "gini_simpson")
 
@@ -66,13 +66,13 @@ def test_clients_that_differ_are_not():
 
 
 def test_a_run_tells_its_doubts(alike, tmp_path, monkeypatch, capsys):
-    commands = importlib.import_module("autorank_jax.cli.commands")
+    running = importlib.import_module("autorank_jax.cli.running")
 
     def scored(experiment, *, on_event, **options):  # noqa: ARG001
         on_event(Scored(alike))
         return make_results()
 
-    monkeypatch.setattr(commands, "run_experiment", scored)
+    monkeypatch.setattr(running, "run_experiment", scored)
     run = ["run", "--dataset", "synthetic", "--split", "iid", "--devices", "1", "--out"]
     assert cli.main([*run, str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err.startswith("autorank-jax: the criteria hardly vary between clients")

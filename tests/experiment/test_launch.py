@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from autorank_jax.checkpoint import saved_steps, step_folder
 from autorank_jax.engine import sharding
-from autorank_jax.experiment import launch
+from autorank_jax.experiment import compiling, launch
 from autorank_jax.experiment.config import ConfigurationError
 from tests import QUICK
 
@@ -76,7 +76,7 @@ def test_a_compiled_round_takes_and_returns_what_lies_here():
         return jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(state, data)
 
     key, state, data = jax.random.key(0), jnp.zeros(3), jnp.ones(3)
-    run = launch.compile_round(round_fn, mesh, key, state, data)
+    run = compiling.compile_round(round_fn, mesh, key, state, data)
     first, _ = run(key, state, data)
     second, draw = run(key, first, data)
     np.testing.assert_array_equal(second, np.full(3, 2.0 * mesh.devices.size))
@@ -88,7 +88,7 @@ def test_a_compiled_round_takes_and_returns_what_lies_here():
 
 def test_without_compilation_a_run_says_so():
     with jax.disable_jit(), pytest.raises(ConfigurationError, match="JAX_DISABLE_JIT=1: unset it"):
-        launch.compile_round(lambda *given: given, None, jax.random.key(0), jnp.zeros(3), jnp.ones(3))
+        compiling.compile_round(lambda *given: given, None, jax.random.key(0), jnp.zeros(3), jnp.ones(3))
 
 
 # -------------------------------------------------------------------------------------------------------- two processes
@@ -150,12 +150,12 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed(victim, whole, tmp_p
         time.sleep(0.01)
     processes[victim].send_signal(signal.SIGKILL)
     begin = time.monotonic()
-    (_, complaint), code = end(processes, seconds=60)[1 - victim]
+    (_, problems), code = end(processes, seconds=60)[1 - victim]
     assert time.monotonic() - begin < 60
-    assert code in ((-signal.SIGABRT, 4) if victim == 0 else (4,)), complaint
-    said = [line for line in complaint.splitlines() if line.startswith("autorank-jax: ")]  # XLA's threads write as well
-    assert "another process ended or cannot be reached" in said[-1], complaint
-    assert "Traceback" not in complaint
+    assert code in ((-signal.SIGABRT, 4) if victim == 0 else (4,)), problems
+    said = [line for line in problems.splitlines() if line.startswith("autorank-jax: ")]  # XLA's threads write as well
+    assert "another process ended or cannot be reached" in said[-1], problems
+    assert "Traceback" not in problems
     assert not (folder / "history.json").exists()
     results = end(start_two("run", "--resume", str(folder), "--devices", "1"))
     assert [code for _, code in results] == [0, 0], results
@@ -168,14 +168,14 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed(victim, whole, tmp_p
 @pytest.mark.parametrize(("free", "does"), [(None, True), (12, True), (11, False)])
 def test_a_program_that_needs_more_than_is_free_does_not_fit(free, does, monkeypatch):
     memory = SimpleNamespace(temp_size_in_bytes=7, output_size_in_bytes=5)
-    monkeypatch.setattr(launch, "free_memory", lambda: free)
-    assert launch.fits(SimpleNamespace(memory_analysis=lambda: memory)) is does
-    assert launch.fits(lambda: None)
+    monkeypatch.setattr(compiling, "free_memory", lambda: free)
+    assert compiling.fits(SimpleNamespace(memory_analysis=lambda: memory)) is does
+    assert compiling.fits(lambda: None)
 
 
 @pytest.mark.parametrize(("fixed", "lanes"), [(False, 2), (True, 8)])
 def test_lanes_are_halved_until_a_round_fits(fixed, lanes, monkeypatch):
-    monkeypatch.setattr(launch, "compile_round", lambda made, *_: made)
-    monkeypatch.setattr(launch, "fits", lambda made: made <= 3)
-    found = launch.compile_fitting(lambda lanes: lanes, 8, None, (), fixed=fixed)
+    monkeypatch.setattr(compiling, "compile_round", lambda made, *_: made)
+    monkeypatch.setattr(compiling, "fits", lambda made: made <= 3)
+    found = compiling.compile_fitting(lambda lanes: lanes, 8, None, (), fixed=fixed)
     assert found == (lanes, lanes)

@@ -12,12 +12,11 @@ from autorank_jax.cli.figures import accuracy_figure, ranks_figure
 from autorank_jax.cli.tables import comparison_tables, scores_table
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.config import Experiment
-from autorank_jax.experiment.personal import split_test_set
 from autorank_jax.experiment.ranking import by_size_at_mean
 from autorank_jax.experiment.results import summarize
 from autorank_jax.experiment.run import run_experiment
 from autorank_jax.experiment.setup import with_validation
-from autorank_jax.federated import partition
+from autorank_jax.federated import partition, split_test_set
 from autorank_jax.ranks import policies
 from benchmarks import harness
 

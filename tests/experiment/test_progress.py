@@ -8,7 +8,7 @@ from autorank_jax.experiment.checkpoints import Checkpoints, last_good, with_rou
 from autorank_jax.experiment.config import ConfigurationError, Experiment
 from autorank_jax.experiment.position import check_progress
 from autorank_jax.experiment.results import DivergedError, Record
-from tests.cli.test_files import make_results, make_run, printed
+from tests.cli.cases import make_results, make_run, printed
 
 
 def rows(*excluded):

@@ -263,10 +263,10 @@ def test_more_rounds_later_are_more_rounds_at_once(commands, capsys):
 def test_resuming_something_else_is_refused(commands, whole, tmp_path, capsys):
     out = tmp_path / "copy"
     shutil.copytree(whole, out)
-    complaint = fails(capsys, "run", "--resume", out, "--rounds", 7, "--split", "iid")
-    assert "split: expected dirichlet_lognormal beside --resume, as that run has it, got iid" in complaint
-    complaint = fails(capsys, "run", "--resume", out, "--rounds", 7)
-    assert "rounds: expected 6 as before, as the state of autorank with raflora, seed 0 is not kept" in complaint
+    problems = fails(capsys, "run", "--resume", out, "--rounds", 7, "--split", "iid")
+    assert "split: expected dirichlet_lognormal beside --resume, as that run has it, got iid" in problems
+    problems = fails(capsys, "run", "--resume", out, "--rounds", 7)
+    assert "rounds: expected 6 as before, as the state of autorank with raflora, seed 0 is not kept" in problems
     assert "--resume" in fails(capsys, *TINY, "--out", out)
     assert "expected no --config" in fails(capsys, "run", "--resume", out, "--config", out / "config.json")
     assert "out: expected none beside --resume" in fails(capsys, "run", "--resume", out, "--out", tmp_path / "x")

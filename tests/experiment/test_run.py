@@ -13,7 +13,7 @@ from autorank_jax.experiment import run as run_module
 from autorank_jax.experiment.config import ConfigurationError, Experiment, outside
 from autorank_jax.experiment.run import Compiled, Finished, RoundDone, Scored, Stage, Started, run_experiment
 from autorank_jax.experiment.setup import make_aggregator, make_federations
-from autorank_jax.ranks.criteria import CRITERIA
+from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
 
 TINY = Experiment(
     dataset="synthetic",
@@ -77,7 +77,7 @@ def test_one_run_equals_the_pipeline_wired_by_hand(tiny):
     dataset = datasets.load_dataset("synthetic")
     federation = make_federations(TINY, dataset)[1]
     training = local.make_local_training(federation.task, optax.sgd(0.1, momentum=0.9), batch_size=16)
-    rule = make_aggregator(*TINY.aggregators)
+    rule = make_aggregator(*TINY.aggregators, TINY)
     ranks = {p: jnp.asarray(r) for p, r in results.scores[1].ranks["autorank"].items()}
     state = simulation.init_state(federation.task.server, rule, ranks)
     evaluate = evaluation.make_evaluate(federation.task, dataset.x_test, dataset.y_test)
@@ -170,7 +170,7 @@ def test_a_seed_a_probe_and_other_policies_change_no_run(tiny):
     results, _ = tiny
     alone = run_experiment(dataclasses.replace(TINY, rank_policies=("full",), ratios=(), seeds=1, first_seed=1))
     assert alone.scores[0].closeness is None
-    assert alone.scores[0].criteria == tuple(name for name in CRITERIA if name != "loss_entropy")
+    assert alone.scores[0].criteria == tuple(name for name in CRITERIA if name not in NEEDS_LOSSES)
     assert [row._replace(seconds=0.0) for row in alone.runs[0].rows] == [
         row._replace(seconds=0.0) for row in runs_of(results, "full")[1].rows
     ]
@@ -338,7 +338,7 @@ def test_all_mistakes_are_named_at_once():
         ({"rank_policies": ("full", "full")}, "expected every name once"),
         ({"rank_policies": ("full",)}, "expected only with the policy manual"),
         ({"ratios": (0.5,)}, "expected one for each of 6 clients"),
-        ({"split": "staircase"}, "--clients must be 10 on the staircase split, one for each class, not 6; use --split"),
+        ({"split": "staircase"}, "clients: expected 10 on the staircase split, one for each class, got 6; --split"),
         ({"clients": 2000, "rank_policies": ("full",), "ratios": ()}, "at least one example for each of 2000 clients"),
         ({"model": "cnn", "hidden": (1, 1, 1, 1)}, "expected images of at least 16 pixels"),
         (

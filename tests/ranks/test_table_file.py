@@ -1,4 +1,4 @@
-"""Criteria files, fuzzed: a table of finite numbers or one line of complaint, whatever the bytes."""
+"""Criteria files, fuzzed: a table of finite numbers or one line that says what is wrong, whatever the bytes."""
 
 import tempfile
 from pathlib import Path

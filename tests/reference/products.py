@@ -19,11 +19,11 @@ def mean_product(server, clients, path):
 
 
 def owner_product(server, clients, path, *, levels=None, unowned="server"):
-    """Average the product segment by segment: `Σ_h Σ_{k: r_k ≥ r_h} w_k A_k[:, seg] B_k[seg] / Σ_{k: r_k ≥ r_h} w_k`.
+    """Average the product band by band: `Σ_h Σ_{k: r_k ≥ r_h} w_k A_k[:, seg] B_k[seg] / Σ_{k: r_k ≥ r_h} w_k`.
 
-    Segment h is the rank positions `r_{h-1} ≤ j < r_h`, counted from 0, with `r_0 = 0`. `levels` = (r_1, ..., r_H)
-    comes from the configuration, not from who shows up; None makes every position its own segment, which for ranks
-    taken from the levels is the same. A client counts in a segment only when it covers all of it. A segment that nobody
+    Band h is the rank positions `r_{h-1} ≤ j < r_h`, counted from 0, with `r_0 = 0`. `levels` = (r_1, ..., r_H)
+    comes from the configuration, not from who shows up; None makes every position its own band, which for ranks
+    taken from the levels is the same. A client counts in a band only when it covers all of it. A band that nobody
     covers gives the server's own product (or nothing, "zero"), and so do positions beyond the last level.
     """
     a_s, b_s = (np.asarray(factor, np.float64) for factor in server["adapters"][path])
