@@ -110,7 +110,7 @@ def test_export_refuses_what_the_adapters_do_not_tell(tmp_path):
     with pytest.raises(ValueError, match="one module name for each adapted layer"):
         export(tmp_path, task, task.server, names=lambda _: "same")
     frozen = task_from_nnx(Mixed(nnx.Rngs(0)), max_rank={}, train_dense="*")
-    with pytest.raises(ValueError, match="with adapters, got none"):
+    with pytest.raises(ValueError, match="with adapters, got one without"):
         export(tmp_path, frozen, frozen.server)
     whole = task_from_nnx(Mixed(nnx.Rngs(0)), max_rank={"head": 2}, train_dense="conv/*")
     with pytest.raises(ValueError, match="conv/kernel"):
