@@ -22,6 +22,8 @@ import numpy as np
 from autorank_jax.interface import checked
 from autorank_jax.types import Array, PyTree
 
+__all__ = ["About", "CheckpointError", "Restored", "read_about", "restore_state", "save_state", "saved_steps"]
+
 FORMAT = 1
 """Number of the layout of a checkpoint. A reader refuses a higher one."""
 
@@ -133,6 +135,11 @@ def restore_state(
 def read_about(folder: str | Path, *, step: int | None = None, config: Mapping[str, Any] | None = None) -> About:
     """Read what a checkpoint says about itself, and check it as `restore_state` does.
 
+    Args:
+        folder: that was given to `save_state`.
+        step: of the checkpoint; the last where None.
+        config: what the configuration must be; anything where None.
+
     Raises:
         CheckpointError: if there is none, it is damaged, of a newer format, or of another configuration.
     """
@@ -144,7 +151,11 @@ def read_about(folder: str | Path, *, step: int | None = None, config: Mapping[s
 
 @checked
 def saved_steps(folder: str | Path) -> list[int]:
-    """Return the steps of the checkpoints in a folder, in ascending order."""
+    """Return the steps of the checkpoints in a folder, in ascending order.
+
+    Args:
+        folder: that was given to `save_state`; one that does not exist has none.
+    """
     folder = Path(folder).expanduser()
     found = [_NAME.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(match[1]) for match in found if match)

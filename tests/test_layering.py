@@ -55,6 +55,7 @@ LOADED_BY_NAME = {
     "cli.dispatch": "the modules of the command that is run; help, lists and versions are there at once",
     "cli.help": "the rules, which only the longest help explains",
     "cli.main": "all that needs an extra package, to say which one is missing",
+    "manual.pages": "what the blocks of guides import",
     "manual.reference": "whatever it documents",
 }
 """Modules that import others when they need them, by `importlib`. All other imports stand at the top."""

@@ -58,7 +58,10 @@ def key_of(key: Key, path: str) -> Key:
 
 @checked
 def max_ranks(trainable: Trainable | Server | Task) -> dict[str, int]:
-    """Return the number of rank positions of each adapter, by path in sorted order; of a server or a task alike.
+    """Return the number of rank positions of each adapter, by path in sorted order.
+
+    Args:
+        trainable: of a model, or the server or the task that it is in.
 
     Raises:
         TypeError: for anything else.

@@ -28,6 +28,9 @@ def with_diagnostics(rule: Aggregator) -> Aggregator:
       Vetterli 2007), 0 where it vanishes
     - `gap/PATH`: `‖P - Ā B̄‖_F / ‖P‖_F` between the clients' mean product and the product of their (padded) mean
       factors, 0 where `P` vanishes
+
+    Args:
+        rule: what is reported of; its results stay as they are.
     """
     inspect = make_summand(factors=True, products=True)
 

@@ -180,7 +180,11 @@ def fetch_dataset(
 
 @checked
 def available_datasets(*, cache: str | Path | None = None) -> list[DatasetInfo]:
-    """List every dataset that can be named: built in, published, and further files of the cache folder."""
+    """List every dataset that can be named: built in, published, and further files of the cache folder.
+
+    Args:
+      cache: the cache folder; default as in `cache_folder`.
+    """
     folder = cache_folder(cache)
     rows = [DatasetInfo(name, True, "built in", description) for name, (_, description) in BUILT_IN.items()]
     for name, known in KNOWN.items():
@@ -198,7 +202,11 @@ def _info(path: Path, description: str) -> DatasetInfo:
 
 @checked
 def how_to_get(name: str) -> str:
-    """Return what to do about a published dataset whose file is not there, as part of a sentence."""
+    """Return what to do about a published dataset whose file is not there, as part of a sentence.
+
+    Args:
+      name: of the dataset, one of `KNOWN`.
+    """
     if name in FOLDERS:
         return f"extract its archive to FOLDER and give autorank-jax data fetch {name} --source FOLDER"
     return f"get it with autorank-jax data fetch {name}"

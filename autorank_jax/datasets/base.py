@@ -58,7 +58,11 @@ KNOWN: Mapping[str, Known] = {
 
 @checked
 def cache_folder(cache: str | Path | None = None) -> Path:
-    """Return the folder of cached datasets: `cache`, else `$AUTORANK_JAX_DATA`, else the user's cache folder."""
+    """Return the folder of cached datasets.
+
+    Args:
+      cache: the folder itself; where None it is `$AUTORANK_JAX_DATA`, else the user's cache folder.
+    """
     if cache is not None:
         return Path(cache).expanduser()
     if os.environ.get(ENVIRONMENT_VARIABLE):

@@ -72,7 +72,12 @@ def from_task_loss(loss: Callable[[PyTree, Trainable, Batch, Key], Array]) -> Lo
 
 @checked
 def with_penalty(value: Array | Penalised, penalty: float | Array) -> Penalised:
-    """Add a scalar penalty to what a local loss returns."""
+    """Add a penalty to what a local loss returns, and keep it out of the recorded losses.
+
+    Args:
+        value: losses `(batch,)`, or what this returned before.
+        penalty: a scalar, added to their mean.
+    """
     losses, before = value if isinstance(value, Penalised) else (value, jnp.zeros((), value.dtype))
     return Penalised(losses, before + jnp.asarray(penalty, before.dtype))
 

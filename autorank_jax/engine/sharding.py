@@ -29,6 +29,8 @@ from autorank_jax.federated.participation import Cohort
 from autorank_jax.interface import checked
 from autorank_jax.types import Array, FederatedData, Key, PyTree, RoundFn, RoundInfo, State, Trainable
 
+__all__ = ["client_mesh", "owned_data", "replicate"]
+
 AXIS = "clients"
 """The mesh axis over which clients are sharded."""
 
@@ -37,7 +39,11 @@ _PIECES = 32  # per device, into which a large cohort is cut
 
 @checked
 def client_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make a mesh of one axis, `clients`, of the given devices; of all there are, on all hosts, where None."""
+    """Make a mesh of one axis, `clients`.
+
+    Args:
+        devices: of the mesh; all there are, on all hosts, where None.
+    """
     return Mesh(np.asarray(jax.devices() if devices is None else devices), (AXIS,))
 
 
@@ -55,6 +61,10 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 
     States, keys and data that are not placed so are copied to all devices at every call, and a compiled round expects
     its state where it leaves it.
+
+    Args:
+        tree: of arrays or random keys.
+        mesh: from `client_mesh`.
     """
     sharding = NamedSharding(mesh, PartitionSpec())
 

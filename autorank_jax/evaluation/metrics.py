@@ -145,6 +145,7 @@ def _by_batch(
     predict: Callable[[PyTree], Array], examples: PyTree, metrics: Metrics, batch_size: int
 ) -> dict[str, Array]:
     """Return the metrics of every example, `(batches · batch_size,)`, 0 where the last batch is short."""
+    examples = jax.tree.map(jnp.asarray, examples)
     count = _length(*examples)
     batch_size = min(batch_size, count)
     batches = -(-count // batch_size)
@@ -161,7 +162,15 @@ def _by_batch(
 
 @checked
 def class_accuracy(task: Task, server: Server, inputs: Array, labels: Array, *, classes: int) -> Array:
-    """Return the server's accuracy on each class, `(classes,)`; 0 for a class without test examples."""
+    """Return the server's accuracy on each class, `(classes,)`; 0 for a class without test examples.
+
+    Args:
+        task: the model.
+        server: that is tested.
+        inputs: `(n, ...)` test inputs.
+        labels: `(n,)` test labels, below `classes`.
+        classes: how many there are.
+    """
     correct = _by_batch(_predictor(task, server), (inputs, labels), classification_metrics, 1000)["accuracy"]
     members = jax.nn.one_hot(labels.astype(jnp.int32), classes, dtype=correct.dtype)
     return members.T @ correct[: labels.shape[0]] / jnp.maximum(jnp.sum(members, axis=0), 1)

@@ -199,6 +199,9 @@ class Experiment:
 def experiment_from(config: Any) -> Experiment:
     """Make an experiment of what `config.json` holds; options that are not there have their defaults.
 
+    Args:
+        config: options by name.
+
     Raises:
         ConfigurationError: for unknown options and for values of another kind, all of them at once.
     """

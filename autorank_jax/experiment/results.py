@@ -143,7 +143,11 @@ def accuracies(run: Run) -> list[tuple[int, float]]:
 
 @checked
 def summarize(results: Results) -> dict[str, Any]:
-    """Sum up an experiment as the contents of `summary.json`."""
+    """Sum up an experiment as the contents of `summary.json`.
+
+    Args:
+        results: from `run_experiment`.
+    """
     weights = [s.weights for s in results.scores if s.weights is not None]
     mean_weights = np.mean(weights, axis=0).tolist() if weights else []
     return {

@@ -15,6 +15,8 @@ from autorank_jax.federated.participation import Cohort, Participation
 from autorank_jax.interface import check_share, checked, describe
 from autorank_jax.types import Array, Client, FederatedData, Key, LocalState, LocalTraining, Trainable
 
+__all__ = ["drop_out", "drop_out_schedule", "limit_steps", "with_nan_clients"]
+
 Fault = Callable[[Key, Array, FederatedData, Cohort], Cohort]
 """`(key, round, data, cohort) -> cohort`: what becomes of the clients that were invited; `round` counts from 0."""
 

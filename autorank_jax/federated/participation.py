@@ -24,7 +24,12 @@ Participation = Callable[[Key, FederatedData], Cohort]
 
 
 def everyone(key: Key, data: FederatedData) -> Cohort:  # noqa: ARG001
-    """Let every client take part in every round."""
+    """Let every client take part in every round.
+
+    Args:
+        key: not looked at.
+        data: all clients' examples.
+    """
     clients = data.size.shape[0]
     return Cohort(jnp.arange(clients, dtype=jnp.int32), jnp.ones(clients, bool))
 
@@ -32,6 +37,9 @@ def everyone(key: Key, data: FederatedData) -> Cohort:  # noqa: ARG001
 @checked
 def sample_uniformly(cohort: int) -> Participation:
     """Sample a fixed number of clients without replacement; who is drawn follows identities, not positions.
+
+    Args:
+        cohort: clients in a round, 1 .. clients.
 
     Raises:
         ValueError: if the cohort is below 1 or, when traced, above the number of clients.
@@ -46,6 +54,9 @@ def sample_by_size(cohort: int) -> Participation:
 
     The clients with the largest `ln u_i / n_i` are taken (Efraimidis, Spirakis 2006); those without examples come last.
     Weighing by examples as well favours large clients twice: give `make_round` equal weights, `weigh=equally`.
+
+    Args:
+        cohort: clients in a round, 1 .. clients.
 
     Raises:
         ValueError: if the cohort is below 1 or, when traced, above the number of clients.
@@ -63,6 +74,9 @@ def sample_by_size(cohort: int) -> Participation:
 @checked
 def sample_independently(probability: float) -> Participation:
     """Let every client take part with a probability, whatever the others do: the cohort's size is random, even 0.
+
+    Args:
+        probability: in (0, 1].
 
     Raises:
         ValueError: for a probability that is not above 0 and at most 1.
@@ -93,10 +107,18 @@ def _take_largest(draws: Array, cohort: int) -> Cohort:
 
 
 def by_examples(data: FederatedData) -> Array:
-    """Weigh clients by their number of examples, `(clients,)`."""
+    """Weigh clients by their number of examples, `(clients,)`.
+
+    Args:
+        data: all clients' examples.
+    """
     return data.size.astype(jnp.result_type(float))
 
 
 def equally(data: FederatedData) -> Array:
-    """Weigh all clients that have examples alike, `(clients,)`."""
+    """Weigh all clients that have examples alike, `(clients,)`.
+
+    Args:
+        data: all clients' examples.
+    """
     return (data.size > 0).astype(jnp.result_type(float))

@@ -3,11 +3,15 @@
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from flax import nnx
 
 import autorank_jax
+from autorank_jax.manual.pages import shown_in
 
 ROOMS = ("datasets", "models", "federated", "adapters", "ranks", "engine", "aggregators", "evaluation", "experiment")
 ALONE = ("types", "checkpoint")
@@ -15,6 +19,9 @@ ALONE = ("types", "checkpoint")
 
 FRONT, COMMAND = "readme.png", "python -m benchmarks.readme_picture"
 """The picture of the front page, and what draws it."""
+
+MANY = 4
+"""Guides that a name links to; some names are in nearly all."""
 
 TITLES = {
     "datasets": "raw data",
@@ -36,10 +43,11 @@ def reference() -> dict[str, str]:
     names = [*ROOMS, *ALONE]
     entries = "\n".join(names)
     index = f"# Reference\n\nOne page for each room, in the order of the pipeline.\n\n```{{toctree}}\n{entries}\n```\n"
-    return {"index": index} | {name: _page(name) for name in names}
+    shown = shown_in(known())
+    return {"index": index} | {name: _page(name, shown) for name in names}
 
 
-def _page(name: str) -> str:
+def _page(name: str, shown: Mapping[str, list[str]]) -> str:
     """Return the page of a room."""
     module = importlib.import_module(f"autorank_jax.{name}")
     parts = [f"# `{name}`: {TITLES[name]}\n", inspect.getdoc(module) or ""]
@@ -48,7 +56,7 @@ def _page(name: str) -> str:
         parts.append(f"## `{heading}`\n" if heading != name else "## Names\n")
         if home != module.__name__:
             parts.append(inspect.getdoc(importlib.import_module(home)) or "")
-        parts.append("```{eval-rst}\n" + "\n".join(_entry(home, one) for one in names) + "\n```\n")
+        parts.append("```{eval-rst}\n" + "\n".join(_entry(home, one, shown) for one in names) + "\n```\n")
     return "\n\n".join(parts) + "\n"
 
 
@@ -57,7 +65,7 @@ def _names(module: ModuleType) -> Iterator[tuple[str, list[str]]]:
 
     A module is exported by its room, or by the package at the top: `autorank_jax.policies`.
     """
-    exported = getattr(module, "__all__", None) or public(module)
+    exported = public(module)
     own = [name for name in exported if not inspect.ismodule(getattr(module, name))]
     if own:
         yield module.__name__, own
@@ -70,7 +78,9 @@ def _names(module: ModuleType) -> Iterator[tuple[str, list[str]]]:
 
 
 def public(module: ModuleType) -> list[str]:
-    """Return the public functions and classes that a module defines, in its order."""
+    """Return the public names of a module: its `__all__`, or the functions and classes that it defines."""
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
     found = []
     for name, value in vars(module).items():
         here = getattr(value, "__module__", None) == module.__name__
@@ -79,13 +89,36 @@ def public(module: ModuleType) -> list[str]:
     return found
 
 
-def _entry(home: str, name: str) -> str:
-    value = getattr(importlib.import_module(home), name)
+def known() -> dict[int, str]:
+    """Return the full names of the reference by the `id` of what they are names of."""
+    rooms = (importlib.import_module(f"autorank_jax.{name}") for name in (*ROOMS, *ALONE))
+    entries = (f"{home}.{name}" for room in rooms for home, names in _names(room) for name in names)
+    return {id(value_of(entry)): entry for entry in entries}
+
+
+def value_of(entry: str) -> Any:
+    """Return what a full name is the name of."""
+    home, _, name = entry.rpartition(".")
+    return getattr(importlib.import_module(home), name)
+
+
+def _entry(home: str, name: str, shown: Mapping[str, list[str]]) -> str:
+    """Return the directive of a name, with links to the guides that show it."""
+    value = value_of(f"{home}.{name}")
     if inspect.isclass(value):
-        return f".. autoclass:: {home}.{name}\n   :members:\n"
-    if inspect.isfunction(value):
-        return f".. autofunction:: {home}.{name}\n"
-    return f".. autodata:: {home}.{name}\n   :no-value:\n"
+        shown_as, members = f"{home}.{name}", ""
+        if issubclass(value, nnx.Module):  # its metaclass hides what makes it
+            own = inspect.signature(value.__init__, eval_str=False)
+            arguments = [one for one in own.parameters.values() if one.name != "self"]
+            shown_as += str(own.replace(parameters=arguments, return_annotation=own.empty))
+            members = "   :special-members: __init__, __call__\n"
+        text = f".. autoclass:: {shown_as}\n   :members:\n{members}"
+    elif inspect.isfunction(value):
+        text = f".. autofunction:: {home}.{name}\n"
+    else:
+        text = f".. autodata:: {home}.{name}\n   :no-value:\n"
+    pages = [f":doc:`/guides/{guide}`" for guide in shown.get(f"{home}.{name}", ())]
+    return text + (f"\n   Shown in {', '.join(pages[:MANY])}.\n" if pages else "")
 
 
 def gallery(benchmarks: Path) -> tuple[str, dict[str, Path]]:

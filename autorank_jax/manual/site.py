@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from autorank_jax.manual.reference import FRONT, gallery, reference
+from autorank_jax.manual.pages import HERE, code_blocks, guides, linked
+from autorank_jax.manual.reference import FRONT, gallery, known, reference
 
-HERE = Path(__file__).parent
 NOTEBOOK = """---
 file_format: mystnb
 kernelspec: {name: python3, display_name: Python 3, language: python}
@@ -101,8 +101,8 @@ def sources(folder: Path) -> Path:
         page.write_text(text, encoding="utf-8")
     shutil.move(folder / "sphinx" / "conf.py", folder)
     for guide in guides():
-        page = folder / "guides" / guide.name
-        page.write_text(NOTEBOOK + page.read_text(encoding="utf-8"), encoding="utf-8")
+        text = linked(guide.read_text(encoding="utf-8"), "\n".join(code_blocks(guide)), known())
+        (folder / "guides" / guide.name).write_text(NOTEBOOK + text, encoding="utf-8")
     page_text, pictures = gallery(HERE.parents[1] / "benchmarks")
     (folder / "gallery.md").write_text(page_text, encoding="utf-8")
     (folder / "pictures").mkdir()
@@ -113,18 +113,6 @@ def sources(folder: Path) -> Path:
         text = re.sub(r"```\{figure\}.*?```\n\n", "", front.read_text(encoding="utf-8"), flags=re.S)
         front.write_text(text, encoding="utf-8")
     return folder
-
-
-def guides() -> list[Path]:
-    """Return the guides, in the order in which they are read."""
-    listed = re.findall(r"^guides/\S+$", (HERE / "index.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return [HERE / f"{name}.md" for name in listed]
-
-
-def code_blocks(page: Path) -> list[str]:
-    """Return the blocks of a page that run, in order."""
-    text = page.read_text(encoding="utf-8")
-    return re.findall(r"^```\{code-cell\}[^\n]*\n(?:---\n.*?---\n|:\S[^\n]*\n)*(.*?)^```$", text, flags=re.M | re.S)
 
 
 class _Page(html.parser.HTMLParser):

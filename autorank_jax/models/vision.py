@@ -38,6 +38,9 @@ def max_pool(images: Array) -> Array:
     """Take the largest of every 2×2 pixels of images `(b, h, w, c)`; an odd last row or column is left out.
 
     Written as a maximum over axes: its gradient costs a comparison, that of a sliding window a scatter.
+
+    Args:
+        images: `(b, h, w, c)`.
     """
     b, h, w, c = images.shape
     return images[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))

@@ -94,15 +94,13 @@ def test_unequal_lengths_are_refused(world):
 
 def test_accuracy_by_class_and_by_label_mix(world):
     task, inputs, labels, parts, state = world
-    by_class = evaluation.class_accuracy(task, state.server, jnp.asarray(inputs), jnp.asarray(labels), classes=4)
+    by_class = evaluation.class_accuracy(task, state.server, inputs, labels, classes=4)  # NumPy's, as they come
     right = logits_of(task, inputs).argmax(1) == labels
     expected = [right[labels == c].mean() if (labels == c).any() else 0 for c in range(4)]
     np.testing.assert_allclose(by_class, expected, rtol=1e-6)
 
     counts = np.stack([np.bincount(labels[part], minlength=3) for part in parts])
-    found = evaluation.label_weighted_accuracy(
-        task, state, jnp.asarray(counts), jnp.asarray(inputs), jnp.asarray(labels), rank_levels=4
-    )
+    found = evaluation.label_weighted_accuracy(task, state, counts, inputs, labels, rank_levels=4)
     for client, share in enumerate(counts / counts.sum(1, keepdims=True)):
         ladder = [{"layers/0": q, "layers/1": -(-2 * q // 4)} for q in range(1, 5)]
         cut = next(widths for widths in ladder if all(widths[path] >= RANKS[path][client] for path in widths))

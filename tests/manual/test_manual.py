@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import re
+from operator import attrgetter
 
 import pytest
 
@@ -9,7 +11,8 @@ import autorank_jax
 from autorank_jax.manual import __main__ as command
 from autorank_jax.manual import build, check_links, code_blocks, guides, sources
 from autorank_jax.manual.docstrings import field_comments, shorten, to_rst
-from autorank_jax.manual.reference import ROOMS, gallery, reference
+from autorank_jax.manual.pages import linked, names_in, shown_in
+from autorank_jax.manual.reference import ALONE, ROOMS, gallery, known, reference, value_of
 from autorank_jax.manual.site import HERE, NEEDED, ManualError
 from autorank_jax.types import ClientUpdate
 
@@ -22,6 +25,19 @@ SAID = {  # what blocks print, where it is the same on every machine
     "many_devices": ["2 devices; largest difference"],
     "reading_the_results": ["summary.json"],
 }
+
+
+def _examples():
+    """Return the names that guides or the examples of rooms show."""
+    found = set(shown_in(known()))
+    for room in (*ROOMS, *ALONE):
+        text = inspect.getdoc(importlib.import_module(f"autorank_jax.{room}"))
+        for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+            found |= set(names_in(block, known()))
+    return found
+
+
+EXAMPLES = _examples()
 
 
 def test_every_guide_is_listed_and_has_blocks_that_are_python():
@@ -42,9 +58,43 @@ def test_the_reference_has_every_public_name():
     for module in [autorank_jax, *(importlib.import_module(f"autorank_jax.{room}") for room in ROOMS)]:
         for name in module.__all__:
             if not inspect.ismodule(getattr(module, name)):
-                assert f".{name}\n" in text, f"{module.__name__}.{name}"
+                assert re.search(rf"\.{name}[\n(]", text), f"{module.__name__}.{name}"
     for exported in ("policies.autorank", "budgets.with_budget", "partition.dirichlet", "faults.drop_out"):
         assert f".{exported}\n" in text
+
+
+@pytest.mark.parametrize("name", sorted(known().values()))
+def test_every_public_name_says_what_it_takes_and_is_shown_somewhere(name):
+    value = value_of(name)
+    text = inspect.getdoc(value) or ""
+    if inspect.isclass(value):
+        assert text
+    if inspect.isfunction(value):
+        for argument in inspect.signature(value).parameters:
+            assert re.search(rf"^ +\*{{0,2}}{argument}:", text, flags=re.M), f"{name} does not explain {argument!r}"
+        assert ">>>" in text or name in EXAMPLES, f"{name}: no example, in its docstring, its room or a guide"
+
+
+def test_names_in_code_are_found_as_code_reaches_them():
+    code = (
+        "import autorank_jax as ar\nfrom autorank_jax import topsis as t\n!command\nar.policies.autorank(t, ar.Nothing)"
+    )
+    assert sorted(names_in(code, known())) == ["autorank_jax.ranks.policies.autorank", "autorank_jax.ranks.topsis"]
+    assert names_in("topsis = policies.autorank", known()) == []
+    text = "See `ar.topsis(x)`, `topsis`, `nothing`, {cite:p}`topsis`, [`topsis`](a).\n```{code-cell}\n`topsis`\n```\n"
+    found = linked(text, "import autorank_jax as ar\nar.topsis", known())
+    link = "{py:obj}`%s <autorank_jax.ranks.topsis>`"
+    assert found.startswith(
+        f"See {link % 'ar.topsis(x)'}, {link % 'topsis'}, `nothing`, {{cite:p}}`topsis`, [`topsis`](a)."
+    )
+    assert "```{code-cell}\n`topsis`\n```\n" in found
+    assert found.endswith(f"In the reference: {link % 'topsis'}.\n")
+
+
+def test_names_in_the_prose_of_guides_exist():
+    for guide in guides():
+        for name in re.findall(r"`ar\.([\w.]*\w)", guide.read_text(encoding="utf-8")):
+            attrgetter(name)(autorank_jax)
 
 
 def test_the_gallery_shows_the_pictures_of_the_benchmarks(tmp_path):
