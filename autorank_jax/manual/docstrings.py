@@ -7,10 +7,16 @@ from typing import Any
 _FENCE = re.compile(r"^(\s*)```(\w*)\s*$")
 _LINK = re.compile(r"\[([^\]]+)\]\((https?://[^)]+)\)")
 _CODE = re.compile(r"(?<![`:\\\w])`([^`]+)`(?![`\w])")
-_ARRAY_LIKE = re.compile(
-    r"~jax\S*\.Array \| ~numpy\.ndarray \| ~numpy\.bool \| ~numpy\.number \| bool \| int \| float \| complex"
+_SHORTER = (
+    (
+        r"~jax\S*\.Array \| ~numpy\.ndarray \| ~numpy\.bool \| ~numpy\.number \| bool \| int \| float \| complex",
+        "ArrayLike",
+    ),
+    (r"~numpy\._typing\.[^,=()]*?_NestedSequence\[[\w |]+\]", "ArrayLike"),
+    (r"~jax\S*\._jax\.Array", "~jax.Array"),
+    (r"<function <lambda>[^>]*>", "..."),  # with what is no expression Sphinx gives up on the whole signature
+    (r"<function ([\w.]+)[^>]*>", r"\1"),
 )
-_ARRAY = re.compile(r"~jax\S*\._jax\.Array")
 _FIELD = re.compile(r"^    (\w+): [^#\n]*(?:#\s*(.*))?$", flags=re.MULTILINE)
 
 
@@ -79,7 +85,9 @@ def shorten(signature: str | None, returns: str | None) -> tuple[str | None, str
 
 
 def _shortened(text: str | None) -> str | None:
-    return text and _ARRAY.sub("~jax.Array", _ARRAY_LIKE.sub("ArrayLike", text))
+    for long, short in _SHORTER:
+        text = text and re.sub(long, short, text)
+    return text
 
 
 def skip(obj: Any) -> bool | None:

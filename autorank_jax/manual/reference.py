@@ -110,7 +110,8 @@ def _entry(home: str, name: str, shown: Mapping[str, list[str]]) -> str:
         if issubclass(value, nnx.Module):  # its metaclass hides what makes it
             own = inspect.signature(value.__init__, eval_str=False)
             arguments = [one for one in own.parameters.values() if one.name != "self"]
-            shown_as += str(own.replace(parameters=arguments, return_annotation=own.empty))
+            text = str(own.replace(parameters=arguments, return_annotation=own.empty))
+            shown_as += re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", text)
             members = "   :special-members: __init__, __call__\n"
         text = f".. autoclass:: {shown_as}\n   :members:\n{members}"
     elif inspect.isfunction(value):

@@ -119,6 +119,13 @@ def test_signatures_say_array_like():
     private = "~jax.jaxlib._jax.Array"
     like = f"(a: {private} | ~numpy.ndarray | ~numpy.bool | ~numpy.number | bool | int | float | complex, b: {private})"
     assert shorten(like, None) == ("(a: ArrayLike, b: ~jax.Array)", None)
+    at = "~numpy._typing._array_like."
+    numpys = (
+        f"{at}_Buffer | {at}_SupportsArray[~numpy.dtype[~typing.Any]] | ~numpy._typing._x._NestedSequence[int | str]"
+    )
+    assert shorten(f"(a: {numpys} | None = None)", "int") == ("(a: ArrayLike | None = None)", "int")
+    defaults = "(f: F = <function f at 0x7f>, g: G = <function <lambda>>)"
+    assert shorten(defaults, None) == ("(f: F = f, g: G = ...)", None)
 
 
 def test_links_that_lead_nowhere_are_found(tmp_path):

@@ -1,8 +1,12 @@
 """Sphinx's settings; read by Sphinx alone."""
 
+import functools
 import os
 import socket
 from typing import Any
+
+from docutils import nodes
+from docutils.utils.math import latex2mathml
 
 import autorank_jax
 from autorank_jax.manual import docstrings
@@ -22,6 +26,7 @@ exclude_patterns = ["*.py"]
 bibtex_bibfiles = ["references.bib"]
 default_role = "code"
 
+html_math_renderer = "mathml"
 html_theme = "sphinx_book_theme"
 html_title = "autorank_jax"
 html_copy_source = False
@@ -70,8 +75,16 @@ intersphinx_mapping = {
 }
 
 
+def _write_equation(page: Any, node: nodes.Element, *, block: bool) -> None:
+    """Write an equation as MathML, which browsers draw by themselves: no script, no network."""
+    page.body.append(latex2mathml.tex2mathml(node.astext(), as_block=block))
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> None:
-    """Connect the rewriting of docstrings, before napoleon takes their sections apart."""
+    """Connect the rewriting of docstrings, before napoleon takes their sections apart, and the writing of equations."""
+    inline, block = (functools.partial(_write_equation, block=block) for block in (False, True))
+    app.add_html_math_renderer("mathml", (inline, None), (block, None))
     app.connect("autodoc-process-docstring", lambda *event: docstrings.process(event[1], event[3], event[5]), 400)
     app.connect("autodoc-process-signature", lambda *event: docstrings.shorten(*event[-2:]))
     app.connect("autodoc-skip-member", lambda *event: docstrings.skip(event[3]))
