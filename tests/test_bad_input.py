@@ -248,6 +248,10 @@ CASES = {
     "labels and images swapped": (
         lambda _: ids(Y, x=Y, y=np.zeros((6, 4, 4)), classes=3), "probably inputs and targets swapped",
     ),
+    "test labels as text": (
+        lambda _: make_evaluate(task(), np.zeros((6, 4, 4)), np.array(list("abcdef"))),
+        "expected numbers at targets, got <U1: encode them, labels by np.unique(labels, return_inverse=True)[1]",
+    ),
     "test set swapped": (
         lambda _: make_evaluate(task(), Y, np.zeros((6, 4, 4))), "expected inputs that the model takes, got an array",
     ),

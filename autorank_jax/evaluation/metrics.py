@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from autorank_jax.adapters.lora import cut, level_widths, max_ranks, rank_level, rank_masks
 from autorank_jax.adapters.losses import check_outputs, regression_loss
+from autorank_jax.federated.checks import check_numbers
 from autorank_jax.interface import check_least, checked, describe
 from autorank_jax.types import (
     Array,
@@ -78,10 +79,14 @@ def make_evaluate(
 
     Raises:
         TypeError: for metrics that are no dict; when called, for what is no state.
-        ValueError: if inputs and targets differ in length or are empty, or inputs are not finite; for labels without an
-            output of their own, and metrics of another shape.
+        ValueError: if inputs and targets differ in length or are empty, or inputs are not finite; for labels that
+            are text or have no output of their own, and metrics of another shape.
     """
     check_least("batch_size", batch_size)
+    for name, tree in {"inputs": inputs, "targets": targets}.items():
+        for leaf in jax.tree.leaves(tree):
+            if isinstance(leaf, np.ndarray):
+                check_numbers(name, leaf)
     inputs, targets = jax.tree.map(jnp.asarray, (inputs, targets))
     examples = _length(inputs, targets)
     _check_evaluation(_predictor(task, task.server), metrics, inputs, targets)

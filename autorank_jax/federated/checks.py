@@ -73,11 +73,7 @@ def check_array(name: str, leaf: PyTree) -> int:
         cause = "; probably a list: use np.asarray" if isinstance(leaf, list | int | float) else ""
         raise ValueError(f"expected an array at {name}, got {describe(leaf)}{cause}")
     values = np.asarray(leaf)
-    if values.dtype.kind in "OSUMm":
-        first = values.flat[0] if values.size else None
-        text = ": encode them" if isinstance(first, str | bytes) else ""
-        cause = "; probably ragged rows" if isinstance(first, list | tuple | np.ndarray) else text
-        raise ValueError(f"expected numbers at {name}, got {values.dtype}{cause}")
+    check_numbers(name, values)
     if values.dtype.kind not in "biu" and not np.isfinite(values).all():
         bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
         got, cause = ("NaN", "; probably missing values") if np.isnan(values).any() else ("infinity", "")
@@ -87,6 +83,19 @@ def check_array(name: str, leaf: PyTree) -> int:
         )
     _check_width(name, values)
     return len(values)
+
+
+def check_numbers(name: str, values: np.ndarray) -> None:
+    """Raise `ValueError` for text, dates and objects."""
+    if values.dtype.kind in "OSUMm":
+        first = values.flat[0] if values.size else None
+        text = (
+            ": encode them, labels by np.unique(labels, return_inverse=True)[1]"
+            if isinstance(first, str | bytes)
+            else ""
+        )
+        cause = "; probably ragged rows" if isinstance(first, list | tuple | np.ndarray) else text
+        raise ValueError(f"expected numbers at {name}, got {values.dtype}{cause}")
 
 
 def _check_width(name: str, values: np.ndarray) -> None:
