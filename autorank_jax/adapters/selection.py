@@ -43,7 +43,8 @@ def choose_ranks(
     chosen = _chosen(layers, others, where)
     for pattern, rank in patterns.items():
         if not is_whole(rank) or rank < 1:
-            raise ValueError(f"expected maximum ranks as whole numbers >= 1, got {rank!r} for {pattern!r}")
+            cause = ", probably to adapt nothing: max_rank={}" if rank == 0 else ""
+            raise ValueError(f"expected maximum ranks as whole numbers >= 1, got {rank!r} for {pattern!r}{cause}")
         _check_match("max_rank", pattern, chosen, others)
     ranks = {}
     for path in sorted(chosen):
