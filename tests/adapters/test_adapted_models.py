@@ -185,7 +185,7 @@ def test_where_takes_patterns_and_predicates():
         ({"max_rank": {"attend": 2}}, r"which matches 'attend' \(MultiHeadAttention\)"),
         ({"max_rank": 0}, "whole numbers >= 1, got 0"),
         ({"max_rank": 0.5}, "whole number.*got 0.5"),
-        ({"max_rank": 2, "train_dense": "head/*"}, r"match a parameter, got 'head/\*'"),
+        ({"max_rank": 2, "train_dense": "head/*"}, r"match a parameter that is not adapted, got 'head/\*'"),
         ({"max_rank": 2, "checkpoint": "blocks/*"}, r"match a module, got 'blocks/\*'"),
     ],
 )
@@ -197,7 +197,7 @@ def test_mistakes_name_the_candidates(options, message):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (lambda rngs: nnx.Conv(4, 4, (3,), feature_group_count=4, rngs=rngs), "feature_group_count=1.*depthwise"),
+        (lambda rngs: nnx.Conv(4, 4, (3,), feature_group_count=4, rngs=rngs), "feature_group_count=1.*got 4"),
         (lambda rngs: nnx.Conv(4, 4, (3,), padding="CIRCULAR", rngs=rngs), "got 'CIRCULAR'"),
         (lambda rngs: nnx.LinearGeneral(4, 4, batch_axis={0: 2}, rngs=rngs), "without batch_axis"),
     ],

@@ -334,7 +334,7 @@ REFUSED = {
     "shapes alone": (lambda: nnx.eval_shape(lambda: linear(5, 3)), ROWS, "probably of nnx.eval_shape"),
     "other width": (lambda: linear(6, 3), ROWS, "inputs that the model takes, got an array float32.2, 5."),
     "more arguments": (Wanting, ROWS, "missing 1 required keyword-only argument: 'train'"),
-    "labels for inputs": (lambda: linear(5, 3), jnp.zeros(4), "probably labels in place of inputs"),
+    "labels for inputs": (lambda: linear(5, 3), jnp.zeros(4, int), "probably labels in place of inputs"),
     "one weight, two layers": (lambda: Chain(Same(), width=5), ROWS, "belongs to another layer too"),
     "no parameters": (lambda: nnx.Dropout(0.5, rngs=nnx.Rngs(0)), ROWS, "expected"),
 }

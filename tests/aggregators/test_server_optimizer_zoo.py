@@ -75,6 +75,7 @@ def test_server_optimizers_step(name):
     assert jax.tree.map(jnp.shape, server) == jax.tree.map(jnp.shape, SERVER)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("name", REFUSED)
 def test_server_optimizers_are_refused_in_one_line(name):
     make, what = REFUSED[name]
