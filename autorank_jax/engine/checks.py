@@ -144,7 +144,7 @@ def check_built_like(what: str, found: PyTree, expected: PyTree) -> None:
 
 
 def check_trains(trains: Any) -> None:
-    """Raise `TypeError` unless a rule said what it trains in a `Trains`, or a tree of them for a training of its own."""
+    """Raise `TypeError` unless a rule said what it trains in a `Trains`, or in a tree of them for an own training."""
     leaves = jax.tree.leaves(trains, is_leaf=lambda part: isinstance(part, Trains))
     if not leaves or not all(isinstance(leaf, Trains) for leaf in leaves):
         raise TypeError(f"expected the rule's trains to return a Trains(...), got {describe(trains)}")
