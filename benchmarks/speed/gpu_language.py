@@ -21,7 +21,7 @@ import optax
 
 from autorank_jax import aggregators, federated
 from autorank_jax.adapters.causal_lm import task_from_causal_lm
-from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.adapters.lora import max_ranks, narrow
 from autorank_jax.engine.footprint import training_footprint
 from autorank_jax.engine.lane_count import free_memory
 from autorank_jax.engine.local import make_local_training
@@ -174,6 +174,10 @@ def language(name: str, *, rehearse: bool) -> Iterator[harness.Row]:
         if competitor.endswith("the mean"):
             mean = {path: jnp.full(len(work.ranks), width, jnp.int32) for path, width in widths.items()}
             used = federation._replace(state=federation.state._replace(ranks=mean))
+        if competitor == "one adapter":  # whose rounds are given what they return
+            server = federation.state.server
+            server = server._replace(trainable=narrow(server.trainable, widths))
+            used = federation._replace(state=federation.state._replace(server=server))
         measured = timed_rounds(function, used, repeats=1)
         yield {
             "workload": name,
