@@ -48,14 +48,22 @@ Scale = Callable[[Array], Array]
 
 @checked
 def alpha_over_rank(alpha: float) -> Scale:
-    """Scale by `alpha / rank`, LoRA's own rule (arXiv 2106.09685)."""
+    """Scale by `alpha / rank`, LoRA's own rule (arXiv 2106.09685).
+
+    Args:
+        alpha: > 0, the rank whose scale is 1.
+    """
     _check_positive("alpha", alpha)
     return lambda rank: alpha / jnp.maximum(rank, 1)
 
 
 @checked
 def alpha_over_sqrt_rank(alpha: float) -> Scale:
-    """Scale by `alpha / √rank`, the rank-stabilised rule (arXiv 2312.03732)."""
+    """Scale by `alpha / √rank`, the rank-stabilised rule (arXiv 2312.03732).
+
+    Args:
+        alpha: > 0, the scale of rank 1.
+    """
     _check_positive("alpha", alpha)
     return lambda rank: alpha / jnp.sqrt(jnp.maximum(rank, 1))
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
@@ -33,6 +34,9 @@ def names_in(code: str, known: Mapping[int, str]) -> list[str]:
     Args:
         code: Python; lines that begin with `!` are commands.
         known: names by the `id` of what they are names of.
+
+    Raises:
+        AttributeError: for a name that a module does not have.
     """
     tree = ast.parse("\n".join(line for line in code.splitlines() if not line.startswith("!")))
     given = dict(imported for node in ast.walk(tree) for imported in _imported(node))
@@ -52,10 +56,11 @@ def _imported(node: ast.AST) -> Iterator[tuple[str, Any]]:
 
 
 def _reached(node: ast.expr, given: Mapping[str, Any]) -> Any:
-    """Return what `a.b.c` is, or None."""
+    """Return what `a.b.c` is, or None where it is of no module."""
     if isinstance(node, ast.Name):
         return given.get(node.id)
-    return getattr(_reached(node.value, given), node.attr, None) if isinstance(node, ast.Attribute) else None
+    room = _reached(node.value, given) if isinstance(node, ast.Attribute) else None
+    return getattr(room, node.attr) if isinstance(node, ast.Attribute) and inspect.ismodule(room) else None
 
 
 def names_in_prose(text: str, known: Mapping[int, str]) -> list[str]:

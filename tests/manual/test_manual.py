@@ -76,11 +76,11 @@ def test_every_public_name_says_what_it_takes_and_is_shown_somewhere(name):
 
 
 def test_names_in_code_are_found_as_code_reaches_them():
-    code = (
-        "import autorank_jax as ar\nfrom autorank_jax import topsis as t\n!command\nar.policies.autorank(t, ar.Nothing)"
-    )
+    code = "import autorank_jax as ar\nfrom autorank_jax import topsis as t\n!command\nar.policies.autorank(t).nothing"
     assert sorted(names_in(code, known())) == ["autorank_jax.ranks.policies.autorank", "autorank_jax.ranks.topsis"]
     assert names_in("topsis = policies.autorank", known()) == []
+    with pytest.raises(AttributeError, match="renamed"):
+        names_in("import autorank_jax as ar\nar.ranks.renamed()", known())
     text = "See `ar.topsis(x)`, `topsis`, `nothing`, {cite:p}`topsis`, [`topsis`](a).\n```{code-cell}\n`topsis`\n```\n"
     found = linked(text, "import autorank_jax as ar\nar.topsis", known())
     link = "{py:obj}`%s <autorank_jax.ranks.topsis>`"
