@@ -1,5 +1,5 @@
 """`python -m autorank_jax` is `autorank-jax`."""
 
-from autorank_jax.cli.main import entry
+from autorank_jax.cli.entry import entry
 
 entry()

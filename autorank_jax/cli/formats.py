@@ -39,7 +39,8 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write one file under a temporary name and rename it."""
+    """Write one file under a temporary name and rename it; where it is a link, what it points to."""
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

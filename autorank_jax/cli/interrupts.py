@@ -1,27 +1,21 @@
-"""Ctrl-C and SIGTERM while a run trains: the round is finished and saved first."""
+"""Ctrl-C, SIGTERM and a hung-up terminal while a run trains: the round is finished and saved first."""
 
+import contextlib
 import signal
 import sys
-import threading
 from types import FrameType, TracebackType
-from typing import Any
 
-from autorank_jax.cli.signals import interrupt
+from autorank_jax.cli.signals import SIGNALLED, Signalled, heard, interrupt
 from autorank_jax.experiment.events import Event, OnEvent, Started
 from autorank_jax.experiment.position import RoundEnd
 
 
-class Interrupted(KeyboardInterrupt):
-    """A run that was asked to stop and has saved where it stood. The message is one line."""
-
-    def __init__(self, message: str, code: int) -> None:
-        """Keep the exit code."""
-        self.code = code
-        super().__init__(message)
+class Interrupted(Signalled):
+    """A run that was asked to stop and has saved where it stood."""
 
 
 class Interruption:
-    """A context manager: while a run trains, Ctrl-C and SIGTERM wait for the end of the round.
+    """A context manager: while a run trains, `SIGNALS` wait for the end of the round.
 
     A second signal, and one before the first round, stop at once.
     """
@@ -30,20 +24,18 @@ class Interruption:
         """Begin without any signal."""
         self.training = False
         self.signal: int | None = None
-        self.previous: dict[int, Any] = {}
+        self.hearing = contextlib.ExitStack()
 
     def __enter__(self) -> "Interruption":
-        """Take the signals over; in threads other than the first that is impossible and they are left alone."""
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Take the signals over."""
+        self.hearing.enter_context(heard(self._note))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give the signals back."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        self.hearing.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again, self.signal = self.signal is not None, number
@@ -64,7 +56,7 @@ class Interruption:
     @property
     def code(self) -> int:
         """Return the exit code that tells of the signal."""
-        return 128 + (self.signal or signal.SIGINT)
+        return SIGNALLED + (self.signal or signal.SIGINT)
 
     def on_round(self, end: RoundEnd) -> None:
         """Stop after a round in which a signal came."""

@@ -1,19 +1,18 @@
-"""The entry of the command line: exit codes, and mistakes in plain lines."""
+"""The command line: exit codes, and mistakes in plain lines."""
 
 import contextlib
 import importlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
 
-from autorank_jax.cli.signals import heard
+from autorank_jax.cli.signals import SIGNALLED, SIGNALS, heard
 from autorank_jax.cli.terminal import forgiving_streams, tell
 
-INTERRUPTED = 130
 EXTRA = ("rich", "matplotlib")
 
 _LOST = "another process ended or cannot be reached"
@@ -30,11 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0, 1 without the extra packages or where standard output fails, 2 for a mistake of the user, 3 for a
-        run that diverged, 130 after an interrupt (143 after SIGTERM), 4 when another process was lost. XLA aborts a
-        process that loses the first one: it ends by SIGABRT.
+        run that diverged, 130 after an interrupt (129 after SIGHUP, 143 after SIGTERM), 4 when another process was
+        lost. XLA aborts a process that loses the first one: it ends by SIGABRT.
     """
-    with heard(), forgiving_streams() as out:
-        code = _watched(sys.argv[1:] if arguments is None else arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    several = "--distributed" in words  # processes that wait for each other are deaf, and have to end by SIGTERM
+    with heard(signals=SIGNALS[: 1 if several else None]), forgiving_streams() as out:
+        code = _watched(words)
         out.flush()
         if out.failure and not isinstance(out.failure, BrokenPipeError):  # nobody reads on: no mistake
             code = _say(code or 1, [f"standard output: expected to print, got: {out.failure.strerror or out.failure}"])
@@ -73,19 +74,6 @@ def _among_others() -> bool:
     return jax is not None and jax.distributed.is_initialized()
 
 
-def entry() -> NoReturn:
-    """Run the command line and leave with its exit code.
-
-    After an interrupt Python ends without tidying up: XLA may still be compiling, and would crash.
-    """
-    code = main()
-    if code >= INTERRUPTED:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
 def _watch() -> subprocess.Popen[str]:
     """Start a process that says why this one was aborted, as XLA does where the first process is lost: no Python runs.
 
@@ -104,7 +92,7 @@ def _run(arguments: Sequence[str]) -> int:
             raise
         return _say(1, [f'the command line needs {error.name}: pip install "autorank-jax[cli]"'])
     except KeyboardInterrupt as stop:
-        return _say(getattr(stop, "code", INTERRUPTED), [str(stop) or "interrupted; nothing was written"])
+        return _say(getattr(stop, "code", SIGNALLED + signal.SIGINT), [str(stop) or "interrupted; nothing was written"])
 
 
 def _execute(arguments: Sequence[str]) -> int:

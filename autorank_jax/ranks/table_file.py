@@ -3,6 +3,7 @@
 import csv
 import difflib
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 NAME_COLUMNS = (
-    "", "client", "clients", "client_id", "id", "name", "index", "user", "user_id", "device", "device_id", "node",
-    "node_id", "unnamed: 0",
+    "", "client", "clients", "clientid", "id", "name", "index", "user", "userid", "device", "deviceid", "node",
+    "nodeid", "unnamed0",
 )  # fmt: skip
-"""Headings of a first column that names the clients."""
+"""Headings of a first column that names the clients, in letters and digits alone."""
+NUMBERING = ("id", "uid", "uuid", "serial", "number", "no", "nr", "num", "code", "key")
+"""Words in the heading of a column that, if its whole numbers are all different, probably numbers the clients."""
 RESULTS = ("closeness", "ratio", "rank")
 """Columns that a run leaves behind in its `criteria.csv` beside the criteria, alone or before a dot."""
 COUNTS = ("size", "classes")
@@ -42,9 +45,9 @@ def read_criteria(path: str | Path, *, cost: Sequence[str] = (), columns: Sequen
     """Read and check a criteria file.
 
     Args:
-        path: CSV with commas (or semicolons or tabs throughout), a header, one row per client, at most 64 MB; `-` for
-            standard input. The first column holds the clients' names if it is called so (`NAME_COLUMNS`) or holds no
-            number at all; all others are criteria, but for seeds and results (`RESULTS`) in a run's `criteria.csv`.
+        path: CSV with commas (or semicolons, tabs or bars throughout), a header, one row per client, at most 64 MB; `-`
+            for standard input. The first column holds the clients' names if it is called so (`NAME_COLUMNS`) or holds
+            no number at all; all others are criteria, but for seeds and results (`RESULTS`) in a run's `criteria.csv`.
         cost: columns of which less means more complex.
         columns: the criteria among the columns, in this order; all that are some where none are given.
 
@@ -65,10 +68,10 @@ def read_criteria(path: str | Path, *, cost: Sequence[str] = (), columns: Sequen
     first = [row[header.index(criteria[0])] for _, row in rows] if criteria else []
     if criteria and header[1:] and criteria[0] not in columns and _are_names(criteria[0], first):
         clients, criteria = tuple(first), criteria[1:]
-    elif criteria[1:] and not columns and _consecutive(first):
+    elif criteria[1:] and not columns and _number_clients(criteria[0], first):
         remarks.append(
-            f"{path}: column {criteria[0]!r} holds {first[0]}, {int(first[0]) + 1} and so on, row by row, and is scored"
-            " as a criterion; if it only numbers the clients, rename it to client, or name the criteria by --columns"
+            f"{path}: column {criteria[0]!r} holds {first[0]}, {first[1]} and so on, all different, and is scored as a"
+            " criterion; if it only numbers the clients, rename it to client, or name the criteria by --columns"
         )
     if columns:
         criteria = list(columns)
@@ -94,13 +97,19 @@ def _results(header: Sequence[str]) -> Iterable[str]:
 
 def _are_names(heading: str, cells: Sequence[str]) -> bool:
     """Return whether a column names the clients."""
-    return heading.lower() in NAME_COLUMNS or all(cell and _number(cell) is None for cell in cells)
+    return "".join(filter(str.isalnum, heading.lower())) in NAME_COLUMNS or all(
+        cell and _number(cell) is None for cell in cells
+    )
 
 
-def _consecutive(cells: Sequence[str]) -> bool:
-    """Return whether a column counts its rows, from any number."""
-    numbers = [int(cell) for cell in cells if cell.isascii() and cell.isdigit() and len(cell) < 10]
-    return len(cells) > 1 and numbers == list(range(numbers[0], numbers[0] + len(cells))) if numbers else False
+def _number_clients(heading: str, cells: Sequence[str]) -> bool:
+    """Return whether a column seems to number its rows: it counts from any number, or is called so."""
+    if len(cells) < 2 or not all(cell.isascii() and cell.isdigit() and len(cell) < 20 for cell in cells):
+        return False
+    numbers = list(map(int, cells))
+    counts = numbers == list(range(numbers[0], numbers[0] + len(cells)))
+    words = re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", heading).lower())
+    return counts or (len(set(numbers)) == len(numbers) and not set(words).isdisjoint(NUMBERING))
 
 
 def _check_names(option: str, names: Sequence[str], known: Sequence[str]) -> None:
@@ -183,7 +192,7 @@ def _text(path: Path) -> str:
 def _split(path: Path, text: str) -> list[tuple[int, list[str]]]:
     """Return the cells of all lines that are not blank, with their line numbers."""
     first = text.lstrip().partition("\n")[0]
-    delimiter = max(",;\t", key=first.count)
+    delimiter = max(",;\t|", key=first.count)
     reader = csv.reader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
     try:
         cells = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]

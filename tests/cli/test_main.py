@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from autorank_jax.cli import main as cli
+from autorank_jax.cli.entry import entry
 from autorank_jax.cli.folders import FILES, default_folder
 from autorank_jax.cli.signals import heard
 from autorank_jax.experiment.results import Row
@@ -249,8 +251,34 @@ def test_interrupt(monkeypatch, capsys):
     ended = []
     monkeypatch.setattr(cli.os, "_exit", ended.append)  # Python itself would wait for XLA, which may be compiling
     with pytest.raises(SystemExit):
-        cli.entry()
+        entry()
     assert ended == [130]
+
+
+def test_a_signal_before_anything_is_loaded_ends_in_a_line(tmp_path):
+    slow = tmp_path / "logging.py"  # which the command line loads early
+    slow.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nraise ImportError\n")
+    environment = {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}", "PATH": os.environ["PATH"]}
+    command = [sys.executable, "-m", "autorank_jax", "data"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (143, "autorank-jax: interrupted\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_other_signals_end_as_an_interrupt_does(number, code, monkeypatch, capsys):
+    dispatch = importlib.import_module("autorank_jax.cli.dispatch")
+    before = signal.signal(
+        number, signal.default_int_handler
+    )  # so that it does not end the tests where it is not heard
+    monkeypatch.setattr(dispatch, "execute", lambda command: signal.raise_signal(number))  # noqa: ARG005
+    try:
+        assert cli.main(["data"]) == code
+        signal.signal(number, signal.SIG_IGN)
+        with heard():
+            assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+    assert capsys.readouterr().err == "autorank-jax: interrupted; nothing was written\n"
 
 
 def test_an_interrupt_is_not_lost_where_python_ignores_exceptions():
@@ -284,5 +312,5 @@ def test_the_exit_code_is_that_of_the_command(monkeypatch):
     for code in (0, 2):
         monkeypatch.setattr(cli, "main", lambda code=code: code)
         with pytest.raises(SystemExit) as left:
-            cli.entry()
+            entry()
         assert left.value.code == code

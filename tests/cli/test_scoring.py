@@ -56,7 +56,9 @@ def test_cost_columns_turn_the_order_round(tmp_path, capsys):
     assert ranks[0] != ranks[2]
 
 
-@pytest.mark.parametrize("text", ["a;b\n1;2\n3;4\n", "a\tb\n1\t2\n3\t4\n", "\ufeffa, b\r\n1, 2\r\n\r\n3, 4\r\n"])
+@pytest.mark.parametrize(
+    "text", ["a;b\n1;2\n3;4\n", "a\tb\n1\t2\n3\t4\n", "a|b\n1|2\n3|4\n", "\ufeffa, b\r\n1, 2\r\n\r\n3, 4\r\n"]
+)
 def test_tables_of_other_programs(text, tmp_path, capsys):
     assert cli.main(["ranks", "--criteria", str(write(tmp_path, text)), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -124,16 +126,31 @@ def test_what_a_run_found_is_left_out_of_its_own_table(tmp_path, capsys):
     ("text", "told"),
     [
         ("nr,size\n1,5\n2,6\n3,9\n", True),
-        ("nr,size\n1,5\n3,6\n2,9\n", False),
+        ("nr,size\n1,5\n2,6\n2,9\n", False),
+        ("nr,size\n1,5\n2,6\n1.5,9\n", False),
+        ("size,nr\n5,1\n2,2\n9,3\n", False),
+        ("Serial no,size\n1007,5\n1001,6\n1003,9\n", True),
+        ("patientID,size\n1007,5\n1001,6\n1003,9\n", True),
+        ("Client ID,size\n1007,5\n1001,6\n1003,9\n", False),
         ("id,size\n1,5\n2,6\n3,9\n", False),
         ("nr\n1\n2\n3\n", False),
     ],
 )
 def test_a_column_of_row_numbers_is_told(text, told, tmp_path, capsys):
     assert cli.main(["ranks", "--criteria", str(write(tmp_path, text)), "--json"]) == 0
-    assert (
-        "column 'nr' holds 1, 2 and so on, row by row, and is scored as a criterion" in capsys.readouterr().err
-    ) == told
+    assert ("all different, and is scored as a criterion" in capsys.readouterr().err) == told
+
+
+def test_ranks_through_a_link_are_written_where_it_points(tmp_path):
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real" / "ranks.csv", tmp_path / "link.csv"
+    link.symlink_to(target)
+    for _ in range(2):  # the target is made, and replaced
+        assert cli.main(["ranks", "--criteria", str(write(tmp_path, TABLE)), "--output", str(link)]) == 0
+        assert link.is_symlink()
+        assert target.read_text().startswith("client,")
+        assert list(target.parent.iterdir()) == [target]
+        target.write_text("")
 
 
 @pytest.mark.parametrize("ending", ["csv", "json"])
