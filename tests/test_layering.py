@@ -52,6 +52,7 @@ LOADED_BY_NAME = {
     "interface.lazy": "what packages export",
     "checkpoint": "Orbax takes seconds, and only what saves or restores needs it",
     "cli.cache": "JAX, which only runs need",
+    "cli.entry": "everything, once signals are heard",
     "cli.dispatch": "the modules of the command that is run; help, lists and versions are there at once",
     "cli.help": "the rules, which only the longest help explains",
     "cli.main": "all that needs an extra package, to say which one is missing",
