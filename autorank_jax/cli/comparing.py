@@ -39,7 +39,7 @@ def compare(command: Compare) -> None:
     problems = []
     if len(command.runs) < 2:
         problems.append(f"runs: expected two folders of runs or more, got {len(command.runs)}")
-    if len(set(command.runs)) < len(command.runs):
+    if len({os.path.realpath(path.expanduser()) for path in command.runs}) < len(command.runs):
         problems.append("runs: expected every folder once, got one again")
     if output.suffix.lower() != ".png" or os.path.isdir(output):
         problems.append(f"output: expected a file that ends in .png, got {output}")

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autorank_jax.cli.stages import Stages, spoken
-from autorank_jax.cli.tables import scores_table
+from autorank_jax.cli.tables import fitted, scores_table
 from autorank_jax.engine import LevelChoice
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.events import (
@@ -75,7 +75,8 @@ class Display(Stages):
                 )
             case Scored(scores) if scores.seed == self.experiment.first_seed:
                 self._enter("")
-                self.console.print(scores_table(scores))
+                for part in fitted(scores_table(scores), self.console):
+                    self.console.print(part)
             case Resumed(rounds, differences):
                 self.say_resumed(rounds, differences)
             case Started(policy, aggregator, _, done, score):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from rich.table import Table
 
 from autorank_jax.cli.tables import comparison_tables, footnotes, scores_table
+from autorank_jax.experiment.doubts import doubts
 from autorank_jax.experiment.results import Results
 
 STYLE = """
@@ -14,7 +15,7 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 62rem; mar
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } img { max-width: 100%; }
 table { border-collapse: collapse; font-size: 13px; } th { text-align: right; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; } td { text-align: right; }
-th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #e4e4e4; white-space: pre-line; }
+th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #e4e4e4; white-space: pre-wrap; }
 .wide { overflow-x: auto; } .note { color: #555; font-size: 13px; } .stopped { color: #b00020; }
 """
 
@@ -47,6 +48,8 @@ def _body(results: Results, pictures: Mapping[str, bytes]) -> Iterator[str]:
         yield f'<img alt="{_text(name)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
     for scores in results.scores:
         yield _table(scores_table(scores))
+        for line in doubts(scores):
+            yield f'<p class="note">{_text(line)}</p>'
     yield "<h2>Options</h2>"
     yield _rows([name.replace("_", "-"), _value(value)] for name, value in results.config.items())
     machine = {"device": results.device, **results.versions}

@@ -24,7 +24,7 @@ from autorank_jax.cli.interrupts import Interrupted, Interruption
 from autorank_jax.cli.live import Display
 from autorank_jax.cli.logs import Logs, log_problems
 from autorank_jax.cli.options import PROGRAM, Run
-from autorank_jax.cli.tables import comparison_tables, footnotes, make_console
+from autorank_jax.cli.tables import comparison_tables, fitted, footnotes, make_console
 from autorank_jax.cli.terminal import tell
 from autorank_jax.experiment.checkpoints import Checkpoints, expected_rounds
 from autorank_jax.experiment.config import ConfigurationError, Experiment
@@ -151,7 +151,8 @@ def check_run(command: Run) -> None:
 def show(console: Console, experiment: Experiment, results: Results, paths: Sequence[Path]) -> None:
     """Print what was found and where it was written."""
     for table in comparison_tables(results):
-        console.print(table)
+        for part in fitted(table, console):
+            console.print(part)
     for line in footnotes(results):
         console.print(line)
     if experiment.split == "staircase":

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from autorank_jax.datasets import DatasetInfo
@@ -187,6 +188,29 @@ def datasets_table(rows: Sequence[DatasetInfo]) -> Table:
         there = "damaged" if row.damaged else "yes" if row.present else "no"
         table.add_row(row.name, there, Path(row.where).name, row.description)
     return table
+
+
+def fitted(table: Table, console: Console) -> Iterator[Table]:
+    """Yield a table; in parts that share the first column where a terminal has no room for the words of all columns."""
+    unlimited, many = console.options.update(max_width=10_000), len(table.columns)
+    first = 1
+    for last in range(2, many + 1):
+        wider = _part(table, first, last + 1) if last < many else None
+        if wider is None or Measurement.get(console, unlimited, wider).minimum > console.width:
+            yield _part(table, first, last)
+            first = last
+
+
+def _part(table: Table, first: int, last: int) -> Table:
+    """Return the first of a table's columns and some of the others."""
+    columns = [table.columns[0], *table.columns[first:last]]
+    part = make_table(str(table.title) if first == 1 else "", table.padding[1])
+    part.caption = table.caption if last == len(table.columns) else None
+    for column in columns:
+        part.add_column(column.header, justify=column.justify, overflow="fold")
+    for row, *cells in zip(table.rows, *(column.cells for column in columns), strict=True):
+        part.add_row(*cells, style=row.style, end_section=row.end_section)
+    return part
 
 
 def make_table(title: str, padding: int = 1) -> Table:

@@ -110,10 +110,12 @@ def test_accuracy_and_r2_are_not_mixed(runs, tmp_path, monkeypatch, capsys):
 
 
 def test_mistakes_in_a_comparison(runs, tmp_path, capsys):
-    one = runs[0]
+    one, link = runs[0], tmp_path / "link"
+    link.symlink_to(one)
     for arguments, message in (
         ([one], "runs: expected two folders of runs or more, got 1"),
         ([one, one], "runs: expected every folder once"),
+        ([one, link], "runs: expected every folder once"),
         ([one, tmp_path], f"runs: expected the folder of a run, got {tmp_path} without history.json"),
         ([one, "x" * 300], "without history.json"),
         ([*runs, "--output", "x" * 300 + ".png"], "File name too long"),

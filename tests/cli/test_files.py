@@ -7,13 +7,14 @@ import json
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from autorank_jax import datasets
 from autorank_jax.cli import files as report
 from autorank_jax.cli.figures import SHOWN_CLIENTS, accuracy_figure, ranks_figure
 from autorank_jax.cli.files import write_results
 from autorank_jax.cli.folders import FILES, ReportError, check_folder
-from autorank_jax.cli.tables import comparison_tables, criteria_table, datasets_table, scores_table
+from autorank_jax.cli.tables import comparison_tables, criteria_table, datasets_table, fitted, scores_table
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.results import (
     Row,
@@ -223,6 +224,22 @@ def test_clients_fit_a_terminal_in_a_line_each(layers, shown):
         assert lines[str(client)][1:3] == ["18100", "18100"]
         assert lines[str(client)][-1] == shown.format(rank)
     assert ("the widest of 7 layers" in text) == (layers == 7)
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_every_number_is_whole_on_a_narrow_terminal(width):
+    console = Console(file=io.StringIO(), width=width)
+    scores = make_scores(0)._replace(criteria=("label_entropy", "gini_simpson"), closeness=np.array([0.111, 0.999]))
+    for table in (scores_table(scores), *comparison_tables(make_results(("rbla", "zero_pad")))):
+        expected = {cell for column in table.columns for text in column.cells for cell in str(text).split()}
+        parts = list(fitted(table, console))
+        assert len(parts) == 1 or width == 40
+        console.print(*parts)
+        assert expected <= set(console.file.getvalue().replace("│", " ").split())
+        assert str(table.caption).split() == str(parts[-1].caption).split()
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in console.file.getvalue()
 
 
 def test_datasets_and_long_names_fit_a_terminal(monkeypatch):
