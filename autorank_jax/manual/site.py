@@ -68,7 +68,8 @@ def build(folder: str | Path, *, execute: bool = True) -> Path:
         ran = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
         if ran.returncode:
             failed = [f"{path.stem}: {path.read_text(encoding='utf-8')}" for path in sorted(site.rglob("*.err.log"))]
-            raise ManualError("\n".join([ran.stdout + ran.stderr, *failed]))
+            said = [line for line in (ran.stdout + ran.stderr).splitlines() if "[IPKernelApp] WARNING" not in line]
+            raise ManualError("\n".join([*said, *failed]))
         broken = check_links(site)
         if broken:
             raise ManualError("links that lead nowhere: " + "; ".join(broken))

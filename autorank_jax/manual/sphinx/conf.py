@@ -49,8 +49,7 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 suppress_warnings = ["mystnb.unknown_mime_type", "myst.header", "config.cache"]
 nb_execution_timeout = 1800  # of a block, on a machine that is busy
-nb_execution_raise_on_error = True
-nb_execution_show_tb = True  # of the block that failed
+nb_execution_show_tb = True  # of every block that failed; -W makes errors of them
 nb_merge_streams = True
 
 
