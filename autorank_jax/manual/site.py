@@ -20,6 +20,7 @@ kernelspec: {name: python3, display_name: Python 3, language: python}
 language_info: {name: python, pygments_lexer: ipython3}
 ---
 """
+STRICT = "get_config().InteractiveShell.system_raise_on_error = True  # a command that fails fails its block\n"
 NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "sphinxcontrib.bibtex")
 
 
@@ -64,7 +65,10 @@ def build(folder: str | Path, *, execute: bool = True) -> Path:
             str(site),
         ]
         here = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # blocks call commands
-        environment = os.environ | {"PYTHONHASHSEED": "0", "PATH": here}
+        profile = Path(temporary) / "ipython" / "profile_default" / "ipython_config.py"
+        profile.parent.mkdir(parents=True)
+        profile.write_text(STRICT, encoding="utf-8")
+        environment = os.environ | {"PYTHONHASHSEED": "0", "PATH": here, "IPYTHONDIR": str(profile.parents[1])}
         ran = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
         if ran.returncode:
             failed = [f"{path.stem}: {path.read_text(encoding='utf-8')}" for path in sorted(site.rglob("*.err.log"))]
