@@ -76,7 +76,8 @@ intersphinx_mapping = {
 
 def _write_equation(page: Any, node: nodes.Element, *, block: bool) -> None:
     """Write an equation as MathML, which browsers draw by themselves: no script, no network."""
-    page.body.append(latex2mathml.tex2mathml(node.astext(), as_block=block))
+    written = latex2mathml.tex2mathml(node.astext(), as_block=block)
+    page.body.append(f'<div class="math">{written}</div>' if block else written)
     raise nodes.SkipNode
 
 
