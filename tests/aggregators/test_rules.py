@@ -158,7 +158,7 @@ def follow(rules, lanes, rank_levels):
 @in_64_bit
 @pytest.mark.parametrize(
     ("which", "lanes", "rank_levels"),
-    [slow("inexact", 1, 1), ("plain", 3, 1), slow("plain", 3, 2), slow("plain", 6, 1)],
+    [slow("inexact", 1, 1), ("plain", 3, 1), slow("plain", 3, 2), slow("plain", 1, 2), slow("plain", 6, 1)],
 )
 def test_rounds_equal_the_oracle(which, lanes, rank_levels):
     clients, oracles = follow(make_union(which), lanes, rank_levels)
@@ -206,7 +206,7 @@ def assert_pruned(kept, oracle):
 @in_64_bit
 @pytest.mark.parametrize(
     ("which", "lanes", "rank_levels"),
-    [slow("inexact", 1, 1), ("plain", 3, 1), slow("plain", 3, 2)],
+    [slow("inexact", 1, 1), ("plain", 3, 1), slow("plain", 3, 2), slow("plain", 1, 2)],
 )
 def test_non_finite_clients_are_absent(which, lanes, rank_levels):
     rules, broken = make_union(which), np.array([0, 2, 0, 0, 1, 0])

@@ -12,7 +12,11 @@ from autorank_jax.aggregators.testing import check_aggregator
 from autorank_jax.types import Client
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
-WRAPPED = {  # around rules that sketch, where one wrapper can do so
+WRAPPED = {
+    "optimised": lambda: aggregators.with_server_optimizer(aggregators.rbla(), optax.sgd(0.5, momentum=0.9)),
+    "clipped": lambda: aggregators.with_norm_clipping(aggregators.raflora(), 0.3),
+    "diagnosed": lambda: aggregators.with_diagnostics(aggregators.flexlora()),
+    "kept": lambda: aggregators.keep_local(aggregators.raflora(), ("deep", "bias")),
     "optimised, by hand": lambda: aggregators.with_server_optimizer(
         aggregators.rbla()._replace(step=None), optax.sgd(0.5, momentum=0.9)
     ),
