@@ -10,10 +10,10 @@ subset.
 With `--accuracy` whole runs are compared instead: final test accuracy in % of each rule with whole products, with
 sketches, and `again` with whole products summed in another order (two lanes in place of one), which tells how far
 rounding alone carries a run; differences in points, mean over seeds and the largest of one. AutoRank's ranks without a
-probe up to 16, Fashion-MNIST, one local epoch, batch 64, SGD 0.03 with momentum.
+probe up to 16, the first `--images` of Fashion-MNIST, one local epoch, batch 64, SGD 0.03 with momentum.
 
 Command:  python -m benchmarks.study.sketch_error [--json FILE]     (--quick: one setting, two rounds)
-          AUTORANK_JAX_DATA=DIR python -m benchmarks.study.sketch_error --accuracy [--json FILE]
+          AUTORANK_JAX_DATA=DIR python -m benchmarks.study.sketch_error --accuracy [--images 60000] [--json FILE]
           python -m benchmarks.study.sketch_error --report    (runs nothing: prints the published rows)
 Hardware: two CPU cores
 Time and numbers to expect: a minute a setting, most of it compilation; see benchmarks/study/README.md
@@ -190,10 +190,12 @@ def compare(images: datasets.Dataset, rule: str, split: str, *, rounds: int, see
 def measure_accuracy(options: argparse.Namespace) -> list[harness.Row]:
     """Return a row of `compare` for every rule and split."""
     images = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
+    images = images._replace(x_train=images.x_train[: options.images], y_train=images.y_train[: options.images])
     rounds, seeds = (2, 1) if options.quick else (30, 3)
     rows: list[harness.Row] = []
     for split, rule in itertools.product(RUN_SPLITS[: 1 if options.quick else None], SKETCHED):
-        rows.append(compare(images, rule, split, rounds=rounds, seeds=seeds))
+        row = compare(images, rule, split, rounds=rounds, seeds=seeds)
+        rows.append({"rule": rule, "split": split, "images": len(images.y_train)} | row)
         print(harness.markdown_table(rows, list(rows[0])), flush=True)
     return rows
 
@@ -213,6 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one setting, two rounds")
     parser.add_argument("--accuracy", action="store_true", help="accuracy of whole runs in place of errors")
+    parser.add_argument("--images", type=int, default=60_000, help="training images of --accuracy")
     parser.add_argument("--json", type=Path, help="file to write the rows to; rows of the other kind in it stay")
     parser.add_argument("--report", action="store_true", help="measure nothing: show what is published")
     options = parser.parse_args(arguments)
