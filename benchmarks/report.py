@@ -12,11 +12,17 @@ from types import ModuleType
 
 from benchmarks import harness, script
 from benchmarks.robustness import devices, faults
-from benchmarks.speed import gpu_program, imbalance, rank_cost, rounds_report, scale
+from benchmarks.speed import gpu_program, imbalance, rank_cost, rounds_report, scale, startup
 
 FOLDER = Path(__file__).parent
 RESULTS: dict[str, dict[str, ModuleType]] = {
-    "speed/README.md": {"rounds": rounds_report, "imbalance": imbalance, "scale": scale, "rank_cost": rank_cost},
+    "speed/README.md": {
+        "rounds": rounds_report,
+        "imbalance": imbalance,
+        "scale": scale,
+        "rank_cost": rank_cost,
+    },
+    "speed/startup.md": {"startup": startup},
     "speed/gpu.md": {"gpu_program": gpu_program},
     "robustness/README.md": {"devices": devices, "faults": faults},
 }

@@ -144,11 +144,15 @@ TWO_CORES = (
 )
 
 
-@pytest.mark.parametrize("options", ["", TWO_CORES], ids=["usual", "two cores"])
-def test_the_tables_of_the_paper_are_what_its_cells_say(options):
+def paper_tables_of(options):
+    """Return the file of the paper's cells under some options, and their tables."""
     plan = paper.make_plan(paper.options_of(options.split()))
-    found = paper.run_plan(paper.everything(plan), cells.NOTHING)
-    assert plan.file.path.with_suffix(".md").read_text(encoding="utf-8") == paper.tables(plan, found)
+    return plan.file.path, paper.tables(plan, paper.run_plan(paper.everything(plan), cells.NOTHING))
+
+
+def test_the_tables_of_the_paper_are_what_its_cells_say():
+    path, text = paper_tables_of("")
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == text
 
 
 def test_the_tables_of_the_study_are_what_its_cells_say():
@@ -176,7 +180,7 @@ def tables():
     """Return all generated tables as one text."""
     text = json.loads((RESULTS / "text_finetune_quick.json").read_text(encoding="utf-8"))
     parts = [path.read_text(encoding="utf-8") for path in sorted(RESULTS.rglob("*.md"))]
-    return "\n".join([*parts, text_finetune.tables(text["rows"])])
+    return "\n".join([*parts, paper_tables_of(TWO_CORES)[1], text_finetune.tables(text["rows"])])
 
 
 @pytest.mark.parametrize(("name", "begin", "end", "fewest"), PROSE, ids=["README", "study"])
@@ -217,7 +221,7 @@ def test_counts_of_mixed_ranks_in_the_prose_are_those_of_the_runs():
 
 def test_files_that_the_readme_shows_are_there_and_no_others():
     text = (ROOT / "benchmarks/study/README.md").read_text(encoding="utf-8")
-    shown = set(re.findall(r"\]\((results/[^)]+)\)", text))
+    shown = set(re.findall(r"\]\((results/[^)]+\.(?:png|md))\)", text))
     there = {
         path.relative_to(RESULTS.parent).as_posix() for path in RESULTS.rglob("*") if path.suffix in (".png", ".md")
     }

@@ -69,7 +69,8 @@ def test_every_public_name_says_what_it_takes_and_is_shown_somewhere(name):
     text = inspect.getdoc(value) or ""
     if inspect.isclass(value):  # of its own: not inherited, and not what Python writes for a dataclass or a named tuple
         own = vars(value).get("__doc__") or ""
-        assert own and not own.startswith(f"{value.__name__}("), f"{name} does not explain itself"
+        assert own, f"{name} does not explain itself"
+        assert not own.startswith(f"{value.__name__}("), f"{name} does not explain itself"
     if inspect.isfunction(value):
         for argument in inspect.signature(value).parameters:
             assert re.search(rf"^ +\*{{0,2}}{argument}:", text, flags=re.M), f"{name} does not explain {argument!r}"
