@@ -215,13 +215,29 @@ def criterion_names(stats: ClientStats, *, criteria: Sequence[str | Criterion] =
 
 
 def are_equal(matrix: np.ndarray) -> bool:
-    """Return whether no criterion differs between clients, and all get the same rank: `(clients, criteria)`."""
+    """Return whether no criterion differs between clients, and all get the same rank.
+
+    Args:
+        matrix: `(clients, criteria)`, of those present.
+
+    Example:
+        >>> are_equal(np.array([[5.0, 2.0], [5.0, 2.0]])), are_equal(np.array([[5.0, 2.0], [5.0, 3.0]]))
+        (True, False)
+    """
     least = 1e-12 if matrix.dtype == np.float64 else 1e-6  # as `mcda` has it
     return bool(matrix.size) and bool(np.all(np.ptp(matrix, axis=0) <= least * np.abs(matrix).max(axis=0)))
 
 
 def tell_equals(matrix: Array, where: ArrayLike) -> None:
-    """Warn of clients that do not differ, as far as they are known yet; called by a checked function."""
+    """Warn of clients that do not differ, as far as they are known yet; called by a checked function.
+
+    Args:
+        matrix: `(clients, criteria)`.
+        where: `(clients,)` bool, False where a client is absent.
+
+    Example:
+        >>> tell_equals(jnp.array([[5.0], [6.0]]), jnp.ones(2, bool))
+    """
     if is_traced(matrix) or is_traced(where):
         return
     present = np.asarray(matrix)[np.asarray(where)]
