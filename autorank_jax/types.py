@@ -344,7 +344,7 @@ class State(NamedTuple):
 class RoundInfo(NamedTuple):
     """Scalars about one round."""
 
-    loss: Array  # () mean training loss over `examples`, each before the step it was used in
+    loss: Array  # () mean training loss over `examples`, each before the step it was used in; NaN where there are none
     participants: Array  # () int32 clients that were to train
     dropped: Array  # () int32 of them, dropped out and sent nothing
     excluded: Array  # () int32 of them, left out because their update was not finite

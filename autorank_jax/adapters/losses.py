@@ -18,10 +18,11 @@ def classification_loss(logits: Array, labels: Array) -> Array:
         labels: `(b,)` integers.
 
     Returns:
-        `(b,)` nats.
+        `(b,)` nats; NaN for a label without an output, negative ones too.
     """
     check_outputs("classification_loss", logits, labels, (2, 1))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels.astype(jnp.int32))
+    most = jnp.iinfo(jnp.int32).max  # a negative label becomes a large one: indexing would count it from the end
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels.astype(jnp.int32) & most)
 
 
 def regression_loss(outputs: Array, targets: Array) -> Array:

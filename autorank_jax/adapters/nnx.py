@@ -1,5 +1,7 @@
 """Tasks from Flax NNX models: which layers get adapters, what is trained whole, what stays frozen."""
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -68,13 +70,14 @@ def task_from_nnx(
     check_statistics(plain[1], frozen_statistics)
     ranks = match_layers(adapted, max_rank, where)
     values = {name_of(path): _value(path, v) for path, v in nnx.to_flat_state(plain[1])}
-    weights, forms = _insert_adapters(adapted, ranks, values)
+    used: set[str] = set()
+    weights, forms = _insert_adapters(adapted, ranks, values, used)
     names = [name_of(p) for p, v in nnx.to_flat_state(plain[1]) if isinstance(v, nnx.Param)]
     dense = choose_parameters([n for n in names if n not in weights.values()], train_dense)
     if compute_dtype is not None:
         _compute_in(adapted, compute_dtype)
     _checkpoint(adapted, checkpoint)
-    run = _runner(adapted, frozen_statistics)
+    run = _runner(adapted, frozen_statistics, used)
     shapes = without_values(plain[1])
     built = Model(values, weights, forms, run, lambda flat: nnx.merge(plain[0], _state(shapes, flat)))
     vectors = ("bias", "scale")  # of stacked layers these have two axes as well
@@ -110,9 +113,9 @@ def match_layers(model: nnx.Module, max_rank: MaxRank, where: Where = "*") -> di
 
 
 def _insert_adapters(
-    model: nnx.Module, ranks: Mapping[str, int], values: Flat
+    model: nnx.Module, ranks: Mapping[str, int], values: Flat, used: set[str]
 ) -> tuple[dict[str, str], dict[str, Form]]:
-    """Swap the class of the matched layers; return the names of their weights, and their forms."""
+    """Swap the class of the matched layers, which note in `used` that they are; return names and forms of weights."""
     weights, forms = {}, {}
     for path, module in list(nnx.iter_modules(model)):
         name = name_of(path)
@@ -134,8 +137,20 @@ def _insert_adapters(
         module.__class__ = swapped
         empty = jnp.zeros((0,))  # factors come from the adapters whenever the model runs
         for factor in Adapter._fields:
-            setattr(module, factor, Factor(empty))
+            setattr(module, factor, Factor(empty, note=functools.partial(used.add, name)))
     return weights, forms
+
+
+def _warn_of_unused(adapters: Mapping[str, Adapter], used: set[str]) -> None:
+    """Warn, once, of adapters that the model has not read when it ran: they learn nothing."""
+    unused = sorted(set(adapters) - used)
+    used.update(unused)
+    if unused:
+        warnings.warn(
+            f"adapters that the model does not use: {', '.join(unused[:5])}{' and more' * (len(unused) > 5)}: it does "
+            "not call these layers, or reads their weights itself; leave them out of `where`",
+            stacklevel=2,
+        )
 
 
 def _own_axes(layer: Any) -> int:
@@ -157,8 +172,8 @@ def _first(layer: nnx.Module, weight: str, stacked: int) -> nnx.Module:
     return one
 
 
-def _runner(model: nnx.Module, frozen_statistics: bool) -> Callable[..., PyTree]:
-    """Return the function that runs the adapted model on given leaves."""
+def _runner(model: nnx.Module, frozen_statistics: bool, used: set[str]) -> Callable[..., PyTree]:
+    """Return the function that runs the adapted model on given leaves; `used` are the adapters that it has read."""
     graphs = {training: graph_of(model, training, frozen_statistics) for training in (True, False)}
     paths = {name_of(path): path for path, _ in nnx.to_flat_state(nnx.split(model)[1])}
 
@@ -167,7 +182,10 @@ def _runner(model: nnx.Module, frozen_statistics: bool) -> Callable[..., PyTree]
         for path, adapter in adapters.items():
             for factor, value in adapter._asdict().items():
                 flat[join(path, factor)] = value
-        return nnx.merge(graphs[training], nnx.from_flat_state([(paths[n], v) for n, v in flat.items()]))(inputs)
+        outputs = nnx.merge(graphs[training], nnx.from_flat_state([(paths[n], v) for n, v in flat.items()]))(inputs)
+        if training:
+            _warn_of_unused(adapters, used)
+        return outputs
 
     return run
 

@@ -31,7 +31,12 @@ from autorank_jax.types import Array
 
 
 class Factor(nnx.Variable):
-    """One factor of an adapter."""
+    """One factor of an adapter; its `note` is called whenever it is read."""
+
+    def get_value(self, **options: Any) -> Any:
+        """Return the array."""
+        self.get_metadata()["note"]()
+        return super().get_value(**options)
 
 
 class AdaptedLinear(nnx.Linear):

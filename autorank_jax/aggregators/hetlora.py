@@ -111,11 +111,11 @@ def with_tail_penalty(loss: LocalLoss, shrink: float, strength: float) -> LocalL
         strength: λ ≥ 0; 0 is the loss itself.
 
     Raises:
-        ValueError: for γ outside (0, 1) or a negative λ.
+        ValueError: for γ outside (0, 1), or λ that is negative or not finite.
     """
     _check_share(shrink)
-    if strength < 0:
-        raise ValueError(f"expected a tail penalty >= 0, got {strength}")
+    if not 0 <= strength < float("inf"):
+        raise ValueError(f"expected a finite tail penalty >= 0, got {strength}")
 
     def penalised(frozen: PyTree, trainable: Trainable, start: Trainable, batch: Batch, key: Key) -> Penalised:
         value = with_penalty(loss(frozen, trainable, start, batch, key), jnp.zeros(()))

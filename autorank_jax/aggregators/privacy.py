@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.aggregators.base import ClientSums, make_summand
-from autorank_jax.interface import check_share, checked
+from autorank_jax.interface import check_share, check_values, checked
 from autorank_jax.types import (
     Aggregator,
     AggState,
@@ -106,13 +106,7 @@ def with_differential_privacy(
             "expected a rule whose sums are moves of factors and weights, such as rbla, got another: what one client "
             "can change in its sums has no bound, or it is clipped already"
         )
-    for name, value, least in (("clip", clip, False), ("noise_multiplier", noise_multiplier, True)):
-        if not (value >= 0 if least else value > 0) or np.isnan(value):
-            raise ValueError(f"{name}: expected a number {'of at least' if least else 'above'} 0, got {value}")
-    if not (denominator > 0 and np.isfinite(denominator)):
-        raise ValueError(f"denominator: expected the number of clients expected in a round, got {denominator}")
-    if noise_multiplier > 0 and np.isinf(clip):
-        raise ValueError("clip: expected a finite norm where there is noise, got inf: the noise would be infinite")
+    _check_numbers(clip, noise_multiplier, denominator)
 
     count_noise = _count_noise(adaptive, noise_multiplier, denominator)
     own_noise = noise_multiplier  # of the moves
@@ -188,17 +182,29 @@ def with_differential_privacy(
     )
 
 
+def _check_numbers(clip: float, noise_multiplier: float, denominator: float) -> None:
+    if not clip > 0:
+        raise ValueError(f"clip: expected a number above 0, got {clip}")
+    if not 0 <= noise_multiplier < np.inf:
+        raise ValueError(f"noise_multiplier: expected a number of at least 0 and finite, got {noise_multiplier}")
+    if not (denominator > 0 and np.isfinite(denominator)):
+        raise ValueError(f"denominator: expected the number of clients expected in a round, got {denominator}")
+    if noise_multiplier > 0 and np.isinf(clip):
+        raise ValueError("clip: expected a finite norm where there is noise, got inf: the noise would be infinite")
+
+
 def _count_noise(adaptive: AdaptiveClip | None, noise_multiplier: float, denominator: float) -> float:
     """Return the noise on the count of clients below an adaptive norm, 0 where there is no noise at all."""
-    if adaptive is None or not noise_multiplier:
+    if adaptive is None:
         return 0.0
     noise = denominator / 20 if adaptive.count_noise is None else adaptive.count_noise
-    if not (0 < adaptive.quantile < 1 and adaptive.rate > 0 and noise > noise_multiplier / 2):
+    enough = noise_multiplier / 2 < noise < np.inf or not noise_multiplier
+    if not (0 < adaptive.quantile < 1 and 0 < adaptive.rate < np.inf and enough):
         raise ValueError(
             f"adaptive: expected a quantile in (0, 1), a rate above 0 and a count_noise above noise_multiplier / 2 = "
             f"{noise_multiplier / 2:g}, got {adaptive} with {noise:g} on the count"
         )
-    return noise
+    return noise if noise_multiplier else 0.0
 
 
 @checked
@@ -246,6 +252,7 @@ def _owners_of(path: str, widest: int, owners: Mapping[str, ArrayLike] | None, d
     if path not in owners or jnp.shape(owners[path]) != (widest,):
         got = jnp.shape(owners[path]) if path in owners else "none"
         raise ValueError(f"owners: expected {(widest,)} numbers for {path!r}, got {got}")
+    check_values(f"owners of {path!r}", owners[path])
     return jnp.asarray(owners[path], jnp.result_type(float))
 
 

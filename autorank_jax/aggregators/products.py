@@ -158,10 +158,10 @@ def lora_fair(*, ridge: float = 0.01, owners: bool = False, exact: Exact = "auto
             the correction is exact in the directions of the server's factors and approximated beside them.
 
     Raises:
-        ValueError: if the ridge is negative, or for another `exact`.
+        ValueError: if the ridge is negative or not finite, or for another `exact`.
     """
-    if ridge < 0:
-        raise ValueError(f"expected ridge >= 0, got {ridge}")
+    if not 0 <= ridge < float("inf"):
+        raise ValueError(f"expected a finite ridge >= 0, got {ridge}")
 
     from_sketch = functools.partial(_correction_of_reconstruction, ridge=ridge)
 

@@ -75,7 +75,7 @@ def check_aggregator(rule: Aggregator, *, rounds: int = 2) -> None:
 
     Raises:
         TypeError: for what is no rule.
-        AssertionError: with a line for each check that fails.
+        AssertionError: with a line for each check that fails; one line where a plain round fails or is not finite.
     """
     broken: list[str] = []
     plain = jax.jit(_make_round(rule, lanes=1, rank_levels=1))
@@ -91,7 +91,12 @@ def check_aggregator(rule: Aggregator, *, rounds: int = 2) -> None:
         if not gap <= _tolerance():
             broken.append(f"{what}: the model is off by {gap:.2g}, for instance through {cause}")
 
-    usual, start = run(_Case()), _begin(rule, _Case())[0]
+    try:
+        usual, start = run(_Case()), _begin(rule, _Case())[0]
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise AssertionError(f"expected an aggregation rule that runs, got {_first(error)}") from error
+    if not np.isfinite(_gap(_model(usual.server), _model(start.server))):
+        raise AssertionError("expected an aggregation rule that gives numbers, got NaN or infinity in a plain round")
     _check_lanes(rule, usual, run, broken)
     expect("order of clients", "a summand that looks at `client.row`", _Case(order=(3, 0, 4, 2, 1)), usual)
     away = _Case(present=tuple(int(k != _SOMEONE) for k in range(len(_SIZES))))
@@ -113,8 +118,8 @@ def _check_lanes(rule: Aggregator, usual: State, run: Callable[..., State], brok
         other = run(_Case(), jax.jit(_make_round(rule, lanes=3, rank_levels=2)))
     except (IndexError, TypeError, ValueError) as error:
         broken.append(
-            f"rank levels: {type(error).__name__} ({str(error).strip().splitlines()[0]}), for instance through a "
-            "summand that assumes max_rank: the width is that of the client's level"
+            f"rank levels: {_first(error)}, for instance through a summand that assumes max_rank: the width is that of "
+            "the client's level"
         )
         return
     server, kept = _gap(_model(other.server), _model(usual.server)), _gap(other.clients, usual.clients)
@@ -123,6 +128,10 @@ def _check_lanes(rule: Aggregator, usual: State, run: Callable[..., State], brok
             f"lanes and rank levels: the model is off by {server:.2g}, what clients keep by {kept:.2g}, for instance "
             "through something else than a sum over clients"
         )
+
+
+def _first(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['nothing'])[0]}"
 
 
 def _make_round(rule: Aggregator, *, lanes: int, rank_levels: int) -> RoundFn:

@@ -1,6 +1,7 @@
 """Checks of what a round is given, when it is made or traced: of types and shapes alone."""
 
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -24,8 +25,19 @@ def check_round(key: Any, state: Any, data: Any, rule: Aggregator) -> None:
     check_key(key)
     if "local_epochs" not in state.hparams:
         raise ValueError(f"expected hparams with local_epochs, got {sorted(state.hparams)}: state.hparams | {{...}}")
+    _check_epochs(state.hparams["local_epochs"])
     _check_clients(state, data)
     _check_rule_state(state, rule)
+
+
+def _check_epochs(epochs: Any) -> None:
+    if callable(epochs):  # a schedule
+        return
+    whole, known = jnp.shape(epochs) == (), not isinstance(epochs, jax.core.Tracer)
+    whole = whole and jnp.issubdtype(jnp.result_type(epochs), jnp.integer)
+    if not whole or (known and epochs < 1):
+        got = epochs if known and jnp.shape(epochs) == () else describe(epochs)
+        raise ValueError(f"expected local_epochs of hparams as one whole number >= 1, got {got}")
 
 
 def check_rule(rule: Aggregator) -> None:
@@ -47,6 +59,20 @@ def _check_clients(state: State, data: FederatedData) -> None:
     for path, rank in state.ranks.items():
         if not jnp.issubdtype(rank.dtype, jnp.integer):
             raise ValueError(f"expected integer ranks, got {rank.dtype} for {path!r}{why_no_ranks(rank)}")
+        check_within(path, rank, adapters[path].lora_a.shape[-1])
+
+
+def check_within(path: str, ranks: Any, widest: int) -> None:
+    """Raise `ValueError` for ranks outside `1..widest`, where they are known."""
+    if isinstance(ranks, jax.core.Tracer):
+        return
+    known = np.asarray(ranks)  # in NumPy: under jit, JAX would trace ranks that are known
+    least, most = known.min(), known.max()
+    if least < 1 or most > widest:
+        raise ValueError(
+            f"expected ranks of {path!r} in 1..{widest}, got {least}..{most}"
+            + (", probably ranks made for a larger max_rank" if most > widest else "")
+        )
 
 
 def why_no_ranks(ranks: Any) -> str:
@@ -137,10 +163,32 @@ def check_goes_on(before: State, after: State) -> None:
         )
 
 
-def check_built_like(what: str, found: PyTree, expected: PyTree) -> None:
-    """Raise `TypeError` unless what somebody's function returned is built like something."""
+def check_built_like(
+    what: str, found: PyTree, expected: PyTree, *, dtypes: bool = False, cut: Collection[tuple[int, int]] = ()
+) -> None:
+    """Raise `TypeError` unless what somebody's function returned is built like something.
+
+    Args:
+        what: the function.
+        found: what it returned.
+        expected: of the same structure and shapes.
+        dtypes: whether types must be the same too.
+        cut: lengths of axes that may be shorter, each with the whole length.
+    """
     if not _same_structure(found, expected):
-        raise TypeError(f"expected {what} to return what is built like {describe(expected)}, got {describe(found)}")
+        same = describe(found) == describe(expected)
+        raise TypeError(
+            f"expected {what} to return what is built like {describe(expected)}, got {describe(found)}"
+            + " of another structure" * same
+        )
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        shape, whole = jnp.shape(one), jnp.shape(other)
+        fits = len(shape) == len(whole) and all(a == b or (a, b) in cut for a, b in zip(shape, whole, strict=True))
+        if not fits or (dtypes and jnp.result_type(one) != jnp.result_type(other)):
+            raise TypeError(
+                f"expected {what} to return shapes and dtypes as they are, got {jnp.result_type(one)}{list(shape)} in "
+                f"place of {jnp.result_type(other)}{list(whole)}"
+            )
 
 
 def check_trains(trains: Any) -> None:

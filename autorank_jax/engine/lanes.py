@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from autorank_jax.adapters.lora import cut, max_ranks, narrow, pad_like, rank_level, rank_masks
-from autorank_jax.engine.checks import check_built_like, check_trains, summable
+from autorank_jax.engine.checks import check_built_like, check_losses, check_trains, summable
 from autorank_jax.engine.levels import Widths
 from autorank_jax.engine.optimizers import follow_client
 from autorank_jax.engine.totals import LEAF_BY_LEAF, Summation, Totals, Turn, zeros
 from autorank_jax.engine.totals import no_totals as totals_of_nobody
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
 from autorank_jax.federated.participation import Cohort
+from autorank_jax.interface import describe
 from autorank_jax.types import (
     Aggregator,
     Array,
@@ -132,7 +133,7 @@ def steps_and_levels(state: State, data: FederatedData, cohort: Cohort, *, progr
 
 def steps_of_epochs(state: State, data: FederatedData, row: Array, batch_size: int) -> Array:
     """Return the steps that all local epochs of clients take, in the shape of `row`."""
-    return state.hparams["local_epochs"].astype(jnp.int32) * steps_per_epoch(data.size[row], batch_size)
+    return jnp.asarray(state.hparams["local_epochs"]).astype(jnp.int32) * steps_per_epoch(data.size[row], batch_size)
 
 
 def run_queue(program: Program, round_: Round) -> Totals:
@@ -247,6 +248,8 @@ def look_up(level: Level, place: Array) -> Assignment:
 
 def _begin(level: Level, assignment: Assignment) -> LocalState:
     local = level.program.local.begin(level.round.state.hparams, assignment.start, assignment.client)
+    if not isinstance(local, LocalState):
+        raise TypeError(f"expected local training's begin to return a LocalState, got {describe(local)}")
     return local._replace(optimizer=follow_client(local.optimizer, assignment.noise))
 
 
@@ -258,7 +261,12 @@ def _advance(level: Level, assignment: Assignment, lane: Lanes, now: Array) -> L
     check_trains(trains)
     setting = Setting(assignment.client, assignment.start, state.server.frozen, trains)
     key = jax.random.fold_in(assignment.noise, number)
-    trained, losses = local.step(state.hparams, setting, lane.local, batch, key)
+    stepped = local.step(state.hparams, setting, lane.local, batch, key)
+    if type(stepped) is not tuple or len(stepped) != 2:
+        raise TypeError(f"expected local training's step to return (state, losses), got {describe(stepped)}")
+    trained, losses = stepped
+    check_built_like("local training's step", trained, lane.local, dtypes=True)
+    check_losses(losses, local.batch_size, "losses of local training's step")
     column = jnp.minimum(epoch, lane.losses.shape[0] - 1)
     summed = lane.losses.at[column].add(jnp.sum(losses).astype(lane.losses.dtype))
     return lane._replace(local=trained, losses=summed)
@@ -271,6 +279,7 @@ def finish(level: Level, assignment: Assignment, local: LocalState, done: Array)
     rule sees its start with weight 0.
     """
     trained = level.program.local.end(local, assignment.client)
+    check_built_like("local training's end", trained, assignment.start)
     finite = level.program.summation.all_finite(trained)
     counts = done & finite
     trained = jax.tree.map(lambda new, old: jnp.where(counts, new, old), trained, assignment.start)
@@ -278,7 +287,9 @@ def finish(level: Level, assignment: Assignment, local: LocalState, done: Array)
     update, server = ClientUpdate(trained, assignment.start, client), level.round.state.server
     sums = summable(level.program.aggregator.summand(update, server, level.round.plan))
     kept = level.program.aggregator.client_keep(update, server)
-    check_built_like("the rule's client_keep", kept, client.state)
+    widest = max_ranks(server)
+    cuts = {(width, widest[path]) for path, width in level.widths.items()}
+    check_built_like("the rule's client_keep", kept, client.state, dtypes=True, cut=cuts)
     finite &= level.program.summation.all_finite((sums, kept))  # finite factors may have an infinite product
     sums = jax.tree.map(lambda leaf: jnp.where(done & finite, leaf, 0), sums)
     return sums, finite, pad_like(kept, assignment.client.state)

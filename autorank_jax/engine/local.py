@@ -18,7 +18,8 @@ from autorank_jax.engine.optimizers import (
     params_to_send,
     step_optimizer,
 )
-from autorank_jax.interface import check_least, checked
+from autorank_jax.interface import check_least, checked, describe
+from autorank_jax.interface.kinds import is_real
 from autorank_jax.types import (
     Adapter,
     Array,
@@ -148,7 +149,7 @@ def make_local_training(
     Raises:
         TypeError: for what is no task or no optimizer, such as `optax.sgd`, which was not called, or a number.
         ValueError: if the batch size is below 1; when traced, for an optimiser that needs more than it can be given or
-            ignores the state's learning rate, or a loss that is not of shape `(b,)`.
+            ignores a number of the state, a loss that is not of shape `(b,)`, or a scale that is not one number.
     """
     check_least("batch_size", batch_size)
     check_optimizer(optimizer)
@@ -191,7 +192,10 @@ def _rescale(params: Trainable, client: Client, scale: Scale | None, *, inverse:
         return params
     adapters = {}
     for path, adapter in params.adapters.items():
-        factor = jnp.asarray(scale(jnp.sum(client.masks[path])), adapter.lora_b.dtype)
+        factor = scale(jnp.sum(client.masks[path]))
+        if jnp.shape(factor) or (is_real(factor) and not 0 < abs(factor) < float("inf")):
+            raise ValueError(f"expected a LoRA scale of one finite number, not 0, by rank, got {describe(factor)}")
+        factor = jnp.asarray(factor, adapter.lora_b.dtype)
         adapters[path] = adapter._replace(lora_b=adapter.lora_b / factor if inverse else adapter.lora_b * factor)
     return params._replace(adapters=adapters)
 

@@ -27,10 +27,14 @@ Optimizer: TypeAlias = "optax.GradientTransformation | Callable[[Hparams], optax
 LEARNING_RATE = 0.01
 """Of an optimiser made of `hparams`, where the state gives none."""
 
+_RATE = "learning_rate"
+_OF_STATES = (_RATE, "local_epochs", "max_epochs", "clients")  # arguments of init_state
+_MEANT = {"lr": _RATE, "eta": _RATE, "step_size": _RATE, "epochs": "local_epochs"}
+
 _OWN_KEYS = 0x6F707469  # fold_in tag: keys of optimisers never meet those of steps, whose identities count from 0
 
 
-_FAILURES = (AttributeError, KeyError, TypeError, ValueError, AssertionError, NotImplementedError)
+_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What optimisers raise, when traced, on parameters or arguments that they were not made for."""
 
 
@@ -43,7 +47,7 @@ class _Given(dict):
 
     def __getitem__(self, name: str) -> Array:
         self.asked.add(name)
-        if name not in self:
+        if not super().__contains__(name):
             near = difflib.get_close_matches(name, self, n=1)
             meant = f", probably {near[0]!r}" if near else f": init_state(..., {name}=...) gives it"
             raise ValueError(
@@ -51,9 +55,17 @@ class _Given(dict):
             )
         return super().__getitem__(name)
 
+    def __contains__(self, name: object) -> bool:
+        self.asked.add(str(name))
+        return super().__contains__(name)
+
     def get(self, name: str, default: Any = None) -> Any:
         self.asked.add(name)
         return super().get(name, default)
+
+    def items(self) -> Any:
+        self.asked.update(super().keys())
+        return super().items()
 
     def __iter__(self) -> Iterator[str]:  # of **hparams
         self.asked.update(self.keys())
@@ -88,27 +100,27 @@ def make_transformation(optimizer: Optimizer, hparams: Hparams) -> optax.Gradien
 
     Raises:
         TypeError: for what is no optimiser.
-        ValueError: if it asks for a number that the state does not have, or the state has a learning rate that it
-            does not look at, or a number whose name nearly is that of one it asks for.
+        ValueError: if it asks for a number that the state does not have, or the state has one besides `local_epochs`
+            that it does not ask for when it is made.
     """
     if isinstance(optimizer, optax.GradientTransformation):
         made, asked = optimizer, set[str]()
     else:
-        given = _Given({"learning_rate": jnp.asarray(LEARNING_RATE, jnp.result_type(float)), **hparams})
+        given = _Given({_RATE: jnp.asarray(LEARNING_RATE, jnp.result_type(float)), **hparams})
         made, asked = _call(optimizer, given), given.asked
     if not isinstance(made, optax.GradientTransformation):
         raise TypeError(
             f"expected an optimizer as optax makes them, got {describe(made)}"
             + ", probably of a function that does not return it" * (made is None)
         )
-    for name in hparams.keys() - asked:
-        near = difflib.get_close_matches(name, asked - hparams.keys(), n=1, cutoff=0.8)
+    for name in sorted(hparams.keys() - asked - {"local_epochs"}):
+        known = sorted({*_OF_STATES, *asked} - {name})
+        near = [_MEANT[name]] if name in _MEANT else difflib.get_close_matches(name, known, n=1)
         if near:
             raise ValueError(f"expected hparams that the optimizer asks for, got {name!r}, probably {near[0]!r}")
-    if "learning_rate" in hparams and "learning_rate" not in asked:
         raise ValueError(
-            "expected an optimizer that uses the state's learning_rate, got one that ignores it: make it like "
-            'lambda h: optax.sgd(h["learning_rate"]), or leave learning_rate out of init_state'
+            f"expected an optimizer that uses the state's {name}, got one that ignores it: make it like "
+            f'lambda h: optax.sgd(h["{_RATE}"]), or leave {name} out of init_state'
         )
     return optax.with_extra_args_support(made)
 
@@ -116,7 +128,7 @@ def make_transformation(optimizer: Optimizer, hparams: Hparams) -> optax.Gradien
 def _call(optimizer: Callable[[Hparams], Any], given: Hparams) -> Any:
     try:
         return optimizer(given)
-    except (AttributeError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise TypeError(
             f"expected an optimizer, or a function that makes one of hparams, got one that fails with {_first(error)}; "
             'of hparams it takes what it needs: lambda h: optax.sgd(h["learning_rate"])'
@@ -234,19 +246,25 @@ def follow_client(memory: PyTree, key: Key) -> PyTree:
     """
 
     def renew(number: int, leaf: Array) -> Array:
-        if not _is_key(leaf):
+        axes = _axes_of_keys(leaf)
+        if axes is None:
             return leaf
         word = jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, _OWN_KEYS), number), (), jnp.uint32)
-        return jax.random.fold_in(leaf, word)
+        fold: Callable[[Array], Array] = lambda one: jax.random.fold_in(one, word)  # noqa: E731
+        for _ in range(axes):
+            fold = jax.vmap(fold)
+        return fold(leaf)
 
     leaves, structure = jax.tree.flatten(memory)
     return jax.tree.unflatten(structure, [renew(number, leaf) for number, leaf in enumerate(leaves)])
 
 
-def _is_key(leaf: Array) -> bool:
+def _axes_of_keys(leaf: Array) -> int | None:
+    """Return the axes of an array of keys, 0 of one key, None of what is no key; raw keys have one more of words."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return leaf.ndim == 0
-    return leaf.dtype == jnp.uint32 and leaf.shape == (2,)
+        return leaf.ndim
+    words = jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape
+    return leaf.ndim - 1 if leaf.dtype == jnp.uint32 and leaf.shape[-1:] == words else None
 
 
 @checked
@@ -307,7 +325,7 @@ def at_round(hparams: Hparams, number: Array) -> Hparams:
         ValueError: for a schedule that gives no number for a traced round, or a learning rate that is an array.
     """
     now = {n: _scheduled(n, value, number) if callable(value) else value for n, value in hparams.items()}
-    shape = jnp.shape(now.get("learning_rate", 0))
+    shape = jnp.shape(now.get(_RATE, 0))
     if shape:
         raise ValueError(f"expected one learning_rate in a round, got shape {shape}: jax.vmap runs several")
     return now

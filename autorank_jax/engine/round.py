@@ -138,7 +138,8 @@ def make_plan(state: State, cohort: Cohort, weight: Array, total: Array) -> Plan
     """Sum the participants' weights per rank position."""
     owners = {}
     for path, width in max_ranks(state.server.trainable).items():
-        by_rank = jnp.zeros(width + 1, weight.dtype).at[state.ranks[path][cohort.row]].add(weight)
+        rank = jnp.clip(state.ranks[path][cohort.row], 0, width)  # as masks see one outside, which jit hides
+        by_rank = jnp.zeros(width + 1, weight.dtype).at[rank].add(weight)
         owners[path] = jnp.cumsum(by_rank[::-1])[::-1][1:]
     return Plan(owners, jnp.sum(weight), total)
 
@@ -162,7 +163,7 @@ def _describe(totals: Totals, cohort: Cohort, meant: Array, trained: Array, full
     """Count; `meant` were to train, `trained` did, and `full` are the steps of their epochs, `(cohort,)` each."""
     short = jnp.zeros_like(trained) if cohort.max_steps is None else trained & (cohort.max_steps < full)
     return RoundInfo(
-        loss=totals.loss / jnp.maximum(totals.examples, 1),
+        loss=jnp.where(totals.examples > 0, totals.loss / jnp.maximum(totals.examples, 1), jnp.nan),
         participants=jnp.sum(meant, dtype=jnp.int32),
         dropped=jnp.sum(meant & ~trained, dtype=jnp.int32),
         excluded=jnp.sum(trained & ~totals.finite[cohort.row], dtype=jnp.int32),

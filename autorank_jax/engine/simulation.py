@@ -11,8 +11,8 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from autorank_jax.adapters.lora import equal_ranks, max_ranks
-from autorank_jax.engine.checks import check_goes_on, strong, why_no_ranks
-from autorank_jax.interface import check_least, checked
+from autorank_jax.engine.checks import check_goes_on, check_within, strong, why_no_ranks
+from autorank_jax.interface import check_least, check_values, checked
 from autorank_jax.types import (
     Aggregator,
     Array,
@@ -60,15 +60,16 @@ def init_state(
         local_epochs: passes over its data that a client makes each round, ≥ 1.
         max_epochs: epochs per round whose mean loss is kept for every client.
         clients: how many there are; needed only where there are no ranks to tell.
-        **hparams: further numbers that the optimiser is made of, or schedules.
+        **hparams: further numbers that the optimiser is made of, or schedules. A round refuses those that it does not
+            ask for.
 
     Returns:
         A state without weakly typed leaves, so that the next round finds the same types.
 
     Raises:
         TypeError: for what is no server or no rule.
-        ValueError: if ranks are missing, no integers, have unequal lengths, or lie outside `1..max_rank`, or if
-            local_epochs is below 1.
+        ValueError: if ranks are missing, no integers, have unequal lengths, or lie outside `1..max_rank`, if
+            local_epochs is below 1, for a learning rate that is negative or not finite, or a number that is NaN.
     """
     for name, value in {"local_epochs": local_epochs, "max_epochs": max_epochs, "clients": clients}.items():
         if value is not None:
@@ -80,6 +81,11 @@ def init_state(
     clients = _check_ranks(server, ranks, clients)
     dtype = jnp.result_type(float)
     numbers = hparams if learning_rate is None else {"learning_rate": learning_rate, **hparams}
+    for name, number in numbers.items():
+        if name == "learning_rate" and not callable(number):
+            check_values(name, number)
+        elif not callable(number):
+            check_values(name, number, lambda known: ~np.isnan(known), "numbers")
     server = strong("a server", server)
     kept = strong("the rule's client_init", aggregator.client_init(server))
     return State(
@@ -111,15 +117,7 @@ def _check_ranks(server: Server, ranks: Mapping[str, Array], clients: int | None
         widest = adapters[path].lora_a.shape[-1]
         if not jnp.issubdtype(jnp.result_type(rank), jnp.integer):
             raise ValueError(f"expected integer ranks, got {jnp.result_type(rank)} for {path!r}{why_no_ranks(rank)}")
-        if isinstance(rank, jax.core.Tracer):
-            continue
-        known = np.asarray(rank)  # in NumPy: under jit, JAX would trace ranks that are known
-        least, most = known.min(), known.max()
-        if least < 1 or most > widest:
-            raise ValueError(
-                f"expected ranks of {path!r} in 1..{widest}, got {least}..{most}"
-                + (", probably ranks made for a larger max_rank" if most > widest else "")
-            )
+        check_within(path, rank, widest)
     return clients
 
 

@@ -51,6 +51,9 @@ def with_personal_scores(rule: Aggregator, task: Task, held_out: FederatedData, 
         An aggregator.
     """
 
+    def examples_of(row: Array) -> Array:
+        return held_out.size.at[row].get(mode="fill", fill_value=0)  # none of a client that is not there
+
     def correct(server: Server, trainable: Trainable, row: Array) -> Array:
         def add(step: Array, total: Array) -> Array:
             batch, _ = take_batch(held_out, row, jnp.zeros(2, jnp.uint32), step, batch_size)
@@ -58,14 +61,14 @@ def with_personal_scores(rule: Aggregator, task: Task, held_out: FederatedData, 
             right = classification_metrics(logits, batch.targets)["accuracy"]
             return total + jnp.sum(right * batch.weight.astype(right.dtype))
 
-        size = held_out.size[row]
+        size = examples_of(row)
         total = lax.fori_loop(0, steps_per_epoch(size, batch_size), add, jnp.zeros((), jnp.result_type(float)))
         return total / jnp.maximum(size, 1).astype(total.dtype)
 
     def keep(update: ClientUpdate, server: Server) -> tuple[PyTree, PersonalScores]:
         row = update.client.row
         before, after = correct(server, update.start, row), correct(server, update.trained, row)
-        return update.client.state[0], PersonalScores(before, after, held_out.size[row])
+        return update.client.state[0], PersonalScores(before, after, examples_of(row))
 
     def start(server: Server, state: PyTree, client: Client) -> Trainable:
         return rule.start(server, state, client._replace(state=client.state[0]))
@@ -110,7 +113,15 @@ def personal_scores(
         task: the model, a classifier.
         held_out: examples kept from training, in the same order of clients; `split_test_set` shares a test set out.
         **options: of `make_round`, such as `lanes`.
+
+    Raises:
+        ValueError: for held-out examples of other clients than the data's.
     """
+    if held_out.size.shape != data.size.shape:
+        raise ValueError(
+            f"expected held-out examples of the {data.size.shape[0]} clients of the data, got those of "
+            f"{held_out.size.shape[0]}: clients without any may be empty, allow_empty=True"
+        )
     scoring = with_personal_scores(rule, task, held_out)
     blank = scoring.client_init(state.server)[1]
     scores = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, data.size.shape), blank)

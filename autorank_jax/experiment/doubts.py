@@ -8,7 +8,7 @@ import numpy as np
 
 from autorank_jax.experiment.results import Scores
 from autorank_jax.ranks import mcda
-from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
+from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES, are_equal
 from autorank_jax.types import Array, ClientStats
 
 LEAST_VARIATION = 0.05
@@ -25,10 +25,12 @@ def variation(matrix: np.ndarray) -> np.ndarray:
 
 
 def little_variation(criteria: Sequence[str], matrix: np.ndarray) -> str:
-    """Say by how much criteria vary, if it is little; nothing of one client, and where all are exactly equal."""
+    """Say by how much criteria vary, if it is little; nothing of one client."""
     values = variation(np.asarray(matrix, np.float64))
-    if len(matrix) < 2 or not 0 < values.max(initial=0) < LEAST_VARIATION:
+    if len(matrix) < 2 or not len(values) or not values.max() < LEAST_VARIATION:
         return ""
+    if are_equal(matrix):
+        return "no criterion differs between clients: all get the full rank"
     most = int(values.argmax())
     return (
         f"the criteria hardly vary between clients, at most by {100 * values[most]:.2g} % (standard deviation over "
@@ -78,6 +80,9 @@ def doubts(scores: Scores) -> Iterator[str]:
     """Yield what speaks against the ranks of a seed, and what one rank for all would do; nothing mostly."""
     little = little_variation(scores.criteria, scores.matrix) if scores.closeness is not None else ""
     if not little or not set(scores.criteria) <= set(CRITERIA):
+        return
+    if are_equal(scores.matrix):
+        yield little
         return
     policy = "autorank" if "autorank" in scores.ratios else next(iter(scores.ratios))
     yield (

@@ -237,7 +237,7 @@ def run_rounds(
         scores = _scores(wait_for(tools.evaluate(state)))
         check_round(position.round + 1, scores[0], done)
         row = LanguageRow(
-            position.round + 1, *scores, float(done.loss), seconds, up, down, flops, int(done.excluded)
+            position.round + 1, *scores, _number(done.loss), seconds, up, down, flops, int(done.excluded)
         )  # fmt: skip
         position = position._replace(rows=(*position.rows, row), state=state)
         try:

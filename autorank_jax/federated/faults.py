@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from autorank_jax.federated.participation import Cohort, Participation
-from autorank_jax.interface import check_share, checked, describe
+from autorank_jax.interface import check_one, check_share, checked, describe
 from autorank_jax.types import Array, Client, FederatedData, Key, LocalState, LocalTraining, Trainable
 
 __all__ = ["drop_out", "drop_out_schedule", "limit_steps", "with_nan_clients"]
@@ -29,8 +29,9 @@ def drop_out(probability: float | Array) -> Fault:
         probability: in 0..1; under jit it may be an argument, so that another one compiles nothing.
 
     Raises:
-        ValueError: for a probability outside 0..1.
+        ValueError: for a probability outside 0..1, or one for each client.
     """
+    check_one("probability", probability)
     check_share("probability", probability, "[0, 1]")
 
     def fault(key: Key, number: Array, data: FederatedData, cohort: Cohort) -> Cohort:  # noqa: ARG001
@@ -104,7 +105,7 @@ def with_nan_clients(local: LocalTraining, broken: ArrayLike) -> LocalTraining:
 
     Args:
         local: local training of one client.
-        broken: `(clients,)` bool, by row of the data.
+        broken: `(clients,)` bool, by row of the data; clients beyond it are whole.
 
     Raises:
         ValueError: for anything but a vector of bools.
@@ -114,7 +115,7 @@ def with_nan_clients(local: LocalTraining, broken: ArrayLike) -> LocalTraining:
         raise ValueError(f"expected broken as a vector of bools, got {flags.dtype} of shape {flags.shape}")
 
     def end(state: LocalState, client: Client) -> Trainable:
-        spoiled = jnp.asarray(flags)[client.row]
+        spoiled = jnp.asarray(flags).at[client.row].get(mode="fill", fill_value=False)
         trained = local.end(state, client)
         return jax.tree.map(lambda leaf: jnp.where(spoiled, jnp.asarray(jnp.nan, leaf.dtype), leaf), trained)
 

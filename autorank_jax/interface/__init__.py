@@ -31,11 +31,24 @@ if TYPE_CHECKING:
         check_kind,
         check_least,
         check_name,
+        check_one,
         check_share,
+        check_values,
         checked,
         describe,
     )
 else:
     __getattr__, __dir__ = lazy(__name__)
 
-__all__ = ["check_counts", "check_key", "check_kind", "check_least", "check_name", "check_share", "checked", "describe"]
+__all__ = [
+    "check_counts",
+    "check_key",
+    "check_kind",
+    "check_least",
+    "check_name",
+    "check_one",
+    "check_share",
+    "check_values",
+    "checked",
+    "describe",
+]

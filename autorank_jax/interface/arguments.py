@@ -91,6 +91,27 @@ def check_counts(name: str, values: collections.abc.Sequence[int], least: int = 
         raise ValueError(f"expected {name} as {least} or more whole numbers >= 1, got {describe(values)}")
 
 
+def check_one(name: str, value: Any) -> None:
+    """Raise `ValueError` for an array of several numbers, traced or not."""
+    if getattr(value, "shape", ()):
+        raise ValueError(f"expected one {name}, got an array of shape {value.shape}")
+
+
+def check_values(
+    name: str,
+    values: Any,
+    fits: Callable[[np.ndarray], np.ndarray] = lambda known: (known >= 0) & (known < np.inf),
+    words: str = "finite numbers >= 0",
+) -> None:
+    """Raise `ValueError` for numbers that do not fit, as far as they are known yet."""
+    if is_traced(values):
+        return
+    known = np.asarray(values, float)
+    bad = known[~fits(known)]
+    if bad.size:
+        raise ValueError(f"expected {name} as {words}, got {bad.flat[0]:g}")
+
+
 def check_share(name: str, value: Any, within: str = "(0, 1]", cause: str = "a percentage") -> None:
     """Raise `ValueError` unless a number lies between 0 and 1, as far as it is known yet.
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from autorank_jax.interface import check_least, check_name, check_share, checked
+from autorank_jax.interface import check_least, check_name, check_one, check_share, checked
 from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy
 
 WEIGHTS = ("clients", "examples")
@@ -58,9 +58,12 @@ def with_budget(
         A policy with ratios in [min_ratio, 1]. Absent clients move along and do not count in the mean.
 
     Raises:
-        ValueError: for numbers out of range or an unknown `weight`; when called, for another number of layers.
+        ValueError: for numbers out of range, several mean ratios or an unknown `weight`; when called, for another
+            number of layers.
     """
     check_share("min_ratio", min_ratio, cause="a percentage or a rank")
+    _check_layer_weights(layer_weights)
+    check_one("mean_ratio", mean_ratio)
     check_share("mean_ratio", mean_ratio, cause="a percentage or a rank")
     if isinstance(min_ratio, int | float) and isinstance(mean_ratio, int | float) and not min_ratio <= mean_ratio:
         raise ValueError(f"expected mean_ratio of at least min_ratio = {min_ratio}, got {mean_ratio}: lower min_ratio")
@@ -110,10 +113,11 @@ def with_caps(policy: RankPolicy) -> RankPolicy:
         policy: whose ratios are capped.
 
     Returns:
-        A policy; caps go below any `min_ratio`.
+        A policy; caps go below any `min_ratio`. It raises `ValueError` for caps outside (0, 1].
     """
 
     def capped(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
+        check_share("stats.max_ratio", stats.max_ratio, cause="a rank: divide by the maximum")
         ratios, info = policy(key, stats)
         caps = jnp.asarray(stats.max_ratio).astype(ratios.dtype)
         return jnp.minimum(ratios, caps if ratios.ndim == 1 else caps[:, None]), info
@@ -143,6 +147,7 @@ def with_coverage(policy: RankPolicy, share: float | Array = 0.5) -> RankPolicy:
 
     Source: ours; that positions of few owners are amplified is a known weakness of averaging over owners.
     """
+    check_one("share", share)
     check_share("share", share)
 
     def covered(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
@@ -219,7 +224,14 @@ def mean_of_ratios(
         layer_weights: one per layer, > 0; equal where None.
     """
     check_name("weight", weight, WEIGHTS)
+    _check_layer_weights(layer_weights)
     return jnp.sum(ratios * _shares(stats, weight, layer_weights, ratios))
+
+
+def _check_layer_weights(weights: Sequence[float] | None) -> None:
+    bad = [weight for weight in weights or () if not 0 < weight < math.inf]
+    if bad:
+        raise ValueError(f"expected layer_weights as finite numbers above 0, got {bad[0]:g}")
 
 
 def _shares(stats: ClientStats, weight: str, layer_weights: Sequence[float] | None, ratios: Array) -> Array:

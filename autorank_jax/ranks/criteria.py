@@ -4,6 +4,7 @@
 `(clients, classes)`. They are total: an empty client has complexity 0, never NaN, and gradients stay finite.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from autorank_jax.interface import check_name, checked
+from autorank_jax.interface import check_name, check_values, checked
 from autorank_jax.interface.kinds import is_traced, whole_to_float
 from autorank_jax.types import Array, ClientStats
 
@@ -78,7 +79,7 @@ def loss_entropy(epoch_losses: ArrayLike, epochs: ArrayLike | None = None) -> Ar
         `(...)` in [0, 1].
 
     Raises:
-        ValueError: for losses without an axis of epochs, or `epochs` of another shape.
+        ValueError: for negative losses, losses without an axis of epochs, or `epochs` of another shape or out of range.
 
     Source: our form of an idea of arXiv 2412.15553, which describes it in words.
 
@@ -94,10 +95,13 @@ def loss_entropy(epoch_losses: ArrayLike, epochs: ArrayLike | None = None) -> Ar
     T = jnp.full(losses.shape[:-1], losses.shape[-1], jnp.int32) if epochs is None else jnp.asarray(epochs)
     if T.shape != losses.shape[:-1]:
         raise ValueError(f"epochs: expected shape {losses.shape[:-1]}, got {T.shape}")
+    most = losses.shape[-1]
+    check_values("epochs", T, lambda n: (n >= 0) & (n <= most) & (n % 1 == 0), f"whole numbers in 0..{most}")
 
     run = lax.broadcasted_iota(jnp.int32, losses.shape, losses.ndim - 1) < T[..., None].astype(jnp.int32)
     known = (T > 0) & jnp.all(jnp.isfinite(losses) | ~run, axis=-1)
     losses = jnp.where(run & known[..., None], losses, 0)
+    check_values("epoch_losses", losses)
     defined = known & (T > 1) & (jnp.sum(losses, axis=-1) > 0)
     ln_T = jnp.log(jnp.where(defined, T, 2).astype(losses.dtype))
     value = jnp.where(defined, _entropy(_shares(losses)) / ln_T, 1)
@@ -148,8 +152,8 @@ def complexity_matrix(stats: ClientStats, *, criteria: Sequence[str | Criterion]
         `(clients, criteria)` in the default float type. Rows of absent clients mean nothing.
 
     Raises:
-        ValueError: for an unknown name, no column at all, `loss_entropy` without losses, or a column or a `stats.where`
-            of another shape.
+        ValueError: for an unknown name, no column at all, `loss_entropy` without losses, negative sizes, or a column or
+            a `stats.where` of another shape.
 
     Example:
         Two criteria by name and one's own: the share of the most frequent class.
@@ -167,6 +171,7 @@ def complexity_matrix(stats: ClientStats, *, criteria: Sequence[str | Criterion]
     clients = jnp.shape(stats.size)[0]
     if jnp.shape(stats.where) != (clients,):
         raise ValueError(f"stats.where: expected shape ({clients},), got {jnp.shape(stats.where)}")
+    check_values("stats.size", stats.size)
     columns = []
     for name, criterion in zip(criterion_names(stats, criteria=criteria), criteria, strict=False):
         column = _as_float((CRITERIA[criterion] if isinstance(criterion, str) else criterion)(stats))
@@ -209,6 +214,37 @@ def criterion_names(stats: ClientStats, *, criteria: Sequence[str | Criterion] =
     return names
 
 
+def are_equal(matrix: np.ndarray) -> bool:
+    """Return whether no criterion differs between clients, and all get the same rank.
+
+    Args:
+        matrix: `(clients, criteria)`, of those present.
+
+    Example:
+        >>> are_equal(np.array([[5.0, 2.0], [5.0, 2.0]])), are_equal(np.array([[5.0, 2.0], [5.0, 3.0]]))
+        (True, False)
+    """
+    least = 1e-12 if matrix.dtype == np.float64 else 1e-6  # as `mcda` has it
+    return bool(matrix.size) and bool(np.all(np.ptp(matrix, axis=0) <= least * np.abs(matrix).max(axis=0)))
+
+
+def tell_equals(matrix: Array, where: ArrayLike) -> None:
+    """Warn of clients that do not differ, as far as they are known yet; called by a checked function.
+
+    Args:
+        matrix: `(clients, criteria)`.
+        where: `(clients,)` bool, False where a client is absent.
+
+    Example:
+        >>> tell_equals(jnp.array([[5.0], [6.0]]), jnp.ones(2, bool))
+    """
+    if is_traced(matrix) or is_traced(where):
+        return
+    present = np.asarray(matrix)[np.asarray(where)]
+    if are_equal(present):
+        warnings.warn(f"no criterion differs between the clients ({len(present)}): all get the full rank", stacklevel=4)
+
+
 def check_criteria(criteria: Sequence[str | Criterion]) -> None:
     """Raise `ValueError` for a name that is no criterion, or a criterion that is there twice.
 
@@ -234,11 +270,7 @@ def _counts(label_counts: ArrayLike) -> Array:
     counts = _as_float(label_counts)
     if counts.ndim == 0:
         raise ValueError("expected label_counts of shape (..., classes), got one number")
-    if not is_traced(counts):
-        known = np.asarray(counts)
-        bad = known[~(np.isfinite(known) & (known >= 0))]
-        if bad.size:
-            raise ValueError(f"expected label_counts as finite numbers >= 0, got {bad[0]:g}")
+    check_values("label_counts", counts)
     return counts
 
 

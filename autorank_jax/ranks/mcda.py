@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from autorank_jax.interface import check_name, checked
+from autorank_jax.interface import check_name, check_values, checked
 from autorank_jax.interface.kinds import is_traced, whole_to_float
 from autorank_jax.types import Array
 
@@ -105,7 +105,8 @@ def topsis(
         `(clients,)` closeness in [0, 1]; 0 for absent clients.
 
     Raises:
-        ValueError: for wrong shapes, an unknown normalisation, or `benefit` or `where` that are not booleans.
+        ValueError: for wrong shapes, an unknown normalisation, negative weights, or `benefit` or `where` that are not
+            booleans.
 
     Source: Hwang, Yoon, "Multiple Attribute Decision Making", Springer (1981).
 
@@ -120,6 +121,8 @@ def topsis(
     x, benefit_, where_ = _decision_problem(matrix, benefit, where)
     w = critic_weights(x, benefit=benefit_, where=where_) if weights is None else _as_float(weights).astype(x.dtype)
     _check_shape("weights", w, (x.shape[1],))
+    if weights is not None:
+        check_values("weights", weights)
 
     z, varying = min_max(x, where=where_)
     if normalization == "vector":

@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from autorank_jax.adapters import lora
-from autorank_jax.interface import check_least, check_name, check_share, checked, describe
+from autorank_jax.interface import check_least, check_name, check_share, check_values, checked, describe
 from autorank_jax.ranks import mcda
 from autorank_jax.ranks.criteria import (
     CRITERIA,
@@ -28,6 +28,7 @@ from autorank_jax.ranks.criteria import (
     check_criteria,
     complexity_matrix,
     criterion_names,
+    tell_equals,
 )
 from autorank_jax.types import (
     Array,
@@ -86,6 +87,7 @@ def autorank(
         weights = mcda.critic_weights(matrix, benefit=benefit, where=stats.where)
         closeness = mcda.topsis(matrix, weights, benefit=benefit, normalization=normalization, where=stats.where)
         ratios = ratios_from_scores(closeness, min_ratio=min_ratio, where=stats.where)
+        tell_equals(matrix, stats.where)
         return ratios, RankInfo(matrix, weights, closeness, Names(criterion_names(stats, criteria=criteria)))
 
     return policy
@@ -108,7 +110,9 @@ def by_size(*, min_ratio: float = 0.1) -> RankPolicy:
 
     @checked
     def policy(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:  # noqa: ARG001
+        check_values("stats.size", stats.size)
         size = jnp.asarray(stats.size).astype(jnp.result_type(float))
+        tell_equals(size[:, None], stats.where)
         ratios = ratios_from_scores(size, min_ratio=min_ratio, where=stats.where)
         score = mcda.min_max(size[:, None], where=stats.where)[0][:, 0]
         closeness = jnp.where(stats.where, score, 0)
@@ -240,7 +244,7 @@ def ranks_from_ratios(ratios: ArrayLike, max_ranks: Mapping[str, int]) -> dict[s
         R = max_ranks[path]
         check_least(f"max_ranks[{path!r}]", R)
         floor = jnp.floor(ratios[:, layer] * jnp.float32(R) * jnp.float32(1 + 1e-6))
-        ranks[path] = jnp.clip(floor, 1, R).astype(jnp.int32)
+        ranks[path] = jnp.where(floor >= 1, jnp.minimum(floor, R), 1).astype(jnp.int32)  # 1 for NaN too
     return ranks
 
 
@@ -298,7 +302,8 @@ def autorank_ranks(
         min_ratio: in (0, 1], the share of it that the least complex client gets.
 
     Returns:
-        `(clients,)` int32 ranks in 1..max_rank, and the matrix, weights and closeness behind them.
+        `(clients,)` int32 ranks in 1..max_rank, and the matrix, weights and closeness behind them. Of clients that do
+        not differ, or one alone, all get max_rank, and a warning says so.
 
     Raises:
         ValueError: for wrong shapes, rows of different lengths, negative or non-finite numbers, or a bad `max_rank` or
@@ -327,7 +332,9 @@ def autorank_ranks(
             + ", probably transposed" * (losses.shape[1] == counts.shape[0])
         )
     criteria = tuple(name for name in CRITERIA if losses is not None or name not in NEEDS_LOSSES)
-    return _score_and_rank(criteria, float(min_ratio), int(max_rank), counts, losses)
+    ranks, info = _score_and_rank(criteria, float(min_ratio), int(max_rank), counts, losses)
+    tell_equals(info.matrix, np.ones(len(counts), bool))
+    return ranks, info
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # one program: a hundred small ones would take seconds

@@ -153,6 +153,48 @@ def test_inputs_are_preprocessed_in_training_and_evaluation():
     np.testing.assert_array_equal(one, other)
 
 
+class Reading(nnx.Module):
+    """Reads the weight of one layer, and never calls another."""
+
+    def __init__(self):
+        self.called, self.read, self.idle = (nnx.Linear(3, 3, rngs=nnx.Rngs(k)) for k in range(3))
+
+    def __call__(self, x):
+        return self.called(x) @ self.read.kernel[...]
+
+
+def test_adapters_that_a_model_does_not_use_are_told_once():
+    task = task_from_nnx(Reading(), max_rank=2)
+    frozen, trainable = task.server.frozen, task.server.trainable
+    batch = Batch(jnp.ones((2, 3)), jnp.array([0, 1]), jnp.ones(2))
+    with pytest.warns(UserWarning, match="that the model does not use: idle, read: it does not call these"):
+        jax.eval_shape(task.loss, frozen, trainable, batch, jax.random.key(0))
+    jax.eval_shape(task.loss, frozen, trainable, batch, jax.random.key(0))
+
+
+def test_labels_without_an_output_have_no_loss():
+    losses = classification_loss(jnp.zeros((4, 3)), jnp.array([-1, 0, 2, 3]))
+    np.testing.assert_allclose(losses, [np.nan, np.log(3), np.log(3), np.nan], rtol=1e-6)
+
+
+class Failing(nnx.Module):
+    def __init__(self, error):
+        self.layer, self.error = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), error
+
+    def __call__(self, _):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no"), ZeroDivisionError("no"), TypeError("no\nit expected\nsomething else")]
+)
+def test_whatever_a_model_raises_is_one_line(error):
+    task = task_from_nnx(Failing(error), max_rank=2)
+    with pytest.raises(ValueError, match=f"the model takes, .*it says {type(error).__name__}: no") as caught:
+        task.predict(task.server.frozen, task.server.trainable, jnp.ones((2, 4)))
+    assert "\n" not in str(caught.value)
+
+
 def test_losses_are_per_example():
     logits = jnp.log(jnp.array([[1.0, 3.0], [1.0, 1.0]]))
     np.testing.assert_allclose(classification_loss(logits, jnp.array([0, 1], jnp.uint8)), np.log([4, 2]), rtol=1e-6)

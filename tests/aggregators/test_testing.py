@@ -99,6 +99,27 @@ def test_wrong_rules_are_caught(make, lines):
     assert said.count("\n- ") == len(lines), said
 
 
+@pytest.mark.parametrize(
+    ("summand", "message"),
+    [
+        (lambda update, *_: update.trained.adapters["none"], "that runs, got KeyError: 'none'"),
+        (lambda update, *_: update.none, "that runs, got AttributeError: "),
+        (lambda *_: 1 / 0, "that runs, got ZeroDivisionError: division by zero"),
+    ],
+)
+def test_rules_that_fail_are_told_in_a_line(summand, message):
+    with pytest.raises(AssertionError, match=message) as caught:
+        check_aggregator(wrong(summand=summand))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_rules_that_always_give_nan_are_told_in_a_line():
+    update = lambda key, sums, state, server: (jax.tree.map(lambda x: x * jnp.nan, server), state)  # noqa: ARG005, E731
+    with pytest.raises(AssertionError, match="got NaN or infinity in a plain round"):
+        check_aggregator(wrong(update=update), rounds=1)
+
+
 def test_what_is_no_rule_is_refused():
     with pytest.raises(TypeError, match=r"got the function 'rbla', probably not called: rbla\(\)"):
         check_aggregator(aggregators.rbla)

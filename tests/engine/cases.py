@@ -92,10 +92,11 @@ def sgd_or_adamw(hparams):
     """SGD with momentum 0.5, or AdamW where `hparams["adam"]` is 1: one program for both. Adam is decay 0."""
     sgd = optax.sgd(hparams["learning_rate"], 0.5)
     adam = optax.adamw(hparams["learning_rate"], weight_decay=hparams["decay"])
+    adaptive = hparams["adam"] > 0
 
     def update(grads, memory, params):
         (one, first), (two, second) = sgd.update(grads, memory[0], params), adam.update(grads, memory[1], params)
-        return jax.tree.map(lambda s, a: jnp.where(hparams["adam"] > 0, a, s), one, two), (first, second)
+        return jax.tree.map(lambda s, a: jnp.where(adaptive, a, s), one, two), (first, second)
 
     return optax.GradientTransformation(lambda params: (sgd.init(params), adam.init(params)), update)
 

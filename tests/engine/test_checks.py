@@ -11,8 +11,9 @@ import pytest
 from autorank_jax import aggregators
 from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.engine import init_state, local, make_local_training, make_round, simulate
+from autorank_jax.engine.round import make_plan
 from autorank_jax.federated.participation import Cohort, everyone
-from autorank_jax.types import Aggregator, Penalised, Trains
+from autorank_jax.types import Adapter, Aggregator, Penalised, Trains
 from tests.engine.test_optimizers import CLIENTS, data, task
 
 RULE = aggregators.rbla()
@@ -129,6 +130,91 @@ def test_what_own_functions_return_is_looked_at(call, message):
 def of_cohort(participation, **options):
     trained = make_local_training(task(), optax.sgd(0.1), batch_size=4)
     return jax.eval_shape(make_round(trained, RULE, participation=participation, **options), KEY, state(), data())
+
+
+def outside(state):
+    return state._replace(ranks={"layers/0": jnp.array([1, 2, 3])})
+
+
+def epochs(number):
+    return state()._replace(hparams={"local_epochs": number})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: outside(state()), r"ranks of 'layers/0' in 1..2, got 1..3, probably ranks made for a larger max_rank"),
+        (lambda: state()._replace(ranks={"layers/0": jnp.array([0, 1, 2])}), r"in 1..2, got 0..2"),
+        (lambda: epochs(jnp.int32(0)), "local_epochs of hparams as one whole number >= 1, got 0"),
+        (lambda: epochs(-1), "as one whole number >= 1, got -1"),
+        (lambda: epochs(1.9), "as one whole number >= 1, got 1.9"),
+        (lambda: epochs(jnp.ones(2, int)), r"as one whole number >= 1, got an array int32.2."),
+    ],
+)
+def test_ranks_and_epochs_put_into_a_state_are_looked_at(make, message):
+    trained = make_local_training(task(), optax.sgd(0.1), batch_size=4)
+    with pytest.raises(ValueError, match=message):
+        make_round(trained, RULE)(KEY, make(), data())
+
+
+def test_ranks_that_only_jit_sees_own_what_their_masks_say():
+    plan = jax.jit(lambda state: make_plan(state, everyone(KEY, data()), jnp.array([1.0, 2.0, 4.0]), jnp.ones(())))
+    ranks = {"layers/0": jnp.array([-1, 1, 9])}
+    np.testing.assert_array_equal(plan(state()._replace(ranks=ranks)).owners["layers/0"], [6.0, 4.0])
+
+
+def own(**parts):
+    """Make local training of which a part is another."""
+    return make_local_training(task(), optax.sgd(0.1), batch_size=4)._replace(**parts)
+
+
+def of_own(local):
+    return jax.eval_shape(make_round(local, RULE), KEY, state(), data())
+
+
+def narrow(server, *_):
+    a, b = server.trainable.adapters["layers/0"]
+    return server.trainable._replace(adapters={"layers/0": Adapter(a[:, :1], b)})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: of_own(own(begin=lambda *_: ())), "begin to return a LocalState, got ()"),
+        (lambda: of_own(own(step=lambda h, s, state, b, key: state)), r"step to return \(state, losses\), got a Local"),
+        (
+            lambda: of_own(own(step=lambda h, s, state, b, key: (state, jnp.zeros(())))),
+            r"losses of local training's step of every example, shape \(4,\), got \(\), probably a mean",
+        ),
+        (
+            lambda: of_own(own(step=lambda h, s, state, batch, key: (state._replace(optimizer=1), batch.weight))),
+            "step to return what is built like",
+        ),
+        (
+            lambda: of_own(own(end=lambda state, client: jax.tree.map(jnp.sum, state.params))),
+            r"training's end to return shapes and dtypes as they are, got float32\[\] in place of float32\[4, 2\]",
+        ),
+        (
+            lambda: one_round(state=state(), report=lambda memory, params: jax.tree.map(jnp.sum, params)),
+            r"report to return shapes and dtypes as they are, got float32\[\]",
+        ),
+        (lambda: one_round(rule=rule_of(start=narrow), state=state()), r"start to return .* got float32\[4, 1\] in pl"),
+        (lambda: kept(lambda update, server: jnp.zeros(2)), r"client_keep to return .* got float32\[2\] in place of"),
+        (lambda: kept(lambda update, server: jnp.zeros(3, int)), r"got int32\[3\] in place of float32\[3\]"),
+        (lambda: one_round(state=state(), scale=lambda rank: jnp.ones(2)), "LoRA scale of one finite number, not 0"),
+        (lambda: one_round(state=state(), scale=lambda rank: 0), "LoRA scale of one finite number, not 0.*got 0"),
+    ],
+)
+@pytest.mark.usefixtures("standard_promotion")
+def test_what_own_functions_return_has_its_shapes(call, message):
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def kept(keep):
+    rule = rule_of(client_init=lambda server: jnp.zeros(3), client_keep=keep)
+    return one_round(rule=rule, state=state(rule))
 
 
 @pytest.mark.usefixtures("standard_promotion")

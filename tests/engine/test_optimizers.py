@@ -81,6 +81,35 @@ def test_keys_are_renewed_and_nothing_else():
     assert not np.array_equal(*(jax.random.key_data(m["key"]) for m in (one, two)))
 
 
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize("raw", [True, False])
+def test_keys_of_any_kind_and_number_are_renewed(kind, raw):
+    with jax.default_prng_impl(kind):
+        keys = jax.random.split(jax.random.PRNGKey(0) if raw else jax.random.key(0), 3)
+        one, two = (np.asarray(keys_of(follow_client({"keys": keys}, jax.random.key(n))["keys"], raw)) for n in (1, 2))
+    assert one.shape == keys_of(keys, raw).shape
+    assert len({tuple(key) for key in np.concatenate([one, two, keys_of(keys, raw)])}) == 9
+
+
+def keys_of(keys, raw):
+    return keys if raw else jax.random.key_data(keys)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, IndexError, ZeroDivisionError])
+def test_whatever_an_optimizer_raises_is_one_line(error):
+    def fail(*_):
+        raise error("boom\nand more")
+
+    ones = Trainable({}, {"b": jnp.ones(2)})
+    with pytest.raises(ValueError, match=f"cannot start on them .{error.__name__}: boom") as caught:
+        begin_optimizer(optax.GradientTransformation(fail, fail), ones)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=f"cannot make updates of them .{error.__name__}: boom"):
+        step_optimizer(optax.GradientTransformation(lambda _: (), fail), ones, (), ones)
+    with pytest.raises(TypeError, match=f"got one that fails with {error.__name__}: boom"):
+        make_transformation(lambda h: fail(h), {})  # noqa: PLW0108
+
+
 def train_one(optimizer, steps, **options):
     """Steps of one client of full rank outside the engine: its state, and what it sends."""
     local = make_local_training(task(), optimizer, batch_size=8, **options)
@@ -198,9 +227,26 @@ def test_numbers_that_the_state_does_not_have_are_named():
 
 
 def test_a_number_of_nearly_the_name_asked_for_is_told():
-    with pytest.raises(ValueError, match="asks for, got 'learning_rte', probably 'learning_rate'"):
-        make_transformation(lambda h: optax.sgd(h["learning_rate"]), {"learning_rte": 0.1})
-    make_transformation(lambda h: optax.sgd(h["learning_rate"]), {"learning_rate": 0.1, "learning_rate_b": 0.1})
+    by_rate = lambda h: optax.sgd(h["learning_rate"])  # noqa: E731
+    for name, meant in {
+        "learning_rte": "learning_rate",
+        "lr": "learning_rate",
+        "local_epoch": "local_epochs",
+        "max_epoch": "max_epochs",
+        "client": "clients",
+    }.items():
+        for optimizer in (by_rate, optax.sgd(0.1)):
+            with pytest.raises(ValueError, match=f"asks for, got '{name}', probably '{meant}'"):
+                make_transformation(optimizer, {name: 0.1, "local_epochs": 1})
+    for optimizer in (by_rate, optax.sgd(0.1)):
+        with pytest.raises(ValueError, match="uses the state's weight_decay, got one that ignores it"):
+            make_transformation(optimizer, {"weight_decay": 0.1})
+    for asking in (
+        lambda h: optax.sgd(h["learning_rate"] * (2 if "twice" in h else 1)),
+        lambda h: optax.sgd(dict(h.items())["learning_rate"]),
+        lambda h: optax.sgd({**h}["learning_rate"]),
+    ):
+        make_transformation(asking, {"learning_rate": 0.1, "twice": 1})
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,19 @@ def test_variation_by_hand():
     assert little_variation(("a",), np.array([[100.0], [101.0]])).startswith(
         "the criteria hardly vary between clients, at most by 0.5 % (standard deviation over mean of a)"
     )
-    for matrix in ([[1.0], [2.0]], [[5.0], [5.0]], [[5.0]]):  # different, equal to the bit, alone
+    for matrix in ([[1.0], [2.0]], [[5.0]]):  # different, alone
         assert little_variation(("a",), np.array(matrix)) == ""
+    assert little_variation((), np.zeros((2, 0))) == ""
+    assert little_variation(("a",), np.full((2, 1), 5.0)).startswith("no criterion differs between clients: all get")
+    least = np.array([[1.0], [1.0 + 1e-7]])
+    assert "hardly vary" in little_variation(("a",), least), "in 64 bits this is a difference"
+    assert "no criterion" in little_variation(("a",), least.astype(np.float32))
+
+
+def test_clients_that_are_equal_are_told_in_one_line():
+    with pytest.warns(UserWarning, match=r"no criterion differs between the clients \(3\): all get the full rank"):
+        equal = scores_of([[5, 5]] * 3)
+    assert list(doubts(equal)) == ["no criterion differs between clients: all get the full rank"]
 
 
 def test_clients_from_one_pool_are_told(alike):

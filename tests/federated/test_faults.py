@@ -12,7 +12,7 @@ from autorank_jax.engine.round import make_round
 from autorank_jax.engine.simulation import init_state
 from autorank_jax.federated import faults
 from autorank_jax.federated.participation import Cohort, equally, everyone, sample_by_size, sample_independently
-from autorank_jax.types import FederatedData
+from autorank_jax.types import Client, FederatedData, LocalTraining
 from tests.aggregators.cases import BATCH, FAST, SHAPES, Union, fake_training, make_server, to_jax, to_numpy
 from tests.engine.cases import both_rules, mlp_federation, mlp_local, start_state
 
@@ -157,7 +157,15 @@ def test_a_round_to_which_nobody_comes_changes_nothing(fault):
     new, info = train(KEY, state, clients(sizes))
     jax.tree.map(np.testing.assert_array_equal, new.server, state.server)
     assert (int(info.participants), int(info.dropped), int(info.excluded)) == (CLIENTS, CLIENTS, 0)
-    assert (float(info.loss), int(info.steps), int(new.round)) == (0, 0, 1)
+    assert (int(info.steps), int(new.round)) == (0, 1)
+    assert np.isnan(info.loss), "no loss of nobody"
+
+
+def test_clients_beyond_those_that_are_told_are_whole():
+    local = LocalTraining(None, None, lambda state, client: jnp.ones(()), 1)  # noqa: ARG005
+    spoiled = faults.with_nan_clients(local, np.array([False, True]))
+    sent = [spoiled.end((), Client(jnp.int32(row), {}, jnp.ones(()), ())) for row in range(4)]
+    np.testing.assert_array_equal(sent, [1, np.nan, 1, 1])
 
 
 @in_64_bit

@@ -118,8 +118,8 @@ def test_ranks_of_hundredths_are_exact_up_to_4096(jit):
 
 
 def test_traced_ratios_are_clipped():
-    ranks = jax.jit(partial(ranks_from_ratios, max_ranks={"a": 10}))(jnp.array([1.5, 0.0, -1.0, 0.5]))
-    np.testing.assert_array_equal(ranks["a"], [10, 1, 1, 5])
+    ranks = jax.jit(partial(ranks_from_ratios, max_ranks={"a": 10}))(jnp.array([1.5, 0.0, -1.0, 0.5, jnp.nan]))
+    np.testing.assert_array_equal(ranks["a"], [10, 1, 1, 5, 1])
 
 
 def test_ranks_per_layer_follow_the_sorted_paths():
