@@ -143,6 +143,15 @@ def test_servers_of_lower_rank(case):
     np.testing.assert_array_equal(new.lora_a[:, live:], old.lora_a[:, live:])
 
 
+def test_a_basis_of_nothing_may_repeat_the_servers_directions():
+    """Where clients move `lora_b` alone and `lora_a` lies along the axes, QR of nothing gives these very axes."""
+    old = Adapter(jnp.eye(96, 4), jnp.zeros((4, 72)))
+    product = jnp.eye(96, 4) @ jnp.asarray(np.random.default_rng(0).normal(size=(4, 72)), jnp.float32)
+    maps = sketches.draw_maps(jax.random.key(0), old)
+    left, core, right, _ = sketches.reconstruct(sketches.sketch_product(product, jnp.eye(72), maps, old), maps, old)
+    np.testing.assert_allclose(left @ core @ right, product, atol=1e-4)
+
+
 @pytest.mark.slow
 @in_64_bit
 def test_stacked_layers_are_sketched_each_by_maps_of_its_own():
