@@ -6,11 +6,14 @@ A fixed size: by one client in place of another.
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 from autorank_jax.interface import check_share, checked
 
 _LEAST_NOISE = 0.2
+_DOUBLINGS = 8  # of noise that ought to keep a small budget, before it is too small
 _LARGEST = 30.0
 """A privacy loss distribution of a larger ε needs much time and memory to tell that hardly anything is protected."""
 
@@ -77,7 +80,7 @@ def calibrated_noise(
 
     Raises:
         ImportError: without `dp-accounting`.
-        ValueError: for numbers out of range, or a budget so small that no noise keeps it.
+        ValueError: for numbers out of range, or a budget so small that no noise is known to keep it.
     """
     _check(rounds, delta, rate)
     if not 0 < epsilon < float("inf") or rounds < 1:
@@ -93,16 +96,45 @@ def calibrated_noise(
     if _epsilon(_renyi(clients), event(_LEAST_NOISE), delta) <= epsilon:
         return _LEAST_NOISE
     try:
-        bound = search(lambda: _renyi(clients), library.LowerEndpointAndGuess(_LEAST_NOISE, 1.0))
+        high = search(lambda: _renyi(clients), library.LowerEndpointAndGuess(_LEAST_NOISE, 1.0))
         if clients is not None or epsilon > _LARGEST:
-            return bound
-        return search(
-            library.pld.PLDAccountant, library.ExplicitBracketInterval(max(_LEAST_NOISE, 0.7 * bound), bound + 0.01)
-        )
-    except library.mechanism_calibration.NoBracketIntervalFoundError:
-        raise ValueError(
-            f"epsilon: expected a budget that noise can keep, got {epsilon} for {rounds} rounds: too small"
-        ) from None
+            return high
+    except library.mechanism_calibration.NoBracketIntervalFoundError:  # Rényi divergences bound no small ε
+        if clients is not None:
+            raise _too_small(epsilon, rounds) from None
+        high = math.sqrt(2 * rounds * math.log(1.25 / delta)) / epsilon
+    low, high = _bracket(
+        lambda noise: _epsilon(library.pld.PLDAccountant(), event(noise), delta) <= epsilon, high + 0.01
+    )
+    if low is None:
+        return _LEAST_NOISE
+    if high is None:
+        raise _too_small(epsilon, rounds)
+    return search(library.pld.PLDAccountant, library.ExplicitBracketInterval(low, high))
+
+
+def _bracket(keeps: Callable[[float], bool], high: float) -> tuple[float | None, float | None]:
+    """Return a noise multiplier that does not keep a budget and one that does, None where there is none.
+
+    Args:
+        keeps: whether a noise multiplier does.
+        high: one that probably does.
+    """
+    tried = 0
+    while not keeps(high):
+        high, tried = 2 * high, tried + 1
+        if tried > _DOUBLINGS:
+            return high, None
+    low = 0.7 * high
+    while low > _LEAST_NOISE and keeps(low):
+        low, high = 0.7 * low, low
+    if low <= _LEAST_NOISE and keeps(_LEAST_NOISE):
+        return None, high
+    return max(low, _LEAST_NOISE), high
+
+
+def _too_small(epsilon: float, rounds: int) -> ValueError:
+    return ValueError(f"epsilon: expected a budget that noise can keep, got {epsilon} for {rounds} rounds: too small")
 
 
 @checked
@@ -116,7 +148,7 @@ def calibrated_release(epsilon: float, delta: float, *, clients: int | None = No
 
     Raises:
         ImportError: without `dp-accounting`.
-        ValueError: for numbers out of range, or a budget so small that no noise keeps it.
+        ValueError: for numbers out of range, or a budget so small that no noise is known to keep it.
     """
     once = calibrated_noise(epsilon, 1, delta, rate=1.0)
     return once if clients is None else 2 * once  # one client's data in place of another's

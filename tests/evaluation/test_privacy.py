@@ -69,6 +69,17 @@ def test_what_is_released_once_is_composed_with_the_rounds():
     assert spent_epsilon(1.0, 20, 1e-5, rate=0.1, release=0.0) == float("inf")
 
 
+@pytest.mark.parametrize("epsilon", [0.022, 0.015])
+def test_small_budgets_of_which_renyi_divergences_say_little_are_kept(epsilon):
+    noise = calibrated_release(epsilon, 1e-5)
+    assert spent_of_one(noise) <= epsilon < spent_of_one(0.97 * noise)
+
+
+def spent_of_one(noise):
+    accountant = dp.pld.PLDAccountant()
+    return accountant.compose(dp.GaussianDpEvent(noise)).get_epsilon(1e-5)
+
+
 @pytest.mark.slow
 def test_a_release_takes_its_part_of_the_budget():
     more = calibrated_noise(3.0, 20, 1e-5, rate=1.0, release=3.0)
