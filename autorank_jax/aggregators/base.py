@@ -157,7 +157,8 @@ def padded_mean(old: Adapter, total: Adapter, owners: Array, weight: Array) -> A
     a, b = map(widen, old)
     share = jnp.where(owners > 0, divide(owners, weight), 1).astype(a.dtype)
     mean = Adapter(
-        a * over_columns(share, a) + divide(total.lora_a, weight), b * over_rows(share, b) + divide(total.lora_b, weight)
+        a * over_columns(share, a) + divide(total.lora_a, weight),
+        b * over_rows(share, b) + divide(total.lora_b, weight),
     )
     return in_types_of(old, mean)
 
@@ -165,9 +166,7 @@ def padded_mean(old: Adapter, total: Adapter, owners: Array, weight: Array) -> A
 def owner_mean(old: Adapter, total: Adapter, owners: Array) -> Adapter:
     """Return `Σ_k m_kj w_k A_k[:, j] / Σ_k m_kj w_k`, likewise of `B`; positions without owners keep the server's."""
     a, b = map(widen, old)
-    mean = Adapter(
-        a + divide(total.lora_a, over_columns(owners, a)), b + divide(total.lora_b, over_rows(owners, b))
-    )
+    mean = Adapter(a + divide(total.lora_a, over_columns(owners, a)), b + divide(total.lora_b, over_rows(owners, b)))
     return in_types_of(old, mean)
 
 

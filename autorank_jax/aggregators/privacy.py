@@ -112,15 +112,7 @@ def with_differential_privacy(
             "optimizer, got another: rules that sum products or weigh clients by what they send are not done; "
             "keep_local, with_norm_clipping and the like go around the private rule; or it is private already"
         )
-    for name, value, least in (("clip", clip, False), ("noise_multiplier", noise_multiplier, True)):
-        if not (0 <= value < np.inf if least else value > 0):
-            kind = "finite number of at least" if least else "number above"
-            raise ValueError(f"{name}: expected a {kind} 0, got {value}")
-    if not (denominator > 0 and np.isfinite(denominator)):
-        raise ValueError(f"denominator: expected the number of clients expected in a round, got {denominator}")
-    if noise_multiplier > 0 and np.isinf(clip):
-        raise ValueError("clip: expected a finite norm where there is noise, got inf: the noise would be infinite")
-
+    _check_numbers(clip, noise_multiplier, denominator)
     count_noise = _count_noise(adaptive, noise_multiplier, denominator)
     own_noise = noise_multiplier  # of the moves
     if adaptive and noise_multiplier:
@@ -191,6 +183,17 @@ def with_differential_privacy(
         step=None,
         report=_nothing,
     )
+
+
+def _check_numbers(clip: float, noise_multiplier: float, denominator: float) -> None:
+    if not clip > 0:
+        raise ValueError(f"clip: expected a number above 0, got {clip}")
+    if not 0 <= noise_multiplier < np.inf:
+        raise ValueError(f"noise_multiplier: expected a finite number of at least 0, got {noise_multiplier}")
+    if not (denominator > 0 and np.isfinite(denominator)):
+        raise ValueError(f"denominator: expected the number of clients expected in a round, got {denominator}")
+    if noise_multiplier > 0 and np.isinf(clip):
+        raise ValueError("clip: expected a finite norm where there is noise, got inf: the noise would be infinite")
 
 
 def _count_noise(adaptive: AdaptiveClip | None, noise_multiplier: float, denominator: float) -> float:

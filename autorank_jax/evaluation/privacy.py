@@ -85,6 +85,8 @@ def calibrated_noise(
     _check(rounds, delta, rate)
     if not 0 < epsilon < float("inf") or rounds < 1:
         raise ValueError(f"expected a finite epsilon above 0 and at least one round, got {epsilon} and {rounds}")
+    if release is not None and spent_epsilon(0.0, 0, delta, rate=rate, clients=clients, release=release) >= epsilon:
+        raise _too_small(epsilon, rounds)
     library = _library()
 
     def event(noise: float) -> Any:
@@ -103,33 +105,33 @@ def calibrated_noise(
         if clients is not None:
             raise _too_small(epsilon, rounds) from None
         high = math.sqrt(2 * rounds * math.log(1.25 / delta)) / epsilon
-    low, high = _bracket(
-        lambda noise: _epsilon(library.pld.PLDAccountant(), event(noise), delta) <= epsilon, high + 0.01
-    )
-    if low is None:
-        return _LEAST_NOISE
-    if high is None:
+    bracket = _bracket(lambda noise: _epsilon(library.pld.PLDAccountant(), event(noise), delta) <= epsilon, high + 0.01)
+    if bracket is None:
         raise _too_small(epsilon, rounds)
-    return search(library.pld.PLDAccountant, library.ExplicitBracketInterval(low, high))
+    low, high = bracket
+    return low if low == high else search(library.pld.PLDAccountant, library.ExplicitBracketInterval(low, high))
 
 
-def _bracket(keeps: Callable[[float], bool], high: float) -> tuple[float | None, float | None]:
-    """Return a noise multiplier that does not keep a budget and one that does, None where there is none.
+def _bracket(keeps: Callable[[float], bool], high: float) -> tuple[float, float] | None:
+    """Return a noise multiplier that does not keep a budget and one that does; the least twice where it does.
 
     Args:
         keeps: whether a noise multiplier does.
         high: one that probably does.
+
+    Returns:
+        None where none does.
     """
     tried = 0
     while not keeps(high):
         high, tried = 2 * high, tried + 1
         if tried > _DOUBLINGS:
-            return high, None
+            return None
     low = 0.7 * high
     while low > _LEAST_NOISE and keeps(low):
         low, high = 0.7 * low, low
     if low <= _LEAST_NOISE and keeps(_LEAST_NOISE):
-        return None, high
+        return _LEAST_NOISE, _LEAST_NOISE
     return max(low, _LEAST_NOISE), high
 
 

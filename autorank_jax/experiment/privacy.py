@@ -34,10 +34,10 @@ class Privacy(NamedTuple):
         neighbours = "with or without any one client" if self.clients is None else "with any one client replaced"
         ranks = "ranks are public" if self.release is None else "ranks come from noisy label counts, which files show"
         return (
-            f"Differential privacy of clients: the models of all rounds of one run are about as likely {neighbours}, at "
-            f"most ε = {self.epsilon:g} at δ = {self.delta:g}; several runs (policies, rules, seeds) together spend more. "
-            f"It holds if the server is trusted, {ranks}, and nobody sees the seed, of which the noise is drawn. Test "
-            "data, the choice of options, and the losses, counts and costs that a round reports are not private."
+            f"Differential privacy of clients: the models of all rounds of one run are about as likely {neighbours}, "
+            f"at most ε = {self.epsilon:g} at δ = {self.delta:g}; several runs (policies, rules, seeds) together spend "
+            f"more. It holds if the server is trusted, {ranks}, and nobody sees the seed, of which the noise is drawn. "
+            "Test data, the choice of options, and the losses, counts and costs that a round reports are not private."
         )
 
 

@@ -128,8 +128,8 @@ def score_clients(
 
 def _whole(counts: Array) -> np.ndarray:
     """Return counts; those that were released with noise rounded to whole numbers, true ones as they are."""
-    counts = np.asarray(counts)
-    return counts if np.issubdtype(counts.dtype, np.integer) else np.rint(counts).astype(np.int64)
+    whole = np.asarray(counts)
+    return whole if np.issubdtype(whole.dtype, np.integer) else np.rint(whole).astype(np.int64)
 
 
 def first_ranks(scores: Scores, policy: str) -> dict[str, Array]:

@@ -168,7 +168,8 @@ def run_experiment(
         for policy, number in itertools.product(experiment.rank_policies, range(experiment.seeds)):
             federation, seen = federations[number], scores[number]
             start = start_state(experiment, federation, rule, first_ranks(seen, policy))
-            costs = expected_costs(experiment, rule, start, federation.data._replace(size=seen.size), flops)
+            shown = federation.data._replace(size=jnp.asarray(seen.size))  # what files may tell
+            costs = expected_costs(experiment, rule, start, shown, flops)
             if len(runs) == len(position.records):
                 if position.probes:  # until a client's first round, its curve is that of the probe
                     losses, epochs = position.probes[number]

@@ -69,7 +69,7 @@ def test_rules_without_a_bound_are_refused(name):
     if name in PRIVATE:
         private(name)
         return
-    with pytest.raises(ValueError, match="such as rbla.* are not done"):
+    with pytest.raises(ValueError, match=r"such as rbla.* are not done"):
         private(name)
 
 

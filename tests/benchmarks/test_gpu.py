@@ -62,7 +62,7 @@ def test_rows_are_written_at_once_and_finished_parts_are_not_measured_again(tmp_
 
 @pytest.mark.parametrize("change", ["--rehearse", "device", "versions"])
 def test_results_of_another_device_or_version_are_not_gone_on_with(change, tmp_path, monkeypatch):
-    def fake(part, **_):
+    def fake(_, **__):
         yield {"about": ABOUT if change == "--rehearse" else ABOUT | {change: {"jax": "2"}}}
         yield {"end": None}
 

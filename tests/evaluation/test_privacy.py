@@ -111,7 +111,8 @@ def test_the_ends():
         (lambda: spent_epsilon(1.0, 5, 1e-5, rate=10.0), "expected rate in .*got 10, probably a percentage"),
         (lambda: spent_epsilon(-1.0, 5, 1e-5, rate=0.1), "noise_multiplier: "),
         (lambda: calibrated_noise(float("inf"), 5, 1e-5, rate=0.1), "a finite epsilon"),
-        (lambda: calibrated_noise(1e-9, 5, 1e-12, rate=1.0), "too small"),
+        (lambda: calibrated_noise(1e-9, 5, 1e-12, rate=1.0, clients=1000), "too small"),
+        (lambda: calibrated_noise(0.5, 1, 1e-5, rate=1.0, release=1.0), "too small"),
     ],
 )
 def test_numbers_out_of_range_are_refused(call, message):
