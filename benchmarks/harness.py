@@ -31,7 +31,15 @@ Row = dict[str, Any]
 def versions(*packages: str) -> dict[str, str]:
     """Return the versions of Python, of this package's dependencies and of further packages."""
     names = ("autorank-jax", "jax", "jaxlib", "flax", "optax", "numpy", *packages)
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version()} | {name: _version(name) for name in names}
+
+
+def _version(package: str) -> str:
+    """Return the version of a package; one that runs from a checkout has none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def device() -> dict[str, Any]:
@@ -72,6 +80,15 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..
     begin = time.perf_counter()
     program = jax.jit(function).lower(*arguments).compile()
     return program, time.perf_counter() - begin
+
+
+def program_bytes(program: Any) -> int | None:
+    """Return the bytes of a compiled program's arguments, results and temporaries together, as its compiler has it."""
+    memory = program.memory_analysis()
+    if memory is None:
+        return None
+    parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
+    return sum(getattr(memory, part) for part in parts) - getattr(memory, "alias_size_in_bytes", 0)
 
 
 @contextlib.contextmanager

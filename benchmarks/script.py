@@ -8,13 +8,12 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
-
-from autorank_jax.cli.figures import STYLE
 from benchmarks import harness
+
+if TYPE_CHECKING:  # a measurement needs no picture, and so no matplotlib
+    from matplotlib.figure import Figure
 
 Content = dict[str, Any]
 """Results as they are stored: rows, repeats, versions and device."""
@@ -41,7 +40,7 @@ def publish(
     content: Content,
     path: Path | None,
     tables: Callable[[Content], Mapping[str, str]],
-    draw: Callable[[Content], Figure] | None,
+    draw: Callable[[Content], "Figure"] | None,
 ) -> None:
     """Print the tables; where there is a path, write the results there and draw their picture, if any, beside them."""
     for name, table in tables(content).items():
@@ -70,14 +69,18 @@ def hardware(content: Content) -> str:
     return f"{where}, jax {content['versions']['jax']}, {device['date']}"
 
 
-def entitle(figure: Figure, title: str, caption: str) -> None:
+def entitle(figure: "Figure", title: str, caption: str) -> None:
     """Put the claim above a picture, and what it was measured on, and how often, below."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=7.5, color="#555555")
 
 
-def write_picture(draw: Callable[[Content], Figure], content: Content, path: Path) -> None:
+def write_picture(draw: Callable[[Content], "Figure"], content: Content, path: Path) -> None:
     """Draw in the style of the package and write the picture, without the version of what drew it."""
+    import matplotlib as mpl  # noqa: PLC0415
+
+    from autorank_jax.cli.figures import STYLE  # noqa: PLC0415
+
     with mpl.rc_context(STYLE):
         figure = draw(content)
         path.parent.mkdir(parents=True, exist_ok=True)

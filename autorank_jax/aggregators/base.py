@@ -3,11 +3,12 @@
 Factors and dense parameters are summed as *differences from the start*: a million float32 summands of 1e-4 around 0.06
 lose 1e-4 by values and 1e-12 by differences, and positions that nobody owns stay put by themselves. The engine has
 already replaced what non-finite clients sent by their start and set their weight to 0, so no rule has to look.
+Sums and means are in float32 at least, whatever the model is in: half precision rounds weights, and stagnates.
 """
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ from autorank_jax.types import (
     Trainable,
     Trains,
 )
+
+T = TypeVar("T")
 
 
 class ClientSums(NamedTuple):
@@ -65,6 +68,21 @@ def train_all(state: AggState) -> Trains:  # noqa: ARG001
     return Trains()
 
 
+def widen(leaf: Array) -> Array:
+    """Return numbers in float32, or as they are where they are wider."""
+    return leaf.astype(jnp.float32) if jnp.finfo(leaf.dtype).bits < 32 else leaf
+
+
+def in_types_of(old: T, new: T) -> T:
+    """Round means to the types of the server's values."""
+    return jax.tree.map(lambda o, n: n.astype(o.dtype), old, new)
+
+
+def moves(trained: T, start: T) -> T:
+    """Return by how much each number has moved."""
+    return jax.tree.map(lambda new, old: widen(new) - widen(old), trained, start)
+
+
 def weighted(adapter: Adapter, weight: Array) -> Adapter:
     """Multiply both factors by a scalar."""
     return Adapter(
@@ -75,14 +93,13 @@ def weighted(adapter: Adapter, weight: Array) -> Adapter:
 def sum_dense(update: ClientUpdate) -> PyTree:
     """Return `w_k (dense_k - start)` of one client."""
     weight = update.client.weight
-    return jax.tree.map(
-        lambda new, old: weight.astype(new.dtype) * (new - old), update.trained.dense, update.start.dense
-    )
+    moved = moves(update.trained.dense, update.start.dense)
+    return jax.tree.map(lambda leaf: weight.astype(leaf.dtype) * leaf, moved)
 
 
 def sum_factors(update: ClientUpdate) -> dict[str, Adapter]:
     """Return `w_k (A_k - A_start)`, likewise of `B`, of one client."""
-    moved = jax.tree.map(jnp.subtract, update.trained.adapters, update.start.adapters)
+    moved = moves(update.trained.adapters, update.start.adapters)
     return {path: weighted(adapter, update.client.weight) for path, adapter in moved.items()}
 
 
@@ -96,7 +113,8 @@ def sum_products(
 ) -> dict[str, Any]:
     """Return `w_k A_k diag(share) B_k` of one client, shares 1 where None: whole, or a sketch where there are maps."""
     products, prepared = {}, dict(plan.prepared)
-    for path, (a, b) in update.trained.adapters.items():
+    for path, adapter in update.trained.adapters.items():
+        a, b = map(widen, adapter)
         share = update.client.weight if shares is None else update.client.weight * over_columns(shares[path], a)
         left, maps, old = a * share.astype(a.dtype), prepared.get(path), server.trainable.adapters[path]
         products[path] = left @ b if maps is None else sketch_product(left, b, maps, old)
@@ -129,24 +147,27 @@ def divide(total: Array, weight: Array) -> Array:
 
 def mean_dense(server: Server, sums: Any) -> PyTree:
     """Return `dense + Σ w_k (dense_k - start) / Σ w_k`."""
-    return jax.tree.map(lambda old, total: old + divide(total, sums.weight), server.trainable.dense, sums.dense)
+    old = server.trainable.dense
+    means = jax.tree.map(lambda leaf, total: widen(leaf) + divide(total, sums.weight), old, sums.dense)
+    return in_types_of(old, means)
 
 
 def padded_mean(old: Adapter, total: Adapter, owners: Array, weight: Array) -> Adapter:
     """Return `Σ_k w_k A_k diag(m_k) / Σ_k w_k`, likewise of `B`; positions without owners keep the server's value."""
-    share = jnp.where(owners > 0, divide(owners, weight), 1).astype(old.lora_a.dtype)
-    return Adapter(
-        old.lora_a * over_columns(share, old.lora_a) + divide(total.lora_a, weight),
-        old.lora_b * over_rows(share, old.lora_b) + divide(total.lora_b, weight),
+    a, b = map(widen, old)
+    share = jnp.where(owners > 0, divide(owners, weight), 1).astype(a.dtype)
+    mean = Adapter(
+        a * over_columns(share, a) + divide(total.lora_a, weight),
+        b * over_rows(share, b) + divide(total.lora_b, weight),
     )
+    return in_types_of(old, mean)
 
 
 def owner_mean(old: Adapter, total: Adapter, owners: Array) -> Adapter:
     """Return `Σ_k m_kj w_k A_k[:, j] / Σ_k m_kj w_k`, likewise of `B`; positions without owners keep the server's."""
-    return Adapter(
-        old.lora_a + divide(total.lora_a, over_columns(owners, old.lora_a)),
-        old.lora_b + divide(total.lora_b, over_rows(owners, old.lora_b)),
-    )
+    a, b = map(widen, old)
+    mean = Adapter(a + divide(total.lora_a, over_columns(owners, a)), b + divide(total.lora_b, over_rows(owners, b)))
+    return in_types_of(old, mean)
 
 
 def mean_factors(server: Server, sums: ClientSums, *, owners: bool) -> dict[str, Adapter]:
@@ -160,7 +181,12 @@ def mean_factors(server: Server, sums: ClientSums, *, owners: bool) -> dict[str,
 
 def mean_product(old: Adapter, total: Array, weight: Array) -> Array:
     """Return `Σ_k w_k A_k B_k / Σ_k w_k`, the server's own product where nobody reported."""
-    return jnp.where(weight > 0, divide(total, weight), old.lora_a @ old.lora_b)
+    return jnp.where(weight > 0, divide(total, weight), wide_product(old))
+
+
+def wide_product(adapter: Adapter) -> Array:
+    """Return `lora_a @ lora_b`, `(..., d_in, d_out)`, in the precision of sums."""
+    return widen(adapter.lora_a) @ widen(adapter.lora_b)
 
 
 def owned(owners: Array, like: Adapter) -> Adapter:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from autorank_jax.adapters.lora import per_layer
-from autorank_jax.aggregators.base import ClientSums, make_summand, mean_factors, mean_product
+from autorank_jax.aggregators.base import ClientSums, make_summand, mean_factors, mean_product, wide_product
 from autorank_jax.aggregators.decompositions import singular_values
 from autorank_jax.interface import checked
 from autorank_jax.types import Adapter, Aggregator, AggState, Array, ClientUpdate, Key, Plan, Server, Sums
@@ -47,8 +47,8 @@ def with_diagnostics(rule: Aggregator) -> Aggregator:
         for path, adapter in after.trainable.adapters.items():
             product = mean_product(before.trainable.adapters[path], sums.clients.products[path], sums.clients.weight)
             numbers[f"energy/{path}"] = position_energy(adapter)
-            numbers[f"effective_rank/{path}"] = per_layer(effective_rank, adapter.lora_a @ adapter.lora_b)
-            numbers[f"gap/{path}"] = per_layer(relative_gap, product, means[path].lora_a @ means[path].lora_b)
+            numbers[f"effective_rank/{path}"] = per_layer(effective_rank, wide_product(adapter))
+            numbers[f"gap/{path}"] = per_layer(relative_gap, product, wide_product(means[path]))
         return numbers
 
     inner = rule.step

@@ -10,6 +10,7 @@ from autorank_jax.aggregators.base import (
     Values,
     compose_rule,
     mean_dense,
+    moves,
     need_client_state,
     owned,
     padded_mean,
@@ -17,6 +18,7 @@ from autorank_jax.aggregators.base import (
     reported,
     sum_dense,
     weighted,
+    widen,
     write_trainable,
 )
 from autorank_jax.engine.local import LocalLoss, with_penalty
@@ -191,13 +193,13 @@ def _sum(update: ClientUpdate, per: Literal["model", "layer"]) -> HetSums:
 
 def _squared_norm(adapter: Adapter) -> Array:
     """Return `‖A B‖_F² = tr((AᵀA)(BBᵀ))`, from matrices of the size of the rank."""
-    gram_a, gram_b = adapter.lora_a.mT @ adapter.lora_a, adapter.lora_b @ adapter.lora_b.mT
+    a, b = map(widen, adapter)
+    gram_a, gram_b = a.mT @ a, b @ b.mT
     return jnp.maximum(jnp.sum(gram_a * gram_b), 0).astype(jnp.result_type(float))
 
 
 def _sum_path(update: ClientUpdate, path: str, weight: Array) -> PathSums:
-    new, old = update.trained.adapters[path], update.start.adapters[path]
-    moved = Adapter(new.lora_a - old.lora_a, new.lora_b - old.lora_b)
+    moved = moves(update.trained.adapters[path], update.start.adapters[path])
     mask = update.client.masks[path]
     return PathSums(weight, weight.astype(mask.dtype) * mask, weighted(moved, weight))
 

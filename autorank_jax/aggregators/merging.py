@@ -17,6 +17,7 @@ from autorank_jax.aggregators.base import (
     mean_product,
     owned,
     reported,
+    wide_product,
 )
 from autorank_jax.aggregators.owners import (
     Levels,
@@ -116,7 +117,8 @@ def fedex_lora(*, owners: bool = False) -> Aggregator:
         kernels, seen = _kernels(server, "fedex_lora"), {}
         means, dense = mean_factors(server, sums, owners=owners), mean_dense(server, sums)
         for path, (a, b) in means.items():
-            residual = mean_product(server.trainable.adapters[path], sums.products[path], sums.weight) - a @ b
+            residual = mean_product(server.trainable.adapters[path], sums.products[path], sums.weight)
+            residual = residual - wide_product(Adapter(a, b))
             kernels[path] = kernels[path] + jnp.where(sums.weight > 0, residual, 0).astype(kernels[path].dtype)
             seen[path] = owned(sums.owners[path], means[path])
         values = Values(dense, means, kernels)

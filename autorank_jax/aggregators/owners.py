@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax.adapters.lora import over_columns
-from autorank_jax.aggregators.base import ClientSums, divide, sum_dense, sum_products
+from autorank_jax.aggregators.base import ClientSums, divide, sum_dense, sum_products, widen
 from autorank_jax.aggregators.sketches import Maps, sketch_product
 from autorank_jax.types import ClientUpdate, Plan, Server
 
@@ -79,8 +79,8 @@ def owner_product(server: Server, sums: ClientSums, path: str, maps: Maps | None
         maps: that the sums were sketched with, where they were; then a sketch is returned.
     """
     old = server.trainable.adapters[path]
-    unowned = (sums.owners[path] == 0).astype(old.lora_a.dtype)
-    rest = old.lora_a * over_columns(unowned, old.lora_a)
+    a, b = map(widen, old)
+    rest = a * over_columns((sums.owners[path] == 0).astype(a.dtype), a)
     if maps is None:
-        return sums.products[path] + rest @ old.lora_b
-    return jax.tree.map(jnp.add, sums.products[path], sketch_product(rest, old.lora_b, maps, old))
+        return sums.products[path] + rest @ b
+    return jax.tree.map(jnp.add, sums.products[path], sketch_product(rest, b, maps, old))

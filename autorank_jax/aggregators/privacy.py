@@ -70,6 +70,8 @@ def with_differential_privacy(
 
         S = Σ_k u_k min(1, C / ‖u_k‖) + σ C N(0, I)        value_j + S_j / N_j
 
+    (rules that pad with zeros: `value_j N_j / N + S_j / N`, so they too need `owners` where ranks are mixed).
+
     One client more or less moves the noiseless sums by at most `C` in the L2 norm, whatever it sends; one that sends
     what is not finite is left out. Sums of the clients' own number, which would tell who came, are not used:
     `N_j = denominator`, or `owners` where a rule averages each rank position over its owners. So positions that some
@@ -79,13 +81,16 @@ def with_differential_privacy(
     noise `σ_b` on their count, and `C ← C exp(-η_C (b - γ))`. That takes a part of `σ`: the moves get the noise
     `(σ⁻² - (2 σ_b)⁻²)^(-½) C`, so that both together cost what `σ` alone does.
 
-    The privacy of many rounds: `evaluation.privacy.spent_epsilon`, with `sample_independently` as participation.
-    Not protected: from the server, which sees updates; the clients' ranks, which must be public (those of AutoRank
-    are computed from data); losses and counts that a round reports; data that the model is tested on.
+    The privacy of many rounds of one run: `evaluation.privacy.spent_epsilon`, with `sample_independently` as
+    participation. Noise is drawn from the round's key: keep it secret, and give every run a key of its own, as two runs
+    with one key share their noise. Not protected: from the server, which sees updates; the clients' ranks, which must
+    be public (those of AutoRank are computed from data); losses and counts that a round reports, and all that
+    `with_diagnostics` around it does; data that the model is tested on.
 
     Args:
         rule: `zero_pad`, `rbla`, `ffa_lora`, `rolora`, `fedsa_lora` or `fedavg`, also with a server optimiser around.
-            The others sum products or weigh clients by what they send.
+            Not done: rules that sum products or weigh clients by what they send. Other wrappers, such as
+            `keep_local`, go around the private rule; so may a server optimiser.
         clip: `C` > 0, the largest norm of what a client adds; that of the first round where it adapts.
         noise_multiplier: `σ` ≥ 0; 0 adds nothing and protects nobody.
         denominator: `N` > 0, the number of clients expected in a round.
@@ -95,7 +100,7 @@ def with_differential_privacy(
         adaptive: how the norm adapts; it stays where None.
 
     Raises:
-        ValueError: for a rule without a bound, or numbers out of range.
+        ValueError: for another rule, or numbers out of range.
 
     Source: McMahan, Ramage, Talwar, Zhang, "Learning Differentially Private Recurrent Language Models", ICLR 2018
     (arXiv 1710.06963); Andrew, Thakkar, McMahan, Ramaswamy, "Differentially Private Learning with Adaptive Clipping",
@@ -103,11 +108,11 @@ def with_differential_privacy(
     """
     if rule.summand not in (make_summand(factors=True), make_summand()):
         raise ValueError(
-            "expected a rule whose sums are moves of factors and weights, such as rbla, got another: what one client "
-            "can change in its sums has no bound, or it is clipped already"
+            "expected a rule whose sums are moves of factors and weights, such as rbla, alone or with a server "
+            "optimizer, got another: rules that sum products or weigh clients by what they send are not done; "
+            "keep_local, with_norm_clipping and the like go around the private rule; or it is private already"
         )
     _check_numbers(clip, noise_multiplier, denominator)
-
     count_noise = _count_noise(adaptive, noise_multiplier, denominator)
     own_noise = noise_multiplier  # of the moves
     if adaptive and noise_multiplier:
@@ -121,9 +126,7 @@ def with_differential_privacy(
         alone = update._replace(client=update.client._replace(weight=present))
         sums = rule.summand(alone, server, plan)
         moves = (sums.dense, sums.adapters)
-        norm = optax.tree.norm(
-            jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), moves)
-        )
+        norm = optax.tree.norm(moves)
         largest = jnp.asarray(plan.prepared).astype(norm.dtype) if adaptive else clip
         bound = largest * (1 - 16 * float(jnp.finfo(norm.dtype).eps))  # rounding of the norm must not loosen it
         factor = jnp.minimum(1.0, bound / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
@@ -186,7 +189,7 @@ def _check_numbers(clip: float, noise_multiplier: float, denominator: float) -> 
     if not clip > 0:
         raise ValueError(f"clip: expected a number above 0, got {clip}")
     if not 0 <= noise_multiplier < np.inf:
-        raise ValueError(f"noise_multiplier: expected a number of at least 0 and finite, got {noise_multiplier}")
+        raise ValueError(f"noise_multiplier: expected a finite number of at least 0, got {noise_multiplier}")
     if not (denominator > 0 and np.isfinite(denominator)):
         raise ValueError(f"denominator: expected the number of clients expected in a round, got {denominator}")
     if noise_multiplier > 0 and np.isinf(clip):
@@ -212,19 +215,20 @@ def set_expected_owners(state: State, rate: float) -> State:
     """Fix the denominators of a private rule to the owners that the state's public ranks let expect.
 
     Args:
-        state: of a rule made by `with_differential_privacy` that averages over owners.
+        state: of a rule made by `with_differential_privacy`, alone or with a server optimiser around.
         rate: share of the clients expected in a round, above 0 and at most 1.
 
     Raises:
         TypeError: for the state of another rule.
         ValueError: for a rate out of range.
     """
-    if not isinstance(state.aggregator, PrivateState):
+    whole = state.aggregator  # with a server optimiser around, a pair
+    held = whole[0] if type(whole) is tuple and whole else whole
+    if not isinstance(held, PrivateState):
         raise TypeError("expected the state of a rule made by with_differential_privacy, got that of another rule")
     owners = expected_owners(state.ranks, max_ranks(state.server.trainable), rate)
-    like = state.aggregator.owners
-    owners = {path: owners[path].astype(old.dtype) for path, old in like.items()}
-    return state._replace(aggregator=state.aggregator._replace(owners=owners))
+    held = held._replace(owners={path: owners[path].astype(old.dtype) for path, old in held.owners.items()})
+    return state._replace(aggregator=(held, *whole[1:]) if type(whole) is tuple else held)
 
 
 @checked

@@ -27,6 +27,8 @@ from autorank_jax.aggregators.base import (
     read_trainable,
     reported,
     update_with,
+    wide_product,
+    widen,
     write_trainable,
 )
 from autorank_jax.aggregators.decompositions import svd
@@ -81,7 +83,8 @@ def flexlora(*, sigma: Sigma = "both", exact: Exact = "auto") -> Aggregator:
         sigma: where the singular values go. The authors' code has "right"; the gradient of `lora_a` then grows with Σ
             while `lora_a` itself is of length 1, and some runs end in guessing that do not with "both".
         exact: whether products are summed whole. Of a layer that is sketched, the mean is exact in the directions of
-            the server's factors, approximated beside them, and split as if the approximation were the mean.
+            the server's factors, approximated beside them, and split as if the approximation were the mean. That is
+            close as long as clients stay near the server: what is approximated is of second order in their moves.
 
     Raises:
         ValueError: for another `sigma` or `exact`.
@@ -179,8 +182,9 @@ def lora_fair(*, ridge: float = 0.01, owners: bool = False, exact: Exact = "auto
                 if path in sketched:
                     correction = per_layer(from_sketch, Adapter(a, b), sketched[path])
                 else:
-                    correction = per_layer(functools.partial(_correction, ridge=ridge), a, products[path] - a @ b)
-                means[path] = Adapter(a, b + correction)
+                    gap = products[path] - wide_product(means[path])
+                    correction = per_layer(functools.partial(_correction, ridge=ridge), widen(a), gap)
+                means[path] = Adapter(a, (widen(b) + correction).astype(b.dtype))
                 seen[path] = Adapter(owned(sums.owners[path], means[path]).lora_a, sums.weight > 0)
             dense = mean_dense(server, sums)
             return Values(dense, means, {}), Values(reported(dense, sums.weight), seen, {})
@@ -218,7 +222,7 @@ def _correction_of_reconstruction(mean: Adapter, product: Reconstruction, ridge:
     a, b = (factor.astype(product.core.dtype) for factor in mean)
     q, upper = jnp.linalg.qr(a)
     gap = ((q.T @ product.left) @ product.core) @ product.right - upper @ b
-    return _correction(upper, gap, ridge).astype(mean.lora_b.dtype)
+    return _correction(upper, gap, ridge)
 
 
 def _mean_products(server: Server, sums: ClientSums, maps: dict[str, Maps]) -> dict[str, Any]:
@@ -240,7 +244,7 @@ def _svd_steps(average: Products, sigma: Sigma, keep: Keep | None = None) -> Mak
 
     def steps(maps: dict[str, Maps]) -> ServerStep:
         def read(server: Server) -> Values:
-            products = {path: a.lora_a @ a.lora_b for path, a in server.trainable.adapters.items()}
+            products = {path: wide_product(a) for path, a in server.trainable.adapters.items()}
             return Values(server.trainable.dense, {}, products)
 
         def mean(sums: ClientSums, state: AggState, server: Server) -> tuple[Values, Values]:  # noqa: ARG001

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from autorank_jax.adapters.lora import nonzero_positions
-from autorank_jax.aggregators.base import anything, choose, owned
+from autorank_jax.aggregators.base import anything, choose, in_types_of, moves, owned, widen
 from autorank_jax.engine.optimizers import begin_optimizer, means_others, step_optimizer
 from autorank_jax.interface import checked
 from autorank_jax.types import (
@@ -168,10 +168,10 @@ def with_norm_clipping(rule: Aggregator, max_norm: float) -> Aggregator:
         raise ValueError(f"expected a positive max_norm, got {max_norm}")
 
     def clip(update: ClientUpdate) -> ClientUpdate:
-        moved = jax.tree.map(jnp.subtract, update.trained, update.start)
+        moved = moves(update.trained, update.start)
         factor = jnp.minimum(1, max_norm / jnp.maximum(optax.tree.norm(moved), jnp.finfo(jnp.float32).tiny))
-        clipped = jax.tree.map(lambda old, delta: old + factor.astype(delta.dtype) * delta, update.start, moved)
-        return update._replace(trained=clipped)
+        clipped = jax.tree.map(lambda old, delta: widen(old) + factor.astype(delta.dtype) * delta, update.start, moved)
+        return update._replace(trained=in_types_of(update.start, clipped))
 
     return rule._replace(
         summand=lambda update, server, plan: rule.summand(clip(update), server, plan),

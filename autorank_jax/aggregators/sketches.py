@@ -50,7 +50,7 @@ class Sketch(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """`P ≈ left @ core @ right`; columns of `left` and rows of `right` are orthonormal, or zero."""
+    """`P ≈ left @ core @ right`; columns of `left` and rows of `right` are orthonormal as far as `core` uses them."""
 
     left: Array  # (d_in, r + k)
     core: Array  # (r + k, r + k)
@@ -155,10 +155,11 @@ def reconstruct(sketch: Sketch, maps: Maps, old: Adapter) -> Reconstruction:
     v, v_p = _known(maps.right[:, :rank], sketch.columns[:, :rank].T)
     q, w = _beyond(u, sketch.columns), _beyond(v, sketch.rows.T)
     phi, psi, p_v, both = maps.left[rank:], maps.right[:, rank:], v_p.T, u_p @ v
-    beside = sketch.core - (phi @ u) @ (u_p @ psi) - (phi @ (p_v - u @ both)) @ (v.T @ psi)
+    beside_u = p_v - u @ both  # a basis of nothing may repeat directions of `u`: nothing is left for them
+    beside = sketch.core - (phi @ u) @ (u_p @ psi) - (phi @ beside_u) @ (v.T @ psi)
     rest = _solve(psi.T @ w, _solve(phi @ q, beside).T).T
     energy = jnp.sum(u_p**2) + jnp.sum(p_v**2) - jnp.sum(both**2) + jnp.mean(beside**2)
-    core = jnp.block([[both, u_p @ w], [q.T @ p_v, rest]])
+    core = jnp.block([[both, (u_p - both @ v.T) @ w], [q.T @ beside_u, rest]])
     return Reconstruction(jnp.concatenate([u, q], axis=1), core, jnp.concatenate([v, w], axis=1).T, energy)
 
 

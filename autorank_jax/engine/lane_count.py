@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from autorank_jax.adapters.lora import max_ranks
-from autorank_jax.engine.flops import FLOPS_PER_SECOND, platform_of, training_flops
+from autorank_jax.engine.flops import FLOPS_PER_SECOND, FlopModel, platform_of, training_flops
 from autorank_jax.engine.footprint import training_footprint
 from autorank_jax.federated.checks import check_known
 from autorank_jax.interface import check_least, checked
@@ -24,6 +24,7 @@ def choose_lanes(
     *,
     batch_size: int,
     cohort: int | None = None,
+    flops: FlopModel | None = None,
     platform: str | None = None,
     memory: float | None = None,
 ) -> int:
@@ -36,8 +37,9 @@ def choose_lanes(
     Args:
         data: all clients' examples.
         task: the model; its FLOPs per step are counted at full rank.
-        batch_size: examples per step of one client.
+        batch_size: examples per step of one client; a batch is never larger than the data.
         cohort: clients of a round, where not all take part.
+        flops: of the model, for one whose layers run in a loop; counted by `training_flops` where None.
         platform: "cpu", "gpu" or "tpu"; JAX's default device where None.
         memory: bytes that are free on an accelerator; as JAX's default device says where None, no limit where it says
             nothing.
@@ -52,7 +54,8 @@ def choose_lanes(
     platform = platform_of(platform)
     check_least("batch_size", batch_size)
     check_least("cohort", 1 if cohort is None else cohort)
-    flops = training_flops(task, data, batch_size=batch_size)
+    batch_size = min(batch_size, data.order.shape[0])
+    flops = flops or training_flops(task, data, batch_size=batch_size)
     per_example = flops.base + sum(
         flops.per_rank[path] * rank for path, rank in max_ranks(task.server.trainable).items()
     )

@@ -6,11 +6,14 @@ A fixed size: by one client in place of another.
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 from autorank_jax.interface import check_share, checked
 
 _LEAST_NOISE = 0.2
+_DOUBLINGS = 8  # of noise that ought to keep a small budget, before it is too small
 _LARGEST = 30.0
 """A privacy loss distribution of a larger ε needs much time and memory to tell that hardly anything is protected."""
 
@@ -77,11 +80,13 @@ def calibrated_noise(
 
     Raises:
         ImportError: without `dp-accounting`.
-        ValueError: for numbers out of range, or a budget so small that no noise keeps it.
+        ValueError: for numbers out of range, or a budget so small that no noise is known to keep it.
     """
     _check(rounds, delta, rate)
     if not 0 < epsilon < float("inf") or rounds < 1:
         raise ValueError(f"expected a finite epsilon above 0 and at least one round, got {epsilon} and {rounds}")
+    if release is not None and spent_epsilon(0.0, 0, delta, rate=rate, clients=clients, release=release) >= epsilon:
+        raise _too_small(epsilon, rounds)
     library = _library()
 
     def event(noise: float) -> Any:
@@ -93,16 +98,45 @@ def calibrated_noise(
     if _epsilon(_renyi(clients), event(_LEAST_NOISE), delta) <= epsilon:
         return _LEAST_NOISE
     try:
-        bound = search(lambda: _renyi(clients), library.LowerEndpointAndGuess(_LEAST_NOISE, 1.0))
+        high = search(lambda: _renyi(clients), library.LowerEndpointAndGuess(_LEAST_NOISE, 1.0))
         if clients is not None or epsilon > _LARGEST:
-            return bound
-        return search(
-            library.pld.PLDAccountant, library.ExplicitBracketInterval(max(_LEAST_NOISE, 0.7 * bound), bound + 0.01)
-        )
-    except library.mechanism_calibration.NoBracketIntervalFoundError:
-        raise ValueError(
-            f"epsilon: expected a budget that noise can keep, got {epsilon} for {rounds} rounds: too small"
-        ) from None
+            return high
+    except library.mechanism_calibration.NoBracketIntervalFoundError:  # Rényi divergences bound no small ε
+        if clients is not None:
+            raise _too_small(epsilon, rounds) from None
+        high = math.sqrt(2 * rounds * math.log(1.25 / delta)) / epsilon
+    bracket = _bracket(lambda noise: _epsilon(library.pld.PLDAccountant(), event(noise), delta) <= epsilon, high + 0.01)
+    if bracket is None:
+        raise _too_small(epsilon, rounds)
+    low, high = bracket
+    return low if low == high else search(library.pld.PLDAccountant, library.ExplicitBracketInterval(low, high))
+
+
+def _bracket(keeps: Callable[[float], bool], high: float) -> tuple[float, float] | None:
+    """Return a noise multiplier that does not keep a budget and one that does; the least twice where it does.
+
+    Args:
+        keeps: whether a noise multiplier does.
+        high: one that probably does.
+
+    Returns:
+        None where none does.
+    """
+    tried = 0
+    while not keeps(high):
+        high, tried = 2 * high, tried + 1
+        if tried > _DOUBLINGS:
+            return None
+    low = 0.7 * high
+    while low > _LEAST_NOISE and keeps(low):
+        low, high = 0.7 * low, low
+    if low <= _LEAST_NOISE and keeps(_LEAST_NOISE):
+        return _LEAST_NOISE, _LEAST_NOISE
+    return max(low, _LEAST_NOISE), high
+
+
+def _too_small(epsilon: float, rounds: int) -> ValueError:
+    return ValueError(f"epsilon: expected a budget that noise can keep, got {epsilon} for {rounds} rounds: too small")
 
 
 @checked
@@ -116,7 +150,7 @@ def calibrated_release(epsilon: float, delta: float, *, clients: int | None = No
 
     Raises:
         ImportError: without `dp-accounting`.
-        ValueError: for numbers out of range, or a budget so small that no noise keeps it.
+        ValueError: for numbers out of range, or a budget so small that no noise is known to keep it.
     """
     once = calibrated_noise(epsilon, 1, delta, rate=1.0)
     return once if clients is None else 2 * once  # one client's data in place of another's

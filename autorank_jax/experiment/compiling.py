@@ -54,9 +54,14 @@ def compile_fitting(
     fixed: bool,
 ) -> tuple[RoundFn, int]:
     """Compile a round with fewer lanes until it fits into memory, unless their number is fixed; return it with them."""
-    run = compile_round(make(lanes=lanes), mesh, *arguments)
-    if fixed or lanes == 1 or fits(run):
-        return run, lanes
+    try:
+        run = compile_round(make(lanes=lanes), mesh, *arguments)
+    except jax.errors.JaxRuntimeError as error:  # some compilers find out themselves
+        if fixed or lanes == 1 or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+    else:
+        if fixed or lanes == 1 or fits(run):
+            return run, lanes
     return compile_fitting(make, lanes // 2, mesh, arguments, fixed=False)
 
 

@@ -126,7 +126,7 @@ def finish_run(record: Record, scores: Scores, costs: Costs, probe_flops: float)
         rows=record.rows,
         costs=costs,
         ratio_by_clients=float(ratios.mean()),
-        ratio_by_examples=float(np.average(ratios, weights=scores.size)),
+        ratio_by_examples=float(np.average(ratios, weights=scores.size if scores.size.any() else None)),
         probe_flops=probe_flops,
         clients=record.clients,
     )

@@ -32,11 +32,12 @@ class Privacy(NamedTuple):
     def promise(self) -> str:
         """Return in one sentence what is promised, of whom, and under which assumption."""
         neighbours = "with or without any one client" if self.clients is None else "with any one client replaced"
-        ranks = "ranks are public" if self.release is None else "ranks come from noisy label counts"
+        ranks = "ranks are public" if self.release is None else "ranks come from noisy label counts, which files show"
         return (
-            f"Differential privacy of clients: the models of all rounds are about as likely {neighbours}, at most "
-            f"ε = {self.epsilon:g} at δ = {self.delta:g}, if the server is trusted, {ranks}, and the test data and the "
-            "choice of options are not private."
+            f"Differential privacy of clients: the models of all rounds of one run are about as likely {neighbours}, "
+            f"at most ε = {self.epsilon:g} at δ = {self.delta:g}; several runs (policies, rules, seeds) together spend "
+            f"more. It holds if the server is trusted, {ranks}, and nobody sees the seed, of which the noise is drawn. "
+            "Test data, the choice of options, and the losses, counts and costs that a round reports are not private."
         )
 
 
@@ -45,8 +46,8 @@ def problems(e: Any, known: Container[str]) -> Iterable[str]:
     for rule in e.aggregators:
         if rule in known and rule not in DIFFERENTIALLY_PRIVATE:
             yield (
-                f"aggregators: expected with --dp-epsilon out of {', '.join(DIFFERENTIALLY_PRIVATE)}, got {rule}: what "
-                "one client changes in its sums has no bound; use --aggregators rbla"
+                f"aggregators: expected with --dp-epsilon out of {', '.join(DIFFERENTIALLY_PRIVATE)}, got {rule}: "
+                "private are rules that sum moves of factors and weights alone; use --aggregators rbla"
             )
     for option, wrong in (("clip_norm", e.clip_norm), ("rerank_every", e.rerank_every)):
         if wrong:

@@ -115,8 +115,8 @@ def score_clients(
     return Scores(
         seed=federation.seed,
         criteria=criteria,
-        size=np.asarray(federation.stats.size),
-        label_counts=np.asarray(federation.stats.label_counts),
+        size=_whole(stats.size),
+        label_counts=_whole(stats.label_counts),
         matrix=matrix,
         weights=weights,
         closeness=closeness,
@@ -124,6 +124,12 @@ def score_clients(
         ranks={name: {p: np.asarray(r) for p, r in ranked[name].ranks.items()} for name in experiment.rank_policies},
         probe_flops=probe_flops(experiment, federation, flops),
     )
+
+
+def _whole(counts: Array) -> np.ndarray:
+    """Return counts; those that were released with noise rounded to whole numbers, true ones as they are."""
+    whole = np.asarray(counts)
+    return whole if np.issubdtype(whole.dtype, np.integer) else np.rint(whole).astype(np.int64)
 
 
 def first_ranks(scores: Scores, policy: str) -> dict[str, Array]:

@@ -62,8 +62,8 @@ class Scores(NamedTuple):
 
     seed: int
     criteria: tuple[str, ...]
-    size: np.ndarray  # (clients,)
-    label_counts: np.ndarray  # (clients, classes)
+    size: np.ndarray  # (clients,) whole numbers; where ranks are private, what was released
+    label_counts: np.ndarray  # (clients, classes) likewise
     matrix: np.ndarray  # (clients, criteria)
     weights: np.ndarray | None  # (criteria,); None where no policy needs scores
     closeness: np.ndarray | None  # (clients,)
@@ -221,7 +221,7 @@ def behind_highest(ratios: np.ndarray, size: np.ndarray) -> float:
         ratios: `(clients,)`.
         size: `(clients,)` examples.
     """
-    return float(size[ratios == ratios.max()].sum() / size.sum())
+    return float(size[ratios == ratios.max()].sum() / max(1, size.sum()))
 
 
 def rounds_to(run: Run, target: float) -> int | None:

@@ -69,11 +69,12 @@ from autorank_jax.experiment.setup import (
     make_participation,
     metrics_of,
     start_state,
+    training_key,
 )
 from autorank_jax.experiment.waiting import wait_for
 from autorank_jax.federated import by_examples, equally
 from autorank_jax.interface import checked
-from autorank_jax.types import Aggregator, Array, EvaluateFn, RoundFn, State
+from autorank_jax.types import Aggregator, Array, EvaluateFn, Key, RoundFn, State
 
 
 class Hooks(NamedTuple):
@@ -167,7 +168,8 @@ def run_experiment(
         for policy, number in itertools.product(experiment.rank_policies, range(experiment.seeds)):
             federation, seen = federations[number], scores[number]
             start = start_state(experiment, federation, rule, first_ranks(seen, policy))
-            costs = expected_costs(experiment, rule, start, federation.data, flops)
+            shown = federation.data._replace(size=jnp.asarray(seen.size))  # what files may tell
+            costs = expected_costs(experiment, rule, start, shown, flops)
             if len(runs) == len(position.records):
                 if position.probes:  # until a client's first round, its curve is that of the probe
                     losses, epochs = position.probes[number]
@@ -349,14 +351,15 @@ def run_rounds(
     Raises:
         _Halted: of whatever was raised; a `DivergedError`, if the loss is no number any more.
     """
-    record, state, key = position.records[-1], position.state, federation.keys["training"]
+    record, state = position.records[-1], position.state
+    key = training_key(experiment, federation, record.policy, record.aggregator)
     spent, privacy = own_probe_flops(scores, record.policy), experiment.privacy
     try:
         while not record.over:
             assert state is not None
             cost = program.cost(key, state, federation.data)
             tested = is_evaluated(experiment, record.aggregator, record.round + 1)
-            state, measured = run_round(program, federation, state, tested=tested)
+            state, measured = run_round(program, key, federation, state, tested=tested)
             epsilon = privacy.spent(record.round + 1) if privacy else None
             row = next_row(record, measured, cost, probe_flops=spent, epsilon=epsilon)
             record = record._replace(rows=(*record.rows, row))
@@ -380,9 +383,11 @@ def run_rounds(
     return position
 
 
-def run_round(program: Program, federation: Federation, state: State, *, tested: bool) -> tuple[State, Measured]:
+def run_round(
+    program: Program, key: Key, federation: Federation, state: State, *, tested: bool
+) -> tuple[State, Measured]:
     """Run one round, and evaluate it if it is time to."""
     begin = time.perf_counter()
-    state, info = wait_for(program.round(federation.keys["training"], state, federation.data))
+    state, info = wait_for(program.round(key, state, federation.data))
     seconds = time.perf_counter() - begin
     return state, Measured(info, program.evaluate(state) if tested else {}, seconds)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from autorank_jax import aggregators, datasets, federated, models
 from autorank_jax.adapters import classification_loss, regression_loss, task_from_nnx
+from autorank_jax.adapters.lora import key_of
 from autorank_jax.aggregators.privacy import PrivateState
 from autorank_jax.datasets import Dataset
 from autorank_jax.engine import choose_lanes, init_state
@@ -224,6 +225,15 @@ def start_state(
     if experiment.privacy and private and federation.task.server.trainable.adapters:
         return aggregators.set_expected_owners(state, experiment.privacy.rate)
     return state
+
+
+def training_key(experiment: Experiment, federation: Federation, policy: str, aggregator: str) -> Key:
+    """Return the key of a run's rounds: its seed's, so that runs differ in what they compare alone, or one of its own.
+
+    Private runs draw noise and cohorts of their own: with shared ones, two would tell sums without any noise.
+    """
+    key = federation.keys["training"]
+    return key_of(key, f"{policy} {aggregator}") if experiment.privacy else key
 
 
 def learning_rates(experiment: Experiment) -> float | Callable[[Array], Array]:

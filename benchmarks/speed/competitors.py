@@ -64,9 +64,7 @@ def compiled_entry(function: Callable[..., State], arguments: tuple[Any, ...], *
     """Compile a round and warm it up."""
     program, seconds = harness.compiled(function, *arguments)
     timed(program, *arguments)
-    memory = program.memory_analysis()
-    parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
-    peak = None if memory is None else sum(getattr(memory, part) for part in parts)
+    peak = harness.program_bytes(program)
     return Entry(
         lambda: timed(program, *arguments), lambda: trained_values(program(*arguments)), seconds, lambda: peak, detail
     )

@@ -1,7 +1,8 @@
 """One accelerator, everything: agreement with the CPU, speed by lanes, a million clients, language models, options.
 
 Every part runs in a process of its own under a limit of seconds, the most important first; each row is written as soon
-as it is there. Called again, it goes on with the parts that are not finished (`--again` measures all anew).
+as it is there, those of `speed` after a first turn of all. Called again on the same device with the same versions, it
+goes on with the parts that are not finished; `--again` measures all anew.
 
 Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.speed.gpu --json benchmarks/speed/results/gpu.json
           (`--rehearse`: all parts, tiny, on a CPU and without data)
@@ -18,17 +19,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-
-from autorank_jax.cli.figures import PALETTE
 from benchmarks import harness, script
 from benchmarks.speed.gpu_parts import PARTS
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MEGABYTE = 1e6
 COLUMNS: dict[str, dict[str, str]] = {
-    "agreement": {"rule": "rule", "relative difference": "difference", "seconds to compile": "compile_seconds"},
+    "agreement": {
+        "rule": "rule",
+        "relative difference": "difference",
+        "agrees": "agrees",
+        "seconds to compile": "compile_seconds",
+    },
     "speed": {
         "workload": "workload",
         "competitor": "competitor",
@@ -40,13 +46,15 @@ COLUMNS: dict[str, dict[str, str]] = {
         "MB by the compiler": "peak_mb",
         "difference": "difference",
         "choose_lanes' choice": "mark",
+        "turns": "turns",
+        "failed": "failed",
     },
     "scale": {
         "clients": "clients",
         "seconds per round": "seconds_per_round",
         "µs per example": "microseconds_per_example",
         "seconds to compile": "compile_seconds",
-        "MB at the peak": "peak_mb",
+        "MB by the compiler": "peak_mb",
     },
     "language": {
         "workload": "workload",
@@ -57,7 +65,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "tokens per second": "tokens_per_second",
         "seconds per round": "seconds_per_round",
         "seconds to compile": "compile_seconds",
-        "MB at the peak": "peak_mb",
+        "MB by the compiler": "peak_mb",
         "all finite": "finite",
     },
     "graphs": {
@@ -116,20 +124,24 @@ def run_part(part: str, *, rehearse: bool, seconds: float) -> Iterator[dict[str,
 def measure(content: script.Content, options: argparse.Namespace) -> script.Content:
     """Run the parts that are not finished; `content` is written after every row."""
     begin = time.monotonic()
+    content = begun(content, options)
     for part in options.parts:
         left = options.seconds - (time.monotonic() - begin)
         if part in content["finished"] or left <= 0:
             print(f"{part}: {'finished already' if left > 0 else 'no time left'}", flush=True)
             continue
         print(f"{part} …", flush=True)
-        content["rows"] = [row for row in content["rows"] if row["part"] != part]
-        started = time.monotonic()
+        others = [row for row in content["rows"] if row["part"] != part]
+        before = [row for row in content["rows"] if row["part"] == part]
+        started, rows = time.monotonic(), list[harness.Row]()
         for said in run_part(part, rehearse=options.rehearse, seconds=min(left, options.most)):
             if "about" in said:
                 content |= said["about"]
             elif "row" in said:
-                content["rows"].append({"part": part} | said["row"])
+                rows = replaced(rows, {"part": part} | said["row"])
+                content["rows"] = others + (before if len(rows) < len(before) else rows)
             elif said["end"] is None:
+                content["rows"] = others + rows
                 content["finished"].append(part)
                 content["ended"].pop(part, None)
             else:
@@ -137,6 +149,31 @@ def measure(content: script.Content, options: argparse.Namespace) -> script.Cont
             harness.write_json(options.json, content)
         print(f"  {content['ended'].get(part, 'finished')}, {time.monotonic() - started:.0f} s", flush=True)
     return content
+
+
+def begun(content: script.Content, options: argparse.Namespace) -> script.Content:
+    """Return results to go on from: none, where those given are of another device, other versions, or a rehearsal."""
+    fresh: script.Content = {"rows": [], "finished": [], "ended": {}, "rehearse": options.rehearse}
+    if not content["rows"] or options.seconds <= 0:
+        return fresh | content
+    said = run_part("nothing", rehearse=options.rehearse, seconds=min(60, options.seconds))
+    about = next((line["about"] for line in said if "about" in line), {})
+    same = made(content) == made(fresh | about)
+    if not same:
+        print("what is there is of another device or version, or a rehearsal: beginning anew", flush=True)
+    return content if same else fresh
+
+
+def made(content: script.Content) -> Any:
+    """Return what results depend on beside the code: rehearsal or not, versions, device."""
+    device = {name: value for name, value in content.get("device", {}).items() if name != "date"}
+    return content.get("rehearse"), content.get("versions"), device
+
+
+def replaced(rows: list[harness.Row], row: harness.Row) -> list[harness.Row]:
+    """Append a row in place of an earlier one of the same competitor, if any."""
+    name = row.get("workload"), row.get("competitor")
+    return [old for old in rows if name[1] is None or (old.get("workload"), old.get("competitor")) != name] + [row]
 
 
 def tables(content: script.Content) -> dict[str, str]:
@@ -163,12 +200,16 @@ def prepared(row: harness.Row, content: script.Content) -> harness.Row:
 
 
 def is_yardstick(row: harness.Row) -> bool:
-    """Return whether a row is of the yardstick: one shared model, no clients."""
-    return row.get("competitor") == "centralised"
+    """Return whether a row is of the yardstick that was measured: one shared model, no clients."""
+    return row.get("competitor") == "centralised" and "failed" not in row
 
 
-def draw(content: script.Content) -> Figure:
+def draw(content: script.Content) -> "Figure":
     """Draw speed relative to the yardstick by lanes, and seconds an example by clients."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  # whose absence must stop no measurement
+
+    from autorank_jax.cli.figures import PALETTE  # noqa: PLC0415
+
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     rows = [prepared(row, content) for row in content["rows"]]
@@ -221,6 +262,8 @@ def main() -> None:
     content = {"rows": [], "finished": [], "ended": {}} | (script.read(options.json) if not options.again else {})
     content = measure(content, options)
     script.publish(content, options.json, tables, draw if content["rows"] else None)
+    if wrong := [row["rule"] for row in content["rows"] if row.get("agrees") is False]:
+        raise SystemExit(f"not what the CPU computes: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -134,8 +134,7 @@ def timed_rounds(function: Callable[..., State], federation: Federation, *, repe
     key, data = jax.random.key(0), federation.data
     program = jax.jit(function, donate_argnums=1).lower(key, federation.state, data).compile()
     row: harness.Row = {"compile_seconds": time.perf_counter() - begin}
-    memory = program.memory_analysis()
-    row["temporary_bytes"] = None if memory is None else memory.temp_size_in_bytes
+    row["peak_bytes"] = harness.program_bytes(program)
     state, seconds = jax.tree.map(jnp.copy, federation.state), []
     for _ in range(1 + repeats):
         begin = time.perf_counter()
@@ -184,7 +183,6 @@ def language(name: str, *, rehearse: bool) -> Iterator[harness.Row]:
             "competitor": competitor,
             "tokens": tokens,
             "tokens_per_second": tokens / measured["seconds_per_round"],
-            "peak_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
             **measured,
             **detail,
         }

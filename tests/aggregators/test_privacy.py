@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from autorank_jax import aggregators
@@ -14,7 +15,7 @@ from autorank_jax.aggregators.privacy import (
 )
 from autorank_jax.engine.simulation import init_state
 from autorank_jax.experiment.names import DIFFERENTIALLY_PRIVATE as PRIVATE
-from autorank_jax.types import Adapter, Client, ClientUpdate, Plan, Trainable
+from autorank_jax.types import Adapter, Client, ClientUpdate, Plan, Server, Trainable
 from tests.aggregators.cases import PRESENT, RANKS, SHAPES, compile_round, make_data, make_server, to_jax
 
 MAX_RANKS = {path: widest for path, (_, _, widest) in SHAPES.items()}
@@ -68,12 +69,12 @@ def test_rules_without_a_bound_are_refused(name):
     if name in PRIVATE:
         private(name)
         return
-    with pytest.raises(ValueError, match="has no bound"):
+    with pytest.raises(ValueError, match=r"such as rbla.* are not done"):
         private(name)
 
 
 def test_what_is_clipped_already_is_refused():
-    with pytest.raises(ValueError, match="clipped already"):
+    with pytest.raises(ValueError, match="it is private already"):
         with_differential_privacy(private("rbla"), clip=1.0, noise_multiplier=1.0, denominator=5.0)
 
 
@@ -152,6 +153,20 @@ def test_noise_has_its_deviation_and_is_drawn_anew_for_every_leaf_and_round():
             assert abs(np.corrcoef(one, other)[0, 1]) < 0.03
 
 
+def test_a_model_in_half_precision_is_summed_clipped_and_blurred_in_float32():
+    """In bfloat16 no draw is beyond 2.9, and a rounded summand may be longer than the clip."""
+    rule = private("fedavg", clip=0.1, noise_multiplier=10.0, denominator=1.0)
+    server = Server(Trainable({}, {"bias": jnp.zeros(20_000, jnp.bfloat16)}), ())
+    trained = Trainable({}, {"bias": jnp.full(20_000, 0.7, jnp.bfloat16)})
+    client, nobody = Client(jnp.zeros((), jnp.int32), {}, jnp.ones(()), ()), Plan({}, jnp.ones(()), jnp.ones(()))
+    sums = rule.summand(ClientUpdate(trained, server.trainable, client), server, nobody)
+    assert sums.dense["bias"].dtype == jnp.float32
+    assert 0.0999 < norm(np.asarray(sums.dense["bias"], np.float64)) <= 0.1
+    moved = rule.update(jax.random.key(0), sums, rule.init(server), server)[0].trainable.dense["bias"]
+    assert moved.dtype == jnp.bfloat16
+    assert jnp.max(jnp.abs(moved)) > 3.2
+
+
 def test_positions_are_divided_by_their_expected_owners():
     counted = expected_owners({"a": np.array([1, 3, 2])}, {"a": 4}, rate=0.5)
     np.testing.assert_allclose(counted["a"], [1.5, 1.0, 0.5, 0.0])
@@ -169,7 +184,10 @@ def test_positions_are_divided_by_their_expected_owners():
     ("options", "message"),
     [
         ({"clip": 0.0}, "clip: expected a number above 0"),
-        ({"noise_multiplier": -1.0}, "noise_multiplier: expected a number of at least 0"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier: expected a finite number of at least 0"),
+        ({"noise_multiplier": np.inf}, "noise_multiplier: expected a finite number"),
+        ({"adaptive": AdaptiveClip(quantile=5.0)}, "adaptive: expected a quantile in"),
+        ({"adaptive": AdaptiveClip(rate=-1.0)}, "adaptive: expected .* a rate above 0"),
         ({"denominator": 0.0}, "denominator: expected the number of clients"),
         ({"clip": np.inf, "noise_multiplier": 1.0}, "clip: expected a finite norm"),
     ],
@@ -190,11 +208,13 @@ def test_owners_of_another_model_are_refused():
         set_expected_owners(start(aggregators.rbla()), 0.5)
 
 
-def test_expected_owners_are_data_of_the_state():
+@pytest.mark.parametrize("around", [False, True], ids=["alone", "in a server optimizer"])
+def test_expected_owners_are_data_of_the_state(around):
     rule = private("rbla", denominator=5.0)
+    rule = aggregators.with_server_optimizer(rule, optax.sgd(1.0)) if around else rule
     state = set_expected_owners(start(rule), 0.5)
     want = expected_owners(RANKS, MAX_RANKS, 0.5)
-    for path, owners in state.aggregator.owners.items():
+    for path, owners in (state.aggregator[0] if around else state.aggregator).owners.items():
         np.testing.assert_allclose(owners, want[path])
     assert jax.tree.structure(state) == jax.tree.structure(start(rule))
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -40,6 +41,9 @@ def test_rows_are_written_at_once_and_finished_parts_are_not_measured_again(tmp_
     asked, chosen = [], options(tmp_path, "--parts", "svd,scale")
 
     def fake(part, **_):
+        if part == "nothing":
+            yield {"about": ABOUT}
+            return
         asked.append(part)
         yield {"about": ABOUT}
         yield {"row": {"size": len(asked), "seconds": 1.0}}
@@ -54,6 +58,46 @@ def test_rows_are_written_at_once_and_finished_parts_are_not_measured_again(tmp_
     assert asked == ["svd", "scale", "scale"]
     assert (content["finished"], content["ended"]) == (["svd", "scale"], {})
     assert [(row["part"], row["size"]) for row in content["rows"]] == [("svd", 1), ("scale", 3)]
+
+
+@pytest.mark.parametrize("change", ["--rehearse", "device", "versions"])
+def test_results_of_another_device_or_version_are_not_gone_on_with(change, tmp_path, monkeypatch):
+    def fake(_, **__):
+        yield {"about": ABOUT if change == "--rehearse" else ABOUT | {change: {"jax": "2"}}}
+        yield {"end": None}
+
+    monkeypatch.setattr(gpu, "run_part", fake)
+    words = ["--rehearse"] if change == "--rehearse" else []
+    old = nothing() | ABOUT | {"rows": [{"part": "svd", "size": 1}], "finished": ["svd"], "rehearse": False}
+    content = gpu.measure(old, options(tmp_path, "--parts", "scale", *words))
+    assert (content["rows"], content["finished"]) == ([], ["scale"])
+
+
+def test_rows_are_not_lost_to_a_shorter_attempt_and_later_turns_take_their_place(tmp_path, monkeypatch):
+    turns = [1, 1, 5]
+
+    def fake(part, **_):
+        yield {"about": ABOUT}
+        if part != "nothing":
+            for name, turn in zip("aba", turns, strict=False):
+                yield {"row": {"competitor": name, "turns": turn}}
+            yield {"end": "out of time" if len(turns) == 1 else None}
+
+    monkeypatch.setattr(gpu, "run_part", fake)
+    chosen = options(tmp_path, "--parts", "speed cnn")
+    content = gpu.measure(nothing(), chosen)
+    assert [(row["competitor"], row["turns"]) for row in content["rows"]] == [("b", 1), ("a", 5)]
+    turns[:] = [1]
+    content["finished"].clear()
+    assert len(gpu.measure(content, chosen)["rows"]) == 2
+
+
+def test_a_competitor_that_finds_no_memory_is_told_and_the_others_go_on():
+    def fail():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: much\nmore")
+
+    assert gpu_parts.attempt(fail) == "RESOURCE_EXHAUSTED: much"
+    assert gpu_parts.attempt(lambda: 3.0) == 3.0
 
 
 def test_no_part_begins_without_time(tmp_path, monkeypatch):

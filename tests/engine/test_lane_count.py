@@ -8,6 +8,7 @@ from flax import nnx
 
 from autorank_jax import federated
 from autorank_jax.adapters.nnx import task_from_nnx
+from autorank_jax.engine.flops import FlopModel
 from autorank_jax.engine.footprint import training_footprint
 from autorank_jax.engine.lane_count import choose_lanes
 from autorank_jax.models.vision import MLP
@@ -41,6 +42,14 @@ def test_an_unknown_platform_is_refused():
     data, task = federation([4, 4])
     with pytest.raises(ValueError, match="expected a platform out of"):
         choose_lanes(data, task, batch_size=2, platform="abacus")
+
+
+def test_a_batch_is_no_larger_than_the_data_and_flops_may_be_given():
+    data, task = federation([10] * 40)
+    lanes = [choose_lanes(data, task, batch_size=size, platform="gpu", memory=1e9) for size in (400, 10**9)]
+    assert lanes[0] == lanes[1] > 1
+    counted = FlopModel(1e12, dict.fromkeys(task.server.trainable.adapters, 0.0))
+    assert choose_lanes(data, task, batch_size=10, platform="gpu", flops=counted) == 1
 
 
 def test_lanes_of_an_accelerator_fit_into_its_memory():

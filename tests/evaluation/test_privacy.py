@@ -69,6 +69,17 @@ def test_what_is_released_once_is_composed_with_the_rounds():
     assert spent_epsilon(1.0, 20, 1e-5, rate=0.1, release=0.0) == float("inf")
 
 
+@pytest.mark.parametrize("epsilon", [0.022, 0.015])
+def test_small_budgets_of_which_renyi_divergences_say_little_are_kept(epsilon):
+    noise = calibrated_release(epsilon, 1e-5)
+    assert spent_of_one(noise) <= epsilon < spent_of_one(0.97 * noise)
+
+
+def spent_of_one(noise):
+    accountant = dp.pld.PLDAccountant()
+    return accountant.compose(dp.GaussianDpEvent(noise)).get_epsilon(1e-5)
+
+
 @pytest.mark.slow
 def test_a_release_takes_its_part_of_the_budget():
     more = calibrated_noise(3.0, 20, 1e-5, rate=1.0, release=3.0)
@@ -100,7 +111,8 @@ def test_the_ends():
         (lambda: spent_epsilon(1.0, 5, 1e-5, rate=10.0), "expected rate in .*got 10, probably a percentage"),
         (lambda: spent_epsilon(-1.0, 5, 1e-5, rate=0.1), "noise_multiplier: "),
         (lambda: calibrated_noise(float("inf"), 5, 1e-5, rate=0.1), "a finite epsilon"),
-        (lambda: calibrated_noise(1e-9, 5, 1e-12, rate=1.0), "too small"),
+        (lambda: calibrated_noise(1e-9, 5, 1e-12, rate=1.0, clients=1000), "too small"),
+        (lambda: calibrated_noise(0.5, 1, 1e-5, rate=1.0, release=1.0), "too small"),
     ],
 )
 def test_numbers_out_of_range_are_refused(call, message):

@@ -179,3 +179,18 @@ def test_lanes_are_halved_until_a_round_fits(fixed, lanes, monkeypatch):
     monkeypatch.setattr(compiling, "fits", lambda made: made <= 3)
     found = compiling.compile_fitting(lambda lanes: lanes, 8, None, (), fixed=fixed)
     assert found == (lanes, lanes)
+
+
+@pytest.mark.parametrize(("message", "fixed"), [("RESOURCE_EXHAUSTED: memory", True), ("INTERNAL: else", False)])
+def test_a_compiler_that_finds_no_memory_gets_fewer_lanes(message, fixed, monkeypatch):
+    def refuse(lanes, *_):
+        if lanes > 3:
+            raise jax.errors.JaxRuntimeError(message)
+        return lanes
+
+    monkeypatch.setattr(compiling, "compile_round", refuse)
+    monkeypatch.setattr(compiling, "fits", lambda _: True)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        compiling.compile_fitting(lambda lanes: lanes, 8, None, (), fixed=fixed)
+    if fixed:
+        assert compiling.compile_fitting(lambda lanes: lanes, 8, None, (), fixed=False) == (2, 2)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,7 +11,9 @@ from autorank_jax.cli.tables import footnotes
 from autorank_jax.evaluation.privacy import spent_epsilon
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.config import ConfigurationError, Experiment
+from autorank_jax.experiment.results import behind_highest
 from autorank_jax.experiment.run import run_experiment
+from autorank_jax.experiment.setup import Federation, training_key
 
 PRIVATE = Experiment(
     dataset="synthetic",
@@ -50,6 +53,7 @@ def test_every_round_says_what_is_spent_and_the_last_keeps_the_budget(private):
     notes = " ".join(footnotes(private))
     assert "at most ε = 100 at δ = 0.001" in notes
     assert "ranks come from noisy label counts" in notes
+    assert "of one run" in notes
 
 
 @pytest.mark.slow
@@ -67,11 +71,41 @@ def test_a_probe_may_go_before_private_rounds_of_fixed_cohorts():
 @pytest.mark.slow
 def test_private_ranks_see_noisy_counts_only(private):
     scores = private.scores[0]
-    public = run_experiment(dataclasses.replace(PRIVATE, dp_ranks="public", dp_count_clip=500.0, rounds=1)).scores[0]
+    open_ = run_experiment(dataclasses.replace(PRIVATE, dp_ranks="public", dp_count_clip=500.0, rounds=1))
+    public = open_.scores[0]
     size = scores.criteria.index("size")
     np.testing.assert_array_equal(public.matrix[:, size], public.size)
     assert not np.array_equal(scores.matrix[:, size], scores.size)
-    np.testing.assert_array_equal(scores.size, public.size)
+    np.testing.assert_array_equal(scores.size, np.rint(scores.matrix[:, size]))  # nothing shows the true ones
+    assert not np.array_equal(scores.label_counts, public.label_counts)
+    full = [next(run for run in results.runs if run.policy == "full") for results in (private, open_)]
+    assert full[0].costs.slowest_client != full[1].costs.slowest_client
+
+
+def test_a_release_of_nothing_is_summed_up_all_the_same():
+    assert behind_highest(np.ones(3), np.zeros(3, int)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epsilon", [0.0, 100.0])
+def test_private_runs_share_neither_noise_nor_cohorts_and_others_share_all(epsilon):
+    """The policies give the same ranks: what differs is drawn."""
+    calm = {"dp_epsilon": epsilon, "dp_noise": 5.0 * (epsilon > 0), "dp_ranks": "public", "dp_count_clip": 500.0}
+    twins = dataclasses.replace(PRIVATE, rank_policies=("full", "manual"), ratios=(1.0,) * 6, rounds=1, **calm)
+    if not epsilon:
+        twins = dataclasses.replace(twins, dp_delta=1e-5)
+    losses = [run.rows[-1].loss for run in run_experiment(twins).runs]
+    assert (losses[0] == losses[1]) == (epsilon == 0)
+
+
+def test_only_private_runs_have_keys_of_their_own():
+    federation = Federation(0, None, None, None, {"training": jax.random.key(3)})
+    private = dataclasses.replace(PRIVATE, dp_noise=5.0, dp_ranks="public", dp_count_clip=500.0)
+    runs = [("full", "rbla"), ("full", "zero_pad"), ("uniform", "rbla")]
+    keys = {str(jax.random.key_data(training_key(private, federation, *run))) for run in runs}
+    assert len(keys | {str(jax.random.key_data(jax.random.key(3)))}) == 4
+    public = dataclasses.replace(private, dp_epsilon=0.0)
+    assert all(training_key(public, federation, *run) is federation.keys["training"] for run in runs)
 
 
 @pytest.mark.slow
