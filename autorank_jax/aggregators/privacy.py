@@ -189,7 +189,7 @@ def _check_numbers(clip: float, noise_multiplier: float, denominator: float) -> 
     if not clip > 0:
         raise ValueError(f"clip: expected a number above 0, got {clip}")
     if not 0 <= noise_multiplier < np.inf:
-        raise ValueError(f"noise_multiplier: expected a finite number of at least 0, got {noise_multiplier}")
+        raise ValueError(f"noise_multiplier: expected a number of at least 0 and finite, got {noise_multiplier}")
     if not (denominator > 0 and np.isfinite(denominator)):
         raise ValueError(f"denominator: expected the number of clients expected in a round, got {denominator}")
     if noise_multiplier > 0 and np.isinf(clip):

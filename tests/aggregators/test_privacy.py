@@ -184,8 +184,8 @@ def test_positions_are_divided_by_their_expected_owners():
     ("options", "message"),
     [
         ({"clip": 0.0}, "clip: expected a number above 0"),
-        ({"noise_multiplier": -1.0}, "noise_multiplier: expected a finite number of at least 0"),
-        ({"noise_multiplier": np.inf}, "noise_multiplier: expected a finite number"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier: expected a number of at least 0 and finite"),
+        ({"noise_multiplier": np.inf}, "noise_multiplier: expected a number of at least 0 and finite"),
         ({"adaptive": AdaptiveClip(quantile=5.0)}, "adaptive: expected a quantile in"),
         ({"adaptive": AdaptiveClip(rate=-1.0)}, "adaptive: expected .* a rate above 0"),
         ({"denominator": 0.0}, "denominator: expected the number of clients"),
