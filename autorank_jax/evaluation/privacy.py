@@ -21,7 +21,7 @@ _ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 256)
 """Of the Rényi divergences of independent draws: whole numbers, of which the library never warns."""
 
 
-@functools.lru_cache(maxsize=4096)
+@checked
 def spent_epsilon(
     noise_multiplier: float,
     rounds: int,
@@ -53,7 +53,13 @@ def spent_epsilon(
         return float("inf")
     if not rounds and release is None:
         return 0.0
-    event = _all(noise_multiplier, rounds, rate, clients, release)
+    release = None if release is None else float(release)
+    return _spent(float(noise_multiplier), int(rounds), float(delta), float(rate), clients, release)
+
+
+@functools.lru_cache(maxsize=4096)
+def _spent(noise: float, rounds: int, delta: float, rate: float, clients: int | None, release: float | None) -> float:
+    event = _all(noise, rounds, rate, clients, release)
     bound = _epsilon(_renyi(clients), event, delta)
     return bound if clients is not None or bound > _LARGEST else _epsilon(_library().pld.PLDAccountant(), event, delta)
 
