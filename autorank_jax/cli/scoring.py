@@ -16,7 +16,7 @@ from autorank_jax.cli.formats import to_csv, to_json, write_file
 from autorank_jax.cli.options import Ranks
 from autorank_jax.cli.tables import criteria_table, make_console
 from autorank_jax.cli.terminal import tell
-from autorank_jax.experiment.doubts import equal_clients, little_variation
+from autorank_jax.experiment.doubts import little_variation
 from autorank_jax.experiment.mistakes import ConfigurationError, outside, unknown
 from autorank_jax.ranks import mcda, policies
 from autorank_jax.ranks.table_file import read_criteria
@@ -40,9 +40,7 @@ def score_table(command: Ranks) -> None:
     table = read_criteria(command.criteria, cost=command.cost, columns=command.columns)
     for remark in table.remarks:
         tell(remark)
-    if alike := equal_clients(table.matrix):
-        tell(alike)
-    elif little := little_variation(table.criteria, table.matrix):
+    if little := little_variation(table.criteria, table.matrix):
         tell(f"{little}; consider one rank for all clients")
     with jax.enable_x64(True):
         scored = _score(command.normalization, command.min_ratio, command.max_rank, table.matrix, table.benefit)
