@@ -58,7 +58,7 @@ def export_peft(
             if a parameter trained whole has no counterpart, or for ranks of other layers or out of range.
     """
     try:
-        from safetensors.numpy import save_file  # noqa: PLC0415  optional
+        from safetensors.numpy import save  # noqa: PLC0415  optional
     except ImportError as error:
         message = "expected the package 'safetensors' for this, got none: pip install 'autorank-jax[text]'"
         raise ImportError(message) from error
@@ -78,7 +78,7 @@ def export_peft(
     base = None if base_model is None else str(base_model)
     config = _config(sorted(targets), pattern, any(name.endswith("bias") for name in dense), base)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(tensors | dense, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors | dense, metadata={"format": "pt"}))
     return folder
 
 

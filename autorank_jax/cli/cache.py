@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from autorank_jax.interface.paths import PathError, user_path
+
 _MIN_SECONDS = 0.1  # of compilation, from which on a program is kept
 
 
@@ -24,7 +26,7 @@ class Held(NamedTuple):
 def program_folder() -> Path:
     """Return the user's folder of compiled programs, whether it is there or not."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "autorank_jax" / "programs"
+    return (base if base.is_absolute() else user_path("~/.cache")) / "autorank_jax" / "programs"
 
 
 def use_cache() -> str | None:
@@ -38,8 +40,8 @@ def use_cache() -> str | None:
         return None
     try:
         folder = private_folder(program_folder())
-    except OSError as error:
-        return f"compiled programs are not kept: {error.strerror or error}"
+    except (OSError, PathError) as error:
+        return f"compiled programs are not kept: {getattr(error, 'strerror', None) or error}"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
     return None

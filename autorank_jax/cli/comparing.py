@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +14,23 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from autorank_jax.cli.figures import DASHES, PALETTE, Curve, curves_figure, to_png
-from autorank_jax.cli.folders import ReportError
+from autorank_jax.cli.folders import ReportError, is_of_a_run
 from autorank_jax.cli.formats import read_json, write_file
 from autorank_jax.cli.options import Compare
 from autorank_jax.cli.tables import make_console, make_table, percent
 from autorank_jax.experiment.config import ConfigurationError
-from autorank_jax.experiment.results import SCORES, Costs, Row, Run, accuracies, rounds_to, run_name, si, spread
+from autorank_jax.experiment.results import (
+    SCORES,
+    Costs,
+    Row,
+    Run,
+    accuracies,
+    rounds_to,
+    run_name,
+    share_of,
+    si,
+    spread,
+)
 
 UNKNOWN_COSTS = Costs(*[float("nan")] * len(Costs._fields))
 
@@ -43,6 +55,8 @@ def compare(command: Compare) -> None:
         problems.append("runs: expected every folder once, got one again")
     if output.suffix.lower() != ".png" or os.path.isdir(output):
         problems.append(f"output: expected a file that ends in .png, got {output}")
+    elif is_of_a_run(output):
+        problems.append(f"output: expected a file of its own, got {output}, which belongs to a run")
     if problems:
         raise ConfigurationError(problems)
     short = len({path.name for path in command.runs}) == len(command.runs)
@@ -132,7 +146,7 @@ def _row(values: Mapping[str, Any]) -> Row:
     whole = (row.seed, row.round, row.participants, row.excluded, row.reported)
     numbers = (row.train_flops, row.bytes, row.seconds)
     measured = [value for value in (row.accuracy, row.loss, row.train_loss) if value is not None]
-    right = all(type(value) is int for value in whole)
+    right = all(type(value) is int and abs(value) < 2**53 for value in whole)
     right &= all(type(value) in (int, float) and math.isfinite(value) for value in (*numbers, *measured))
     if not right or not isinstance(row.policy, str) or not isinstance(row.aggregator, str) or row.round < 1:
         raise TypeError
@@ -188,9 +202,10 @@ def results_tables(found: Sequence[Found], console: Console) -> Iterator[Table]:
         *(f"rounds to\n{100 * t:g} %" for t in targets),
         "bytes",
         "FLOPs",
+        *(["clients\nexcluded", "rounds with-\nout update"] if any(map(_losses, found)) else []),
     ]
     rows = [
-        (f"{run.name}: {name}", tuple(_numbers(seeds, targets)), number == len(run.runs) - 1)
+        (f"{run.name}: {name}", tuple(_numbers(seeds, targets))[: len(names)], number == len(run.runs) - 1)
         for run in found
         for number, (name, seeds) in enumerate(run.runs.items())
     ]
@@ -223,3 +238,10 @@ def _numbers(seeds: Sequence[Run], targets: Iterable[float]) -> Iterator[str]:
         yield "–" if reached is None else f"{reached:.3g}"
     yield si(spread([run.rows[-1].bytes for run in seeds])["mean"])
     yield si(spread([run.rows[-1].train_flops for run in seeds])["mean"])
+    yield f"{100 * statistics.fmean(share_of(run.rows, 'excluded') for run in seeds):.3g} %"
+    yield f"{statistics.fmean(sum(row.reported == 0 for row in run.rows) for run in seeds):.3g}"
+
+
+def _losses(found: Found) -> bool:
+    """Return whether some clients were excluded, or some rounds gave no update."""
+    return any(row.excluded or not row.reported for seeds in found.runs.values() for run in seeds for row in run.rows)

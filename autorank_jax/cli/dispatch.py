@@ -5,6 +5,7 @@ import importlib
 from autorank_jax.cli import cache
 from autorank_jax.cli.options import PROGRAM, Cache, Command, Compare, Fetch, Finetune, Listing, Ranks, Run
 from autorank_jax.cli.tables import datasets_table, make_console
+from autorank_jax.cli.terminal import counted
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
 from autorank_jax.datasets.tables import is_table
 
@@ -14,7 +15,8 @@ def execute(command: Command) -> None:
     match command:
         case Cache(clear):
             found = cache.empty() if clear else cache.held()
-            what = f"{found.programs} compiled programs, {found.bytes / 1e6:.1f} MB, in {cache.program_folder()}"
+            programs = counted(found.programs, "compiled program")
+            what = f"{programs}, {found.bytes / 1e6:.1f} MB, in {cache.program_folder()}"
             make_console().print(f"Deleted {what}" if clear else what, soft_wrap=True)
         case Run():
             importlib.import_module("autorank_jax.cli.running").run(command)

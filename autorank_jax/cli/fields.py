@@ -8,6 +8,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from autorank_jax.interface.paths import user_path
+
 
 class Option(NamedTuple):
     """One option."""
@@ -68,17 +70,24 @@ def read_word(option: Option, word: str) -> Any:
     if option.several and not option.bare:
         items = [item.strip() for item in word.split(",") if item.strip()]
         try:
-            return tuple(option.kind(item) for item in items)
+            return tuple(_read(option.kind, item) for item in items)
         except ValueError:
             pass
     elif word in option.words:
         return word
     elif word or option.kind is str:
         try:
-            return option.kind(word)
+            return _read(option.kind, word)
         except ValueError:
             pass
     raise ValueError(f"expected {expected(option)}, got {shortly(word)}{_meant(option, word)}")
+
+
+def _read(kind: Any, word: str) -> Any:
+    """Read one value; numbers in plain digits alone, where Python takes `1_000` and those of other scripts too."""
+    if kind in (int, float) and ("_" in word or not word.isascii()):
+        raise ValueError
+    return user_path(word) if kind is Path else kind(word)
 
 
 def expected(option: Option) -> str:
@@ -100,8 +109,9 @@ def _meant(option: Option, word: str) -> str:
     try:
         number = float(word.rstrip("%").replace(",", "." if option.kind is float else "")) / (100 if percent else 1)
     except ValueError:
-        empty = not word and option.kind is Path
-        return ", probably a shell variable that is empty" if empty else ""
+        if option.kind is not Path:
+            return ""
+        return ", of whose user no home folder is known" if word else ", probably a shell variable that is empty"
     if option.several or option.kind not in (int, float) or (option.kind is int and not number.is_integer()):
         return ""
     return f", probably {number:g}" if option.kind is float else f", probably {int(number)}" if number < 1e9 else ""

@@ -1,6 +1,7 @@
 """Pictures of an experiment: accuracy against rounds and FLOPs, label mixes and ranks."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def accuracy_figure(results: Results) -> Figure:
 
 def curves_figure(curves: Sequence[Curve], caption: str, *, score: str = "accuracy") -> Figure:
     """Draw curves against rounds and against training FLOPs."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context({**STYLE, "text.parse_math": False}):  # names are folders', with $ in them or not
         figure = Figure(figsize=(10, 4.6), layout="constrained")
         by_round, by_flops = figure.subplots(1, 2, sharey=True)
         handles = []
@@ -77,7 +78,7 @@ def curves_figure(curves: Sequence[Curve], caption: str, *, score: str = "accura
                     low, high = mean - deviation, np.minimum(mean + deviation, 1)
                     low = np.maximum(low, 0) if score == "accuracy" else low
                     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            handles.append(Line2D([], [], color=colour, linestyle=dash, linewidth=2, label=name))
+            handles.append(Line2D([], [], color=colour, linestyle=dash, linewidth=2, label=_label(name)))
         title = score[:1].upper() + score[1:]
         by_round.set(xlabel="round", ylabel=f"test {score}", title=f"{title} by round")
         by_flops.set(
@@ -96,6 +97,11 @@ def curves_figure(curves: Sequence[Curve], caption: str, *, score: str = "accura
         )
         figure.suptitle(caption, x=0.01, ha="left", fontsize=9, color="#555555")
     return figure
+
+
+def _label(name: str) -> str:
+    """Return a name that a legend shows: without half characters, and not hidden for its first underscore."""
+    return f"{' ' * name.startswith('_')}{name}".encode(errors="replace").decode()
 
 
 def _curve(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -199,5 +205,7 @@ def _draw_ranks(axes: Any, scores: Scores, chosen: np.ndarray) -> None:
 def to_png(figure: Figure) -> bytes:
     """Return a picture as PNG."""
     image = io.BytesIO()
-    figure.savefig(image, dpi=150, format="png", facecolor="white")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn for it
+        figure.savefig(image, dpi=150, format="png", facecolor="white")
     return image.getvalue()

@@ -3,18 +3,20 @@
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from autorank_jax.cli.figures import accuracy_figure, ranks_figure, to_png
-from autorank_jax.cli.folders import CHECKPOINTS, FILES, ReportError, check_folder
-from autorank_jax.cli.formats import RUN_FILE, to_csv, to_json, write_file
+from autorank_jax.cli.folders import CHECKPOINTS, FILES, RUN_FILE, ReportError, check_folder
+from autorank_jax.cli.formats import to_csv, to_json, write_file
 from autorank_jax.cli.options import Finetune, Run
 from autorank_jax.cli.report import html_report
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.mistakes import outside
 from autorank_jax.experiment.results import Results, client_rows, summarize
+
+T = TypeVar("T")
 
 
 def write_results(folder: str | Path, results: Results, *, overwrite: bool = False) -> list[Path]:
@@ -45,13 +47,29 @@ def write_results(folder: str | Path, results: Results, *, overwrite: bool = Fal
     return [folder / name for name in FILES]
 
 
-def save_results(folder: Path, results: Results) -> tuple[list[Path], ReportError | None]:
-    """Write all files of a run that took long: to a folder for temporary files if its own fails, and say so."""
+def saved(write: Callable[[Path], T], folder: Path) -> tuple[T, Path, ReportError | None]:
+    """Write what took long: to a folder for temporary files if its own fails.
+
+    Returns:
+        What `write` returns, where it is, and what is to be said of that.
+
+    Raises:
+        ReportError: if the other folder fails too.
+    """
     try:
-        return write_results(folder, results, overwrite=True), None
+        return write(folder), folder, None
     except ReportError as error:
-        paths = write_results(tempfile.mkdtemp(prefix="autorank-jax-"), results)
-        return paths, ReportError(f"{error}; the results are in {paths[0].parent}")
+        try:
+            other = Path(tempfile.mkdtemp(prefix="autorank-jax-"))
+        except OSError:
+            raise error from None
+        return write(other), other, ReportError(f"{error}; the results are in {other}")
+
+
+def save_results(folder: Path, results: Results) -> tuple[list[Path], ReportError | None]:
+    """Write all files of a run that took long, wherever that can be done."""
+    paths, _, problem = saved(lambda place: write_results(place, results, overwrite=True), folder)
+    return paths, problem
 
 
 def _contents(results: Results) -> Iterator[bytes]:
@@ -79,17 +97,29 @@ def resuming_problems(command: Run | Finetune) -> Iterator[str]:
         yield "out: expected none beside --resume, got one: a run goes on in its own folder"
 
 
+def idle_checkpoints(command: Run | Finetune) -> Iterator[str]:
+    """Yield a line for an option of checkpoints that does nothing beside the others."""
+    if not command.checkpoint_every and command.keep_checkpoints != type(command).keep_checkpoints:
+        yield "keep-checkpoints: has no effect without --checkpoint-every"
+
+
 def checkpoints_of(folder: Path, *, every: int, keep: int) -> Checkpoints:
     """Return where the checkpoints of a run go."""
     return Checkpoints(folder / CHECKPOINTS, every, keep)
 
 
 def write_run(folder: Path, options: Mapping[str, Any], checkpoints: Checkpoints) -> None:
-    """Note in a folder what is run there, by the name of the options, so that it can be taken up again."""
-    checkpoints.folder.mkdir(parents=True, exist_ok=True)
-    write_file(
-        folder / CHECKPOINTS / RUN_FILE, to_json({**options, "every": checkpoints.every, "keep": checkpoints.keep})
-    )
+    """Note in a folder what is run there, by the name of the options, so that it can be taken up again.
+
+    Raises:
+        ReportError: if the folder cannot be written.
+    """
+    content = to_json({**options, "every": checkpoints.every, "keep": checkpoints.keep})
+    try:
+        checkpoints.folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / CHECKPOINTS / RUN_FILE, content)
+    except OSError as error:
+        raise ReportError(f"out: expected to write {folder}, got: {error.strerror or error}") from error
 
 
 def how_to_resume(folder: Path, command: str) -> str:

@@ -2,23 +2,40 @@
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from autorank_jax.checkpoint import CheckpointError, saved_steps
-from autorank_jax.cli.files import checkpoints_of, how_to_resume, resuming_problems, write_run
-from autorank_jax.cli.folders import CHECKPOINTS, ReportError, check_folder, default_folder, occupied
+from autorank_jax.cli.files import (
+    checkpoints_of,
+    how_to_resume,
+    idle_checkpoints,
+    resuming_problems,
+    saved,
+    write_run,
+)
+from autorank_jax.cli.folders import ADAPTER, CHECKPOINTS, ReportError, check_folder, default_folder, occupied
 from autorank_jax.cli.interrupts import Interrupted, Interruption
-from autorank_jax.cli.language_report import show_language_results, write_language_results
+from autorank_jax.cli.language_report import show_language_results, write_language_results, write_rounds
 from autorank_jax.cli.options import Finetune
 from autorank_jax.cli.stages import Stages
 from autorank_jax.cli.tables import make_console
+from autorank_jax.cli.terminal import tell
 from autorank_jax.experiment.events import Resumed
 from autorank_jax.experiment.language import run_language
 from autorank_jax.experiment.language_options import as_json
-from autorank_jax.experiment.language_results import Begun, Ended, LanguageEvent, LanguageResults, LanguageRow
+from autorank_jax.experiment.language_results import (
+    Begun,
+    Ended,
+    LanguageEvent,
+    LanguageResults,
+    LanguageRow,
+    LanguageStopped,
+)
 from autorank_jax.experiment.mistakes import ConfigurationError
+from autorank_jax.experiment.results import LanguageDivergedError
 
 
 def finetune(command: Finetune) -> None:
@@ -37,9 +54,11 @@ def finetune(command: Finetune) -> None:
     if command.resume:
         folder = check_folder(command.resume, overwrite=True)
     else:
-        names = [path.stem if path else "tiny" for path in (options.model, options.data)]
+        names = [path.stem[:60] if path else "tiny" for path in (options.model, options.data)]
         folder = command.out or default_folder("-".join(dict.fromkeys(names)), overwrite=command.overwrite)
         folder = check_folder(folder, overwrite=command.overwrite)
+    for line in [] if command.quiet else idle_checkpoints(command):
+        tell(line)
     with occupied(folder):
         if not command.resume:  # an older run's would be gone on with
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -49,8 +68,10 @@ def finetune(command: Finetune) -> None:
         except CheckpointError as error:
             raise ReportError(str(error)) from error
         show_language_results(console, results)
-        written = write_language_results(folder, results)
-        console.print(f"Written to {folder}: {', '.join(written)}", soft_wrap=True)
+        written, place, problem = saved(lambda place: write_language_results(place, results), folder)
+        console.print(f"Written to {place}: {', '.join(written)}", soft_wrap=True)
+        if problem:
+            raise problem
 
 
 def train_in(folder: Path, command: Finetune, console: Console) -> LanguageResults:
@@ -63,6 +84,7 @@ def train_in(folder: Path, command: Finetune, console: Console) -> LanguageResul
         write_run(folder, {"training": as_json(dataclasses.replace(options, model=model, data=data))}, checkpoints)
 
     interruption = Interruption()
+    stopped: list[LanguageStopped] = []
     try:
         with interruption, Stages(console) as stages:
 
@@ -70,6 +92,8 @@ def train_in(folder: Path, command: Finetune, console: Console) -> LanguageResul
                 interruption.training |= isinstance(event, Begun) and event.round > 0
                 if isinstance(event, Resumed) and checkpoints.every:
                     note()
+                if isinstance(event, LanguageStopped):
+                    stopped.append(event)
                 show_stage(stages, event)
 
             def on_round(row: LanguageRow) -> None:
@@ -79,14 +103,30 @@ def train_in(folder: Path, command: Finetune, console: Console) -> LanguageResul
                 interruption.stop_after(f"round {row.round}")
 
             return run_language(options, on_event=on_event, on_round=on_round, checkpoints=checkpoints)
+    except LanguageDivergedError as error:
+        raise LanguageDivergedError(f"{error}{keep_rounds(folder, stopped, command)}") from error
     except KeyboardInterrupt as stop:
+        kept = keep_rounds(folder, stopped, command)
         if isinstance(stop, Interrupted):
             note()
         if not saved_steps(checkpoints.folder):
-            raise Interrupted("interrupted; nothing was written", interruption.code) from None
+            raise Interrupted(f"interrupted{kept or '; nothing was written'}", interruption.code) from None
         raise Interrupted(
-            f"{str(stop) or 'interrupted'}; go on with: {how_to_resume(folder, 'finetune')}", interruption.code
+            f"{str(stop) or 'interrupted'}{kept}; go on with: {how_to_resume(folder, 'finetune')}", interruption.code
         ) from None
+
+
+def keep_rounds(folder: Path, stopped: Sequence[LanguageStopped], command: Finetune) -> str:
+    """Write what there is of a run that ended before its time, and say where; nothing where there are no rounds."""
+    if not stopped:
+        return ""
+    options, rows = stopped[-1]
+    _, place, problem = saved(lambda place: write_rounds(place, options, rows), folder)
+    if not command.resume:  # an older run's
+        shutil.rmtree(place / ADAPTER, ignore_errors=True)
+    if problem:
+        tell(str(problem))
+    return f"; the rounds so far are in {place}"
 
 
 def show_stage(stages: Stages, event: LanguageEvent) -> None:

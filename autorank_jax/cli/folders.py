@@ -16,9 +16,15 @@ FILES = (
     "config.json", "criteria.csv", "history.json", "history.csv", "accuracy.png", "ranks.png", "report.html",
     "summary.json",
 )  # fmt: skip
+PICTURE, ADAPTER = "perplexity.png", "adapter"
+"""What `finetune` leaves besides."""
 CHECKPOINTS = "checkpoints"
 """The folder within a run's folder that holds its checkpoints."""
+RUN_FILE = "run.json"
+"""The file in there that says what is run."""
 LOG_FILE = "log.jsonl"
+OWN = (*FILES, PICTURE, ADAPTER, CHECKPOINTS, LOG_FILE)
+"""All that runs leave in their folders."""
 ROOM = 2**20
 """Bytes that must be free: more than the files of a run take, without checkpoints."""
 
@@ -58,7 +64,15 @@ def check_folder(folder: str | Path, *, overwrite: bool = False) -> Path:
 
 def held_of_a_run(folder: Path) -> list[str]:
     """Return what a folder holds of a run."""
-    return [name for name in (*FILES, CHECKPOINTS, LOG_FILE) if (folder / name).exists()]
+    return [name for name in OWN if (folder / name).exists()]
+
+
+def is_of_a_run(path: Path) -> bool:
+    """Return whether a file would take the place of one that a run has left in its folder."""
+    path = Path(os.path.realpath(path))
+    marks = (Path("history.json"), Path(CHECKPOINTS, RUN_FILE))
+    folders = [folder for folder in path.parents if any(os.path.exists(folder / mark) for mark in marks)]
+    return any(path.relative_to(folder).parts[0] in OWN for folder in folders)
 
 
 def default_folder(name: str, *, overwrite: bool) -> Path:
@@ -120,7 +134,7 @@ def _lock(folder: Path) -> int | None:
 
 def _taken(folder: Path) -> bool:
     """Return whether another run is going on in a folder."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return False
     try:
         descriptor = _lock(folder)

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -10,15 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from autorank_jax.cli.folders import CHECKPOINTS
+from autorank_jax.cli.folders import CHECKPOINTS, RUN_FILE
 from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
 
 T = TypeVar("T")
 
 MOST_BYTES = 2**28
 """Of a file that is read whole."""
-RUN_FILE = "run.json"
-"""The file in there that says what is run."""
 
 
 def to_json(content: Any) -> bytes:
@@ -40,7 +39,9 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write one file under a temporary name and rename it; where it is a link, what it points to."""
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -76,7 +77,10 @@ def read_run(folder: Path, what: str, make: Callable[[Any], T]) -> tuple[T, int,
         raise ConfigurationError([f"resume: expected the folder of a run with checkpoints, {problem}"])
     content = read_json("resume", path)
     try:
-        return make(content[what]), int(content["every"]), int(content["keep"])
+        every, keep = content["every"], content["keep"]
+        if type(every) is not int or type(keep) is not int:
+            raise TypeError
+        return make(content[what]), every, keep
     except (TypeError, KeyError) as error:
         another = isinstance(content, dict) and what not in content and {"every", "keep"} <= content.keys()
         cause = "; probably of another command" if another else ""
@@ -92,7 +96,7 @@ def read_config(path: Path) -> Experiment:
         ConfigurationError: for a file that cannot be read, or holds anything else; all mistakes at once.
     """
     path = path.expanduser()
-    return experiment_from(read_json("config", path / "config.json" if path.is_dir() else path))
+    return experiment_from(read_json("config", path / "config.json" if os.path.isdir(path) else path))
 
 
 def read_json(option: str, path: Path) -> Any:

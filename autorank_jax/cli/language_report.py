@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,47 @@ from rich.table import Table
 
 from autorank_jax.adapters.peft import export_peft
 from autorank_jax.cli.figures import PALETTE, STYLE, to_png
-from autorank_jax.cli.folders import FILES, ReportError
+from autorank_jax.cli.folders import ADAPTER, FILES, PICTURE, ReportError
 from autorank_jax.cli.formats import to_csv, to_json, write_file
 from autorank_jax.cli.tables import make_table
-from autorank_jax.cli.terminal import tell
-from autorank_jax.experiment.language_results import LanguageResults, summarize_language
+from autorank_jax.cli.terminal import counted, tell
+from autorank_jax.experiment.language_results import LanguageClient, LanguageResults, LanguageRow, summarize_language
 from autorank_jax.experiment.results import si
 from autorank_jax.models.causal_checkpoint import causal_name
 
-PICTURE, ADAPTER = "perplexity.png", "adapter"
 SHOWN_CLIENTS = 30
 
 
+def write_rounds(
+    folder: Path, options: Mapping[str, Any], rows: Sequence[LanguageRow], clients: Sequence[LanguageClient] = ()
+) -> list[str]:
+    """Write options, rounds and their picture, each file whole or not at all; those of an older run are deleted before.
+
+    Returns:
+        The names.
+
+    Raises:
+        ReportError: if the folder cannot be written.
+    """
+    told = [row._asdict() for row in rows]
+    contents = {
+        "config.json": to_json(options),
+        "history.json": to_json(told),
+        "history.csv": to_csv(told),
+        PICTURE: to_png(perplexity_figure(rows, clients)),
+    }
+    try:
+        for name in ("summary.json", *FILES, PICTURE):
+            (folder / name).unlink(missing_ok=True)
+        for name, content in contents.items():
+            write_file(folder / name, content)
+    except OSError as error:
+        raise ReportError(f"out: expected to write {folder}, got: {error.strerror or error}") from error
+    return list(contents)
+
+
 def write_language_results(folder: Path, results: LanguageResults) -> list[str]:
-    """Write all files, each whole or not at all, `summary.json` last; those of an older run are deleted before.
+    """Write all files, `summary.json` last.
 
     Returns:
         The names. Without `adapter` where the rule has changed the base weights, which is told.
@@ -35,24 +62,14 @@ def write_language_results(folder: Path, results: LanguageResults) -> list[str]:
     Raises:
         ReportError: if the folder cannot be written.
     """
-    rows = [row._asdict() for row in results.rows]
-    contents = {
-        "config.json": to_json(results.options),
-        "history.json": to_json(rows),
-        "history.csv": to_csv(rows),
-        PICTURE: to_png(perplexity_figure(results)),
-    }
+    names = write_rounds(folder, results.options, results.rows, results.clients)
     try:
-        for name in ("summary.json", *FILES, PICTURE):
-            (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / ADAPTER, ignore_errors=True)
-        for name, content in contents.items():
-            write_file(folder / name, content)
         exported = _export(folder, results)
         write_file(folder / "summary.json", to_json(summarize_language(results)))
     except OSError as error:
         raise ReportError(f"out: expected to write {folder}, got: {error.strerror or error}") from error
-    return [*contents, *([f"{ADAPTER}/"] if exported else []), "summary.json"]
+    return [*names, *([f"{ADAPTER}/"] if exported else []), "summary.json"]
 
 
 def _export(folder: Path, results: LanguageResults) -> bool:
@@ -70,14 +87,14 @@ def _export(folder: Path, results: LanguageResults) -> bool:
     return True
 
 
-def perplexity_figure(results: LanguageResults) -> Figure:
+def perplexity_figure(rows: Sequence[LanguageRow], clients: Sequence[LanguageClient]) -> Figure:
     """Draw the server's perplexity by round, and every client's before and after against its rank."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         by_round, by_rank = figure.subplots(1, 2, sharey=True)
         by_round.plot(
-            [row.round for row in results.rows],
-            [row.perplexity for row in results.rows],
+            [row.round for row in rows],
+            [row.perplexity for row in rows],
             color=PALETTE[0],
             linewidth=2,
             marker="o",
@@ -86,7 +103,7 @@ def perplexity_figure(results: LanguageResults) -> Figure:
         by_round.set(xlabel="round", ylabel="held-out perplexity", title="Server by round", yscale="log")
         by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
         for name, colour in (("before", PALETTE[7]), ("after", PALETTE[1])):
-            known = [c for c in results.clients if getattr(c, name) is not None]
+            known = [c for c in clients if getattr(c, name) is not None]
             ranks, values = [c.rank for c in known], [getattr(c, name) for c in known]
             by_rank.scatter(ranks, values, color=colour, s=25, label=name)
         by_rank.set(xlabel="rank", title="Clients, before and after")
@@ -112,12 +129,12 @@ def _clients_table(results: LanguageResults) -> Table:
         table.add_row(client.name, str(client.rows), str(client.rank), _shown(client.before), _shown(client.after))
     more = len(results.clients) - SHOWN_CLIENTS
     table.caption = "Of the server cut to the client's rank, on the client's held-out texts."
-    table.caption += f" {more} more clients in summary.json." if more > 0 else ""
+    table.caption += f" {counted(more, 'more client')} in summary.json." if more > 0 else ""
     return table
 
 
 def _totals_table(results: LanguageResults) -> Table:
-    table = make_table(f"{results.options['aggregator']}, {results.options['rounds']} rounds")
+    table = make_table(f"{results.options['aggregator']}, {counted(results.options['rounds'], 'round')}")
     table.add_column("")
     for name in ("before", "after"):
         table.add_column(name, justify="right")
@@ -136,6 +153,8 @@ def _totals(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield both("worst client", summary["clients_perplexity"], "worst")
     ranks = summary["ranks"]
     yield "ranks: least, mean, most", "", f"{ranks['least']}, {ranks['mean']:.3g}, {ranks['most']}"
+    if summary["excluded"]:
+        yield "clients left out, not finite", "", str(summary["excluded"])
     yield "bytes to the server", "", si(summary["bytes_up"])
     yield "bytes to the clients", "", si(summary["bytes_down"])
     yield "FLOPs of rounds", "", si(summary["flops"])

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from autorank_jax.cli.stages import Stages, spoken
 from autorank_jax.cli.tables import fitted, scores_table
+from autorank_jax.cli.terminal import counted
 from autorank_jax.engine import LevelChoice
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.events import (
@@ -71,7 +72,7 @@ class Display(Stages):
                 self._enter("")
                 self.say(
                     f"Compiled one round of {aggregator} in {seconds:.1f} s; it serves every policy and trains "
-                    f"{lanes} client{'s' * (lanes > 1)} at a time."
+                    f"{counted(lanes, 'client')} at a time."
                 )
             case Scored(scores) if scores.seed == self.experiment.first_seed:
                 self._enter("")
@@ -90,7 +91,7 @@ class Display(Stages):
                 curve = accuracies(run)
                 last = f"{self.score} {100 * curve[-1][1]:.1f} %" if curve else f"no {self.score}"
                 name = self._name(run.policy, run.aggregator)
-                what = f"{name}, seed {run.seed}: {last} after {len(run.rows)} rounds, {run.seconds:.1f} s"
+                what = f"{name}, seed {run.seed}: {last} after {counted(len(run.rows), 'round')}, {run.seconds:.1f} s"
                 self.say(", ".join([what, *faults_of(run.rows)]))
 
     def _name(self, policy: str, aggregator: str) -> str:
@@ -117,11 +118,11 @@ class Display(Stages):
         where = f"{name}, seed {row.seed}, round {row.round}"
         if row.excluded:
             self.say(
-                f"{where}: left out {row.excluded} of {row.participants} clients, "
+                f"{where}: left out {row.excluded} of {counted(row.participants, 'client')}, "
                 "their updates were not finite; probably the learning rate is too large",
             )
         if not row.reported:
-            self.say(f"{where}: none of {row.participants} clients reported; the server stays as it was")
+            self.say(f"{where}: none of {counted(row.participants, 'client')} reported; the server stays as it was")
         bar = self.bars[name]
         bar.done += 1
         bar.accuracy = bar.accuracy if row.accuracy is None else f"{100 * row.accuracy:.1f} %"

@@ -41,7 +41,9 @@ class JsonLines:
 
     def start(self, event: Started) -> None:
         """Leave out what an earlier process wrote of this run after its last checkpoint."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if event.done and self.path.exists() else []
+        lines: list[str] = []
+        if event.done and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         if event.done or not self.started:
             kept = [line for line in lines if not _later(line, event)]
             write_file(self.path, "".join(f"{line}\n" for line in kept).encode())

@@ -145,8 +145,11 @@ def read_pieces(
         if flag and option is None:
             problems.append(_no_option(command, flag, options))
         elif option is None and place and (place.several or place.name not in given):
-            one = read_word(place, str(value))
-            given[place.name] = (*given.get(place.name, ()), one) if place.several else one
+            try:
+                one = read_word(place, str(value))
+                given[place.name] = (*given.get(place.name, ()), one) if place.several else one
+            except ValueError as error:
+                problems.append(f"{place.name}: {error}")
         elif option is None:
             strays.append((before, str(value)))
         else:

@@ -14,9 +14,9 @@ from autorank_jax.cli import cache
 from autorank_jax.cli.files import (
     checkpoints_of,
     how_to_resume,
+    idle_checkpoints,
     resuming_problems,
     save_results,
-    write_results,
     write_run,
 )
 from autorank_jax.cli.folders import ReportError, check_folder, default_folder, occupied
@@ -27,7 +27,7 @@ from autorank_jax.cli.options import PROGRAM, Run
 from autorank_jax.cli.tables import comparison_tables, fitted, footnotes, make_console
 from autorank_jax.cli.terminal import tell
 from autorank_jax.experiment.checkpoints import Checkpoints, expected_rounds
-from autorank_jax.experiment.config import ConfigurationError, Experiment
+from autorank_jax.experiment.config import ConfigurationError, Experiment, without_effect
 from autorank_jax.experiment.doubts import doubts
 from autorank_jax.experiment.events import Compiled, Event, Resumed, Scored, Stopped
 from autorank_jax.experiment.launch import is_first, start
@@ -65,6 +65,8 @@ def run_here(command: Run) -> None:
         name = f"{experiment.dataset}-{experiment.split}"
         folder = command.out or default_folder(name, overwrite=command.overwrite)
         folder = check_folder(folder, overwrite=command.overwrite)
+    for line in [] if command.quiet else [*without_effect(experiment), *idle_checkpoints(command)]:
+        tell(line)
     with occupied(folder):
         run_in(folder, command, mesh)
 
@@ -103,12 +105,11 @@ def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
             )
     except DivergedError as error:
         if error.results:
-            write_results(folder, error.results, overwrite=True)
+            keep_rounds(folder, error.results)
         raise
     except KeyboardInterrupt as stop:
-        for results in partial:
-            write_results(folder, results, overwrite=True)
-        rounds = f"the rounds so far are in {folder}" if partial else "nothing was written"
+        places = [f"the rounds so far are in {keep_rounds(folder, results)}" for results in partial]
+        rounds = "; ".join(places) or "nothing was written"
         if not isinstance(stop, Interrupted):  # in the middle of a round
             raise Interrupted(f"interrupted; {rounds}", interruption.code) from None
         write_run(folder, {"experiment": dataclasses.asdict(experiment)}, checkpoints)
@@ -118,6 +119,14 @@ def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
     console.print(about_extension(folder, experiment, results, checkpoints), soft_wrap=True)
     if problem:
         raise problem
+
+
+def keep_rounds(folder: Path, results: Results) -> Path:
+    """Write what there is of a run that ended before its time, and return where."""
+    paths, problem = save_results(folder, results)
+    if problem:
+        tell(str(problem))
+    return paths[0].parent
 
 
 def about_extension(folder: Path, experiment: Experiment, results: Results, checkpoints: Checkpoints) -> str:

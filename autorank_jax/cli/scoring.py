@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from autorank_jax.cli.folders import ReportError
+from autorank_jax.cli.folders import ReportError, is_of_a_run
 from autorank_jax.cli.formats import to_csv, to_json, write_file
 from autorank_jax.cli.options import Ranks
 from autorank_jax.cli.tables import criteria_table, make_console
@@ -40,8 +40,7 @@ def score_table(command: Ranks) -> None:
     table = read_criteria(command.criteria, cost=command.cost, columns=command.columns)
     for remark in table.remarks:
         tell(remark)
-    little = little_variation(table.criteria, table.matrix)
-    if little:
+    if little := little_variation(table.criteria, table.matrix):
         tell(f"{little}; consider one rank for all clients")
     with jax.enable_x64(True):
         scored = _score(command.normalization, command.min_ratio, command.max_rank, table.matrix, table.benefit)
@@ -86,6 +85,8 @@ def _output_problems(command: Ranks) -> Iterable[str]:
         yield f"output: expected a file that ends in {' or '.join(ENDINGS)}, got {output}"
     elif os.path.isdir(output) or (os.path.exists(output) and os.path.exists(criteria) and output.samefile(criteria)):
         yield f"output: expected a file of its own, got {output}"
+    elif is_of_a_run(output):
+        yield f"output: expected a file of its own, got {output}, which belongs to a run"
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from autorank_jax.cli.terminal import counted
+
 SILENCE = 10.0
 """Seconds after which there is another line, where nothing moves."""
 
@@ -62,7 +64,7 @@ class Stages:
 
     def say_resumed(self, rounds: int, differences: Sequence[str]) -> None:
         """Tell what is taken over from an earlier process, and what has changed since."""
-        self.say(f"Going on after {rounds} rounds of an earlier process.")
+        self.say(f"Going on after {counted(rounds, 'round')} of an earlier process.")
         for difference in differences:
             self.say(f"Since then: {difference}; results are equal up to rounding only.")
 

@@ -1,5 +1,6 @@
 """Tables for the terminal."""
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,13 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from autorank_jax.cli.terminal import counted
 from autorank_jax.datasets import DatasetInfo
 from autorank_jax.experiment.config import POLICIES, Experiment
 from autorank_jax.experiment.results import SCORES, Results, Scores, si, summarize
 
 SHOWN_CLIENTS = 20
+SHOWN_RANKS = 200
 SHOWN_LAYERS = 3
 POLICIES_PER_TABLE = 4
 EQUAL = {"uniform": "uniform\n(equal FLOPs)", "uniform_bytes": "uniform\n(equal bytes)"}
@@ -51,7 +54,7 @@ def scores_table(scores: Scores) -> Table:
         )
     more = len(scores.size) - SHOWN_CLIENTS
     table.caption = f"{meaning} More of a criterion means more complex data."
-    table.caption += f" {more} more clients in criteria.csv." if more > 0 else ""
+    table.caption += f" {counted(more, 'more client')} in criteria.csv." if more > 0 else ""
     return table
 
 
@@ -79,8 +82,11 @@ def criteria_table(
     second.add_column("client", overflow="fold")
     for name in ("closeness", "ratio", "rank"):
         second.add_column(name, justify="right")
-    for name, *numbers in zip(clients, closeness, ratios, ranks, strict=True):
+    shown = zip(clients, closeness, ratios, ranks, strict=True)
+    for name, *numbers in itertools.islice(shown, SHOWN_RANKS):
         second.add_row(name, f"{numbers[0]:.4f}", f"{numbers[1]:.4f}", str(numbers[2]))
+    if len(clients) > SHOWN_RANKS:
+        second.caption = f"{counted(len(clients) - SHOWN_RANKS, 'more client')}: --output FILE.csv writes all."
     yield second
 
 

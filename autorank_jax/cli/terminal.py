@@ -101,6 +101,11 @@ def forgiving_streams() -> Iterator[Forgiving]:
         sys.stdout, sys.stderr = before
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a number and what it counts."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def tell(line: str) -> None:
     """Write a line to standard error."""
     sys.stderr.write(f"autorank-jax: {' '.join(line.splitlines())}\n")

@@ -37,6 +37,7 @@ print(images.x_train.shape, images.classes)
 """  # noqa: E501
 
 import difflib
+import os
 import re
 import zipfile
 from collections.abc import Sequence
@@ -60,6 +61,7 @@ from autorank_jax.datasets.progress import Bar, OnProgress, Progress
 from autorank_jax.datasets.tables import is_table, read_table
 from autorank_jax.datasets.tfds import UnknownNameError, read_from_tfds
 from autorank_jax.interface import checked
+from autorank_jax.interface.paths import user_path
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
@@ -110,7 +112,7 @@ def load_dataset(name: str, *, cache: str | Path | None = None, fetch: bool = Tr
     if name in BUILT_IN:
         return BUILT_IN[name][0]()
     path = _file(name, cache)
-    if not path.is_file():
+    if not os.path.isfile(path):
         if not fetch:
             raise DatasetError(_missing(name, path))
         fetch_dataset(name, cache=cache)
@@ -150,7 +152,7 @@ def fetch_dataset(
     if name in BUILT_IN:
         raise DatasetError(f"expected the name of a dataset that comes in files, got {name!r}, which needs none")
     path, known = _file(name, cache), KNOWN.get(name)
-    if path.is_file() and not overwrite:
+    if os.path.isfile(path) and not overwrite:
         read_dataset(path, name=name, expected=known)
         return path
     table = None if source is None or not is_table(Path(source)) else Path(source)
@@ -190,13 +192,14 @@ def available_datasets(*, cache: str | Path | None = None) -> list[DatasetInfo]:
     for name, known in KNOWN.items():
         rows.append(_info(folder / f"{name}.npz", known.description))
     names = {row.name for row in rows}
-    others = sorted(path for path in folder.glob("[A-Za-z0-9]*.npz") if path.stem not in names)
+    found = folder.glob("[A-Za-z0-9]*.npz") if os.path.isdir(folder) else ()
+    others = sorted(path for path in found if path.stem not in names)
     return rows + [_info(path, "your own file") for path in others]
 
 
 def _info(path: Path, description: str) -> DatasetInfo:
     """Describe a file by what can be seen without reading its arrays."""
-    present = path.is_file()
+    present = os.path.isfile(path)
     return DatasetInfo(path.stem, present, str(path), description, present and not zipfile.is_zipfile(path))
 
 
@@ -223,13 +226,12 @@ def _source_folder(source: str | Path | None) -> Path | None:
     """Check that the source is a folder."""
     if source is None:
         return None
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        archive = folder.is_file() and {".tar", ".tgz", ".zip"} & set(folder.suffixes)
+    folder = user_path(source)
+    if not os.path.isdir(folder):
+        file = os.path.isfile(folder)
+        archive = file and {".tar", ".tgz", ".zip"} & set(folder.suffixes)
         hint = "; probably an archive to be extracted" if archive else ""
-        raise DatasetError(
-            f"source: expected a folder, got {'a file' if folder.is_file() else 'nothing'} at {folder}{hint}"
-        )
+        raise DatasetError(f"source: expected a folder, got {'a file' if file else 'nothing'} at {folder}{hint}")
     return folder
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from autorank_jax.interface import checked
+from autorank_jax.interface.paths import user_path
 
 ENVIRONMENT_VARIABLE = "AUTORANK_JAX_DATA"
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -64,8 +65,8 @@ def cache_folder(cache: str | Path | None = None) -> Path:
       cache: the folder itself; where None it is `$AUTORANK_JAX_DATA`, else the user's cache folder.
     """
     if cache is not None:
-        return Path(cache).expanduser()
+        return user_path(cache)
     if os.environ.get(ENVIRONMENT_VARIABLE):
-        return Path(os.environ[ENVIRONMENT_VARIABLE]).expanduser()
+        return user_path(os.environ[ENVIRONMENT_VARIABLE])
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "autorank_jax"
+    return (base if base.is_absolute() else user_path("~/.cache")) / "autorank_jax"

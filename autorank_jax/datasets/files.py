@@ -15,6 +15,7 @@ import numpy as np
 from autorank_jax.datasets.base import ENVIRONMENT_VARIABLE, KEYS, Dataset, DatasetError, Known
 from autorank_jax.datasets.folders import FOLDERS
 from autorank_jax.interface import checked
+from autorank_jax.interface.paths import user_path
 
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 OBJECTS = "it holds Python objects"
@@ -67,7 +68,7 @@ def save_dataset(path: str | Path, dataset: Dataset, *, expected: Known | None =
     Raises:
       DatasetError: arrays that `read_dataset` would refuse, or a folder that cannot be written (or is full).
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     arrays = {key: np.asarray(getattr(dataset, key)) for key in KEYS}
     _check_arrays(arrays, f"dataset '{dataset.name}'", expected)
     for key in ("y_train", "y_test") if dataset.classes else ():
@@ -94,7 +95,7 @@ def check_writable(path: Path, name: str) -> None:
     Raises:
       DatasetError: it cannot.
     """
-    made = [folder for folder in path.parents if not folder.exists()]
+    made = [folder for folder in path.parents if not os.path.exists(folder)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

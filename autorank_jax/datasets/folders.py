@@ -1,6 +1,7 @@
 """Datasets that are published as folders of images: `{train,test}/CLASS/*.png`."""
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from autorank_jax.datasets.base import Dataset, DatasetError, Known
 from autorank_jax.datasets.progress import OnProgress, Progress
 from autorank_jax.interface import checked
+from autorank_jax.interface.paths import user_path
 
 FOLDERS: Mapping[str, Sequence[str]] = {
     "cinic10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
@@ -25,7 +27,7 @@ EVERY = 500  # images between reports
 
 def are_image_folders(root: Path) -> bool:
     """Return whether a folder looks as if it held a dataset of images."""
-    return any((root / part).is_dir() for part in PARTS)
+    return any(os.path.isdir(root / part) for part in PARTS)
 
 
 @checked
@@ -50,10 +52,13 @@ def read_image_folders(
       DatasetError: for a missing folder or class, a class without images, an image that cannot be read or is of
         another size than the first; without the package Pillow.
     """
-    root, where = Path(root).expanduser(), f"dataset '{name}'"
-    if not root.is_dir():
+    root, where = user_path(root), f"dataset '{name}'"
+    if not os.path.isdir(root):
         raise DatasetError(f"{where}: expected the folders {' and '.join(PARTS)} in {root}, got no such folder")
-    files = {part: _files(root, part, where) for part in PARTS}
+    try:
+        files = {part: _files(root, part, where) for part in PARTS}
+    except OSError as error:
+        raise DatasetError(f"{where}: expected to read {root}, got: {error.strerror or error}") from error
     classes = FOLDERS.get(name) or list(files["train"])
     for part in PARTS:
         _check_classes(root / part, files[part], classes, where)
@@ -76,7 +81,7 @@ def read_image_folders(
 def _files(root: Path, part: str, where: str) -> dict[str, list[Path]]:
     """Return the image files by class, both in the order of their names."""
     folder = root / part
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         found = sorted(path for path in root.iterdir() if path.is_dir())
         inside = next((path for path in found if are_image_folders(path)), None)
         raise DatasetError(

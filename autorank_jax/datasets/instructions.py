@@ -2,6 +2,7 @@
 
 import importlib.resources
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 
 from autorank_jax.datasets.base import DatasetError
 from autorank_jax.interface import checked
+from autorank_jax.interface.paths import user_path
 
 MINI = "instructions_mini"
 """Seventy-four instructions of six kinds, made for this package."""
@@ -75,10 +77,13 @@ def load_instructions(path: str | Path = MINI, *, skip: bool = False) -> Instruc
     if path == MINI:
         raw = (importlib.resources.files("autorank_jax.datasets") / "embedded" / f"{MINI}.jsonl").read_bytes()
     else:
-        file = Path(path).expanduser()
-        if not file.is_file():
+        file = user_path(path)
+        if not os.path.isfile(file):
             raise DatasetError(f"expected a file of JSON lines, got none at {str(file)!r}")
-        raw = file.read_bytes()
+        try:
+            raw = file.read_bytes()
+        except OSError as error:
+            raise DatasetError(f"expected to read {str(file)!r}, got: {error.strerror or error}") from error
     examples, others, lines, bad, empty = [], [], [], [], []
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         if not line.strip():

@@ -1,7 +1,6 @@
 """Tables as datasets: a CSV file with a header, a row per example, numbers as features and one column to predict."""
 
 import csv
-import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,9 +9,11 @@ import numpy as np
 
 from autorank_jax.datasets.base import Dataset, DatasetError
 from autorank_jax.interface import checked
+from autorank_jax.interface.paths import user_path
 
 TEST_SHARE = 0.2
 LONGEST = 1_000_000  # characters of a line
+LARGEST = 1e30  # number, whose squares float64 still sums
 FEW = 20  # different whole numbers or fewer are classes
 
 
@@ -41,7 +42,7 @@ def read_table(path: str | Path, *, name: str, target: str | None = None) -> Dat
       DatasetError: for a file that cannot be read, an unknown column, a ragged row, text or nothing where a number
         should be, too few rows, or a target that is the same everywhere.
     """
-    path, where = Path(path).expanduser(), f"dataset '{name}'"
+    path, where = user_path(path), f"dataset '{name}'"
     header, rows = _read(path, where)
     column = _column(header, target, where)
     features = [
@@ -89,7 +90,7 @@ def _column(header: Sequence[str], target: str | None, where: str) -> int:
 
 def _is_number(text: str) -> bool:
     try:
-        return math.isfinite(float(text))
+        return text.isascii() and "_" not in text and abs(float(text)) <= LARGEST
     except ValueError:
         return False
 
@@ -112,7 +113,13 @@ def _standardised(values: np.ndarray, train: np.ndarray) -> np.ndarray:
 
 def _targets(cells: Sequence[str], train: np.ndarray, where: str) -> tuple[np.ndarray, int]:
     """Return labels and their number, or standardised numbers and 0."""
-    numbers = all(_is_number(cell) for cell in cells)
+    words = [cell for cell in cells if not _is_number(cell)]
+    numbers = not words
+    if words and 2 * len(words) <= len(cells):
+        raise DatasetError(
+            f"{where}: expected only finite numbers, or only words, got {len(words)} of {len(cells)} that are no "
+            f"numbers, such as {words[0]!r}: remove their rows, or give all classes names"
+        )
     values = np.array([float(cell) for cell in cells]) if numbers else np.array(cells)
     different, labels = np.unique(values, return_inverse=True)
     if len(different) < 2:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from autorank_jax import datasets
 from autorank_jax.experiment import privacy
-from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, outside, unknown
+from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, one_in_float32, outside, unknown
 from autorank_jax.experiment.names import AGGREGATORS, CRITERIA, NEEDS_LOSSES, SPLITS
 from autorank_jax.interface import checked
 
@@ -288,6 +288,7 @@ def _number_problems(e: Experiment) -> Iterable[str]:
         yield from not_in_float32(option, getattr(e, option))
     yield from outside("dp_adaptive", e.dp_adaptive, 0, 1, open_end=True, cause="a percentage")
     yield from outside("drop_out", e.drop_out, 0, 1, open_end=True, cause="a percentage")
+    yield from one_in_float32("drop_out", e.drop_out)
     yield from outside("stragglers", e.stragglers, 0, 1, cause="a percentage")
     yield from outside("momentum", e.momentum, 0, 1, cause="a percentage")
     yield from outside("server_momentum", e.server_momentum, 0, 1, cause="a percentage")
@@ -345,6 +346,18 @@ def _budget_problems(e: Experiment) -> Iterable[str]:
             )
         if once > e.dp_epsilon:
             yield f"dp-noise: expected noise with which one round keeps ε = {e.dp_epsilon:g}, got {e.dp_noise:g}"
+
+
+def without_effect(e: Experiment) -> Iterable[str]:
+    """Yield a line for every option that was given and does nothing beside the others, though it may stay."""
+    scaled = e.scored or "by_size" in e.rank_policies
+    for option, heeded, needed in (
+        ("probe_epochs", e.probed, "a policy that scores clients by loss_entropy"),
+        ("min_ratio", scaled, "a policy whose ratios differ by client"),
+        ("rerank_every", e.rerank_every < e.rounds, "more rounds"),
+    ):
+        if not heeded and getattr(e, option) != e.__dataclass_fields__[option].default:
+            yield f"{option.replace('_', '-')}: has no effect without {needed}"
 
 
 def _idle_problems(e: Experiment) -> Iterable[str]:

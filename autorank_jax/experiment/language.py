@@ -23,6 +23,7 @@ from autorank_jax.evaluation.language import (
     make_evaluate_language,
 )
 from autorank_jax.experiment.checkpoints import Checkpoints
+from autorank_jax.experiment.doubts import little_variation
 from autorank_jax.experiment.events import Resumed
 from autorank_jax.experiment.language_options import LanguageOptions, as_json
 from autorank_jax.experiment.language_position import LanguagePosition, Save, make_save, restore
@@ -32,10 +33,13 @@ from autorank_jax.experiment.language_results import (
     LanguageEvent,
     LanguageResults,
     LanguageRow,
+    LanguageStopped,
     Sample,
     check_round,
 )
 from autorank_jax.experiment.language_setup import Parts, begin, make_parts, mistakes_of, shortest_prompt
+from autorank_jax.experiment.mistakes import ConfigurationError
+from autorank_jax.experiment.results import LanguageDivergedError
 from autorank_jax.experiment.waiting import wait_for
 from autorank_jax.interface import checked
 from autorank_jax.ranks import budgets, policies
@@ -126,6 +130,8 @@ def prepare(keys: Key, options: LanguageOptions, parts: Parts, tools: Tools, clo
     begun = begin(options, parts, None)
     clock.begin("evaluation")
     scores = _scores(wait_for(tools.evaluate(begun)))
+    if not math.isfinite(scores[0]):
+        raise ConfigurationError([f"model: expected a finite perplexity before training, got {scores[0]}"])
     clock.end(flops=parts.flops.base * float(parts.held_out.size.sum()) * FORWARD)
     clock.begin("sample")
     words = wait_for(tools.say(begun.server))
@@ -136,7 +142,8 @@ def prepare(keys: Key, options: LanguageOptions, parts: Parts, tools: Tools, clo
     clock.begin("ranks")
     ratios, ranks, info = jax.jit(make_ranking(options, parts.task))(keys[1], stats)
     state = begin(options, parts, ranks)
-    clock.end(f"{_range(ranks)} of {options.max_rank}")
+    doubt = little_variation(info.criteria, np.asarray(info.matrix))
+    clock.end(f"{_range(ranks)} of {options.max_rank}" + (f"; {doubt}" if doubt else ""))
     before = measure_clients(state, tools, clock)
     weights = dict(zip(info.criteria, np.asarray(info.weights).tolist(), strict=True))
     row = LanguageRow(0, *scores, None, 0.0, 0.0, 0.0, 0.0, 0)
@@ -170,7 +177,7 @@ def run_probe(key: Key, options: LanguageOptions, parts: Parts, clock: Clock) ->
             parts.data,
             epochs=options.probe_epochs,
             ratio=PROBE_RATIO,
-            lanes=options.lanes,
+            lanes=min(options.lanes, len(parts.names)),
             groups=np.zeros(len(parts.data.order), np.int32),
             run=run,
         )
@@ -226,27 +233,48 @@ def run_rounds(
     if position.round >= options.rounds:
         return position
     clock.begin("compilation")
-    round_fn = make_round(parts.local, parts.rule, lanes=options.lanes)
+    round_fn = make_round(parts.local, parts.rule, lanes=min(options.lanes, len(parts.names)))
     compiled = jax.jit(round_fn).lower(key, position.state, parts.data).compile()
     clock.end()
-    while position.round < options.rounds:
-        up, down, flops = cost_of(options, parts, position.state)
-        clock.begin(f"round {position.round + 1} of {options.rounds}", flops, number=position.round + 1)
-        state, done = wait_for(compiled(key, position.state, parts.data))
-        seconds = clock.end(flops=flops, tell=False)
-        scores = _scores(wait_for(tools.evaluate(state)))
-        check_round(position.round + 1, scores[0], done)
-        row = LanguageRow(
-            position.round + 1, *scores, _number(done.loss), seconds, up, down, flops, int(done.excluded)
-        )  # fmt: skip
-        position = position._replace(rows=(*position.rows, row), state=state)
-        try:
-            on_round(row)
-        except BaseException:
-            save(position, True)
-            raise
-        save(position, False)
+    try:
+        while position.round < options.rounds:
+            position = next_round(compiled, key, options, parts, position, tools=tools, clock=clock)
+            try:
+                on_round(position.rows[-1])
+            except BaseException:
+                save(position, True)
+                raise
+            save(position, False)
+    except (KeyboardInterrupt, LanguageDivergedError):
+        clock.on_event(LanguageStopped(as_json(options), position.rows))
+        raise
     return position
+
+
+def next_round(
+    compiled: Callable[..., Any],
+    key: Key,
+    options: LanguageOptions,
+    parts: Parts,
+    position: LanguagePosition,
+    *,
+    tools: Tools,
+    clock: Clock,
+) -> LanguagePosition:
+    """Run one round and look at the server.
+
+    Raises:
+        LanguageDivergedError: if it led nowhere.
+    """
+    up, down, flops = cost_of(options, parts, position.state)
+    number = position.round + 1
+    clock.begin(f"round {number} of {options.rounds}", flops, number=number)
+    state, done = wait_for(compiled(key, position.state, parts.data))
+    seconds = clock.end(flops=flops, tell=False)
+    scores = _scores(wait_for(tools.evaluate(state)))
+    check_round(number, scores[0], done)
+    row = LanguageRow(number, *scores, _number(done.loss), seconds, up, down, flops, int(done.excluded))
+    return position._replace(rows=(*position.rows, row), state=state)
 
 
 def cost_of(options: LanguageOptions, parts: Parts, state: State) -> tuple[float, float, float]:

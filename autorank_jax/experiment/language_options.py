@@ -1,8 +1,10 @@
 """The options of a federation of language models, checked at once."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from autorank_jax.experiment.config import GLOBAL_RULES
@@ -10,6 +12,11 @@ from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32,
 
 LANGUAGE_POLICIES = ("autorank", "uniform_bytes", "full")
 DTYPES = ("auto", "float32", "bfloat16")
+_KINDS: Mapping[Any, tuple[type, ...]] = {
+    bool: (bool,), int: (int,), float: (int, float), str: (str,), Path | None: (str, NoneType),
+    float | None: (int, float, NoneType),
+}  # fmt: skip
+"""What JSON may have for a field."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,9 +88,12 @@ class LanguageOptions:
         Raises:
             ConfigurationError: naming all mistakes.
         """
-        least = {"max_length": 2, "max_rank": 1, "rounds": 1, "local_epochs": 1, "batch_size": 1, "lanes": 1}
-        least |= {"tokens": 1, "seed": 0, "clients": 0, "probe_epochs": 0}
-        problems = [line for name, low in least.items() for line in outside(name, getattr(self, name), low, whole=True)]
+        ranges: dict[str, tuple[int, ...]] = {"rounds": (1,), "max_rank": (1,), "seed": (0,), "clients": (0,)}
+        ranges |= {"max_length": (2, 2**16), "batch_size": (1, 2**16), "tokens": (1, 2**12), "lanes": (1, 2**12)}
+        ranges |= {"local_epochs": (1, 10_000), "probe_epochs": (0, 10_000)}
+        problems = [
+            line for name, ends in ranges.items() for line in outside(name, getattr(self, name), *ends, whole=True)
+        ]
         if 1 in (self.clients, self.probe_epochs):
             name = "clients" if self.clients == 1 else "probe_epochs"
             problems.append(f"{name.replace('_', '-')}: expected 0 or a whole number of at least 2, got 1")
@@ -111,7 +121,15 @@ def language_options_from(content: Mapping[str, Any]) -> LanguageOptions:
     """Make options of what a run has noted of them.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: for anything else, values of another kind among it.
     """
-    paths = {name: content[name] and Path(content[name]) for name in ("model", "data") if name in content}
-    return LanguageOptions(**{**content, **paths})
+    values = {**content}
+    for field in (field for field in dataclasses.fields(LanguageOptions) if field.name in content):
+        value = content[field.name]
+        if type(value) not in _KINDS[field.type]:
+            raise TypeError(field.name)
+        if float in _KINDS[field.type] and type(value) is int:
+            values[field.name] = float(value) if abs(value) < 1e300 else math.inf
+        elif field.type == Path | None:
+            values[field.name] = value and Path(value)
+    return LanguageOptions(**values)

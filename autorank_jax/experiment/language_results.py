@@ -26,9 +26,6 @@ class Ended(NamedTuple):
     detail: str = ""
 
 
-LanguageEvent = Begun | Ended | Resumed
-
-
 class LanguageRow(NamedTuple):
     """One round; number 0 is the model as it came."""
 
@@ -41,6 +38,16 @@ class LanguageRow(NamedTuple):
     bytes_down: float
     flops: float
     excluded: int  # clients whose update was not finite
+
+
+class LanguageStopped(NamedTuple):
+    """Event: the rounds end before their time, by what is raised next."""
+
+    options: dict[str, Any]
+    rows: tuple[LanguageRow, ...]  # so far
+
+
+LanguageEvent = Begun | Ended | Resumed | LanguageStopped
 
 
 class LanguageClient(NamedTuple):
@@ -122,6 +129,7 @@ def summarize_language(results: LanguageResults) -> dict[str, Any]:
         "bytes_down": total("bytes_down"),
         "flops": total("flops"),
         "probe_flops": results.probe_flops,
+        "excluded": sum(row.excluded for row in results.rows),
         "seconds": total("seconds"),
         "texts": results.texts,
         "criteria_weights": results.weights,

@@ -24,7 +24,7 @@ MANY = 8
 """Names from which on a near miss is told without all others."""
 
 
-def unknown(option: str, words: Iterable[str], allowed: Iterable[str], *, listed: str = "") -> Iterable[str]:
+def unknown(option: str, words: Iterable[Any], allowed: Iterable[str], *, listed: str = "") -> Iterable[str]:
     """Yield a line for every word that is not allowed, with what comes close.
 
     Args:
@@ -36,8 +36,9 @@ def unknown(option: str, words: Iterable[str], allowed: Iterable[str], *, listed
     names = list(allowed)
     for word in words:
         if word not in names:
-            longer = [name for name in names if word and name.startswith(word)]
-            close = longer or difflib.get_close_matches(word, names, n=1)
+            text = word if isinstance(word, str) else ""
+            longer = [name for name in names if text and name.startswith(text)]
+            close = longer or difflib.get_close_matches(text, names, n=1)
             hint = f", probably {' or '.join(map(repr, close[:3]))}" if close else ""
             known = f"{len(names)} names" if listed or (hint and len(names) > MANY) else ", ".join(names)
             where = f" ({listed})" if listed and not hint else ""
@@ -78,3 +79,9 @@ def not_in_float32(option: str, value: float) -> Iterable[str]:
             f"{option.replace('_', '-')}: expected a number that float32 holds, {limits.tiny:.2g} to {limits.max:.2g}, "
             f"got {value!r}"
         )
+
+
+def one_in_float32(option: str, value: float) -> Iterable[str]:
+    """Yield a line if a number below 1 is 1 in float32."""
+    if isinstance(value, float) and 1 - 2**-25 <= value < 1:
+        yield f"{option.replace('_', '-')}: expected a number that is below 1 in float32, got {value!r}"

@@ -190,7 +190,7 @@ def _summarize_runs(runs: Sequence[Run], results: Results) -> dict[str, Any]:
                 "slowest_client": _mean([c.slowest_client for c in costs]),
             },
             "lost": {
-                "excluded": _mean([_share(run.rows, "excluded") for run in runs]),
+                "excluded": _mean([share_of(run.rows, "excluded") for run in runs]),
                 "rounds": _mean([sum(row.reported == 0 for row in run.rows) for run in runs]),
             },
             "seconds": {
@@ -201,7 +201,7 @@ def _summarize_runs(runs: Sequence[Run], results: Results) -> dict[str, Any]:
     )
 
 
-def _share(rows: Sequence[Row], count: str) -> float:
+def share_of(rows: Sequence[Row], count: str) -> float:
     """Return a count of participants as a share of them, over all rounds."""
     return sum(getattr(row, count) for row in rows) / max(1, sum(row.participants for row in rows))
 

@@ -248,7 +248,7 @@ def _schedule(kind: str, rate: float, rounds: int) -> Callable[[Array], Array]:
     if kind == "cosine":
         return optax.cosine_decay_schedule(rate, rounds)
     if kind == "step":
-        return optax.piecewise_constant_schedule(rate, {rounds // 2: 0.1, rounds * 3 // 4: 0.1})
+        return optax.piecewise_constant_schedule(rate, {max(1, rounds // 2): 0.1, max(1, rounds * 3 // 4): 0.1})
     return optax.linear_schedule(rate / 10, rate, max(1, rounds // 10))
 
 

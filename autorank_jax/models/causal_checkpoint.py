@@ -1,6 +1,7 @@
 """Pretrained causal decoders: the folder that Hugging Face's `save_pretrained` writes, read without PyTorch."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax.interface import checked
+from autorank_jax.interface.paths import user_path
 from autorank_jax.models.causal_config import CausalConfig, parse_config
 from autorank_jax.models.causal_lm import CausalLM, param_shapes
 from autorank_jax.types import Array
@@ -34,7 +36,7 @@ def load_causal_lm(folder: str | Path, *, dtype: Any = None) -> CausalLM:
         ValueError: in one line, for missing and damaged files, other families, settings that are not honoured, and
             weights that are not those of the configuration.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     config = parse_config(_read_json(folder, "config.json"), where=str(folder / "config.json"))
     tensors = read_weights(folder)
     params = {name: _parameter(tensors, name, shape, dtype, folder) for name, shape in param_shapes(config).items()}
@@ -64,8 +66,8 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     Raises:
         ValueError: for missing or damaged files, and numbers that are no floats of 16 bits or more.
     """
-    if not (folder / _INDEX).is_file():
-        if not (folder / _SINGLE).is_file():
+    if not os.path.isfile(folder / _INDEX):
+        if not os.path.isfile(folder / _SINGLE):
             others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".gguf", ".pt", ".pth"))
             raise ValueError(
                 f"expected {_SINGLE} or {_INDEX} in {str(folder)!r}, got neither"
@@ -77,7 +79,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"expected a weight_map in {str(folder / _INDEX)!r}, got none")
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or not (folder / name).is_file():
+        if Path(name).name != name or not os.path.isfile(folder / name):
             raise ValueError(f"expected the file {name!r}, which {_INDEX} names, in {str(folder)!r}, got none there")
         tensors |= read_safetensors(folder / name)
     return tensors
@@ -152,11 +154,12 @@ def _refuse_others(tensors: Mapping[str, np.ndarray], config: CausalConfig, fold
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name
-    if not file.is_file():
-        raise ValueError(f"expected {name} in {str(folder)!r}, got no such {'file' if folder.is_dir() else 'folder'}")
+    if not os.path.isfile(file):
+        kind = "file" if os.path.isdir(folder) else "folder"
+        raise ValueError(f"expected {name} in {str(folder)!r}, got no such {kind}")
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON in {str(file)!r}, got {error!s:.100}") from error
     if not isinstance(told, dict):
         raise ValueError(f"expected an object in {str(file)!r}, got a {type(told).__name__}")
@@ -205,7 +208,7 @@ def load_text_tokenizer(folder: str | Path, config: CausalConfig | None = None) 
         raise ImportError("expected the package 'tokenizers', got none: pip install 'autorank-jax[text]'") from error
     folder = Path(folder)
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ValueError(f"expected tokenizer.json in {str(folder)!r}, got no such file")
     try:
         library = Tokenizer.from_file(str(file))
@@ -214,7 +217,7 @@ def load_text_tokenizer(folder: str | Path, config: CausalConfig | None = None) 
     largest = max(library.get_vocab().values(), default=0)
     if config is not None and largest >= config.vocabulary:
         raise ValueError(f"expected tokens below the model's {config.vocabulary}, got up to {largest} in {str(file)!r}")
-    about = _read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    about = _read_json(folder, "tokenizer_config.json") if os.path.isfile(folder / "tokenizer_config.json") else {}
     eos = _token(about.get("eos_token"))
     if not eos and config is not None and config.end:
         eos = library.id_to_token(config.end[0]) or ""
@@ -227,7 +230,7 @@ def _token(told: Any) -> str:
 
 def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
-    if file.is_file():
+    if os.path.isfile(file):
         return file.read_text(encoding="utf-8")
     template = about.get("chat_template")
     if isinstance(template, list):  # several by name

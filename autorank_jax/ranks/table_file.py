@@ -5,11 +5,14 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from autorank_jax.interface.paths import user_path
 
 NAME_COLUMNS = (
     "", "client", "clients", "clientid", "id", "name", "index", "user", "userid", "device", "deviceid", "node",
@@ -24,6 +27,10 @@ COUNTS = ("size", "classes")
 MOST_BYTES = 2**26
 _SPREADSHEETS = (b"PK", b"\xd0\xcf\x11\xe0")  # how .xlsx, .ods and .xls begin
 MOST_BYTES_OF_HEADER = 2**20
+MOST_NAMED = 30
+"""Columns in a message."""
+MOST_PAIRS = 2**27
+"""Of values of two criteria, over all clients: CRITIC compares them, a GB at a time."""
 STANDARD_INPUT = Path("-")
 
 
@@ -55,13 +62,14 @@ def read_criteria(path: str | Path, *, cost: Sequence[str] = (), columns: Sequen
         CriteriaError: a file that cannot be read, is empty, ragged, or holds something other than finite numbers, or
             negative counts; an unknown or doubled column; a doubled client; the clients of several seeds.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     header, rows = _read(path)
-    doubled = [name for name in header if header.count(name) > 1]
-    if doubled:
-        raise CriteriaError(f"{path}: expected columns of different names, got {doubled[0]!r} twice")
+    doubled = next((name for name, count in Counter(header).items() if count > 1), None)
+    if doubled is not None:
+        raise CriteriaError(f"{path}: expected columns of different names, got {doubled!r} twice")
     _check_names("columns", columns, header)
-    results = [name for name in _results(header) if name not in (*columns, *cost)]
+    asked = {*columns, *cost}
+    results = dict.fromkeys(name for name in _results(header) if name not in asked)
     _check_seeds(path, header, rows, results)
     criteria = [name for name in header if name not in results]
     clients, remarks = tuple(map(str, range(len(rows)))), []
@@ -76,12 +84,14 @@ def read_criteria(path: str | Path, *, cost: Sequence[str] = (), columns: Sequen
     if columns:
         criteria = list(columns)
     elif results:
-        remarks.append(f"{path}: left out {', '.join(results)}: no criteria; --columns takes those that it names")
+        remarks.append(f"{path}: left out {_listed(list(results))}: no criteria; --columns takes those that it names")
     if not criteria:
-        raise CriteriaError(f"{path}: expected criteria, got only {', '.join(header)}; choose them by --columns")
+        raise CriteriaError(f"{path}: expected criteria, got only {_listed(header)}; choose them by --columns")
     _check_clients(path, clients, rows)
     _check_names("cost", cost, criteria)
-    places = [(header.index(name), name) for name in criteria]
+    _check_pairs(path, len(rows), len(criteria))
+    number = {name: place for place, name in enumerate(header)}
+    places = [(number[name], name) for name in criteria]
     matrix = [[_checked(path, line, name, row[place]) for place, name in places] for line, row in rows]
     benefit = tuple(name not in cost for name in criteria)
     return Criteria(clients, tuple(criteria), np.array(matrix), benefit, tuple(remarks))
@@ -117,16 +127,31 @@ def _check_names(option: str, names: Sequence[str], known: Sequence[str]) -> Non
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f", probably {close[0]!r}" if close else ""
-            raise CriteriaError(f"{option}: expected a column out of {', '.join(known)}, got {name!r}{hint}")
+            raise CriteriaError(f"{option}: expected a column out of {_listed(known)}, got {name!r}{hint}")
         if list(names).count(name) > 1:
             raise CriteriaError(f"{option}: expected every column once, got {name!r} twice")
 
 
-def _check_seeds(path: Path, header: list[str], rows: Sequence[tuple[int, list[str]]], results: Sequence[str]) -> None:
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def _check_seeds(
+    path: Path, header: list[str], rows: Sequence[tuple[int, list[str]]], results: Collection[str]
+) -> None:
     seeds = sorted({row[header.index("seed")] for _, row in rows}) if "seed" in results else []
     if len(seeds) > 1:
         raise CriteriaError(
             f"{path}: expected the clients of one seed, got those of seeds {', '.join(seeds[:5])}; keep the rows of one"
+        )
+
+
+def _check_pairs(path: Path, clients: int, criteria: int) -> None:
+    if clients * criteria**2 > MOST_PAIRS:
+        raise CriteriaError(
+            f"{path}: expected few enough criteria to compare each with each, got {criteria} of {clients} clients; "
+            "choose them by --columns"
         )
 
 
@@ -202,9 +227,9 @@ def _split(path: Path, text: str) -> list[tuple[int, list[str]]]:
 
 
 def _number(text: str) -> float | None:
-    """Return a number, NaN and infinities included, or None where it is text."""
+    """Return a number in plain digits, NaN and infinities included, or None where it is text."""
     try:
-        return float(text)
+        return float(text) if text.isascii() and "_" not in text else None
     except ValueError:
         return None
 

@@ -57,7 +57,7 @@ def test_the_command_counts_and_empties(home, capsys):
     for name in ("jit_f-1-cache", "jit_f-1-atime"):
         (folder / name).write_bytes(bytes(1_500_000))
     assert cli.main(["cache"]) == 0
-    assert f"1 compiled programs, 3.0 MB, in {folder}" in capsys.readouterr().out
+    assert f"1 compiled program, 3.0 MB, in {folder}" in capsys.readouterr().out
     assert cli.main(["cache", "--clear"]) == 0
     assert list(folder.iterdir()) == []
 

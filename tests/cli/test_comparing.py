@@ -32,12 +32,7 @@ def runs(written, tmp_path):
 
 
 def test_runs_beside_each_other(runs, tmp_path, monkeypatch, capsys):
-    drawn = []
-    comparing = importlib.import_module("autorank_jax.cli.comparing")
-    real = comparing.curves_figure
-    monkeypatch.setattr(
-        comparing, "curves_figure", lambda *given, **named: drawn.append(real(*given, **named)) or drawn[0]
-    )
+    drawn = draw(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     assert cli.main(["compare", *map(str, runs)]) == 0
@@ -58,6 +53,44 @@ def test_runs_beside_each_other(runs, tmp_path, monkeypatch, capsys):
         "[other]: full+zero_pad",
     ]  # fmt: skip
     assert list(drawn[0].axes[0].lines[0].get_ydata()) == pytest.approx([0.15, 0.5, 0.6])
+
+
+def draw(monkeypatch):
+    """Keep what is drawn."""
+    drawn, comparing = [], importlib.import_module("autorank_jax.cli.comparing")
+    real = comparing.curves_figure
+    monkeypatch.setattr(comparing, "curves_figure", lambda *a, **b: drawn.append(real(*a, **b)) or drawn[-1])
+    return drawn
+
+
+def test_names_that_are_no_formulas(runs, tmp_path, monkeypatch, capsys):
+    drawn = draw(monkeypatch)
+    odd = [tmp_path / "d$\\foo$ 木", tmp_path / "_e$^$\udcff"]
+    for before, after in zip(runs, odd, strict=True):
+        before.rename(after)
+    assert cli.main(["compare", *map(str, odd), "--output", str(tmp_path / "a.png")]) == 0
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert names[0] == "d$\\foo$ 木: autorank"
+    assert names[2] == " _e$^$?: autorank+rbla"
+    assert "Glyph" not in capsys.readouterr().err
+
+
+def test_what_was_lost_is_in_the_table(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["compare", *map(str, runs), "--output", str(tmp_path / "a.png")]
+    assert cli.main(words) == 0
+    assert "excluded" not in capsys.readouterr().out
+    history = json.loads((runs[0] / "history.json").read_text())
+    for row in history[:3]:  # of the first of two seeds
+        row |= {"excluded": 1}
+    history[0] |= {"reported": 0}
+    (runs[0] / "history.json").write_text(json.dumps(history))
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    lines = {line.strip().partition("  ")[0]: line.split() for line in text.splitlines()}
+    assert "excluded" in text
+    assert lines["one: autorank"][-3:] == ["25", "%", "0.5"]  # of two clients one, in half of the rounds
+    assert lines["one: full"][-3:] == ["0", "%", "0"]
 
 
 @pytest.mark.parametrize("width", [40, 80])
@@ -97,11 +130,7 @@ def test_accuracy_and_r2_are_not_mixed(runs, tmp_path, monkeypatch, capsys):
         "autorank-jax: runs: expected one measure in all of them, got accuracy (as in one) and R² (as in regression); "
         "compare those of a kind\n"
     )
-    drawn, comparing = [], importlib.import_module("autorank_jax.cli.comparing")
-    real = comparing.curves_figure
-    monkeypatch.setattr(
-        comparing, "curves_figure", lambda *given, **named: drawn.append(real(*given, **named)) or drawn[0]
-    )
+    drawn = draw(monkeypatch)
     assert cli.main(["compare", str(regression), str(second), "--output", str(tmp_path / "a.png")]) == 0
     text = capsys.readouterr().out.replace(str(tmp_path), "")
     assert "accuracy" not in text
@@ -121,6 +150,9 @@ def test_mistakes_in_a_comparison(runs, tmp_path, capsys):
         ([*runs, "--output", "x" * 300 + ".png"], "File name too long"),
         ([*runs, "--output", "a.pdf"], "output: expected a file that ends in .png, got a.pdf"),
         ([*runs, "--output", "/none/a.png"], "output: expected to write /none/a.png, got: No such file"),
+        ([*runs, "--output", one / "accuracy.png"], "accuracy.png, which belongs to a run"),
+        ([*runs, "--output", link / "perplexity.png"], "perplexity.png, which belongs to a run"),
+        ([*runs, "--output", one / "checkpoints" / "1" / "a.png"], "a.png, which belongs to a run"),
     ):
         assert message in fails(capsys, "compare", *arguments)
 

@@ -6,19 +6,21 @@ import json
 import math
 import signal
 import time
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from autorank_jax.checkpoint import CheckpointError, save_state, saved_steps
-from autorank_jax.cli import finetuning, stages
+from autorank_jax.cli import finetuning, language_report, stages
 from autorank_jax.cli import main as cli
 from autorank_jax.cli.language_report import ADAPTER
 from autorank_jax.experiment import language
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.events import Resumed
-from autorank_jax.experiment.language_options import LanguageOptions
+from autorank_jax.experiment.language_options import LanguageOptions, as_json
 from autorank_jax.experiment.language_results import (
     Begun,
     Clock,
@@ -26,6 +28,7 @@ from autorank_jax.experiment.language_results import (
     LanguageClient,
     LanguageResults,
     LanguageRow,
+    LanguageStopped,
     Sample,
     check_round,
 )
@@ -48,7 +51,7 @@ def lines_of(path, *values, **more):
 def made_by_hand(options, *, on_event, on_round, checkpoints):  # noqa: ARG001
     """What a run finds, with numbers whose sums are known; its task has no layers, so that nothing can be exported."""
     rows = tuple(
-        LanguageRow(n, p, math.log(p), None, 0.5 * n, 100.0 * n, 10.0 * n, 7.0 * n, 0)
+        LanguageRow(n, p, math.log(p), None, 0.5 * n, 100.0 * n, 10.0 * n, 7.0 * n, n % 2)
         for n, p in enumerate((40.0, 20.0, 10.0))
     )
     clients = (
@@ -83,6 +86,8 @@ def test_what_is_shown_and_written_is_worked_by_hand(tmp_path, capsys, monkeypat
     shown = {line.split("  ")[0].strip(): line.split()[-1] for line in captured.out.splitlines() if line.strip()}
     assert (shown["mean client"], shown["worst client"], shown["seconds of rounds"]) == ("15", "18", "1.5")
     assert shown["sport"] == "–"
+    assert shown["clients left out, not finite"] == "1"
+    assert "raflora, 2 rounds" in captured.out
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["perplexity"] == {"before": 40.0, "after": 10.0}
     assert summary["clients_perplexity"] == {
@@ -157,6 +162,8 @@ def test_policies_of_one_rank(policy):
         (["--aggregator", "fedavg"], "aggregator: expected one of"),
         (["--dtype", "int8"], "dtype: expected one of"),
         (["--learning-rate", "0"], "learning-rate: expected a number above 0"),
+        (["--tokens", "1000000"], "tokens: expected a whole number of at least 1 and at most 4096, got 1000000"),
+        (["--max-length", "2147483647"], "max-length: expected a whole number of at least 2 and at most 65536"),
         (["--max-rank", "65"], "max-rank: expected at most the model's width, 64, got 65"),
         (["--clients-by", "topic"], "expected a field of the lines to take clients by, one of ['category']"),
         (["--clients", "500"], "data: expected"),
@@ -287,3 +294,71 @@ def test_a_round_that_led_nowhere_ends_the_run(monkeypatch, tmp_path, capsys):
     assert cli.main(["finetune", "--quiet", "--out", str(tmp_path / "out")]) == 3
     assert "learning rate" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+ROWS = (LanguageRow(0, 40.0, 3.7, None, 0.0, 0.0, 0.0, 0.0, 0), LanguageRow(1, 30.0, 3.4, 3.5, 0.5, 9.0, 9.0, 7.0, 0))
+
+
+def full_disk(monkeypatch, module, folder):
+    """Let nothing be written to a folder any more."""
+    real = module.write_file
+
+    def write(path, content):
+        if folder in path.parents:
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(module, "write_file", write)
+
+
+def test_a_finished_run_survives_a_full_disk(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finetuning, "run_language", made_by_hand)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    full_disk(monkeypatch, language_report, tmp_path / "out")
+    words = ["finetune", "--quiet", "--checkpoint-every", "0", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    (other,) = tmp_path.glob("autorank-jax-*")
+    assert f"No space left on device; the results are in {other}\n" in capsys.readouterr().err
+    assert json.loads((other / "summary.json").read_text())["perplexity"]["after"] == 10.0
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(KeyboardInterrupt, 130), (LanguageDivergedError, 3)],
+)
+def test_a_run_that_ends_early_leaves_its_rounds(stop, code, tmp_path, monkeypatch, capsys):
+    def stopped(options, *, on_event, **_):
+        on_event(LanguageStopped(dataclasses.asdict(options), ROWS))
+        raise stop("")
+
+    monkeypatch.setattr(finetuning, "run_language", stopped)
+    folder = tmp_path / "out"
+    (folder / ADAPTER).mkdir(parents=True)
+    (folder / "summary.json").write_text("{}")  # of an older run
+    assert cli.main(["finetune", "--overwrite", "--out", str(folder)]) == code
+    assert f"; the rounds so far are in {folder}\n" in capsys.readouterr().err
+    left = {"config.json", "history.json", "history.csv", "perplexity.png"}
+    assert {path.name for path in folder.iterdir()} == left
+    assert [row["perplexity"] for row in json.loads((folder / "history.json").read_text())] == [40.0, 30.0]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, LanguageDivergedError])
+def test_rounds_that_end_early_are_told(stop, monkeypatch):
+    def next_round(compiled, key, options, parts, position, **_):  # noqa: ARG001
+        if position.round == 1:
+            raise stop
+        return position._replace(rows=ROWS)
+
+    monkeypatch.setattr(language, "make_round", lambda *_, **__: lambda *given: given)
+    monkeypatch.setattr(language, "next_round", next_round)
+    position = language.LanguagePosition(ROWS[:1], jnp.zeros(()), None, {}, 0.0, None, None)
+    parts = SimpleNamespace(local=None, rule=None, data=jnp.zeros(()), names=("a", "b"))
+    events, saves = [], []
+    with pytest.raises(stop):
+        language.run_rounds(
+            jnp.zeros(()), LanguageOptions(rounds=3), parts, position, tools=None, clock=Clock(events.append),
+            save=lambda position, last: saves.append((position.round, last)), on_round=lambda _: None,
+        )  # fmt: skip
+    assert events[-1] == LanguageStopped(as_json(LanguageOptions(rounds=3)), ROWS)
+    assert saves == [(1, False)]

@@ -4,21 +4,25 @@ Everything before training is real; in place of the first compilation, `Reached`
 """
 
 import contextlib
-import importlib
 import json
 import random
+import re
 import sys
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from autorank_jax.cli import main as cli
-from autorank_jax.cli.files import write_results
+from autorank_jax.cli.fields import options_of
+from autorank_jax.cli.files import checkpoints_of, write_results, write_run
 from autorank_jax.cli.formats import to_csv
 from autorank_jax.cli.help import RUN_GROUPS as GROUPS
 from autorank_jax.cli.logs import LOGS
+from autorank_jax.cli.options import Finetune
 from autorank_jax.experiment.config import AGGREGATORS, MODELS, OPTIMIZERS, POLICIES, SAMPLINGS
+from autorank_jax.experiment.language_options import DTYPES, LANGUAGE_POLICIES, LanguageOptions, as_json
 from autorank_jax.experiment.results import client_rows
 from autorank_jax.federated.partition import SPLITS
 from autorank_jax.ranks.criteria import CRITERIA
@@ -52,11 +56,28 @@ WORDS = (
 NAMES = {
     "dataset": ("synthetic", "fashion_mnist_mini", "mnist", "mine"), "split": tuple(SPLITS), "model": tuple(MODELS),
     "optimizer": OPTIMIZERS, "sampling": SAMPLINGS, "rank_policies": tuple(POLICIES), "criteria": tuple(CRITERIA),
-    "aggregators": tuple(AGGREGATORS), "log": tuple(LOGS),
+    "aggregators": tuple(AGGREGATORS), "log": tuple(LOGS), "policy": LANGUAGE_POLICIES, "dtype": DTYPES,
+    "aggregator": tuple(AGGREGATORS), "clients_by": ("category", "kind", ""), "target": ("c", "a", "d"),
 }  # fmt: skip
-FLAGS = ("overwrite", "quiet", "personal")
+PATHS = (
+    "/sys/x", "x" * 300, "/dev/null", "/dev/full", "/proc/self/mem", "~nosuchuser/x", "../table.csv", "../lines.jsonl",
+    "..", "/dev/null/x",
+)  # fmt: skip
+TAKE_PATHS = ("out", "config", "resume", "model", "data", "source")
+SAID = re.compile(r"autorank-jax: |\S+: (reading|writing)")
+"""Lines on standard error: mistakes, and stages of a conversion."""
+FLAGS = ("overwrite", "quiet", "personal", "skip_odd_lines", "clear")
 LEFT_OUT = ("distributed", "coordinator", "num_processes", "process_id")  # they wait for others
-OPTIONS = [name for group in GROUPS for name in (*group.first, *group.more) if name not in LEFT_OUT]
+OPTIONS = {
+    "run": [name for group in GROUPS for name in (*group.first, *group.more) if name not in LEFT_OUT],
+    "finetune": list(options_of(Finetune)),
+    "data fetch": ["source", "target", "overwrite"],
+    "cache": ["clear"],
+}
+TABLE = b"a,b,c\n1,2,x\n2,3,y\n3,4,x\n4,6,y\n"
+LINES = 3 * (
+    b'{"instruction": "Say 1", "output": "1", "kind": "a"}\n' b'{"prompt": "Say 2", "completion": "2", "kind": "b"}\n'
+)  # fmt: skip
 
 
 class Reached(Exception):  # noqa: N818
@@ -65,13 +86,12 @@ class Reached(Exception):  # noqa: N818
 
 @pytest.fixture
 def guard(monkeypatch):
-    """Let a name of the experiment's module raise `Reached`."""
-    run = importlib.import_module("autorank_jax.experiment.run")
+    """Let a name of a module raise `Reached`."""
 
     def reached(*given, **named):  # noqa: ARG001
         raise Reached
 
-    return lambda name: monkeypatch.setattr(run, name, reached)
+    return lambda name, module="experiment.run": monkeypatch.setattr(f"autorank_jax.{module}.{name}", reached)
 
 
 def clocks():
@@ -99,7 +119,7 @@ def outcome(arguments, capsys):
         wrong.append(f"took {seconds:.1f} s")
     if end not in (0, 2, 3, "reached", "raised"):
         wrong.append(f"ended with {end}")
-    if "Traceback" in said or not all(line.startswith("autorank-jax: ") for line in said.splitlines()):
+    if "Traceback" in said or not all(SAID.match(line) for line in said.splitlines()):
         wrong.append(f"said {said[:300]!r}")
     if end == 2 and not said:
         wrong.append("said nothing")
@@ -110,23 +130,26 @@ def value_of(name, chance):
     """Return a value for an option: mostly one of its kind."""
     if chance.random() < 0.15:
         return chance.choice((*NUMBERS, *WORDS))
+    if name in TAKE_PATHS and (name != "model" or chance.random() < 0.5):  # `run` has models by name
+        return chance.choice((*WORDS, *PATHS))
     if name in NAMES:
         chosen = chance.sample(NAMES[name], chance.choice((1, 1, 2)))
         return ",".join(chosen)
-    if name in ("out", "config", "resume"):
-        return chance.choice((*WORDS, "/sys/x", "x" * 300, "/dev/null", "/dev/full", "/proc/self/mem"))
     return chance.choice(NUMBERS)
 
 
 def command_line(chance):
     """Return a command line that may make sense."""
-    command = chance.choice(("run",) * 12 + ("ranks", "compare", "data", "completion", ""))
-    words = [command] if command else []
+    commands = ("run",) * 9 + ("finetune",) * 4 + ("data fetch",) * 2
+    command = chance.choice((*commands, "cache", "ranks", "compare", "data", "completion", ""))
+    words = command.split()
     if command == "run" and chance.random() < 0.8:
         words += ["--dataset", "synthetic", "--split", "iid"]
+    if command == "data fetch" and chance.random() < 0.9:
+        words += [chance.choice(("mine", "mine", "synthetic", "cinic10", "x" * 300, *WORDS))]
     for _ in range(chance.choice((0, 1, 1, 1, 2, 2, 3, 5))):
         name = (
-            chance.choice(OPTIONS)
+            chance.choice(OPTIONS.get(command, OPTIONS["run"]))
             if chance.random() < 0.9
             else chance.choice((*WORDS, "lr", "seed", "json", "max-rank"))
         )
@@ -151,6 +174,11 @@ def half_written(folder):
 
 def test_generated_command_lines(tmp_path, monkeypatch, guard, capsys):
     guard("training_flops")
+    guard("task_from_causal_lm", "experiment.language_setup")
+    guard("read_from_tfds", "datasets")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "table.csv").write_bytes(TABLE)
+    (tmp_path / "lines.jsonl").write_bytes(LINES)
     monkeypatch.setenv("AUTORANK_JAX_DATA", str(tmp_path / "data"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -208,6 +236,14 @@ def sound(tmp_path_factory):
     (folder / "data").mkdir()
     images, labels = np.arange(320, dtype=np.uint8).reshape(20, 4, 4), np.arange(20, dtype=np.int32) % 5
     np.savez(folder / "data" / "mine.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    (folder / "table.csv").write_bytes(TABLE)
+    (folder / "lines.jsonl").write_bytes(LINES)
+    options = LanguageOptions(data=folder / "lines.jsonl", clients_by="kind")
+    write_run(folder / "lang", {"training": as_json(options)}, checkpoints_of(folder / "lang", every=1, keep=3))
+    for part in ("train", "test"):
+        for name in "ab":
+            (folder / "images" / part / name).mkdir(parents=True)
+            Image.fromarray(images[0]).save(folder / "images" / part / name / "0.png")
     with contextlib.redirect_stdout(None):
         run = ["run", "--config", str(folder / "config.json"), "--checkpoint-every", "1", "--devices", "1"]
         assert cli.main([*run, "--local-epochs", "1", "--out", str(folder / "kept"), "--quiet"]) == 0
@@ -215,7 +251,7 @@ def sound(tmp_path_factory):
 
 
 def test_damaged_files(sound, monkeypatch, guard, capsys):
-    """Configurations, tables, histories, data sets and checkpoints."""
+    """Configurations, tables, histories, data sets, instructions, images and checkpoints."""
     monkeypatch.setenv("AUTORANK_JAX_DATA", str(sound / "data"))
     chance, failures, ends = random.Random(0), [], {}
     checkpoints = [p for p in (sound / "kept" / "checkpoints").rglob("*") if p.is_file() and p.stat().st_size]
@@ -228,11 +264,20 @@ def test_damaged_files(sound, monkeypatch, guard, capsys):
             "compare", str(sound / "one"), str(sound / "two"), "--output", str(sound / "picture.png"),
         ],
         ("data/mine.npz",): [*run, "--dataset", "mine", "--split", "iid", "--clients", "2", "--hidden", "4"],
+        ("table.csv",): ["data", "fetch", "tabled", "--source", str(sound / "table.csv"), "--overwrite"],
+        tuple(f"images/{part}/{name}/0.png" for part in ("train", "test") for name in "ab"): [
+            "data", "fetch", "pictures", "--source", str(sound / "images"), "--overwrite",
+        ],
+        ("lines.jsonl",): [
+            "finetune", "--data", str(sound / "lines.jsonl"), "--clients-by", "kind", "--out", str(sound / "out"),
+        ],
+        ("lang/checkpoints/run.json",): ["finetune", "--resume", str(sound / "lang")],
         tuple(str(p.relative_to(sound)) for p in checkpoints): [
             "run", "--resume", str(sound / "kept"), "--rounds", "2", "--devices", "1",
         ],
     }  # fmt: skip
     guard("make_program")
+    guard("task_from_causal_lm", "experiment.language_setup")
     for number in range(FILES):
         names = list(cases)[number % len(cases)]
         path = sound / chance.choice(names)

@@ -143,6 +143,7 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
             "max-ranks: expected at most 10 for layer layers/1, the longer side of its",
         ),
         ("--drop-out 1", "drop-out: expected a number of at least 0 and below 1, got 1.0"),
+        ("--drop-out 0.9999999999", "drop-out: expected a number that is below 1 in float32, got 0.9999999999"),
         ("--learning-rate 1e-300", "learning-rate: expected a number that float32 holds"),
         ("--clients 5000", "each of 5000 clients, got "),
         ("--split staircase --clients 7", "clients: expected 10 on the staircase split"),

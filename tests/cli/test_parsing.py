@@ -38,6 +38,8 @@ SEE = "(see autorank-jax {} --help)"
         ),
         (["run", "--rounds", "--quiet"], ["rounds: expected a whole number, got none"]),
         (["run", "--rounds", "1e5"], ["rounds: expected a whole number, got '1e5', probably 100000"]),
+        (["run", "--rounds", "1_0"], ["rounds: expected a whole number, got '1_0', probably 10"]),
+        (["run", "--alpha", "２"], ["alpha: expected a number, got '２', probably 2"]),
         (["run", "--alpha=0,1"], ["alpha: expected a number, got '0,1', probably 0.1"]),
         (["run", "--participation", "50%"], ["participation: expected a number, got '50%', probably 0.5"]),
         (["run", "--lanes", "x"], ["lanes: expected a whole number or auto, got 'x'"]),

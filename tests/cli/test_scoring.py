@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import time
 
 import numpy as np
 import pytest
 
 from autorank_jax.cli import main as cli
 from autorank_jax.cli.formats import to_csv
+from autorank_jax.cli.tables import SHOWN_RANKS, criteria_table
 from autorank_jax.experiment.results import client_rows
 from autorank_jax.ranks import policies, table_file
 from tests.cli.cases import fails, make_scores
@@ -84,8 +86,10 @@ def test_tables_of_other_programs(text, tmp_path, capsys):
         ("client,size\nann,10\nbob,20\n", ["--columns", "size,size"], "columns: expected every column once"),
         ("client,rank\nann,10\nbob,20\n", [], "got only client, rank; choose them by --columns"),
         ("a,b\n1,2\n", ["--output", "ranks.txt"], "output: expected a file that ends in .csv or .json, got ranks.txt"),
-        ("a,b\n1,2\n", ["--output", "x" * 300 + ".csv"], "File name too long"),
-        ("a,b\n1,2\n", ["--output", "/none/ranks.csv"], "expected to write /none/ranks.csv, got: No such file"),
+        ("a,b\n1,2\n3,4\n", ["--output", "x" * 300 + ".csv"], "File name too long"),
+        ("a,b\n1,2\n3,4\n", ["--output", "/none/ranks.csv"], "expected to write /none/ranks.csv, got: No such file"),
+        ("a,b\n2,1_000\n3,4\n", [], "expected a finite number in line 2, column 'b', got '1_000'"),
+        ("a,b\n2,２０\n3,4\n", [], "expected a finite number in line 2, column 'b', got '２０'"),
         ("a,b\n1,2\n", ["--max-rank", "9" * 30], "and at most 1048576, got 9"),
         ("a,a\n1,2\n", [], "got 'a' twice"),
         ("a,,c\n1,2,3\n", [], "a name for every column"),
@@ -177,6 +181,32 @@ def test_what_is_no_table_is_not_read_whole(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(table_file, "MOST_BYTES", 2**20)
     large = write(tmp_path, b"a,b\n" + b"1,2\n" * 2**18, "large.csv")
     assert "expected at most 1 MB, got more" in fails(capsys, "ranks", "--criteria", large)
+
+
+@pytest.mark.parametrize("name", ["config.json", "criteria.csv", "summary.json", "checkpoints/run.json"])
+def test_ranks_take_the_place_of_nothing_that_a_run_left(name, tmp_path, capsys):
+    path, run = write(tmp_path, TABLE, "table.csv"), tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for left in ("history.json", name):
+        (run / left).write_text("[]")
+    assert "which belongs to a run" in fails(capsys, "ranks", "--criteria", path, "--output", run / name)
+    assert (run / name).read_text() == "[]"
+
+
+def test_wide_and_long_tables(tmp_path, capsys):
+    names = ",".join(f"c{n}" for n in range(100_000))
+    row = ",".join(["1"] * 100_000)
+    wide = write(tmp_path, f"{names}\n{row}\n{row}\n", "wide.csv")
+    begin = time.perf_counter()
+    said = fails(capsys, "ranks", "--criteria", wide)
+    assert "expected few enough criteria to compare each with each, got 100000 of 2 clients" in said
+    said = fails(capsys, "ranks", "--criteria", wide, "--columns", "d1")
+    assert "c28, c29 and 99970 more, got" in said
+    assert time.perf_counter() - begin < 10
+    numbers = np.linspace(0, 1, 50_000)
+    _, ranks = criteria_table(list(map(str, range(50_000))), {"size": 1.0}, numbers, numbers, numbers.astype(int))
+    assert ranks.row_count == SHOWN_RANKS
+    assert ranks.caption == "49800 more clients: --output FILE.csv writes all."
 
 
 def test_a_criteria_file_that_is_not_there(tmp_path, capsys):

@@ -14,7 +14,8 @@ import pytest
 from autorank_jax.cli import folders
 from autorank_jax.cli import main as cli
 from autorank_jax.cli.folders import FILES, occupied
-from autorank_jax.cli.terminal import plain
+from autorank_jax.cli.terminal import counted, plain
+from autorank_jax.experiment.events import Stopped
 from tests.cli.cases import fails, make_results
 
 RUN = ["run", "--dataset", "synthetic", "--split", "iid", "--clients", "4", "--devices", "1"]
@@ -191,3 +192,47 @@ def test_results_go_elsewhere_if_their_folder_fails(tmp_path, monkeypatch, train
     assert sorted(path.name for path in rescued.iterdir()) == sorted(FILES)
     assert json.loads((rescued / "summary.json").read_text())["policies"]
     assert len(training) == 1
+
+
+def test_what_ended_early_survives_a_full_disk(tmp_path, monkeypatch, capsys):
+    running, files = (importlib.import_module(f"autorank_jax.cli.{name}") for name in ("running", "files"))
+
+    def stopped(experiment, *, on_event, **options):  # noqa: ARG001
+        on_event(Stopped(make_results()))
+        raise KeyboardInterrupt
+
+    real = files.write_file
+    monkeypatch.setattr(running, "run_experiment", stopped)
+    monkeypatch.setattr(files, "_contents", lambda _: [b""] * len(FILES))  # what it would draw
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+
+    def write(path, content):
+        if path.parent == tmp_path / "out":
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(files, "write_file", write)
+    assert cli.main([*RUN, "--quiet", "--out", str(tmp_path / "out")]) == 130
+    (other,) = tmp_path.glob("autorank-jax-*")
+    assert f"interrupted; the rounds so far are in {other}\n" in capsys.readouterr().err
+    assert {path.name for path in other.iterdir()} == set(FILES)
+
+
+def test_options_without_effect_are_told(tmp_path, training, monkeypatch, capsys):  # noqa: ARG001
+    running = importlib.import_module("autorank_jax.cli.running")
+    monkeypatch.setattr(running, "save_results", lambda folder, _: ([folder / "config.json"], None))  # it draws
+    words = ["--rank-policies", "full", "--probe-epochs", "3", "--min-ratio", "0.2", "--rerank-every", "99"]
+    words += ["--keep-checkpoints", "2"]
+    assert cli.main([*RUN, *words, "--out", str(tmp_path / "out")]) == 0
+    assert [line.split(" without ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"autorank-jax: {option}: has no effect"
+        for option in ("probe-epochs", "min-ratio", "rerank-every", "keep-checkpoints")
+    ]
+    words = ["--rank-policies", "by_size", "--min-ratio", "0.2", "--rerank-every", "2", "--quiet"]
+    assert cli.main([*RUN, *words, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_numbers_of_things():
+    assert [counted(number, "round") for number in (0, 1, 2)] == ["0 rounds", "1 round", "2 rounds"]

@@ -56,6 +56,9 @@ def test_numbers_are_predicted_and_few_whole_ones_are_classes(tmp_path):
         ("a,b\n1,2\n3,\n", "expected something in line 3, column 'b', got nothing"),
         ("a,b\n1,x\n3,x\n", "column 'b': expected different values to predict, got 'x' everywhere"),
         ("a,b\n1,x\n3,y\n4,z\n", "labels that examples share, got 3 different ones in 3 rows, such as x, y, z"),
+        ("a,b\n1,0\n2,1\n3,NaN\n4,1\n", "only words, got 1 of 4 that are no numbers, such as 'NaN'"),
+        ("a,b\n1,0\n2,1\n3,1_0\n4,1\n", "only words, got 1 of 4 that are no numbers, such as '1_0'"),
+        ("a,b\n1e307,x\n3,y\n4,y\n", "finite number in line 2, column 'a', got '1e307'"),
     ],
 )
 def test_bad_tables_are_one_line_and_leave_nothing(tmp_path, text, message):

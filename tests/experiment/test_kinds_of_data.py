@@ -87,11 +87,13 @@ def test_names_are_classes(wine):
     [
         ("constant", [0.1] * 8),
         ("step", [0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]),
+        ("step", [0.1]),
+        ("step", [0.1, 0.01]),
         ("cosine", 0.05 * (1 + np.cos(np.pi * np.arange(8) / 8))),
         ("warm_up", [0.01, *[0.1] * 7]),
     ],
 )
 def test_rates_go_by_the_round(name, rates):
-    made = learning_rates(dataclasses.replace(TINY, rounds=8, rate_schedule=name))
-    found = [float(made(number)) if callable(made) else made for number in range(8)]
+    made = learning_rates(dataclasses.replace(TINY, rounds=len(rates), rate_schedule=name))
+    found = [float(made(number)) if callable(made) else made for number in range(len(rates))]
     np.testing.assert_allclose(found, rates, rtol=1e-5)
