@@ -54,11 +54,12 @@ def spent_epsilon(
     if not rounds and release is None:
         return 0.0
     release = None if release is None else float(release)
-    return _spent(float(noise_multiplier), int(rounds), float(delta), float(rate), clients, release)
+    return _spent(float(noise_multiplier), int(rounds), float(delta), (float(rate), clients), release)
 
 
 @functools.lru_cache(maxsize=4096)
-def _spent(noise: float, rounds: int, delta: float, rate: float, clients: int | None, release: float | None) -> float:
+def _spent(noise: float, rounds: int, delta: float, sampling: tuple[float, int | None], release: float | None) -> float:
+    rate, clients = sampling
     event = _all(noise, rounds, rate, clients, release)
     bound = _epsilon(_renyi(clients), event, delta)
     return bound if clients is not None or bound > _LARGEST else _epsilon(_library().pld.PLDAccountant(), event, delta)
