@@ -122,6 +122,7 @@ def test_proximal_scaled_round_equals_the_slow_twin():
 def test_one_step_in_float32_equals_the_slow_twin():
     federation, key = mlp_federation("float32", (4, 3, 2, 4, 1, 4, 2)), jax.random.key(4)
     state = start_state(federation, both_rules(), local_epochs=1)
+    state = state._replace(hparams={name: state.hparams[name] for name in ("local_epochs", "learning_rate")})
     trained = mlp_local(federation, lambda h: optax.sgd(h["learning_rate"], 0.5))
     new, info = jit_round(trained, both_rules(), lanes=3, rank_levels=2)(key, state, federation.data)
     assert info.steps == CLIENTS
