@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from autorank_jax.adapters.lora import init_adapter, key_of, product
 from autorank_jax.adapters.low_rank import Form
-from autorank_jax.interface import checked, describe
+from autorank_jax.interface import FOREIGN_FAILURES, checked, describe
 from autorank_jax.types import Adapter, Array, Base, Batch, Key, Origin, PyTree, Server, Task, TaskReport, Trainable
 
 Flat = dict[str, Array]
@@ -71,7 +71,7 @@ def make_task(
         try:
             prepared = cast(reading.preprocess(inputs), dtype)
             outputs = model.run(training, values, cast(trainable.adapters, dtype), prepared, key)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except FOREIGN_FAILURES as error:
             if "expected" in str(error) and "\n" not in str(error):  # it says what it wants
                 raise
             raise ValueError(_refusal(inputs, targets, error)) from error

@@ -17,7 +17,7 @@ import numpy as np
 from autorank_jax.adapters.lora import over_columns, over_rows
 from autorank_jax.engine import init_state, make_round
 from autorank_jax.federated.participation import Cohort
-from autorank_jax.interface import checked
+from autorank_jax.interface import FOREIGN_FAILURES, checked, first_line
 from autorank_jax.types import (
     Adapter,
     Aggregator,
@@ -93,8 +93,8 @@ def check_aggregator(rule: Aggregator, *, rounds: int = 2) -> None:
 
     try:
         usual, start = run(_Case()), _begin(rule, _Case())[0]
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise AssertionError(f"expected an aggregation rule that runs, got {_first(error)}") from error
+    except FOREIGN_FAILURES as error:
+        raise AssertionError(f"expected an aggregation rule that runs, got {first_line(error)}") from error
     if not np.isfinite(_gap(_model(usual.server), _model(start.server))):
         raise AssertionError("expected an aggregation rule that gives numbers, got NaN or infinity in a plain round")
     _check_lanes(rule, usual, run, broken)
@@ -118,8 +118,8 @@ def _check_lanes(rule: Aggregator, usual: State, run: Callable[..., State], brok
         other = run(_Case(), jax.jit(_make_round(rule, lanes=3, rank_levels=2)))
     except (IndexError, TypeError, ValueError) as error:
         broken.append(
-            f"rank levels: {_first(error)}, for instance through a summand that assumes max_rank: the width is that of "
-            "the client's level"
+            f"rank levels: {first_line(error)}, for instance through a summand that assumes max_rank: the width is "
+            "that of the client's level"
         )
         return
     server, kept = _gap(_model(other.server), _model(usual.server)), _gap(other.clients, usual.clients)
@@ -128,10 +128,6 @@ def _check_lanes(rule: Aggregator, usual: State, run: Callable[..., State], brok
             f"lanes and rank levels: the model is off by {server:.2g}, what clients keep by {kept:.2g}, for instance "
             "through something else than a sum over clients"
         )
-
-
-def _first(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['nothing'])[0]}"
 
 
 def _make_round(rule: Aggregator, *, lanes: int, rank_levels: int) -> RoundFn:

@@ -17,7 +17,7 @@ import optax
 from optax import contrib
 
 from autorank_jax.adapters.selection import dense_names
-from autorank_jax.interface import checked, describe
+from autorank_jax.interface import FOREIGN_FAILURES, checked, describe, first_line
 from autorank_jax.interface.kinds import is_real, takes
 from autorank_jax.types import Adapter, Array, Hparams, Key, PyTree, Trainable
 
@@ -34,7 +34,7 @@ _MEANT = {"lr": _RATE, "eta": _RATE, "step_size": _RATE, "epochs": "local_epochs
 _OWN_KEYS = 0x6F707469  # fold_in tag: keys of optimisers never meet those of steps, whose identities count from 0
 
 
-_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_FAILURES = (AssertionError, *FOREIGN_FAILURES)
 """What optimisers raise, when traced, on parameters or arguments that they were not made for."""
 
 
@@ -130,7 +130,8 @@ def _call(optimizer: Callable[[Hparams], Any], given: Hparams) -> Any:
         return optimizer(given)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise TypeError(
-            f"expected an optimizer, or a function that makes one of hparams, got one that fails with {_first(error)}; "
+            f"expected an optimizer, or a function that makes one of hparams, got one that fails with "
+            f"{first_line(error)}; "
             'of hparams it takes what it needs: lambda h: optax.sgd(h["learning_rate"])'
         ) from error
 
@@ -182,14 +183,10 @@ def step_optimizer(
     return updates, jax.tree.map(_keep_type, after, memory)
 
 
-def _first(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['nothing'])[0][:200]}"
-
-
 def _refusal(what: str, error: Exception) -> str:
     return (
-        f"expected an optimizer of gradients and parameters, got one that cannot {what} them ({_first(error)}); of one "
-        "for parameters of its own, such as optax.lookahead, use the optimizer inside"
+        f"expected an optimizer of gradients and parameters, got one that cannot {what} them "
+        f"({first_line(error)}); of one for parameters of its own, such as optax.lookahead, use the optimizer inside"
     )
 
 
@@ -337,5 +334,5 @@ def _scheduled(name: str, schedule: Callable[[Array], Any], number: Array) -> Ar
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"expected {name} as a schedule that gives a number for a traced round, got one that fails with "
-            f"{_first(error)}; jnp.where and optax.join_schedules take the place of if"
+            f"{first_line(error)}; jnp.where and optax.join_schedules take the place of if"
         ) from error

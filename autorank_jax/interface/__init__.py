@@ -26,6 +26,7 @@ from autorank_jax.interface.lazy import lazy
 
 if TYPE_CHECKING:
     from autorank_jax.interface.arguments import (
+        FOREIGN_FAILURES,
         check_counts,
         check_key,
         check_kind,
@@ -36,11 +37,13 @@ if TYPE_CHECKING:
         check_values,
         checked,
         describe,
+        first_line,
     )
 else:
     __getattr__, __dir__ = lazy(__name__)
 
 __all__ = [
+    "FOREIGN_FAILURES",
     "check_counts",
     "check_key",
     "check_kind",
@@ -51,4 +54,5 @@ __all__ = [
     "check_values",
     "checked",
     "describe",
+    "first_line",
 ]

@@ -142,6 +142,15 @@ def check_name(name: str, value: Any, names: collections.abc.Iterable[str]) -> N
     raise ValueError(f"expected {name} out of {', '.join(known)}, got {describe(value)}{hint}")
 
 
+FOREIGN_FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What models, optimisers and rules of somebody's own raise on arguments that they were not made for."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of what it says, at most 200 letters of it."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['nothing'])[0][:200]}"
+
+
 def describe(value: Any) -> str:
     """Say in a few words what a value is."""
     if hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, np.generic):
