@@ -164,7 +164,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="the embedded subset, one split and seed")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--json", type=Path, help="file to write to; the splits and seeds that it holds are not run again"
+    )
     parser.add_argument("--report", action="store_true", help="run nothing: show what is published")
     options = parser.parse_args(arguments)
     if options.report:
@@ -172,10 +174,14 @@ def main(arguments: list[str] | None = None) -> None:
         return
     images = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
     splits = ["staircase"] if options.quick else [name for name in SPLITS if name != "central"]
-    cells: list[dict[str, Any]] = []
+    known = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.exists() else {}
+    cells: list[dict[str, Any]] = known.get("cells", [])
+    there = {(cell["split"], cell["seed"]) for cell in cells}
     seeds = range(1 if options.quick else options.seeds)
     with harness.shared_programs():
-        for split, seed in itertools.product(splits, seeds):
+        for seed, split in itertools.product(seeds, splits):
+            if (split, seed) in there:
+                continue
             cells += [{"split": split, "seed": seed} | row for row in compare(make_federation(images, split, seed))]
             print(f"after {split}, seed {seed}:\n\n{table(cells)}\n", flush=True)
             content = {"cells": cells, "versions": harness.versions(), "device": harness.device()}

@@ -23,7 +23,7 @@ import argparse
 import functools
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,26 +187,26 @@ def compare(images: datasets.Dataset, rule: str, split: str, *, rounds: int, see
     return row
 
 
-def measure_accuracy(options: argparse.Namespace) -> list[harness.Row]:
-    """Return a row of `compare` for every rule and split."""
+def measure_accuracy(options: argparse.Namespace, known: Sequence[harness.Row]) -> Iterator[list[harness.Row]]:
+    """Yield the rows of `compare` for every rule and split after each of them; those that are known are kept."""
     images = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
     images = images._replace(x_train=images.x_train[: options.images], y_train=images.y_train[: options.images])
     rounds, seeds = (2, 1) if options.quick else (30, 3)
-    rows: list[harness.Row] = []
+    rows = {(str(row["split"]), str(row["rule"]), row["images"]): row for row in known}
     for split, rule in itertools.product(RUN_SPLITS[: 1 if options.quick else None], SKETCHED):
-        row = compare(images, rule, split, rounds=rounds, seeds=seeds)
-        rows.append({"rule": rule, "split": split, "images": len(images.y_train)} | row)
-        print(harness.markdown_table(rows, list(rows[0])), flush=True)
-    return rows
+        cell = (split, rule, len(images.y_train))
+        if cell not in rows:
+            row = compare(images, rule, split, rounds=rounds, seeds=seeds)
+            rows[cell] = {"rule": rule, "split": split, "images": len(images.y_train)} | row
+        yield list(rows.values())
 
 
-def measure_errors(options: argparse.Namespace) -> list[harness.Row]:
-    """Return the rows of `measure` for every setting."""
+def measure_errors(options: argparse.Namespace) -> Iterator[list[harness.Row]]:
+    """Yield the rows of `measure` after every setting."""
     rows: list[harness.Row] = []
     for setting in SETTINGS[3:4] if options.quick else SETTINGS:
         rows += measure(setting, 2 if options.quick else options.rounds)
-        print(harness.markdown_table(rows, COLUMNS), flush=True)
-    return rows
+        yield rows
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one setting, two rounds")
     parser.add_argument("--accuracy", action="store_true", help="accuracy of whole runs in place of errors")
     parser.add_argument("--images", type=int, default=60_000, help="training images of --accuracy")
-    parser.add_argument("--json", type=Path, help="file to write the rows to; rows of the other kind in it stay")
+    parser.add_argument("--json", type=Path, help="file to write to; runs and rows of the other kind in it stay")
     parser.add_argument("--report", action="store_true", help="measure nothing: show what is published")
     options = parser.parse_args(arguments)
     if options.report:
@@ -226,8 +226,11 @@ def main(arguments: list[str] | None = None) -> None:
             print("", harness.markdown_table(runs, list(runs[0])), sep="\n")
         return
     old = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.exists() else {}
-    found = {"accuracy": measure_accuracy(options)} if options.accuracy else {"rows": measure_errors(options)}
-    harness.write_json(options.json, old | found | {"versions": harness.versions(), "device": harness.device()})
+    part = "accuracy" if options.accuracy else "rows"
+    for rows in measure_accuracy(options, old.get("accuracy", ())) if options.accuracy else measure_errors(options):
+        print(harness.markdown_table(rows, list(rows[0]) if options.accuracy else COLUMNS), flush=True)
+        ran = {"versions": harness.versions(), "device": harness.device()}
+        harness.write_json(options.json, old | {part: rows} | ran)
 
 
 if __name__ == "__main__":
