@@ -51,6 +51,10 @@ from benchmarks.study.options import RESULTS, make_parser
 
 WIDTH, KEYS, SHARES = 200, 3, (0.5, 1.0, 2.0)
 COLUMNS = ("rule", "split", "rank", "cohort", "drift", "columns", "first %", "later %", "tail")
+RUN_COLUMNS = (
+    "rule", "split", "images", "whole", "sketch", "again", "sketch - whole", "sketch, most", "again - whole",
+    "again, most",
+)  # fmt: skip
 SKETCHED = ("raflora", "flexlora", "florist", "lora_fair")
 RUN_SPLITS = ("staircase", "dirichlet-0.4-10", "dirichlet-0.4-100")
 WAYS = {"whole": (True, 1), "sketch": (False, 1), "again": (True, 2)}
@@ -209,6 +213,7 @@ def measure_errors(options: argparse.Namespace) -> Iterator[list[harness.Row]]:
         yield rows
 
 
+@harness.mistakes_in_words()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write."""
     parser = make_parser(__doc__)
@@ -223,12 +228,12 @@ def main(arguments: list[str] | None = None) -> None:
         published = json.loads((RESULTS / "sketch_error.json").read_text(encoding="utf-8"))
         print(harness.markdown_table(published["rows"], COLUMNS))
         if runs := published.get("accuracy"):
-            print("", harness.markdown_table(runs, list(runs[0])), sep="\n")
+            print("", harness.markdown_table(runs, RUN_COLUMNS), sep="\n")
         return
     old = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.exists() else {}
     part = "accuracy" if options.accuracy else "rows"
     for rows in measure_accuracy(options, old.get("accuracy", ())) if options.accuracy else measure_errors(options):
-        print(harness.markdown_table(rows, list(rows[0]) if options.accuracy else COLUMNS), flush=True)
+        print(harness.markdown_table(rows, RUN_COLUMNS if options.accuracy else COLUMNS), flush=True)
         ran = {"versions": harness.versions(), "device": harness.device()}
         harness.write_json(options.json, old | {part: rows} | ran)
 
