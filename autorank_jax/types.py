@@ -257,7 +257,8 @@ def _same_state(state: AggState) -> AggState:
 class ServerStep(NamedTuple):
     """A rule's server step taken apart, so that a server optimiser can come between the mean and its writing back.
 
-    `read` and `mean` return trees of the same structure. Where nobody reported, `mean` is what `read` gives.
+    `read` and `mean` return trees of the same structure, unless sums are sketched: then nothing reads, as server
+    optimisers refuse. Where nobody reported, `mean` is what `read` gives.
     """
 
     read: Callable[[Server], PyTree]  # what the rule averages, as the server has it

@@ -50,7 +50,7 @@ class Values(NamedTuple):
 
     dense: PyTree
     adapters: dict[str, Adapter]
-    matrices: dict[str, Array]  # by path, (..., d_in, d_out): products of adapters, or kernels of the base
+    matrices: dict[str, Any]  # by path, (..., d_in, d_out): products of adapters or their `Sketch`, kernels of the base
 
 
 def no_state(server: Server) -> AggState:  # noqa: ARG001

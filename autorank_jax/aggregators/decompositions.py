@@ -10,8 +10,8 @@ from autorank_jax.types import Array
 def svd(matrix: Array) -> tuple[Array, Array, Array]:
     """Return `U (m, k), Σ (k,), Vᵀ (k, n)` of a matrix, `k = min(m, n)`, singular values descending.
 
-    JAX's own choice, but on CUDA through the polar decomposition (cuSOLVER's gesvdp): its default there, one-sided
-    Jacobi rotations, takes many times as long, and beyond 1,024 rows or columns seconds for a matrix.
+    JAX's own choice, but on CUDA through the polar decomposition (cuSOLVER's gesvdp), which is made of matrix products:
+    its defaults there are Jacobi rotations up to 1,024 rows and columns (gesvdj) and QR iterations beyond (gesvd).
 
     Args:
         matrix: `(m, n)` in float32 or float64.

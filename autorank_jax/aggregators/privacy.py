@@ -35,7 +35,7 @@ class PrivateState(NamedTuple):
 
     rule: AggState
     owners: dict[str, Array]  # by adapter path, (max_rank,)
-    clip: Array  # () the norm to which a client is clipped next
+    clip: Array  # () the norm to which a client is clipped next, where it adapts; else that of the rule, and not read
 
 
 class AdaptiveClip(NamedTuple):
@@ -90,7 +90,8 @@ def with_differential_privacy(
     Args:
         rule: `zero_pad`, `rbla`, `ffa_lora`, `rolora`, `fedsa_lora` or `fedavg`, also with a server optimiser around.
             Not done: rules that sum products or weigh clients by what they send. Other wrappers, such as
-            `keep_local`, go around the private rule; so may a server optimiser.
+            `keep_local`, go around the private rule; so may a server optimiser. What a client keeps for itself, such as
+            `lora_b` under `fedsa_lora`, is clipped with the rest.
         clip: `C` > 0, the largest norm of what a client adds; that of the first round where it adapts.
         noise_multiplier: `σ` ≥ 0; 0 adds nothing and protects nobody.
         denominator: `N` > 0, the number of clients expected in a round.
@@ -153,12 +154,12 @@ def with_differential_privacy(
         if isinstance(sums, PrivateSums):
             sums, below = sums
         leaves, tree = jax.tree.flatten((sums.dense, sums.adapters))
-        keys = jax.random.split(jax.random.fold_in(key, _NOISE), max(1, len(leaves)))
+        keys = jax.random.split(jax.random.fold_in(key, _NOISE), len(leaves))
         largest = state.clip if adaptive else clip
         scale = own_noise * largest if noise_multiplier else 0.0
         noisy = [
             leaf + jnp.asarray(scale, leaf.dtype) * jax.random.normal(k, leaf.shape, leaf.dtype)
-            for k, leaf in zip(keys, leaves, strict=False)
+            for k, leaf in zip(keys, leaves, strict=True)
         ]
         dense, adapters = jax.tree.unflatten(tree, noisy)
         fixed = {path: state.owners[path].astype(old.dtype) for path, old in sums.owners.items()}

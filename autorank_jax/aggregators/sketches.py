@@ -12,7 +12,9 @@ is lost: with `U`, `V` orthonormal bases of them,
     P = U UᵀP + (I - UUᵀ) P V Vᵀ + (I - UUᵀ) P (I - VVᵀ)
 
 has two exact summands, and only the third is approximated, `Q C Wᵀ`, after Tropp, Yurtsever, Udell and Cevher,
-"Streaming low-rank matrix approximation with an application to scientific simulation" (2019, arXiv 1902.08651).
+"Streaming low-rank matrix approximation with an application to scientific simulation" (2019, arXiv 1902.08651). Their
+test matrices are independent of each other, while here the random rows of `left` serve two of the sketches: the bound
+that they prove is not proven of this.
 """
 
 from collections.abc import Callable
@@ -141,6 +143,8 @@ def _sketch_layer(a: Array, b: Array, maps: Maps, old: Adapter) -> Sketch:
 @jax.default_matmul_precision("highest")
 def reconstruct(sketch: Sketch, maps: Maps, old: Adapter) -> Reconstruction:
     """Approximate the product of one layer: `UᵀP` and `P V` are exact to rounding, the rest is `Q C Wᵀ`.
+
+    Rounding grows with how alike the server's own directions are; those smaller than √eps are left to the random ones.
 
     `Q` and `W` span what the sketched columns and rows have beside `U` and `V`; with `P'` what `P` has beside both, `C`
     solves `left Q C Wᵀ right = left P' right` by least squares. Nothing larger than `(d, k)` is decomposed.

@@ -1,4 +1,4 @@
-"""Compiled programs in the user's cache folder: a second run compiles nothing.
+"""Compiled programs of `run` and `finetune` in the user's cache folder: a second run compiles little.
 
 JAX runs what it finds there, so the folder must belong to the user alone. Only the command line uses it: importing the
 library changes nothing.
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from autorank_jax.cli.terminal import tell
 from autorank_jax.interface.paths import PathError, user_path
 
 _MIN_SECONDS = 0.1  # of compilation, from which on a program is kept
@@ -45,6 +46,12 @@ def use_cache() -> str | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
     return None
+
+
+def keep_programs() -> None:
+    """Keep compiled programs for the next run, or say in a line why not."""
+    if refused := use_cache():
+        tell(refused)
 
 
 def private_folder(folder: Path) -> Path:

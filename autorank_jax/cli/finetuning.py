@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from autorank_jax.checkpoint import CheckpointError, saved_steps
+from autorank_jax.cli.cache import keep_programs
 from autorank_jax.cli.files import (
     checkpoints_of,
     how_to_resume,
@@ -57,6 +58,8 @@ def finetune(command: Finetune) -> None:
         names = [path.stem[:60] if path else "tiny" for path in (options.model, options.data)]
         folder = command.out or default_folder("-".join(dict.fromkeys(names)), overwrite=command.overwrite)
         folder = check_folder(folder, overwrite=command.overwrite)
+    if not command.no_cache:
+        keep_programs()
     for line in [] if command.quiet else idle_checkpoints(command):
         tell(line)
     with occupied(folder):

@@ -56,7 +56,9 @@ FINETUNE_GROUPS = (
     Group("clients", ("clients_by", "clients", "alpha", "hold_out")),
     Group("ranks", ("policy", "max_rank", "min_ratio", "probe_epochs")),
     Group("training", ("aggregator", "rounds", "local_epochs", "batch_size", "learning_rate", "lanes", "seed")),
-    Group("output", ("out", "overwrite", "quiet", "resume", "checkpoint_every", "keep_checkpoints", "tokens")),
+    Group(
+        "output", ("out", "overwrite", "quiet", "resume", "checkpoint_every", "keep_checkpoints", "tokens", "no_cache")
+    ),
 )
 GROUPS: Mapping[str, tuple[Group, ...]] = {"run": RUN_GROUPS, "finetune": FINETUNE_GROUPS}
 """Of the commands with many options."""

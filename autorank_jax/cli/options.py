@@ -61,6 +61,7 @@ class Finetune:
         out: folder of the results; default runs/MODEL-DATA, with a number where that is taken
         overwrite: replace the run that the folder holds
         quiet: print nothing but errors
+        no_cache: compile anew, and keep no compiled programs for the next run
     """
 
     training: LanguageOptions = dataclasses.field(default_factory=LanguageOptions)
@@ -70,6 +71,7 @@ class Finetune:
     out: Path | None = None
     overwrite: bool = False
     quiet: bool = False
+    no_cache: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

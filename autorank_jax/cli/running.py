@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from autorank_jax.cli.folders import ReportError, check_folder, default_folder, 
 from autorank_jax.cli.interrupts import Interrupted, Interruption
 from autorank_jax.cli.live import Display
 from autorank_jax.cli.logs import Logs, log_problems
-from autorank_jax.cli.options import PROGRAM, Run
+from autorank_jax.cli.options import Run
 from autorank_jax.cli.tables import comparison_tables, fitted, footnotes, make_console
 from autorank_jax.cli.terminal import tell
 from autorank_jax.experiment.checkpoints import Checkpoints, expected_rounds
@@ -51,9 +50,8 @@ def run_here(command: Run) -> None:
     """Run an experiment on the devices and in the folder that a command names."""
     experiment = command.experiment
     check_run(command)
-    refused = None if command.no_cache else cache.use_cache()
-    if refused:
-        sys.stderr.write(f"{PROGRAM}: {refused}\n")
+    if not command.no_cache:
+        cache.keep_programs()
     mesh = start(command.launch, cohort=experiment.cohort)
     if not is_first():
         checkpoints = checkpoints_of(command.resume, every=0, keep=1) if command.resume else None

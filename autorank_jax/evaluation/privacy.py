@@ -36,7 +36,8 @@ def spent_epsilon(
     Args:
         noise_multiplier: σ of the noise over the clipping norm; ε is infinite where it is 0.
         rounds: that used the clients' data; 0 cost nothing.
-        delta: probability δ that ε does not hold, above 0 and below 1; less than 1 / clients to mean anything.
+        delta: δ, what may be added to a probability besides the factor `e^ε`, above 0 and below 1; less than
+            1 / clients to mean anything.
         rate: probability of each client to take part, independently; with `clients` the share that does.
         clients: all clients, where cohorts of a fixed size are drawn without replacement; None for independent draws.
         release: noise multiplier of what every client released once beside the rounds, such as `private_counts`.
@@ -104,8 +105,9 @@ def calibrated_noise(
 
     if _epsilon(_renyi(clients), event(_LEAST_NOISE), delta) <= epsilon:
         return _LEAST_NOISE
+    enough = None
     try:
-        high = search(lambda: _renyi(clients), library.LowerEndpointAndGuess(_LEAST_NOISE, 1.0))
+        high = enough = search(lambda: _renyi(clients), library.LowerEndpointAndGuess(_LEAST_NOISE, 1.0))
         if clients is not None or epsilon > _LARGEST:
             return high
     except library.mechanism_calibration.NoBracketIntervalFoundError:  # Rényi divergences bound no small ε
@@ -116,7 +118,9 @@ def calibrated_noise(
     if bracket is None:
         raise _too_small(epsilon, rounds)
     low, high = bracket
-    return low if low == high else search(library.pld.PLDAccountant, library.ExplicitBracketInterval(low, high))
+    found = low if low == high else search(library.pld.PLDAccountant, library.ExplicitBracketInterval(low, high))
+    kept = spent_epsilon(found, rounds, delta, rate=rate, clients=clients, release=release) <= epsilon
+    return found if kept or enough is None else enough  # near _LARGEST what is spent is counted by Rényi divergences
 
 
 def _bracket(keeps: Callable[[float], bool], high: float) -> tuple[float, float] | None:
@@ -143,12 +147,13 @@ def _bracket(keeps: Callable[[float], bool], high: float) -> tuple[float, float]
 
 
 def _too_small(epsilon: float, rounds: int) -> ValueError:
-    return ValueError(f"epsilon: expected a budget that noise can keep, got {epsilon} for {rounds} rounds: too small")
+    number = f"{rounds} round{'s' * (rounds != 1)}"
+    return ValueError(f"epsilon: expected a budget that noise can keep, got {epsilon:g} for {number}: too small")
 
 
 @checked
 def calibrated_release(epsilon: float, delta: float, *, clients: int | None = None) -> float:
-    """Return the noise multiplier with which what is released once spends at most ε: that of the rounds `clients=`.
+    """Return the noise multiplier with which what is released once spends at most ε, as `spent_epsilon` counts it.
 
     Args:
         epsilon: ε > 0, finite.
@@ -159,8 +164,9 @@ def calibrated_release(epsilon: float, delta: float, *, clients: int | None = No
         ImportError: without `dp-accounting`.
         ValueError: for numbers out of range, or a budget so small that no noise is known to keep it.
     """
-    once = calibrated_noise(epsilon, 1, delta, rate=1.0)
-    return once if clients is None else 2 * once  # one client's data in place of another's
+    if clients is None:
+        return calibrated_noise(epsilon, 1, delta, rate=1.0)
+    return calibrated_noise(epsilon, 1, delta, rate=1.0, clients=clients)  # of all clients: a round of everybody
 
 
 def _check(rounds: int, delta: float, rate: float) -> None:

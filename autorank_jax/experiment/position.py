@@ -1,5 +1,6 @@
 """Where an experiment stands: the rounds of every run so far, and the state to go on from."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -64,8 +65,16 @@ class Measured(NamedTuple):
 
 def is_evaluated(experiment: Experiment, aggregator: str, number: int) -> bool:
     """Return whether the server is tested after a round: when it is time to, and if there is one model of all."""
-    due = number % experiment.eval_every == 0 or number == experiment.rounds
+    due = number % experiment.eval_every == 0 or is_last(experiment, number)
     return due and aggregator not in PERSONAL_RULES
+
+
+def is_last(experiment: Experiment, number: int) -> bool:
+    """Return whether no round follows: all are done, or the next would spend more than the budget of privacy."""
+    if number >= experiment.rounds:
+        return True
+    privacy = experiment.privacy
+    return privacy is not None and privacy.spent(number + 1) > privacy.epsilon
 
 
 def next_row(record: Record, measured: Measured, cost: RoundCost, *, probe_flops: float, epsilon: float | None) -> Row:
@@ -89,8 +98,16 @@ def next_row(record: Record, measured: Measured, cost: RoundCost, *, probe_flops
         train_flops=spent + cost.flops,
         bytes=sent + cost.bytes_up + cost.bytes_down,
         seconds=round(seconds, 6),
-        epsilon=None if epsilon is None else float(f"{epsilon:.4g}"),
+        epsilon=None if epsilon is None else rounded_up(epsilon),
     )
+
+
+def rounded_up(epsilon: float) -> float:
+    """Return ε to four digits, never less than was spent."""
+    near = float(f"{epsilon:.4g}")
+    if near >= epsilon:
+        return near
+    return float(f"{near + 10.0 ** (math.floor(math.log10(epsilon)) - 3):.4g}")
 
 
 def check_progress(record: Record, experiment: Experiment) -> None:

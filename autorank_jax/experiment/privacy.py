@@ -31,13 +31,19 @@ class Privacy(NamedTuple):
     @property
     def promise(self) -> str:
         """Return in one sentence what is promised, of whom, and under which assumption."""
-        neighbours = "with or without any one client" if self.clients is None else "with any one client replaced"
+        if self.clients is not None:
+            neighbours = "with any one client's data in place of another's"
+        elif self.release is not None:
+            neighbours = "with the data of any one client or without them"
+        else:
+            neighbours = "with or without any one client"
         ranks = "ranks are public" if self.release is None else "ranks come from noisy label counts, which files show"
         return (
-            f"Differential privacy of clients: the models of all rounds of one run are about as likely {neighbours}, "
-            f"at most ε = {self.epsilon:g} at δ = {self.delta:g}; several runs (policies, rules, seeds) together spend "
-            f"more. It holds if the server is trusted, {ranks}, and nobody sees the seed, of which the noise is drawn. "
-            "Test data, the choice of options, and the losses, counts and costs that a round reports are not private."
+            f"Differential privacy of clients: whatever is seen of the models of all rounds of one run is at most e^ε "
+            f"times as probable {neighbours}, but for δ: ε = {self.epsilon:g}, δ = {self.delta:g}; several runs "
+            "(policies, rules, seeds) together spend more. It holds if the server is trusted, the number of clients "
+            f"public, {ranks}, and nobody sees or guesses the seed, of which the noise is drawn. Test data, the choice "
+            "of options, and the losses, counts and costs that a round reports are not private."
         )
 
 

@@ -47,6 +47,7 @@ from autorank_jax.experiment.position import (
     check_progress,
     finish_run,
     is_evaluated,
+    is_last,
     next_row,
 )
 from autorank_jax.experiment.ranking import (
@@ -372,8 +373,7 @@ def run_rounds(
             except BaseException:
                 hooks.save(position.update(record, state), True)
                 raise
-            used_up = privacy is not None and privacy.spent(record.round + 1) > privacy.epsilon
-            record = record._replace(over=bool(stop) or record.round >= experiment.rounds or used_up)
+            record = record._replace(over=bool(stop) or is_last(experiment, record.round))
             if record.over and program.measure:
                 record = record._replace(clients=program.measure(federation, state))
             position = position.update(record, state)

@@ -40,7 +40,7 @@ class Federation(NamedTuple):
     data: FederatedData
     task: Task
     stats: ClientStats
-    keys: dict[str, Key]  # of training, probe and policy
+    keys: dict[str, Key]  # of model, adapters, training, probe and policy
 
 
 def load_data(experiment: Experiment) -> Dataset:

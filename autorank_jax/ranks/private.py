@@ -37,7 +37,9 @@ def private_counts(key: Key, stats: ClientStats, *, clip: float, noise_multiplie
             raise ValueError(f"expected {name} as a finite number {least} 0, got {value}")
     counts = jnp.asarray(stats.label_counts).astype(jnp.result_type(float))
     norm = jnp.linalg.norm(counts, axis=1, keepdims=True)
-    clipped = counts * jnp.minimum(1, clip / jnp.maximum(norm, jnp.finfo(counts.dtype).tiny))
+    about = jnp.finfo(counts.dtype)
+    bound = clip * (1 - 16 * float(about.eps))  # rounding of the norm must not loosen it
+    clipped = counts * jnp.minimum(1, bound / jnp.maximum(norm, about.tiny))
     scale = noise_multiplier * clip
     noisy = clipped + scale * jax.random.normal(key, counts.shape, counts.dtype)
     released = jnp.where(noisy > 2 * scale, noisy, 0)

@@ -3,17 +3,21 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import autorank_jax as ar
 from autorank_jax.checkpoint import saved_steps
 from autorank_jax.cli.tables import footnotes
 from autorank_jax.evaluation.privacy import spent_epsilon
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.config import ConfigurationError, Experiment
+from autorank_jax.experiment.position import is_evaluated, is_last, rounded_up
 from autorank_jax.experiment.results import behind_highest
 from autorank_jax.experiment.run import run_experiment
-from autorank_jax.experiment.setup import Federation, training_key
+from autorank_jax.experiment.setup import Federation, make_aggregator, start_state, training_key
 
 PRIVATE = Experiment(
     dataset="synthetic",
@@ -51,9 +55,10 @@ def test_every_round_says_what_is_spent_and_the_last_keeps_the_budget(private):
             assert row.epsilon == pytest.approx(spent, rel=1e-3)
         assert run.rows[-1].epsilon <= 100.0
     notes = " ".join(footnotes(private))
-    assert "at most ε = 100 at δ = 0.001" in notes
+    assert "ε = 100, δ = 0.001" in notes
     assert "ranks come from noisy label counts" in notes
     assert "of one run" in notes
+    assert set(private.compile_seconds) == {"rbla"}  # which serves both policies
 
 
 @pytest.mark.slow
@@ -108,22 +113,49 @@ def test_only_private_runs_have_keys_of_their_own():
     assert all(training_key(public, federation, *run) is federation.keys["training"] for run in runs)
 
 
-@pytest.mark.slow
-def test_policies_share_one_program_and_differ_in_their_denominators(private):
-    full, autorank = (next(r for r in private.runs if r.policy == name) for name in ("full", "autorank"))
-    assert full.rows[-1].loss != autorank.rows[-1].loss
-    assert set(private.compile_seconds) == {"rbla"}
+def test_denominators_are_the_owners_that_ranks_let_expect():
+    task = ar.task_from_nnx(ar.models.MLP((4, 3, 2), rngs=nnx.Rngs(0)), max_rank=2)
+    data = ar.from_parts(np.zeros((6, 4), np.float32), np.zeros(6, np.int32), np.arange(6)[:, None], classes=2)
+    federation = Federation(0, data, task, None, {})
+    public = dataclasses.replace(PRIVATE, dp_noise=5.0, dp_ranks="public", dp_count_clip=500.0)
+    rule = make_aggregator("rbla", public)
+    ranks = {path: jnp.array([1, 1, 1, 1, 2, 2]) for path in task.server.trainable.adapters}
+    for given, want in ((None, [3.0, 3.0]), (ranks, [3.0, 1.0])):  # half of the clients come
+        for owners in start_state(public, federation, rule, given).aggregator.owners.values():
+            assert owners.tolist() == want
+
+
+@pytest.mark.parametrize(("spent", "last"), [(1.0, False), (2.0, True)])
+def test_the_round_after_which_nothing_is_left_is_the_last_and_tested(monkeypatch, spent, last):
+    class Plan:
+        epsilon = 1.5
+
+        def spent(self, rounds):
+            return spent if rounds == 2 else 0.0
+
+    monkeypatch.setattr(Experiment, "privacy", Plan())
+    rare = dataclasses.replace(PRIVATE, rounds=9, eval_every=5)
+    assert is_last(rare, 1) is last
+    assert is_evaluated(rare, "rbla", 1) is last
+    assert is_last(rare, 9)
+
+
+def test_what_is_spent_is_never_rounded_down():
+    assert [rounded_up(x) for x in (1.00001, 0.12344, 0.123412, 1234.2, 0.0, 7.0)] == [
+        1.001, 0.1235, 0.1235, 1235.0, 0.0, 7.0,
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
 def test_a_run_whose_budget_is_used_up_stops_and_resumes_to_the_same_bits(tmp_path):
     tight = dataclasses.replace(
-        PRIVATE, rank_policies=("full",), dp_ranks="public", dp_count_clip=500.0, dp_noise=1.0, dp_epsilon=4.0
-    )
+        PRIVATE, rank_policies=("full",), dp_ranks="public", dp_count_clip=500.0, dp_noise=1.0, dp_epsilon=4.0,
+        eval_every=50,
+    )  # fmt: skip
     affordable = max(n for n in range(1, 20) if spent_epsilon(1.0, n, 1e-3, rate=0.5) <= 4.0)
     tight = dataclasses.replace(tight, rounds=affordable + 5)
     whole = run_experiment(tight)
-    assert len(whole.runs[0].rows) == affordable
+    assert [row.accuracy is not None for row in whole.runs[0].rows] == [False] * (affordable - 1) + [True]
 
     class KilledError(Exception):
         pass
