@@ -2,9 +2,11 @@
 
 1,000 clients (Dirichlet 0.3 × log-normal 1), of whom each takes part in a round with probability 0.1; RBLA with fixed
 denominators; MLP 784-200-200-10; 100 rounds of one local epoch, batch 32, SGD 0.1 without momentum, clip 1, δ = 1e-5.
-Ranks are public, and AutoRank goes without the probe. ε = ∞ is the same rule without clip and noise.
+Ranks are public, and AutoRank goes without the probe. ε = ∞ is RBLA as it is without privacy: neither clip nor noise,
+and clients weigh as many examples as they have, over the owners who came. So the step from ∞ to the largest budget is
+that of equal weights and clipping, too.
 
-Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.privacy       (full Fashion-MNIST, about an hour)
+Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.privacy       (full Fashion-MNIST)
           python -m benchmarks.study.privacy --quick                     (embedded subset, 50 clients)
           python -m benchmarks.study.privacy --report                    (runs nothing)
 Writes:   a line per ε in benchmarks/study/results/privacy.jsonl; the table, and privacy.png beside it
@@ -83,8 +85,8 @@ def table(found: Found) -> str:
     return harness.markdown_table(rows, list(rows[0]))
 
 
-def draw(found: Found) -> Figure:
-    """Draw final accuracy over ε, a line per policy with its deviation over seeds."""
+def draw(found: Found, caption: str) -> Figure:
+    """Draw final accuracy over ε, a line per policy with half the range of its seeds."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     budgets = list(found)
@@ -95,11 +97,11 @@ def draw(found: Found) -> Figure:
         places = [place + 0.06 * (shift - 1) for place in range(len(budgets))]
         axes.errorbar(places, means, spread, color=COLOURS[policy], marker="o", capsize=3, label=name)
     axes.set_xticks(range(len(budgets)), ["∞" if b == float("inf") else f"{b:g}" for b in budgets])
-    axes.set(xlabel="ε at δ = 1e-5, after 100 rounds", ylabel="final test accuracy, %")
+    axes.set(xlabel="ε at δ = 1e-5, after the last round", ylabel="final test accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     seeds = max(len(runs) for policies in found.values() for runs in policies.values())
-    axes.set_title(f"1,000 clients, 10 % a round; bars: half the range of {seeds} seeds", fontsize=9, loc="left")
+    axes.set_title(f"{caption}; bars: half the range of {seeds} seeds", fontsize=9, loc="left")
     return figure
 
 
@@ -120,7 +122,9 @@ def main(arguments: list[str] | None = None) -> None:
         print("No cell is complete yet.")
         return
     print(table(found))
-    draw(found).savefig(file.path.with_suffix(".png"), dpi=120)
+    one = next(iter(cells.values()))
+    caption = f"{one.clients:,} clients, {100 * one.participation:g} % a round, {one.rounds} rounds"
+    draw(found, caption).savefig(file.path.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from benchmarks.study import (
     columns,
     paired,
     paper,
+    privacy,
     probes,
     questions,
     runs,
@@ -321,6 +322,24 @@ def test_every_rule_is_held_against_a_uniform_rank(pretended, tmp_path, capsys):
     for (one, other), p, cell in zip(pairs, ps, written, strict=True):
         assert cell.startswith(f"{100 * np.mean(np.subtract(one, other)):+.1f} [")
         assert f", p {p:.2g} (" in cell
+
+
+def test_accuracy_over_budgets_is_told_and_drawn(tmp_path, pretended, monkeypatch, capsys):
+    titles, draw = [], privacy.draw
+    monkeypatch.setattr(privacy, "draw", lambda *a: titles.append(a[1]) or draw(*a))
+    grid = privacy.make_cells(quick=True, seeds=2)
+    grid["epsilon-inf"].validate()
+    privacy.main(["--quick", "--seeds", "2", "--out", str(tmp_path)])
+    assert pretended == ["epsilon-1", "epsilon-2", "epsilon-4", "epsilon-8", "epsilon-inf"]
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| ε", "| 1", "| 2", "| 4", "| 8", "| ∞"]
+    found = privacy.run_budgets(grid, CellFile(tmp_path / "privacy_mini.jsonl"), cells.NOTHING)
+    for row, budget in zip(rows[1:], found, strict=True):
+        own = [list(privacy.finals(found, budget, policy).values()) for policy in privacy.POLICIES]
+        assert [float(cell.split()[0]) for cell in row[1:4]] == pytest.approx([100 * np.mean(a) for a in own], abs=0.06)
+        assert row[4].startswith(f"{100 * (np.mean(own[0]) - np.mean(own[1])):+.1f}")
+    assert titles == ["50 clients, 10 % a round, 3 rounds"]
+    assert (tmp_path / "privacy_mini.png").stat().st_size > 0
 
 
 def test_nothing_to_confirm(tmp_path):
