@@ -31,7 +31,7 @@ from autorank_jax.types import Adapter, AggState, Array, Key, Server
 T = TypeVar("T")
 
 _LEAST_RANDOM = 16  # random columns: as many as rank positions, but no fewer
-_CORE = 3  # sides of the core over columns: with 2 its least squares doubles the error in flat spectra
+_CORE = 3  # sides of the core over columns; of 2, the least that the source advises, its least squares lose more
 _MARGIN = 4  # how many times smaller than the product a sketch must be to be worth an approximation
 _SKETCH = 0x736B6574  # folded into the round's key, so that maps share no number with what else a rule draws
 

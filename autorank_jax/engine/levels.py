@@ -14,7 +14,7 @@ Widths = dict[str, int]
 """Rank positions of each adapter, by path, while one rank level trains."""
 RankLevels = int | Literal["auto"] | Sequence[Mapping[str, int]]
 
-_COMPILE_SECONDS = 0.7  # of every adapter in every level, tracing included: measured on two CPU cores
+_COMPILE_SECONDS = 0.7  # of every adapter in every level, tracing included: of the order of what two CPU cores take
 _MOST_LEVELS = 8
 _MOST_WIDTHS = 32  # that are looked at
 

@@ -15,7 +15,7 @@ from autorank_jax.types import Aggregator, Array, FederatedData, Key, RoundFn, R
 
 F = TypeVar("F", bound=Callable[..., Any])
 _OPTIONS = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
-"""They halve compilation on a CPU and, unlike level 0, leave the bits of what is computed."""
+"""They shorten compilation on a CPU and, unlike level 0, leave the bits of what is computed."""
 
 
 class CompiledRound(NamedTuple):

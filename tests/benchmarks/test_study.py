@@ -23,6 +23,7 @@ from benchmarks.study import (
 )
 from benchmarks.study import policies_by_rules as study
 from benchmarks.study.cell_file import CellFile
+from tests.aggregators import test_sketches
 from tests.benchmarks.fake_cells import TINY, fake_cell, pretend
 
 
@@ -371,6 +372,10 @@ def test_sketches_of_real_training_are_close_to_the_best(tmp_path):
     assert [row["columns"] for row in rows] == [2, 4, 8, 16]
     assert all(row[when] > -1e-3 for row in rows for when in ("first %", "later %"))
     assert max(rows[-1]["first %"], rows[-1]["later %"]) < 0.5 < rows[0]["first %"]
+
+
+def test_all_rules_on_sketches_are_studied():
+    assert set(sketch_error.SKETCHED) == test_sketches.SKETCHED
 
 
 def test_accuracy_by_sketches_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
