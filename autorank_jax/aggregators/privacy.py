@@ -1,7 +1,7 @@
 """Central differential privacy at the level of clients, for rules that sum factors.
 
-Here is the mechanism: clip, noise, denominators. What it costs is counted in `evaluation.privacy`, a run's budget and promise are
-`experiment.privacy`'s, label counts are released by `ranks.private`.
+Here is the mechanism: clip, noise, denominators. What it costs is counted in `evaluation.privacy`, a run's budget and
+promise are `experiment.privacy`'s, label counts are released by `ranks.private`.
 """
 
 from collections.abc import Mapping

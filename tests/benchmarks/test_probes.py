@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from autorank_jax.datasets import load_dataset
 from autorank_jax.engine.flops import FlopModel
@@ -42,3 +43,24 @@ def test_the_table_has_the_worst_split(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(probes, "RESULTS", tmp_path)
     probes.main(["--report"])
     assert "| cheap | 0.75 | 0.50 (two) | 0.020 | 5.0 |" in capsys.readouterr().out
+
+
+def test_probes_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    seen, file = [], tmp_path / "probes.json"
+    monkeypatch.setattr(probes, "make_federation", lambda _images, split, seed: (split, seed))
+
+    def compare(federation):
+        seen.append(federation)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        yield {"probe": "one", "tau": 1.0, "moved": 0.0, "cost": 0.1}
+
+    monkeypatch.setattr(probes, "compare", compare)
+    monkeypatch.setattr(probes.datasets, "load_dataset", lambda _name: None)
+    arguments = ["--seeds", "2", "--json", str(file)]
+    with pytest.raises(SystemExit, match="what is finished is kept"):
+        probes.main(arguments)
+    probes.main(arguments)
+    assert sorted({*seen}) == sorted(seen[:2] + seen[3:])
+    assert {seed for _, seed in seen} == {0, 1}
+    assert len(json.loads(file.read_text())["cells"]) == len(seen) - 1

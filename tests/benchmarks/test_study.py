@@ -14,7 +14,6 @@ from benchmarks.study import (
     paired,
     paper,
     privacy,
-    probes,
     questions,
     runs,
     sketch_error,
@@ -23,7 +22,6 @@ from benchmarks.study import (
 )
 from benchmarks.study import policies_by_rules as study
 from benchmarks.study.cell_file import CellFile
-from tests.aggregators import test_sketches
 from tests.benchmarks.fake_cells import TINY, fake_cell, pretend
 
 
@@ -363,63 +361,6 @@ def test_both_ways_to_the_svd_are_timed(tmp_path, capsys):
     assert all(row["gap"] < 1e-4 < row["dense_seconds"] + row["factored_seconds"] for row in content["rows"])
     assert {"jax", "python"} <= set(content["versions"])
     assert "| 96 × 64 |" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_sketches_of_real_training_are_close_to_the_best(tmp_path):
-    sketch_error.main(["--quick", "--json", str(tmp_path / "results.json")])
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["columns"] for row in rows] == [2, 4, 8, 16]
-    assert all(row[when] > -1e-3 for row in rows for when in ("first %", "later %"))
-    assert max(rows[-1]["first %"], rows[-1]["later %"]) < 0.5 < rows[0]["first %"]
-
-
-def test_all_rules_on_sketches_are_studied():
-    assert set(sketch_error.SKETCHED) == test_sketches.SKETCHED
-
-
-def test_accuracy_by_sketches_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    asked, file = [], tmp_path / "results.json"
-    file.write_text(json.dumps({"rows": ["another kind"]}))
-
-    def compare(_images, rule, split, **_bounds):
-        asked.append(rule)
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return {"rule": rule, "split": split} | dict.fromkeys(sketch_error.RUN_COLUMNS[3:], 1.0)
-
-    monkeypatch.setattr(sketch_error, "compare", compare)
-    arguments = ["--accuracy", "--quick", "--images", "7", "--json", str(file)]
-    with pytest.raises(SystemExit, match="what is finished is kept"):
-        sketch_error.main(arguments)
-    assert [row["rule"] for row in json.loads(file.read_text())["accuracy"]] == ["raflora", "flexlora"]
-    sketch_error.main(arguments)
-    assert asked == ["raflora", "flexlora", "florist", "florist", "lora_fair"]
-    content = json.loads(file.read_text())
-    assert content["rows"] == ["another kind"]
-    assert {(row["rule"], row["images"]) for row in content["accuracy"]} == {(r, 7) for r in sketch_error.SKETCHED}
-    assert f"| {' | '.join(sketch_error.RUN_COLUMNS)} |" in capsys.readouterr().out
-
-
-def test_probes_go_on_where_they_were_stopped(tmp_path, monkeypatch):
-    seen, file = [], tmp_path / "probes.json"
-    monkeypatch.setattr(probes, "make_federation", lambda _images, split, seed: (split, seed))
-
-    def compare(federation):
-        seen.append(federation)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        yield {"probe": "one", "tau": 1.0, "moved": 0.0, "cost": 0.1}
-
-    monkeypatch.setattr(probes, "compare", compare)
-    monkeypatch.setattr(probes.datasets, "load_dataset", lambda _name: None)
-    arguments = ["--seeds", "2", "--json", str(file)]
-    with pytest.raises(SystemExit, match="what is finished is kept"):
-        probes.main(arguments)
-    probes.main(arguments)
-    assert sorted({*seen}) == sorted(seen[:2] + seen[3:])
-    assert {seed for _, seed in seen} == {0, 1}
-    assert len(json.loads(file.read_text())["cells"]) == len(seen) - 1
 
 
 @pytest.mark.parametrize("script", ["svd_border", "text_finetune", "sketch_error"])
