@@ -250,7 +250,7 @@ def test_the_field_holds_who_trained_the_same_round_and_why_others_do_not(tiny, 
         ("scale", "--clients", "100"),
         ("rank_cost",),
         ("imbalance",),
-        ("rule_cost",),
+        ("rule_cost", "--rules", "rbla", "private"),
     ],
     ids=lambda script: script[0],
 )
