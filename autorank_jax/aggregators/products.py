@@ -82,12 +82,13 @@ def flexlora(*, sigma: Sigma = "both", exact: Exact = "auto") -> Aggregator:
     Args:
         sigma: where the singular values go. The authors' code has "right"; the gradient of `lora_a` then grows with Σ
             while `lora_a` itself is of length 1, and some runs end in guessing that do not with "both".
-        exact: whether products are summed whole. Of a layer that is sketched, the mean is exact in the directions of
-            the server's factors, approximated beside them, and split as if the approximation were the mean. That is
-            close as long as clients stay near the server: what is approximated is of second order in their moves.
+        exact: whether products are summed whole: True always, "auto" in small layers only, False in none whose sides
+            are at least `2 max_rank` (see `Exact`). Else they are sketched: the mean is exact in the directions of the
+            server's factors, approximated beside them, and split as if the approximation were the mean. That is close
+            as long as clients stay near the server: what is approximated is of second order in their moves.
 
     Raises:
-        ValueError: for another `sigma` or `exact`.
+        TypeError, ValueError: for another `sigma` or `exact`.
     """
     return _product_rule(make_summand(products=True), _svd_steps(_mean_products, sigma), exact)
 
@@ -103,7 +104,8 @@ def raflora(*, levels: Levels = None, sigma: Sigma = "both", exact: Exact = "aut
         levels: `r_1 < ... < r_H` of the configuration, for all adapters or by path; every rank its own level where
             None, which is the same for ranks that are levels.
         sigma: where the singular values go.
-        exact: whether products are summed whole, as in `flexlora`. Owners' shares are exact either way.
+        exact: whether products are summed whole, as in `flexlora`, or sketched: then `P` is exact in the directions of
+            the server's factors and approximated beside them. Owners' shares are exact either way.
 
     Raises:
         ValueError: for levels that do not increase or exceed an adapter, or another `sigma` or `exact`.

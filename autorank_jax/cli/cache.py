@@ -48,10 +48,25 @@ def use_cache() -> str | None:
     return None
 
 
-def keep_programs() -> None:
-    """Keep compiled programs for the next run, or say in a line why not."""
-    if refused := use_cache():
+def keep_programs(*, wanted: bool) -> None:
+    """Keep compiled programs for the next run, or say in a line why not; unwanted, neither keep nor look for any."""
+    if not wanted:
+        importlib.import_module("jax").config.update("jax_enable_compilation_cache", False)
+    elif refused := use_cache():
         tell(refused)
+
+
+def out_of_use() -> str | None:
+    """Return why runs do not use the user's folder, in one line; None where they do."""
+    if other := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return f"not in use: JAX_COMPILATION_CACHE_DIR names {other}"
+    folder = program_folder()
+    try:
+        if folder.exists():
+            private_folder(folder)
+    except OSError as error:
+        return f"not in use: {error.strerror}"
+    return None
 
 
 def private_folder(folder: Path) -> Path:
@@ -68,7 +83,9 @@ def private_folder(folder: Path) -> Path:
         sticky = path != folder and about.st_mode & stat.S_ISVTX
         if not stat.S_ISDIR(about.st_mode) or not trusted or (about.st_mode & 0o022 and not sticky):
             raise PermissionError(
-                0, f"expected {path} as a folder that only its owner can write, got one that others can change"
+                0,
+                f"expected {path} as a folder that only its owner can write, got one that others can change; "
+                f"chmod go-w {path} mends it, if it is yours",
             )
     return folder
 

@@ -58,8 +58,7 @@ def finetune(command: Finetune) -> None:
         names = [path.stem[:60] if path else "tiny" for path in (options.model, options.data)]
         folder = command.out or default_folder("-".join(dict.fromkeys(names)), overwrite=command.overwrite)
         folder = check_folder(folder, overwrite=command.overwrite)
-    if not command.no_cache:
-        keep_programs()
+    keep_programs(wanted=not command.no_cache)
     for line in [] if command.quiet else idle_checkpoints(command):
         tell(line)
     with occupied(folder):

@@ -105,7 +105,7 @@ def help_on_program() -> str:
         lines += _entry(f"  {name}", _summary(kind), 15)
     lines += _entry("  completion", "Print a script that completes words in a shell: bash, zsh, fish or tcsh.", 15)
     lines += ["", f"{PROGRAM} COMMAND --help explains a command; {PROGRAM} --version.", "", "begin with:"]
-    return "\n".join([*lines, f"  {PROGRAM} run --dataset synthetic --split iid --rounds 3"])
+    return "\n".join([*lines, f"  {PROGRAM} run --dataset synthetic --split dirichlet_lognormal --rounds 3"])
 
 
 def help_on(command: str, *, everything: bool = False) -> str:

@@ -15,7 +15,7 @@ from autorank_jax.cli.fields import Option, expected, options_of, read_word, sho
 from autorank_jax.cli.formats import read_config, read_run
 from autorank_jax.cli.help import NEARBY, help_on, help_on_program
 from autorank_jax.cli.options import COMMANDS, PROGRAM, Command, Finetune, Run
-from autorank_jax.experiment.config import ConfigurationError, experiment_from
+from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
 from autorank_jax.experiment.language_options import language_options_from
 
 HELP = ("-h", "--help", "--help-all")
@@ -45,7 +45,20 @@ def parse(arguments: Sequence[str]) -> Command:
     given, problems = read_pieces(name, list(pieces(words, options)), options)
     if problems:
         raise ConfigurationError([*problems, *_further(COMMANDS[name], given, problems)])
-    return _made(COMMANDS[name], given)
+    made = _made(COMMANDS[name], given)
+    if isinstance(made, Run) and (problems := list(_meant_private(made.experiment, given))):
+        raise ConfigurationError(problems)
+    return made
+
+
+def _meant_private(experiment: Experiment, given: Mapping[str, Any]) -> Iterable[str]:
+    """Yield a line for every option of privacy that is given to a run without; even one that is as by default."""
+    if experiment.dp_epsilon == 0:
+        for name in (name for name in given if name.startswith("dp_")):
+            if name == "dp_epsilon":
+                yield "dp-epsilon: expected a number above 0, got 0: leave it out for a run without privacy"
+            else:
+                yield f"{name.replace('_', '-')}: expected only with --dp-epsilon, got it without, probably forgotten"
 
 
 def command_of(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:

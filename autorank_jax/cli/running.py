@@ -50,8 +50,7 @@ def run_here(command: Run) -> None:
     """Run an experiment on the devices and in the folder that a command names."""
     experiment = command.experiment
     check_run(command)
-    if not command.no_cache:
-        cache.keep_programs()
+    cache.keep_programs(wanted=not command.no_cache)
     mesh = start(command.launch, cohort=experiment.cohort)
     if not is_first():
         checkpoints = checkpoints_of(command.resume, every=0, keep=1) if command.resume else None

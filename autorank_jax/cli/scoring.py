@@ -42,6 +42,8 @@ def score_table(command: Ranks) -> None:
         tell(remark)
     if little := little_variation(table.criteria, table.matrix):
         tell(f"{little}; consider one rank for all clients")
+    if len(table.clients) == 1:
+        tell("one client has none to be compared with: its score and rank say nothing")
     with jax.enable_x64(True):
         scored = _score(command.normalization, command.min_ratio, command.max_rank, table.matrix, table.benefit)
     weights, *found = map(np.asarray, scored)

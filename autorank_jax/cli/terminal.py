@@ -14,6 +14,7 @@ from typing import TextIO
 PLAIN = {
     "–": "-", "−": "-", "±": "+-", "…": "...", "×": "x", "·": "|", "→": "->", "≥": ">=", "≤": "<=", "─": "-", "━": "-",
     "│": "|", "┃": "|", "╸": "-", "╺": "-", "•": "*", "█": "#",
+    "ε": "epsilon", "δ": "delta", "σ": "sigma", "τ": "tau", "²": "^2", "√": "sqrt ",
 }  # fmt: skip
 """Characters that some terminals lack, and what stands for them there; corners of boxes are `+`, all others `?`."""
 CORNERS = range(0x250C, 0x2574)

@@ -123,9 +123,9 @@ def expected_rounds(records: Sequence[Record], experiment: Experiment, before: i
         return f"more than the {last.round} that are done"
     reasons = {
         f"as --rate-schedule {experiment.rate_schedule} goes by all rounds": experiment.rate_schedule != "constant",
-        "for which the noise of --dp-epsilon is found": experiment.dp_epsilon and not experiment.dp_noise,
-        "for which --dp-epsilon was shared out": experiment.dp_epsilon,
-        "which is tested as the last, and would not be with --eval-every": (
+        "as --dp-epsilon found its noise for so many": experiment.dp_epsilon and not experiment.dp_noise,
+        "as --dp-epsilon was shared out over so many": experiment.dp_epsilon,
+        "as the last of them is tested, and would not be with --eval-every": (
             last.round == before and before % experiment.eval_every
         ),
     }

@@ -83,7 +83,8 @@ class Experiment:
         stragglers: share of the participants that only get straggler-steps done in each round
         straggler_steps: local steps of a straggler
         clip_norm: largest norm of what a client sends, longer updates are shrunk; 0 = any
-        dp_epsilon: budget ε of the clients' differential privacy for all rounds together; 0 = no privacy
+        dp_epsilon: budget ε of the clients' differential privacy for all rounds together, with --aggregators rbla, for
+            example, as raflora cannot be private; 0 = no privacy
         dp_delta: its δ, less than 1 / clients
         dp_clip: largest norm of what a private client adds to the sums
         dp_adaptive: share of the clients below the norm towards which dp-clip moves round by round; 0 = it stays
@@ -156,6 +157,8 @@ class Experiment:
             ConfigurationError: naming all mistakes, one per line.
         """
         problems = [*_name_problems(self), *_number_problems(self), *_joint_problems(self)]
+        if not problems and self.dp_epsilon:
+            problems += _budget_problems(self)
         if problems:
             raise ConfigurationError(problems)
 
@@ -302,7 +305,9 @@ def _number_problems(e: Experiment) -> Iterable[str]:
         for value in getattr(e, option):
             yield from outside(option, value, 0, 1, open_start=True, cause=cause)
     for option in (name for name in ("lanes", "rank_levels") if getattr(e, name) != "auto"):
-        yield from outside(option, getattr(e, option), 1, whole=True)
+        yield from (
+            line.replace(", got", ", or auto, got", 1) for line in outside(option, getattr(e, option), 1, whole=True)
+        )
 
 
 def _joint_problems(e: Experiment) -> Iterable[str]:
@@ -327,22 +332,23 @@ def _joint_problems(e: Experiment) -> Iterable[str]:
             )
     yield from _idle_problems(e)
     if e.dp_epsilon:
-        problems = list(privacy.problems(e, AGGREGATORS))
-        yield from problems if problems or e.dp_ranks not in privacy.RANKS else _budget_problems(e)
+        yield from privacy.problems(e)
 
 
 def _budget_problems(e: Experiment) -> Iterable[str]:
-    """Check whether some noise keeps the budget."""
+    """Check whether some noise keeps the budget of a private experiment that has no other mistake: it takes seconds."""
     try:
-        once = e.privacy.spent(1) if e.privacy else 0
+        plan = e.privacy
+        assert plan is not None
+        once = plan.spent(1)
     except (ImportError, ValueError) as error:
         yield f"dp-epsilon: {error}"
     else:
-        expected = e.privacy.rate * e.clients if e.privacy else 0
-        if e.dp_adaptive and e.privacy and expected / 20 <= e.privacy.noise / 2:
+        expected = plan.rate * e.clients
+        if e.dp_adaptive and expected / 20 <= plan.noise / 2:
             yield (
-                f"dp-adaptive: expected more than {10 * e.privacy.noise:.3g} clients a round for noise of "
-                f"{e.privacy.noise:.3g}, got {expected:g}: the share below the norm would drown; leave it out"
+                f"dp-adaptive: expected more than {10 * plan.noise:.3g} clients a round for noise of "
+                f"{plan.noise:.3g}, got {expected:g}: the share below the norm would drown; leave it out"
             )
         if once > e.dp_epsilon:
             yield f"dp-noise: expected noise with which one round keeps ε = {e.dp_epsilon:g}, got {e.dp_noise:g}"

@@ -1,11 +1,11 @@
 """Differential privacy of an experiment: the noise that a budget needs, and what is spent after every round."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from autorank_jax.evaluation import privacy
-from autorank_jax.experiment.names import DIFFERENTIALLY_PRIVATE
+from autorank_jax.experiment.names import AGGREGATORS, DIFFERENTIALLY_PRIVATE
 
 RANKS = ("public", "private")
 RELEASE_SHARE = 0.1
@@ -37,23 +37,29 @@ class Privacy(NamedTuple):
             neighbours = "with the data of any one client or without them"
         else:
             neighbours = "with or without any one client"
-        ranks = "ranks are public" if self.release is None else "ranks come from noisy label counts, which files show"
+        if self.release is None:
+            ranks = "ranks are public (those computed from clients' data are not covered)"
+        else:
+            ranks = "ranks come from noisy label counts, which files show"
+        sampled = "each by itself" if self.clients is None else "as a fixed number of all"
         return (
             f"Differential privacy of clients: whatever is seen of the models of all rounds of one run is at most e^ε "
-            f"times as probable {neighbours}, but for δ: ε = {self.epsilon:g}, δ = {self.delta:g}; several runs "
-            "(policies, rules, seeds) together spend more. It holds if the server is trusted, the number of clients "
-            f"public, {ranks}, and nobody sees or guesses the seed, of which the noise is drawn. Test data, the choice "
-            "of options, and the losses, counts and costs that a round reports are not private."
+            f"times as probable {neighbours}, but for δ: ε = {self.epsilon:g}, δ = {self.delta:g}, noise of "
+            f"{self.noise:.3g} times the clipping norm; several runs (policies, rules, seeds) together spend more. It "
+            f"holds if the server is trusted, the number of clients is public, who takes part is secret and drawn "
+            f"{sampled} (here {100 * self.rate:g} %), {ranks}, and nobody sees or guesses the seed, of which the noise "
+            "is drawn. Test data, the choice of options, and the losses, counts and costs that a round reports are not "
+            "private."
         )
 
 
-def problems(e: Any, known: Container[str]) -> Iterable[str]:
+def problems(e: Any) -> Iterable[str]:
     """Yield a line for what cannot be private among an experiment's options; unknown rules are told elsewhere."""
     for rule in e.aggregators:
-        if rule in known and rule not in DIFFERENTIALLY_PRIVATE:
+        if rule in AGGREGATORS and rule not in DIFFERENTIALLY_PRIVATE:
             yield (
-                f"aggregators: expected with --dp-epsilon out of {', '.join(DIFFERENTIALLY_PRIVATE)}, got {rule}: "
-                "private are rules that sum moves of factors and weights alone; use --aggregators rbla"
+                f"aggregators: expected one of {', '.join(DIFFERENTIALLY_PRIVATE)} beside --dp-epsilon, got {rule}, "
+                "which is not done privately; use --aggregators rbla"
             )
     for option, wrong in (("clip_norm", e.clip_norm), ("rerank_every", e.rerank_every)):
         if wrong:

@@ -14,7 +14,9 @@ from autorank_jax.cli import main as cli
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    names = (
+        "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache",
+    )  # fmt: skip
     before = {name: getattr(jax.config, name) for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
     yield tmp_path
@@ -43,6 +45,28 @@ def test_a_link_is_refused(home):
     (home / "autorank_jax").mkdir()
     (home / "autorank_jax" / "programs").symlink_to(home / "elsewhere")
     assert "others can change" in cache.use_cache()
+
+
+def test_what_is_not_in_use_is_said(home, monkeypatch, capsys):
+    folder = home / "autorank_jax" / "programs"
+    assert cli.main(["cache"]) == 0
+    assert capsys.readouterr().err == ""
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert cli.main(["cache"]) == 0
+    said = capsys.readouterr().err
+    assert f"{folder} is not in use: expected {folder} as a folder that only its owner can write" in said
+    assert f"chmod go-w {folder}" in said
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
+    assert cli.main(["cache"]) == 0
+    assert "is not in use: JAX_COMPILATION_CACHE_DIR names /mine" in capsys.readouterr().err
+
+
+def test_no_cache_is_no_cache_at_all(home):
+    jax.config.update("jax_compilation_cache_dir", str(home / "mine"))
+    assert jax.config.jax_enable_compilation_cache
+    cache.keep_programs(wanted=False)
+    assert not jax.config.jax_enable_compilation_cache
 
 
 def test_jax_own_setting_goes_first(home):

@@ -42,6 +42,11 @@ SEE = "(see autorank-jax {} --help)"
         (["run", "--alpha", "２"], ["alpha: expected a number, got '２', probably 2"]),
         (["run", "--alpha=0,1"], ["alpha: expected a number, got '0,1', probably 0.1"]),
         (["run", "--participation", "50%"], ["participation: expected a number, got '50%', probably 0.5"]),
+        (
+            ["run", "--dp-epsilon", "0"],
+            ["dp-epsilon: expected a number above 0, got 0: leave it out for a run without privacy"],
+        ),
+        (["run", "--dp-clip", "0.3"], ["dp-clip: expected only with --dp-epsilon, got it without, probably forgotten"]),
         (["run", "--lanes", "x"], ["lanes: expected a whole number or auto, got 'x'"]),
         (["run", "--out", ""], ["out: expected a path, got '', probably a shell variable that is empty"]),
         (["run", "--hidden", "8,x"], ["hidden: expected whole numbers with commas between them, got '8,x'"]),

@@ -50,7 +50,7 @@ def test_numbers_are_predicted(wine, tmp_path, capsys):
     arguments = [
         "run", "--dataset", "wine", "--split", "dirichlet_lognormal", "--clients", "5", "--hidden", "8",
         "--rounds", "4", "--rank-policies", "autorank", "--local-epochs", "3", "--probe-epochs", "2",
-        "--batch-size", "16", "--no-cache", "--learning-rate", "0.1", "--rank-levels", "1",
+        "--batch-size", "16", "--learning-rate", "0.1", "--rank-levels", "1",
         "--rate-schedule", "cosine", "--out", str(out),
     ]  # fmt: skip
     assert cli.main(arguments) == 0

@@ -175,7 +175,7 @@ def test_a_run_whose_budget_is_used_up_stops_and_resumes_to_the_same_bits(tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"aggregators": ("raflora",)}, "aggregators: expected with --dp-epsilon out of zero_pad, .* got raflora"),
+        ({"aggregators": ("raflora",)}, "aggregators: expected one of zero_pad, .* beside --dp-epsilon, got raflora"),
         ({"clip_norm": 1.0}, "clip-norm: expected it without --dp-epsilon"),
         ({"sampling": "by_size"}, "sampling: expected uniform or independent with --dp-epsilon"),
         (
@@ -183,6 +183,10 @@ def test_a_run_whose_budget_is_used_up_stops_and_resumes_to_the_same_bits(tmp_pa
             "criteria: expected them without loss_entropy where ranks are private",
         ),
         ({"dp_delta": 0.5}, "dp-delta: expected less than 1 / 6 clients"),
+        ({"dp_delta": 0.0}, r"^dp-delta: expected a number above 0, got 0.0$"),
+        ({"dp_noise": -1.0}, r"^dp-noise: expected a number of at least 0, got -1.0$"),
+        ({"dp_epsilon": float("inf")}, r"^dp-epsilon: expected a finite number of at least 0, got inf$"),
+        ({"rank_levels": 0}, r"^rank-levels: expected a whole number of at least 1, or auto, got 0$"),
         pytest.param(
             {"dp_epsilon": 0.5, "dp_noise": 0.3, "dp_ranks": "public"},
             "dp-noise: expected noise with which one round",

@@ -51,11 +51,11 @@ def record(policy, rounds, over=True):
         ((record("full", 3, over=False),), {"rounds": 4, "eval_every": 7}, None),
         ((record("full", 3, over=False),), {"rounds": 9, "eval_every": 7}, None),
         ((record("full", 3, over=False),), {"rounds": 3}, "more than the 3 that are done, got 3"),
-        ((record("full", 4),), {"rounds": 9, "eval_every": 3}, "4 as before, which is tested as the last"),
+        ((record("full", 4),), {"rounds": 9, "eval_every": 3}, "4 as before, as the last of them is tested"),
         (
             (record("full", 4),),
             {"rounds": 9, "dp_epsilon": 1.0},
-            "4 as before, for which the noise of --dp-epsilon is found",
+            "4 as before, as --dp-epsilon found its noise for so many",
         ),
         ((record("full", 4), record("autorank", 1)), {"rounds": 9}, "the state of full with rbla, seed 0 is not kept"),
     ],

@@ -254,7 +254,7 @@ def test_more_rounds_later_are_more_rounds_at_once(commands, capsys):
         name: np.asarray(value).tobytes() for name, value in expected.items()
     }
     assert json.loads((part / "checkpoints" / "run.json").read_text())["experiment"]["rounds"] == 7
-    assert "rounds: expected 7 as before, which is tested as the last" in fails(
+    assert "rounds: expected 7 as before, as the last of them is tested" in fails(
         capsys, "run", "--resume", part, "--rounds", 9
     )
 

@@ -264,7 +264,7 @@ BAD = {
     "rounds": (0, "rounds: expected a whole number of at least 1, got 0"),
     "local_epochs": (-1, "local-epochs: expected a whole number"),
     "batch_size": (2.5, "batch-size: expected a whole number of at least 1, got 2.5"),
-    "learning_rate": (float("nan"), "learning-rate: expected a number above 0, got nan"),
+    "learning_rate": (float("nan"), "learning-rate: expected a finite number above 0, got nan"),
     "alpha": (0.0, "alpha: expected a number above 0"),
     "sigma": (-1.0, "sigma: expected a number of at least 0"),
     "momentum": (90.0, "probably a percentage"),
