@@ -17,13 +17,13 @@ if "AUTORANK_JAX_TEST_CACHE" not in os.environ:
     os.environ["AUTORANK_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="autorank-jax-tests-")
     atexit.register(shutil.rmtree, os.environ["AUTORANK_JAX_TEST_CACHE"], ignore_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ["AUTORANK_JAX_TEST_CACHE"])  # also of processes started
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import pytest
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from what they start in the background
 jax.config.update("jax_compilation_cache_dir", os.environ["AUTORANK_JAX_TEST_CACHE"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
