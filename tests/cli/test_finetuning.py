@@ -228,9 +228,7 @@ class Stopped(Exception):  # noqa: N818
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("rule", ["raflora", "flora"])  # flora changes the base
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, rule):
-    options = LanguageOptions(
-        aggregator=rule, rounds=3, clients=3, alpha=1.0, tokens=2, max_rank=4, max_length=64, probe_epochs=1
-    )
+    options = LanguageOptions(aggregator=rule, rounds=3, clients=3, alpha=1.0, tokens=2, max_rank=4, max_length=64)
     whole = language.run_language(options)
     checkpoints, events = Checkpoints(tmp_path, every=2, keep=9), []
 
