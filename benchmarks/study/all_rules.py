@@ -7,7 +7,7 @@ ranks reversed), ten clients, MLP 784-200-200-10, one local epoch, batch 64, SGD
 Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.all_rules    (full Fashion-MNIST, over an hour on two cores)
           python -m benchmarks.study.all_rules --quick                  (embedded subset)
           python -m benchmarks.study.all_rules --report                 (runs nothing)
-Writes:   a line per cell in benchmarks/study/results/all_rules.jsonl, and the tables in all_rules.md
+Writes:   a line per cell in benchmarks/study/results/all_rules.jsonl
 Expect:   see benchmarks/study/README.md
 """
 
@@ -148,11 +148,9 @@ def main(arguments: list[str] | None = None) -> None:
     with harness.shared_programs():
         run_rules(make_cells(rules, **how), file, NOTHING if options.report else Bounds())
     if found := run_rules(make_cells(GLOBAL_RULES, **how), file, NOTHING):
-        text = tables(found)
-        harness.write_text(file.path.with_suffix(".md"), text)
+        print(tables(found))
     else:
-        text = "No cell is complete yet."
-    print(text)
+        print("No cell is complete yet.")
 
 
 if __name__ == "__main__":

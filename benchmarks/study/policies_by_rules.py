@@ -13,7 +13,7 @@ Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.policies_by_rules    
           AUTORANK_JAX_DATA=DIR python -m benchmarks.study.policies_by_rules --confirm
           (the best pairs on fresh seeds, and on MNIST)
           python -m benchmarks.study.policies_by_rules --quick    (embedded subset, two minutes on two cores)
-Writes:   a line per cell in benchmarks/study/results/policies_by_rules.jsonl, and the answers in policies_by_rules.md
+Writes:   a line per cell in benchmarks/study/results/policies_by_rules.jsonl
 Expect:   see benchmarks/study/README.md
 """
 
@@ -298,9 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not table:
         print("No cell is complete yet.")
         return
-    text = tables(whole, table, pairs, rates)
-    print(text)
-    harness.write_text(plan.file.path.with_suffix(".md"), text)
+    print(tables(whole, table, pairs, rates))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Not run in full yet.
 """
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from autorank_jax import datasets
 from autorank_jax.adapters.lora import equal_ranks
 from autorank_jax.engine.flops import FlopModel, training_flops
 from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
-from benchmarks import harness
+from benchmarks import harness, script
 from benchmarks.study.columns import SPLITS
 from benchmarks.study.options import RESULTS, make_parser
 
@@ -170,11 +169,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="run nothing: show what is published")
     options = parser.parse_args(arguments)
     if options.report:
-        print(table(json.loads((RESULTS / "probes.json").read_text(encoding="utf-8"))["cells"]))
+        print(table(script.read(RESULTS / "probes.json")["cells"]))
         return
     images = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
     splits = ["staircase"] if options.quick else [name for name in SPLITS if name != "central"]
-    known = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.exists() else {}
+    known = script.read(options.json)
     cells: list[dict[str, Any]] = known.get("cells", [])
     there = {(cell["split"], cell["seed"]) for cell in cells}
     seeds = range(1 if options.quick else options.seeds)

@@ -22,7 +22,6 @@ Time and numbers to expect: a minute a setting, most of it compilation; see benc
 import argparse
 import functools
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +44,7 @@ from autorank_jax.evaluation.metrics import make_evaluate
 from autorank_jax.models.vision import MLP
 from autorank_jax.ranks import policies
 from autorank_jax.types import Adapter, Aggregator, Array, FederatedData, Key, RoundFn, Server, State, Sums, Task
-from benchmarks import harness
+from benchmarks import harness, script
 from benchmarks.study.columns import SPLITS
 from benchmarks.study.options import RESULTS, make_parser
 
@@ -225,12 +224,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="measure nothing: show what is published")
     options = parser.parse_args(arguments)
     if options.report:
-        published = json.loads((RESULTS / "sketch_error.json").read_text(encoding="utf-8"))
+        published = script.read(RESULTS / "svds.json")
         print(harness.markdown_table(published["rows"], COLUMNS))
         if runs := published.get("accuracy"):
             print("", harness.markdown_table(runs, RUN_COLUMNS), sep="\n")
         return
-    old = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.exists() else {}
+    old = script.read(options.json)
     part = "accuracy" if options.accuracy else "rows"
     for rows in measure_accuracy(options, old.get("accuracy", ())) if options.accuracy else measure_errors(options):
         print(harness.markdown_table(rows, RUN_COLUMNS if options.accuracy else COLUMNS), flush=True)

@@ -8,13 +8,12 @@ stacks) is measured apart too. `carried` is what a round has to hold while clien
 or stacks that grow with it. Both must give the same truncated product to 1e-4 before they are timed. The rows of
 4096 × 4096 are those of 768 × 768 times (4096 / 768)³, by which both ways grow, and say so; `--largest` measures one.
 
-Command:  python -m benchmarks.study.svd_border --json benchmarks/study/results/svd_border.json
+Command:  python -m benchmarks.study.svd_border --json benchmarks/study/results/svds.json
           python -m benchmarks.study.svd_border --report    (runs nothing: prints the published rows)
 Hardware: two CPU cores
 Time and numbers to expect: see benchmarks/study/README.md
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from benchmarks import harness
+from benchmarks import harness, script
 from benchmarks.study.options import RESULTS, make_parser
 
 RANK = 16
@@ -134,11 +133,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--largest", action="store_true", help="measure one cohort of 4096 × 4096 too: minutes")
     parser.add_argument("--quick", action="store_true", help="two small layers, two cohorts, one turn")
     parser.add_argument("--report", action="store_true", help="measure nothing: show what is published")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file to write to; what else is in it stays")
     options = parser.parse_args(arguments)
     if options.report:
-        rows = json.loads((RESULTS / "svd_border.json").read_text(encoding="utf-8"))["rows"]
-        print(harness.markdown_table(rows, COLUMNS))
+        print(harness.markdown_table(script.read(RESULTS / "svds.json")["border"]["rows"], COLUMNS))
         return
     layers, shares, repeats = (LAYERS, SHARES, options.repeats)
     if options.quick:
@@ -152,7 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.largest:
         rows.append(measure(LARGE, SHARES[0], 1))
     print(harness.markdown_table(rows, COLUMNS))
-    harness.write_json(options.json, {"rows": rows, "versions": harness.versions(), "device": harness.device()})
+    border = {"rows": rows, "versions": harness.versions(), "device": harness.device()}
+    harness.write_json(options.json, script.read(options.json) | {"border": border})
 
 
 if __name__ == "__main__":
