@@ -1,4 +1,4 @@
-"""What the scripts of `speed/` and `robustness/` share, and partly those of `study/`: options, tables, pictures with captions, and results in files.
+"""What the scripts of `speed/` and `robustness/` share: options, tables, pictures with captions, and results in files.
 
 Such a script has two functions of its results: `tables(content)`, Markdown by name, and `draw(content)`, a picture. It
 hands both to `publish` when it has measured; `python -m benchmarks.report` hands them the results that are stored.
