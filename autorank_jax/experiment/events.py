@@ -13,6 +13,7 @@ class Stage(NamedTuple):
     name: str
     number: int = 1
     total: int = 1  # of its kind
+    told: bool = False  # how long it took, by a later event
 
 
 class Leveled(NamedTuple):

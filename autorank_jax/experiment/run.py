@@ -158,8 +158,8 @@ def run_experiment(
         cost = make_round_cost(experiment, rule, flops)
         program = None
         if name in needing:
+            on_event(Stage("compiling", needing.index(name) + 1, len(needing), told=True))
             if compiled is None or not serves(compiled, experiment, name, position.levels):
-                on_event(Stage("compiling", needing.index(name) + 1, len(needing)))
                 compiled = compile_training(experiment, name, federations[0], mesh, position.levels)
             begin = time.perf_counter()
             program = make_program(experiment, name, federations[0], dataset, compiled=compiled, cost=cost)
@@ -316,7 +316,7 @@ def compile_probe(
     partial = any(flag is not True for flag in rule.trains(rule.init(federation.task.server)))
     chosen = experiment.rank_levels == "auto" and list(levels) != [widest]
     if not (experiment.eventful or partial or chosen):
-        on_event(Stage("compiling", 1, total))
+        on_event(Stage("compiling", 1, total, told=True))
         return compile_training(experiment, name, federation, mesh, levels)
     on_event(Stage("compiling the probe"))
     calm = dataclasses.replace(experiment, participation=1.0, sampling="uniform", drop_out=0.0, stragglers=0.0)
