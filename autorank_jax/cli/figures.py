@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from autorank_jax.cli.tables import EQUAL
+from autorank_jax.cli.tables import EQUAL, about
 from autorank_jax.experiment.results import SCORES, Results, Run, Scores, accuracies, run_names, si
 
 # Okabe and Ito: told apart with every common colour blindness.
@@ -59,7 +59,7 @@ def accuracy_figure(results: Results) -> Figure:
         )
         for name, runs in run_names(results).items()
     ]
-    return curves_figure(curves, _caption(results), score=SCORES[results.score])
+    return curves_figure(curves, about(results), score=SCORES[results.score])
 
 
 def curves_figure(curves: Sequence[Curve], caption: str, *, score: str = "accuracy") -> Figure:
@@ -112,16 +112,6 @@ def _curve(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
     flops = np.array([[run.rows[number - 1].train_flops for number in rounds] for run in runs])
     deviation = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(len(rounds))
     return np.array(rounds), flops.mean(axis=0), values.mean(axis=0), deviation
-
-
-def _caption(results: Results) -> str:
-    config = results.config
-    seeds = f"mean ± sd of {config['seeds']} seeds" if config["seeds"] > 1 else f"seed {config['first_seed']}"
-    private = f" · ε = {config['dp_epsilon']:g}" if config.get("dp_epsilon") else ""
-    return (
-        f"{config['dataset']} · {config['split']} · {config['clients']} clients · {config['model']} · "
-        f"local epochs {config['local_epochs']} · {seeds}{private}"
-    )
 
 
 def ranks_figure(scores: Scores, *, seeds: int = 1) -> Figure:

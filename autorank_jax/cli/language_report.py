@@ -140,6 +140,7 @@ def _totals_table(results: LanguageResults) -> Table:
         table.add_column(name, justify="right")
     for row in _totals(summarize_language(results)):
         table.add_row(*row)
+    table.caption = "Seconds depend on the machine and its load."
     return table
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from rich.table import Table
 
-from autorank_jax.cli.tables import comparison_tables, footnotes, scores_table
+from autorank_jax.cli.tables import about, comparison_tables, footnotes, scores_table
 from autorank_jax.experiment.doubts import doubts
 from autorank_jax.experiment.results import Results
 
@@ -37,6 +37,7 @@ def html_report(results: Results, pictures: Mapping[str, bytes]) -> bytes:
 
 
 def _body(results: Results, pictures: Mapping[str, bytes]) -> Iterator[str]:
+    yield f'<p class="note">{_text(about(results))}</p>'
     if results.stopped:
         yield f'<p class="stopped">Ended before its time: {_text(results.stopped)}</p>'
     for table in comparison_tables(results):
