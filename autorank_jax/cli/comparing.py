@@ -18,6 +18,7 @@ from autorank_jax.cli.folders import ReportError, is_of_a_run
 from autorank_jax.cli.formats import read_json, write_file
 from autorank_jax.cli.options import Compare
 from autorank_jax.cli.tables import make_console, make_table, percent
+from autorank_jax.cli.wrapping import print_line
 from autorank_jax.experiment.config import ConfigurationError
 from autorank_jax.experiment.results import (
     SCORES,
@@ -70,7 +71,7 @@ def compare(command: Compare) -> None:
     except OSError as error:
         raise ReportError(f"output: expected to write {output}, got: {error.strerror or error}") from error
     show(make_console(), found)
-    make_console().print(f"Written to {output}", soft_wrap=True)
+    print_line(make_console(), f"Written to {output}")
 
 
 def show(console: Console, found: Sequence[Found]) -> None:
@@ -78,7 +79,7 @@ def show(console: Console, found: Sequence[Found]) -> None:
     named = with_short_names(found, max(8, console.width // 5))
     for long, short in zip(found, named, strict=True):
         if long.name != short.name:
-            console.print(f"{short.name} is {long.name}", soft_wrap=True)
+            print_line(console, f"{short.name} is {long.name}")
     across = max(2, (console.width - 20) // 16)
     for begin in range(0, len(named), across):
         differences = differences_table(named, named[begin : begin + across])
@@ -88,7 +89,7 @@ def show(console: Console, found: Sequence[Found]) -> None:
         console.print(results)
     for run in named:
         if run.stopped:
-            console.print(f"{run.name} ended before its time: {run.stopped}", soft_wrap=True)
+            print_line(console, f"{run.name} ended before its time: {run.stopped}")
 
 
 def with_short_names(found: Sequence[Found], most: int) -> list[Found]:
@@ -161,8 +162,8 @@ def _curves(found: Sequence[Found]) -> Iterator[Curve]:
 
 
 def _caption(found: Sequence[Found]) -> str:
-    words = ("dataset", "split", "model", "clients")
-    shared = [f"{word} {found[0].config.get(word)}" for word in words if len(_values(found, word)) == 1]
+    words = ("dataset", "split", "model", "clients", "aggregators", "learning_rate")
+    shared = [f"{w.replace('_', ' ')} {_word(found[0].config.get(w))}" for w in words if len(_values(found, w)) == 1]
     return " · ".join(shared)
 
 

@@ -23,8 +23,10 @@ from autorank_jax.cli.interrupts import Interrupted, Interruption
 from autorank_jax.cli.live import Display
 from autorank_jax.cli.logs import Logs, log_problems
 from autorank_jax.cli.options import Run
+from autorank_jax.cli.stages import Stages
 from autorank_jax.cli.tables import comparison_tables, fitted, footnotes, make_console
 from autorank_jax.cli.terminal import tell
+from autorank_jax.cli.wrapping import print_line
 from autorank_jax.experiment.checkpoints import Checkpoints, expected_rounds
 from autorank_jax.experiment.config import ConfigurationError, Experiment, without_effect
 from autorank_jax.experiment.doubts import doubts
@@ -111,9 +113,12 @@ def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
             raise Interrupted(f"interrupted; {rounds}", interruption.code) from None
         write_run(folder, {"experiment": dataclasses.asdict(experiment)}, checkpoints)
         raise Interrupted(f"{stop}; {rounds}; go on with: {how_to_resume(folder, 'run')}", stop.code) from None
-    paths, problem = save_results(folder, results)
+    with Stages(console) as stages:
+        stages.begin("drawing and writing")
+        paths, problem = save_results(folder, results)
     show(console, experiment, results, paths)
-    console.print(about_extension(folder, experiment, results, checkpoints), soft_wrap=True)
+    for line in about_extension(folder, experiment, results, checkpoints).splitlines():
+        print_line(console, line)
     if problem:
         raise problem
 
@@ -135,7 +140,7 @@ def about_extension(folder: Path, experiment: Experiment, results: Results, chec
     kept = expected_rounds(records, more, experiment.rounds)
     if kept:
         return f"It cannot be extended by more rounds, {kept.partition(', ')[2]}."
-    return f"It can be extended by more rounds: {how_to_resume(folder, 'run')} --rounds N"
+    return f"It can be extended by more rounds:\n{how_to_resume(folder, 'run')} --rounds N"
 
 
 def check_run(command: Run) -> None:
@@ -160,11 +165,12 @@ def show(console: Console, experiment: Experiment, results: Results, paths: Sequ
         for part in fitted(table, console):
             console.print(part)
     for line in footnotes(results):
-        console.print(line)
+        print_line(console, line)
     if experiment.split == "staircase":
-        console.print(
+        print_line(
+            console,
             "On the staircase any rule that grows with a client's size gives nearly the same ranks, so it cannot tell "
-            "such rules apart: try --split dirichlet_lognormal --aggregators rbla,raflora, with several --seeds."
+            "such rules apart: try --split dirichlet_lognormal --aggregators rbla,raflora, with several --seeds.",
         )
     names = ", ".join(path.name for path in paths)
-    console.print(f"Written to {paths[0].parent}: {names}", soft_wrap=True)
+    print_line(console, f"Written to {paths[0].parent}: {names}")

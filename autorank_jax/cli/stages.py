@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autorank_jax.cli.terminal import counted
+from autorank_jax.cli.wrapping import print_line
 
 SILENCE = 10.0
 """Seconds after which there is another line, where nothing moves."""
@@ -60,7 +61,7 @@ class Stages:
     def say(self, line: str) -> None:
         """Print a line that stays."""
         self.said = time.monotonic()
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(self.console, line)
 
     def say_resumed(self, rounds: int, differences: Sequence[str]) -> None:
         """Tell what is taken over from an earlier process, and what has changed since."""

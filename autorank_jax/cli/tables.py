@@ -11,8 +11,10 @@ from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from autorank_jax.cli.terminal import counted
+from autorank_jax.cli.wrapping import Words, wrapped
 from autorank_jax.datasets import DatasetInfo
 from autorank_jax.experiment.config import POLICIES, Experiment
 from autorank_jax.experiment.results import SCORES, Results, Scores, si, summarize
@@ -32,8 +34,13 @@ def make_console(*, quiet: bool = False) -> Console:
     return Console(file=sys.stdout, quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
-def scores_table(scores: Scores) -> Table:
-    """Show criteria, CRITIC weights, closeness, and the ratio and ranks of AutoRank (else of the first policy)."""
+def scores_table(scores: Scores, *, seeds: int = 1) -> Table:
+    """Show criteria, CRITIC weights, closeness, and the ratio and ranks of AutoRank (else of the first policy).
+
+    Args:
+        scores: of one seed.
+        seeds: of which only the first is shown.
+    """
     policy = "autorank" if "autorank" in scores.ratios else next(iter(scores.ratios))
     ranks, meaning = _shown_ranks(scores.ranks[policy])
     table = make_table(f"Clients under seed {scores.seed}, ranks by {policy}", padding=0)  # to fit 80 columns
@@ -55,6 +62,7 @@ def scores_table(scores: Scores) -> Table:
     more = len(scores.size) - SHOWN_CLIENTS
     table.caption = f"{meaning} More of a criterion means more complex data."
     table.caption += f" {counted(more, 'more client')} in criteria.csv." if more > 0 else ""
+    table.caption += f" Shown is the first of {seeds} seeds; criteria.csv has all." if seeds > 1 else ""
     return table
 
 
@@ -126,7 +134,20 @@ def footnotes(results: Results) -> Iterator[str]:
             "** What is not finite is left out, probably as the learning rate is too large; a round in which nobody "
             "reports leaves the server as it was."
         )
-    yield f"Seconds to compile: {', '.join(f'{s:.1f} for {rule}' for rule, s in results.compile_seconds.items())}."
+    compiling = ", ".join(f"{s:.1f} s for {rule}" for rule, s in results.compile_seconds.items())
+    yield f"Seconds to train and to compile depend on the machine and its load. To compile took {compiling}."
+
+
+def about(results: Results) -> str:
+    """Say in a line what a run was of; the rule where there is one, as several are named beside the policies."""
+    config = results.config
+    seeds = f"mean ± sd of {config['seeds']} seeds" if config["seeds"] > 1 else f"seed {config['first_seed']}"
+    rule = f"{config['aggregators'][0]} · " if len(config["aggregators"]) == 1 else ""
+    private = f" · ε = {config['dp_epsilon']:g}" if config.get("dp_epsilon") else ""
+    return (
+        f"{config['dataset']} · {config['split']} · {config['clients']} clients · {config['model']} · {rule}"
+        f"learning rate {config['learning_rate']:g} · local epochs {config['local_epochs']} · {seeds}{private}"
+    )
 
 
 _MEASURED = {
@@ -196,8 +217,8 @@ def datasets_table(rows: Sequence[DatasetInfo]) -> Table:
     return table
 
 
-def fitted(table: Table, console: Console) -> Iterator[Table]:
-    """Yield a table; in parts that share the first column where a terminal has no room for the words of all columns."""
+def fitted(table: Table, console: Console) -> Iterator[Table | Text]:
+    """Yield a table, and its caption; in parts that share the first column where there is no room for all words."""
     unlimited, many = console.options.update(max_width=10_000), len(table.columns)
     first = 1
     for last in range(2, many + 1):
@@ -205,17 +226,19 @@ def fitted(table: Table, console: Console) -> Iterator[Table]:
         if wider is None or Measurement.get(console, unlimited, wider).minimum > console.width:
             yield _part(table, first, last)
             first = last
+    if table.caption:
+        yield Text("\n".join(wrapped(str(table.caption), console.width)), "table.caption")
 
 
 def _part(table: Table, first: int, last: int) -> Table:
     """Return the first of a table's columns and some of the others."""
     columns = [table.columns[0], *table.columns[first:last]]
     part = make_table(str(table.title) if first == 1 else "", table.padding[1])
-    part.caption = table.caption if last == len(table.columns) else None
     for column in columns:
-        part.add_column(column.header, justify=column.justify, overflow="fold")
+        part.add_column(Words(str(column.header)), justify=column.justify)
     for row, *cells in zip(table.rows, *(column.cells for column in columns), strict=True):
-        part.add_row(*cells, style=row.style, end_section=row.end_section)
+        if any(cells[1:]):
+            part.add_row(*map(Words, map(str, cells)), style=row.style, end_section=row.end_section)
     return part
 
 

@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import TextIO
@@ -48,7 +49,8 @@ class Forgiving(io.TextIOBase):
         return getattr(self.stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Write a text, in other characters where the stream has not these."""
+        """Write a text, in other characters where the stream has not these, and in files no blanks that end lines."""
+        text = text if self.isatty() else re.sub(" +(?=\n)", "", text)
         with self._noted():
             try:
                 if self.stream:

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +16,16 @@ from autorank_jax.cli import files as report
 from autorank_jax.cli.figures import SHOWN_CLIENTS, accuracy_figure, ranks_figure
 from autorank_jax.cli.files import write_results
 from autorank_jax.cli.folders import FILES, ReportError, check_folder
-from autorank_jax.cli.tables import comparison_tables, criteria_table, datasets_table, fitted, scores_table
+from autorank_jax.cli.report import html_report
+from autorank_jax.cli.tables import (
+    comparison_tables,
+    criteria_table,
+    datasets_table,
+    fitted,
+    footnotes,
+    scores_table,
+)
+from autorank_jax.cli.wrapping import print_line, wrapped
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.results import (
     Row,
@@ -231,13 +242,23 @@ def test_every_number_is_whole_on_a_narrow_terminal(width):
     console = Console(file=io.StringIO(), width=width)
     scores = make_scores(0)._replace(criteria=("label_entropy", "gini_simpson"), closeness=np.array([0.111, 0.999]))
     for table in (scores_table(scores), *comparison_tables(make_results(("rbla", "zero_pad")))):
-        expected = {cell for column in table.columns for text in column.cells for cell in str(text).split()}
+        console.file.seek(0)
+        console.file.truncate()
+        expected = {str(text) for column in table.columns[1:] for text in column.cells}
+        expected |= {word for text in table.columns[0].cells for word in str(text).split()}
         parts = list(fitted(table, console))
-        assert len(parts) == 1 or width == 40
-        console.print(*parts)
-        assert expected <= set(console.file.getvalue().replace("│", " ").split())
-        assert str(table.caption).split() == str(parts[-1].caption).split()
-    lines = console.file.getvalue().splitlines()
+        assert len(parts) == 1 + bool(table.caption) or width == 40
+        for part in parts:
+            console.print(part)
+        text = console.file.getvalue()
+        assert [cell for cell in expected if cell not in text] == []
+        if table.caption:
+            words = str(table.caption).split()
+            assert text.split()[-len(words) :] == words
+            assert len(text.splitlines()[-1]) > 20  # across all columns of the terminal
+        lines = text.splitlines()
+        assert not any(re.search(r"\d$", line) and re.match(r" *%", after) for line, after in itertools.pairwise(lines))
+    assert sum(line.strip() == "weight" for line in lines) == 0
     assert max(map(len, lines)) <= width
     assert "…" not in console.file.getvalue()
 
@@ -256,3 +277,55 @@ def test_tables_fit_a_terminal():
     assert "…" not in text
     for word in ("weight", "0.750", "closeness", "60.0 ± 14.1 %", "rounds to 95 %", "training FLOPs", "8 M"):
         assert word in text
+
+
+def test_a_narrow_table_has_no_empty_row_and_no_number_without_its_unit():
+    console = Console(file=io.StringIO(), width=40)
+    scores = make_scores(0)._replace(criteria=("label_entropy", "gini_simpson"))
+    for part in fitted(scores_table(scores), console):
+        console.print(part)
+    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["weight"] not in rows
+    assert sum(row[:1] == ["weight"] for row in rows) == 1
+    console = Console(file=io.StringIO(), width=30)
+    for table in comparison_tables(make_results()):
+        for part in fitted(table, console):
+            console.print(part)
+    lines = console.file.getvalue().splitlines()
+    assert any("60.0 ± 14.1 %" in line for line in lines)
+    assert any("50 %" in line for line in lines)  # of "rounds to 50 %", in two lines
+    assert not any(re.match(r"\s*%", line) for line in lines)
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_lines_end_between_words_on_a_terminal_and_are_whole_in_a_file(width):
+    line = (
+        "One level: another would save about 0.5 s of training and cost 2.1 s of compilation, which is 420 G or 50 %."
+    )
+    for moving in (True, False):
+        console = Console(file=io.StringIO(), width=width, force_terminal=moving, color_system=None)
+        print_line(console, line)
+        print_line(console, f"autorank-jax run --resume {'folder/' * 20} --rounds N")
+        *parts, command = console.file.getvalue().splitlines()
+        assert command.endswith("--rounds N")  # in one line, to be copied
+        assert " ".join(parts) == line
+        assert max(map(len, parts)) <= width or not moving
+        assert (len(parts) > 1) == moving
+        assert not any(part[-1].isdigit() for part in parts)
+    for columns in range(8, 100):
+        assert not any(part[-1].isdigit() for part in wrapped(line, columns))
+
+
+def test_pictures_and_report_name_rule_and_learning_rate():
+    results = make_results()
+    line = "synthetic · staircase · 2 clients · mlp · rbla · learning rate 0.01 · local epochs 5 · mean ± sd of 2 seeds"
+    assert accuracy_figure(results)._suptitle.get_text() == line
+    assert line in html_report(results, {}).decode()
+    several = make_results(("rbla", "zero_pad"))  # which the legend names
+    assert accuracy_figure(several)._suptitle.get_text() == line.replace("rbla · ", "")
+
+
+def test_seconds_are_said_to_be_of_the_machine():
+    assert list(footnotes(make_results()))[-1] == (
+        "Seconds to train and to compile depend on the machine and its load. To compile took 1.5 s for rbla."
+    )

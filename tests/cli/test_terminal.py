@@ -14,7 +14,7 @@ import pytest
 from autorank_jax.cli import folders
 from autorank_jax.cli import main as cli
 from autorank_jax.cli.folders import FILES, occupied
-from autorank_jax.cli.terminal import counted, plain
+from autorank_jax.cli.terminal import Forgiving, counted, plain
 from autorank_jax.experiment.events import Stopped
 from tests.cli.cases import fails, make_results
 
@@ -56,7 +56,7 @@ def test_a_run_says_whether_it_can_be_extended(tmp_path, training, monkeypatch, 
     monkeypatch.setattr(running, "run_experiment", lambda *given, **named: only_first(make_results()))  # noqa: ARG005
     assert cli.main([*RUN, "--out", str(out), "--overwrite"]) == 0
     assert capsys.readouterr().out.endswith(
-        f"It can be extended by more rounds: autorank-jax run --resume {out} --rounds N\n"
+        f"It can be extended by more rounds:\nautorank-jax run --resume {out} --rounds N\n"
     )
 
 
@@ -99,6 +99,12 @@ def test_characters_that_a_terminal_lacks_are_written_in_others():
     assert plain("a – b ± c … ┌─┐│ 漢", "ascii") == "a - b +- c ... +-+| ?"
     assert plain("5 ± 1 …", "latin-1") == "5 ± 1 ..."
     assert plain("– 漢", "utf-8") == "– 漢"
+
+
+def test_lines_in_a_file_end_in_no_blanks(tmp_path):
+    with (tmp_path / "kept").open("w") as file:
+        print("a  b   \n\n   c \n", file=Forgiving(file), end="")
+    assert (tmp_path / "kept").read_text() == "a  b\n\n   c\n"
 
 
 def test_help_into_a_pipe_that_nobody_reads(tmp_path, monkeypatch, capsys):
