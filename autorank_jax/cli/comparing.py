@@ -163,7 +163,8 @@ def _curves(found: Sequence[Found]) -> Iterator[Curve]:
 
 def _caption(found: Sequence[Found]) -> str:
     words = ("dataset", "split", "model", "clients", "aggregators", "learning_rate")
-    shared = [f"{w.replace('_', ' ')} {_word(found[0].config.get(w))}" for w in words if len(_values(found, w)) == 1]
+    config = found[0].config
+    shared = [f"{w.replace('_', ' ')} {_word(config[w])}" for w in words if w in config and len(_values(found, w)) == 1]
     return " · ".join(shared)
 
 

@@ -14,9 +14,11 @@ _GLUED = re.compile(r"(?<=\d) (?=[%±]|(?:s|min|h|MB|[kMGTPE])\b)|(?<=±) ")
 
 def wrapped(text: str, width: int) -> list[str]:
     """Return a text in lines of at most some characters; what is longer than a line is cut."""
-    glued = (_GLUED.sub("\0", line) for line in text.splitlines())
-    lines = (textwrap.wrap(line, max(width, 1), break_on_hyphens=False) or [""] for line in glued)
-    return [line.replace("\0", " ") for some in lines for line in some]
+    lines: list[str] = []
+    for line in text.splitlines():
+        glued, indent = _GLUED.sub("\0", line), line[: len(line) - len(line.lstrip())]
+        lines += textwrap.wrap(glued, max(width, 1), subsequent_indent=indent, break_on_hyphens=False) or [""]
+    return [line.replace("\0", " ") for line in lines]
 
 
 class Words:

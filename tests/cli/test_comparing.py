@@ -52,6 +52,11 @@ def test_runs_beside_each_other(runs, tmp_path, monkeypatch, capsys):
         "one: autorank", "one: full", "[other]: autorank+rbla", "[other]: full+rbla", "[other]: autorank+zero_pad",
         "[other]: full+zero_pad",
     ]  # fmt: skip
+    shared = "dataset synthetic · split staircase · model mlp · clients 2"
+    assert drawn[0].get_suptitle() == shared
+    again = Path(shutil.copytree(runs[0], tmp_path / "again"))
+    assert cli.main(["compare", str(runs[0]), str(again)]) == 0
+    assert drawn[1].get_suptitle() == f"{shared} · aggregators rbla · learning rate 0.01"
     assert list(drawn[0].axes[0].lines[0].get_ydata()) == pytest.approx([0.15, 0.5, 0.6])
 
 

@@ -294,6 +294,7 @@ def test_a_narrow_table_has_no_empty_row_and_no_number_without_its_unit():
     lines = console.file.getvalue().splitlines()
     assert any("60.0 ± 14.1 %" in line for line in lines)
     assert any("50 %" in line for line in lines)  # of "rounds to 50 %", in two lines
+    assert wrapped("  of the slowest", 10) == ["  of the", "  slowest"]
     assert not any(re.match(r"\s*%", line) for line in lines)
 
 
@@ -319,10 +320,10 @@ def test_lines_end_between_words_on_a_terminal_and_are_whole_in_a_file(width):
 def test_pictures_and_report_name_rule_and_learning_rate():
     results = make_results()
     line = "synthetic · staircase · 2 clients · mlp · rbla · learning rate 0.01 · local epochs 5 · mean ± sd of 2 seeds"
-    assert accuracy_figure(results)._suptitle.get_text() == line
+    assert accuracy_figure(results).get_suptitle() == line
     assert line in html_report(results, {}).decode()
     several = make_results(("rbla", "zero_pad"))  # which the legend names
-    assert accuracy_figure(several)._suptitle.get_text() == line.replace("rbla · ", "")
+    assert accuracy_figure(several).get_suptitle() == line.replace("rbla · ", "")
 
 
 def test_seconds_are_said_to_be_of_the_machine():

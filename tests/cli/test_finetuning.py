@@ -88,6 +88,7 @@ def test_what_is_shown_and_written_is_worked_by_hand(tmp_path, capsys, monkeypat
     assert shown["sport"] == "–"
     assert shown["clients left out, not finite"] == "1"
     assert "raflora, 2 rounds" in captured.out
+    assert "machine and its load" in " ".join(captured.out.split())
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["perplexity"] == {"before": 40.0, "after": 10.0}
     assert summary["clients_perplexity"] == {

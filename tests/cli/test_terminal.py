@@ -37,9 +37,12 @@ def training(monkeypatch):
 def test_a_run_says_whether_it_can_be_extended(tmp_path, training, monkeypatch, capsys):  # noqa: ARG001
     out, running = tmp_path / "out", importlib.import_module("autorank_jax.cli.running")
     monkeypatch.setattr(running, "save_results", lambda folder, _: ([folder / "config.json"], None))  # it draws
+    begun = []
+    monkeypatch.setattr(running.Stages, "begin", lambda _, stage: begun.append(stage))
     assert cli.main([*RUN, "--out", str(out)]) == 0
     without = "It cannot be extended by more rounds, as no checkpoints were kept: --checkpoint-every N keeps some.\n"
     assert capsys.readouterr().out.endswith(without)
+    assert begun == ["drawing and writing"]  # which takes seconds
     out.mkdir()
     (out / "config.json").write_text("{}")
     assert fails(capsys, "run", "--resume", out, "--rounds", "9") == (

@@ -59,8 +59,9 @@ def runs_of(results, policy):
 
 def test_events_tell_the_whole_story(tiny):
     results, events = tiny
-    assert [event.name for event in events if isinstance(event, Stage)] == [
-        "reading synthetic", "building clients and model", "compiling", "probing", "ranking",
+    assert [(event.name, event.told) for event in events if isinstance(event, Stage)] == [
+        ("reading synthetic", False), ("building clients and model", False), ("compiling", True), ("probing", False),
+        ("ranking", False), ("compiling", True),
     ]  # fmt: skip
     kinds = [type(event) for event in events if not isinstance(event, Stage)]
     assert kinds[:3] == [Scored, Scored, Compiled]
