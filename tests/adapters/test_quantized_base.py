@@ -47,7 +47,7 @@ def test_logits_are_near_those_without(case):
     form, model, _, _ = case
     ours, theirs = jax.jit(lambda: (model(IDS), init_causal_lm(SIZES)(IDS)))()
     error = jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs)
-    assert 1e-4 < error < {"int8": 0.015, "nf4": 0.15}[form]
+    assert 1e-3 < error < {"int8": 0.03, "nf4": 0.4}[form]  # three times that of the matrices
 
 
 def test_losses_and_gradients_are_those_of_the_same_numbers_in_floats(case):
@@ -74,15 +74,12 @@ def test_the_base_takes_its_bytes_and_is_never_whole_in_floats(case):
     held = [sum(leaf.nbytes for leaf in jax.tree.leaves(task.server.frozen)) for task in (ours, theirs)]
     assert held[1] - held[0] == saved
 
-    def text_of(task):
-        gradient = jax.grad(lambda t: jnp.sum(task.loss(task.server.frozen, t, BATCH, jax.random.key(0))))
-        return str(jax.make_jaxpr(jax.vmap(gradient))(jax.tree.map(lambda x: jnp.stack([x] * 3), task.server.trainable)))
-
-    whole = "f32[2,64,96]"  # two blocks' up_proj; three clients' would be f32[3,64,96]
-    assert whole in text_of(theirs)
-    assert whole not in text_of(ours)
-    assert "f32[64,96]" in text_of(ours)
-    assert "f32[3,64,96]" not in text_of(ours)
+    lanes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), ours.server.trainable)
+    gradient = jax.grad(lambda t: jnp.sum(ours.loss(ours.server.frozen, t, BATCH, jax.random.key(0))))
+    text = str(jax.make_jaxpr(jax.vmap(gradient))(lanes))
+    assert "f32[64,96]" in text  # one block's up_proj
+    assert "f32[2,64,96]" not in text  # all blocks'
+    assert "f32[3,64,96]" not in text  # one for each client
 
 
 def test_what_is_frozen_is_told_and_merged(case, tmp_path):
