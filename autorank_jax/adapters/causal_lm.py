@@ -45,8 +45,9 @@ def task_from_causal_lm(
         chunk: positions whose logits exist at a time.
 
     Returns:
-        The task. `merge` gives a `CausalLM`, adapted matrices in floats, `export_peft(..., names=models.causal_name)` what `peft` loads.
-        `task.predict(frozen, trainable, inputs)` gives logits, and with `Scored(inputs, targets)` for inputs nats.
+        The task. `merge` gives a `CausalLM`, adapted matrices in floats, `export_peft(..., names=models.causal_name)`
+        what `peft` loads. `task.predict(frozen, trainable, inputs)` gives logits, and with `Scored(inputs, targets)` for
+        inputs nats.
 
     Raises:
         ValueError: if a pattern matches no projection or no parameter, or what is trained whole is quantised.
@@ -61,7 +62,9 @@ def task_from_causal_lm(
     quantized = {name: value.form[0] for name, value in model.params.items() if isinstance(value, Quantized)}
     if dense & quantized.keys():
         name = min(dense & quantized.keys())
-        raise ValueError(f"expected train_dense patterns of floats, got {train_dense!r} with {name!r} as {quantized[name]}")
+        raise ValueError(
+            f"expected train_dense patterns of floats, got {train_dense!r} with {name!r} as {quantized[name]}"
+        )
     dtype = model.params["embed_tokens/embedding"].dtype
 
     def run(training: bool, values: Flat, adapters: dict[str, Adapter], inputs: PyTree, key: Key | None) -> PyTree:  # noqa: ARG001

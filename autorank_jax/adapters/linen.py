@@ -172,8 +172,8 @@ def _check_stacks(abstract: Callable[..., None], values: Flat, stacks: Mapping[s
         abstract(_call_unchanged, traverse_util.unflatten_dict({**values, **probes}, sep="/"))
     except FOREIGN_FAILURES as error:
         raise ValueError(
-            f"expected layers that are stacked along the first axis, as nn.scan with variable_axes={{'params': 0}} does, "
-            f"got others among {', '.join(sorted(stacks))}: leave them out of `where`"
+            "expected layers that are stacked along the first axis, as nn.scan(variable_axes={'params': 0}) does, got "
+            f"others among {', '.join(sorted(stacks))}: leave them out of `where`"
         ) from error
 
 

@@ -114,9 +114,7 @@ class LanguageOptions:
         ]
         if self.quantize in QUANTIZED[1:] and self.aggregator in MERGING:
             rules = ", ".join(name for name in GLOBAL_RULES if name not in MERGING)
-            problems.append(
-                f"aggregator: expected a rule that leaves a quantised base as it is, one of {rules}, got {self.aggregator}"
-            )
+            problems.append(f"aggregator: expected one of {rules} over a quantised base, got {self.aggregator!r}")
         if problems:
             raise ConfigurationError(problems)
 

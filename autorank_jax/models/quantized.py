@@ -1,7 +1,7 @@
 """Frozen matrices in 8 or 4 bits a number, floats again where something is multiplied with them, and only there.
 
-"int8": `W_ij ≈ s_j q_ij`, whole numbers `|q| ≤ 127` and a scale `s_j = max_i |W_ij| / 127` for each output. "nf4" (NF4 of
-QLoRA, arXiv 2305.14314): each output's numbers, one output after the other, in blocks of 64; of a block its largest
+"int8": `W_ij ≈ s_j q_ij`, whole numbers `|q| ≤ 127` and a scale `s_j = max_i |W_ij| / 127` for each output. "nf4" (NF4
+of QLoRA, arXiv 2305.14314): each output's numbers, one output after the other, in blocks of 64; of a block its largest
 magnitude is kept, and of each number the nearest of 16 quantiles of a normal distribution, two to a byte. Scales are
 float32: 8 and 4.5 bits a number. What is made of a matrix depends on no device: it is computed by NumPy.
 """

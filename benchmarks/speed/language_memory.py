@@ -1,8 +1,8 @@
-"""What training a language model takes with its base in floats, in 8 and in 4 bits a number, read off compiled programs.
+"""What training a language model takes with its base in floats, 8 and 4 bits a number, read off compiled programs.
 
-Of a few steps of clients side by side (`scan` over `vmap` of the gradient, SGD with momentum) it prints the bytes of the
-arguments (base, adapters, momentum, texts) and of the temporaries; nothing is run. Activations are computed again block
-by block, adapters and momentum are float32.
+Of a few steps of clients side by side (`scan` over `vmap` of the gradient, SGD with momentum) it prints the bytes of
+the arguments (base, adapters, momentum, texts) and of the temporaries; nothing is run. Activations are computed again
+block by block, adapters and momentum are float32.
 
 Command:  python -m benchmarks.speed.language_memory --h100 --json benchmarks/speed/results/language_memory.json
           (without `--h100` a small model for this machine's CPU; `--models` and `--formats` choose; with `--json`

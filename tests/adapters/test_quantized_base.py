@@ -111,7 +111,7 @@ def test_only_a_part_may_be_adapted():
     said = r"expected train_dense patterns of floats, got '\*/up_proj/\*' with 'layers/mlp/up_proj/kernel' as nf4"
     with pytest.raises(ValueError, match=said):
         ar.task_from_causal_lm(model, max_rank=2, where="*/q_proj", train_dense="*/up_proj/*")
-    with pytest.raises(ValueError, match="flora merges adapters into the base.*a quantised base has none"):
+    with pytest.raises(ValueError, match=r"flora merges adapters into the base.*a quantised base has none"):
         ar.init_state(task.server, ar.aggregators.flora(), None, clients=2)
 
 

@@ -162,7 +162,7 @@ def test_policies_of_one_rank(policy):
         (["--aggregator", "fedavg"], "aggregator: expected one of"),
         (["--dtype", "int8"], "dtype: expected one of"),
         (["--quantize", "int4"], "quantize: expected one of"),
-        (["--quantize", "nf4", "--aggregator", "flora"], "a rule that leaves a quantised base as it is"),
+        (["--quantize", "nf4", "--aggregator", "flora"], "lora_fair over a quantised base, got 'flora'"),
         (["--learning-rate", "0"], "learning-rate: expected a number above 0"),
         (["--tokens", "1000000"], "tokens: expected a whole number of at least 1 and at most 4096, got 1000000"),
         (["--max-length", "2147483647"], "max-length: expected a whole number of at least 2 and at most 65536"),
@@ -231,6 +231,8 @@ class Stopped(Exception):  # noqa: N818
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize(("rule", "quantize"), [("raflora", "nf4"), ("flora", "none")])  # flora changes the base
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, rule, quantize):
 @pytest.mark.parametrize(("rule", "quantize"), [("raflora", "nf4"), ("flora", "none")])  # flora changes the base
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, rule, quantize):
     few = {"rounds": 3, "clients": 3, "alpha": 1.0, "tokens": 2, "max_rank": 4, "max_length": 64}
