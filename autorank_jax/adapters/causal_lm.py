@@ -46,8 +46,8 @@ def task_from_causal_lm(
 
     Returns:
         The task. `merge` gives a `CausalLM`, adapted matrices in floats, `export_peft(..., names=models.causal_name)`
-        what `peft` loads. `task.predict(frozen, trainable, inputs)` gives logits, and with `Scored(inputs, targets)` for
-        inputs nats.
+        what `peft` loads. `task.predict(frozen, trainable, inputs)` gives logits, and with `Scored(inputs, targets)`
+        for inputs nats.
 
     Raises:
         ValueError: if a pattern matches no projection or no parameter, or what is trained whole is quantised.

@@ -82,15 +82,16 @@ def init_causal_lm(
         tokenizer: kept with the model.
         quantize: the blocks' matrices, as `load_causal_lm` does; the numbers are those of the same seed without.
     """
-    rng, params = np.random.default_rng(seed), {}  # NumPy: nothing is compiled
+    rng = np.random.default_rng(seed)  # NumPy: nothing is compiled
+    params: Params = {}
 
-    def draw(name: str, layers: int, shape: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:
-        return ((name, rng.standard_normal(shape) * config.width**-0.5) for _ in range(layers))
+    def draw(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:
+        return ((name, rng.standard_normal(shape[1:]) * config.width**-0.5) for _ in range(shape[0]))
 
     for name, shape in param_shapes(config).items():
         leaf = name.rpartition("/")[2]
         if quantize and is_quantizable(name):
-            params[name] = quantize_stack(draw(name, *shape[:1], shape[1:]), quantize, dtype)
+            params[name] = quantize_stack(draw(name, shape), quantize, dtype)
             continue
         fixed = {"scale": np.ones(shape), "bias": np.zeros(shape)}
         value = fixed[leaf] if leaf in fixed else rng.standard_normal(shape) * config.width**-0.5
