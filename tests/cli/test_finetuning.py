@@ -233,8 +233,6 @@ class Stopped(Exception):  # noqa: N818
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(("rule", "quantize"), [("raflora", "nf4"), ("flora", "none")])  # flora changes the base
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, rule, quantize):
-@pytest.mark.parametrize(("rule", "quantize"), [("raflora", "nf4"), ("flora", "none")])  # flora changes the base
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, rule, quantize):
     few = {"rounds": 3, "clients": 3, "alpha": 1.0, "tokens": 2, "max_rank": 4, "max_length": 64}
     options = LanguageOptions(aggregator=rule, quantize=quantize, **few)
     whole = language.run_language(options)
