@@ -63,6 +63,7 @@ class TaskReport(NamedTuple):
     frozen: tuple[str, ...]  # all others
     unadapted: dict[str, str]  # by path of layers among the frozen ones that hold matrices, why they have no adapter
     sides: dict[str, tuple[int, int]] = {}  # noqa: RUF012  # by path of the adapted layers, (d_in, d_out)
+    quantized: dict[str, str] = {}  # noqa: RUF012  # frozen parameters of few bits, adapted or not: their format
 
     def __str__(self) -> str:
         """Return a line for each layer and parameter."""
@@ -73,6 +74,7 @@ class TaskReport(NamedTuple):
             for path, rank in self.adapted.items()
         ]
         lines += [f"trained whole: {name}" for name in self.dense] + [f"frozen: {name}" for name in self.frozen]
+        lines += [f"frozen as {form}: {name}" for name, form in self.quantized.items()]
         lines += [f"holds matrices but is not adapted: {path}, because {why}" for path, why in self.unadapted.items()]
         return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, c
 from autorank_jax.adapters.task import Flat, Model, Reading, cast, make_task
 from autorank_jax.interface import checked
 from autorank_jax.models.causal_lm import CausalLM, causal_logits, causal_losses
+from autorank_jax.models.quantized import Quantized
 from autorank_jax.types import Adapter, Array, Batch, Key, PyTree, Scored, Task, Trainable
 
 
@@ -28,7 +29,8 @@ def task_from_causal_lm(
 
     Each of the projections (`layers/self_attn/q_proj` and so on) is one stack over the blocks, with one adapter, whose
     layers share one rank. The arithmetic is in the dtype of the weights; factors stay float32. Inputs are ids
-    `(b, length)` or `Tokens`, targets the tokens that follow, negative where they do not count.
+    `(b, length)` or `Tokens`, targets the tokens that follow, negative where they do not count. Quantised matrices stay
+    as they are, so rules that merge into the base are refused.
 
     The loss is that of the completions, weighted by tokens: what a step minimises, the mean over its batch, is
     `Σ nats of counted tokens / counted tokens`. So the loss of one example depends on the others in its batch.
@@ -43,11 +45,12 @@ def task_from_causal_lm(
         chunk: positions whose logits exist at a time.
 
     Returns:
-        The task. `merge` gives a `CausalLM`, `export_peft(..., names=models.causal_name)` what `peft` loads.
-        `task.predict(frozen, trainable, inputs)` gives logits, and with `Scored(inputs, targets)` for inputs nats.
+        The task. `merge` gives a `CausalLM`, adapted matrices in floats, `export_peft(..., names=models.causal_name)`
+        what `peft` loads. `task.predict(frozen, trainable, inputs)` gives logits, and with `Scored(inputs, targets)`
+        for inputs nats.
 
     Raises:
-        ValueError: if a pattern matches no projection or no parameter.
+        ValueError: if a pattern matches no projection or no parameter, or what is trained whole is quantised.
     """
     key = jax.random.key(key) if isinstance(key, int) else key
     kernels = {name.removesuffix("/kernel"): value for name, value in model.params.items() if name.endswith("/kernel")}
@@ -56,17 +59,23 @@ def task_from_causal_lm(
     weights = {path: f"{path}/kernel" for path in ranks}
     forms = {path: linear_form(kernels[path].shape, stacked=kernels[path].ndim - 2) for path in ranks}
     dense = choose_parameters([name for name in model.params if name not in weights.values()], train_dense)
+    quantized = {name: value.form[0] for name, value in model.params.items() if isinstance(value, Quantized)}
+    if dense & quantized.keys():
+        name = min(dense & quantized.keys())
+        raise ValueError(
+            f"expected train_dense patterns of floats, got {train_dense!r} with {name!r} as {quantized[name]}"
+        )
     dtype = model.params["embed_tokens/embedding"].dtype
 
     def run(training: bool, values: Flat, adapters: dict[str, Adapter], inputs: PyTree, key: Key | None) -> PyTree:  # noqa: ARG001
-        params: dict[str, Any] = dict(cast(values, dtype))
+        params: dict[str, Any] = {n: v if n in quantized else cast(v, dtype) for n, v in values.items()}
         for path, adapter in cast(adapters, dtype).items():
             params[weights[path]] = LowRank(params[weights[path]], *adapter)
         if isinstance(inputs, Scored):
             return causal_losses(model.config, params, inputs, checkpoint=checkpoint and training, chunk=chunk)
         return causal_logits(model.config, params, inputs, checkpoint=checkpoint and training)
 
-    made = Model(dict(model.params), weights, forms, run, lambda flat: model._replace(params=flat))
+    made = Model(dict(model.params), weights, forms, run, lambda flat: model._replace(params=flat), quantized)
     unadapted = {path: "no pattern takes it" for path in kernels if path not in ranks and f"{path}/kernel" not in dense}
     reading = Reading(token_weighted, lambda inputs: inputs)  # losses come from `loss` below
     task = make_task(made, ranks, dense, key=key, reading=reading, unadapted=unadapted)

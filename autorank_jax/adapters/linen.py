@@ -1,9 +1,15 @@
-"""Tasks from Flax Linen modules: an interceptor adds the update to the outputs of the matched layers."""
+"""Tasks from Flax Linen modules: an interceptor adds the update to the outputs of the matched layers.
 
+Where a module is scanned or mapped, so must be its adapters: those of stacked layers lie beside their kernels among the
+parameters, where the transformation takes both apart.
+"""
+
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
@@ -25,7 +31,7 @@ from autorank_jax.adapters.low_rank import (
 )
 from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, why_unadapted
 from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task
-from autorank_jax.interface import checked
+from autorank_jax.interface import FOREIGN_FAILURES, checked
 from autorank_jax.types import Adapter, Array, Key, PyTree, Task
 
 WEIGHTS: dict[type, str] = {
@@ -57,8 +63,9 @@ def task_from_linen(
 ) -> Task:
     """Make a task of a Linen module: adapters on matching layers, the rest frozen or trained whole.
 
-    Adapted are `nn.Dense`, `DenseGeneral` (hence attention), `Einsum`, `Conv` and `Embed`. Layers inside `nn.scan` or
-    `nn.vmap`, whose kernels are stacked, are refused.
+    Adapted are `nn.Dense`, `DenseGeneral` (hence attention), `Einsum`, `Conv` and `Embed`. Layers inside `nn.scan`,
+    `nn.remat_scan` or `nn.vmap`, whose kernels are stacked along their first axes (`variable_axes={"params": 0}`), get
+    one stacked adapter each, of one rank.
 
     Args:
         module: called as `module.apply(variables, inputs, **flags)` with one pytree of inputs.
@@ -87,14 +94,17 @@ def task_from_linen(
     _check_collections(variables, frozen_statistics)
     flags = {True: dict(training or {}), False: dict(evaluation or {})}
     values = traverse_util.flatten_dict(dict(variables), sep="/")
-    layers = _find_layers(module, variables, preprocess(inputs), flags[False])
+    abstract = functools.partial(_call_abstractly, module, inputs=preprocess(inputs), flags=flags[False])
+    layers, shapes = _find_layers(abstract, variables)
     fit = {path: layer for path, layer in layers.items() if type(layer) in WEIGHTS}
     ranks = choose_ranks(fit, {p: layer for p, layer in layers.items() if p not in fit}, max_rank, where)
     weights = {path: join("params", join(path, WEIGHTS[type(fit[path])])) for path in ranks}
-    forms = {path: _form(path, fit[path], values[weights[path]]) for path in ranks}
+    forms = {path: _form(path, fit[path], values[weights[path]].shape, shapes[path]) for path in ranks}
+    _check_stacks(abstract, values, {path: form.layers for path, form in forms.items() if form.layers})
     names = {n.removeprefix("params/"): n for n in values if n.startswith("params/") and n not in weights.values()}
     dense = {names[name] for name in choose_parameters(names, train_dense)}
     matrices = [n for n, name in names.items() if values[name].ndim > 1 and name not in dense]
+    matrices = [n for n in matrices if n.rpartition("/")[2] not in ("bias", "scale")]  # of two axes where stacked
     unadapted = why_unadapted(layers, matrices, tuple(WEIGHTS), wanted=(max_rank, where))
     run = _runner(module, forms, flags)
     model = Model(values, weights, forms, run, lambda flat: traverse_util.unflatten_dict(flat, sep="/"))
@@ -120,18 +130,55 @@ def _check_collections(variables: Mapping[str, Any], frozen_statistics: bool) ->
         raise ValueError(f"expected a module without mutable statistics, got the collections {others}: {remedy}")
 
 
-def _find_layers(module: nn.Module, variables: Any, inputs: PyTree, flags: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """Run the module abstractly and note which layers it calls."""
+def _call_abstractly(
+    module: nn.Module, note: Callable, variables: Mapping[str, Any], *, inputs: PyTree, flags: Mapping[str, Any]
+) -> None:
+    """Run the module without numbers under an interceptor."""
+    with nn.intercept_methods(note):
+        jax.eval_shape(lambda v, x: module.apply(v, x, **flags), variables, inputs)
+
+
+def _find_layers(
+    abstract: Callable[..., None], variables: Mapping[str, Any]
+) -> tuple[dict[str, nn.Module], dict[str, tuple[int, ...]]]:
+    """Return which layers the module calls, and the shape of the weight that one call has of those to be adapted."""
     layers: dict[str, nn.Module] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def note(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         if context.method_name in ("__call__", "attend"):
-            layers["/".join(context.module.path)] = context.module.clone(parent=None)
+            layer, path = context.module, "/".join(context.module.path)
+            layers[path] = layer.clone(parent=None)
+            if type(layer) in WEIGHTS:
+                shapes[path] = jnp.shape(layer.get_variable("params", WEIGHTS[type(layer)]))
         return call(*args, **kwargs)
 
-    with nn.intercept_methods(note):
-        jax.eval_shape(lambda v, x: module.apply(v, x, **flags), variables, inputs)
-    return layers
+    abstract(note, variables)
+    return layers, shapes
+
+
+def _check_stacks(abstract: Callable[..., None], values: Flat, stacks: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `ValueError` unless layers are stacked along the first axes of their weights.
+
+    Whatever lies beside a weight is taken apart as it is; along any axis but the first ones, a probe has other lengths.
+    """
+    if not stacks:
+        return
+    probes = {
+        join("params", join(path, "lora_a")): jax.ShapeDtypeStruct((*layers, 1 + max(layers)), jnp.float32)
+        for path, layers in stacks.items()
+    }
+    try:
+        abstract(_call_unchanged, traverse_util.unflatten_dict({**values, **probes}, sep="/"))
+    except FOREIGN_FAILURES as error:
+        raise ValueError(
+            "expected layers that are stacked along the first axis, as nn.scan(variable_axes={'params': 0}) does, got "
+            f"others among {', '.join(sorted(stacks))}: leave them out of `where`"
+        ) from error
+
+
+def _call_unchanged(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:  # noqa: ARG001
+    return call(*args, **kwargs)
 
 
 def _runner(
@@ -141,49 +188,49 @@ def _runner(
 
     def run(training: bool, values: Flat, adapters: dict[str, Adapter], inputs: PyTree, key: Key | None) -> PyTree:
         def adapt(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-            outputs, path = call(*args, **kwargs), "/".join(context.module.path)
+            layer, path = context.module, "/".join(context.module.path)
+            outputs = call(*args, **kwargs)
             if path not in adapters or context.method_name not in ("__call__", "attend"):
                 return outputs
-            update = _update(context.module, context.method_name, args[0], adapters[path], forms[path])
+            adapter = adapters[path]
+            if forms[path].layers:  # of which this is one
+                adapter = Adapter(*(layer.get_variable("params", factor) for factor in Adapter._fields))
+            update = _update(layer, context.method_name, args[0], adapter, forms[path])
             return outputs + update.astype(outputs.dtype)
 
         streams = {"dropout": key} if key is not None else {}
-        variables = traverse_util.unflatten_dict(values, sep="/")
+        flat = dict(values)
+        for path, adapter in adapters.items():
+            if forms[path].layers:
+                flat |= {join("params", join(path, factor)): value for factor, value in adapter._asdict().items()}
         with nn.intercept_methods(adapt):
-            return module.apply(variables, inputs, rngs=streams, **flags[training])
+            return module.apply(traverse_util.unflatten_dict(flat, sep="/"), inputs, rngs=streams, **flags[training])
 
     return run
 
 
-def _form(path: str, layer: Any, weight: Array) -> Form:
-    """Return how the weight of a layer is read as a matrix."""
+def _form(path: str, layer: Any, whole: tuple[int, ...], one: tuple[int, ...]) -> Form:
+    """Return how the weight of a layer, `one` of the `whole` stack, is read as a matrix."""
     try:
-        form, axes = _form_of(layer, weight)
+        return _form_of(layer, one)._replace(layers=whole[: len(whole) - len(one)])
     except ValueError as error:
         raise ValueError(f"layer {path!r}: {error}") from error
-    if weight.ndim != axes:
-        raise ValueError(
-            f"layer {path!r}: expected a weight of {axes} axes, got shape {weight.shape}, probably a layer inside "
-            "nn.scan or nn.vmap: leave it out of `where`"
-        )
-    return form
 
 
-def _form_of(layer: Any, weight: Array) -> tuple[Form, int]:
+def _form_of(layer: Any, shape: tuple[int, ...]) -> Form:
     if isinstance(layer, nn.Embed):
-        return embed_form(weight.shape), 2
+        return embed_form(shape)
     if isinstance(layer, nn.Dense):
-        return linear_form(weight.shape), 2
+        return linear_form(shape)
     if isinstance(layer, nn.Einsum):
-        return einsum_form(layer.einsum_str, weight.shape), len(layer.shape)
+        return einsum_form(layer.einsum_str, shape)
     if isinstance(layer, nn.Conv):
         check_convolution(layer.feature_group_count, layer.input_dilation, layer.mask)
-        window = make_window(layer.kernel_size, layer.strides, layer.kernel_dilation, layer.padding)
-        return conv_form(weight.shape), len(window.size) + 2
+        make_window(layer.kernel_size, layer.strides, layer.kernel_dilation, layer.padding)
+        return conv_form(shape)
     if layer.batch_dims:
         raise ValueError(f"expected a DenseGeneral without batch_dims, got {layer.batch_dims}: leave it out of `where`")
-    inputs, outputs = len(_axes(layer.axis)), len(_axes(layer.features))
-    return linear_form(weight.shape, inputs), inputs + outputs
+    return linear_form(shape, len(_axes(layer.axis)))
 
 
 def _update(layer: Any, method: str, inputs: Array, adapter: Adapter, form: Form) -> Array:

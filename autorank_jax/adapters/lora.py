@@ -177,5 +177,5 @@ def check_mergeable(server: Server, rule: str) -> None:
     if missing:
         raise ValueError(
             f"{rule} merges adapters into the base: expected server.frozen to be a Base with a kernel for every "
-            f"adapter, got none for {missing} (autorank_jax.types.Base holds them)"
+            f"adapter, got none for {missing} (autorank_jax.types.Base holds them; a quantised base has none)"
         )

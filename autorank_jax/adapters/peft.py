@@ -34,7 +34,9 @@ def export_peft(
 
     Where ranks differ, every module has its own through `rank_pattern`, and the same number as its alpha: PEFT's scale
     `alpha / r` is 1: updates here are in units of the weights. Biases and heads that were trained whole go along under
-    the names of the base model, which `PeftModel.from_pretrained` loads too.
+    the names of the base model, which `PeftModel.from_pretrained` loads too. Adapters of a quantised base are as any
+    others, and load on the base in any form; the metadata of the file of tensors have the form that they were trained
+    on as `base_quantization`.
 
     Args:
         path: of a folder, made where it does not exist.
@@ -78,7 +80,9 @@ def export_peft(
     base = None if base_model is None else str(base_model)
     config = _config(sorted(targets), pattern, any(name.endswith("bias") for name in dense), base)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (folder / "adapter_model.safetensors").write_bytes(save(tensors | dense, metadata={"format": "pt"}))
+    forms = sorted(set(task.report.quantized.values())) if task.report else []
+    metadata = {"format": "pt"} | ({"base_quantization": ",".join(forms)} if forms else {})
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors | dense, metadata=metadata))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ class Model(NamedTuple):
     forms: dict[str, Form]  # likewise, how that leaf is read as a matrix
     run: Callable[[bool, Flat, dict[str, Adapter], PyTree, Key | None], PyTree]  # training?, leaves, adapters, inputs
     rebuild: Callable[[Flat], Any]  # the user's model, of its leaves
+    quantized: Mapping[str, str] = MappingProxyType({})  # by name of leaves of few bits, their format; these stay
 
 
 class Reading(NamedTuple):
@@ -55,9 +57,9 @@ def make_task(
     """
     dtype = reading.compute_dtype
     adapters = {path: _start(key_of(key, path), model.forms[path], ranks[path]) for path in sorted(ranks)}
-    adapted = set(model.weights.values())
-    kernels = {p: model.forms[p].matrix(model.values[model.weights[p]]) for p in adapters}  # rules merge into them
-    rest = {n: cast(v, dtype) for n, v in model.values.items() if n not in adapted and n not in dense}
+    adapted = {p: name for p, name in model.weights.items() if name not in model.quantized}
+    kernels = {p: model.forms[p].matrix(model.values[adapted[p]]) for p in adapters if p in adapted}  # to merge into
+    rest = {n: cast(v, dtype) for n, v in model.values.items() if n not in adapted.values() and n not in dense}
     server = Server(Trainable(adapters, {n: model.values[n] for n in sorted(dense)}), Base(kernels, rest))
     model = model._replace(values=without_values(model.values))  # the task's functions hold no second copy
 
@@ -88,7 +90,10 @@ def make_task(
 
     sides = {path: (model.forms[path].d_in, model.forms[path].d_out) for path in adapters}
     _warn_of_ranks(ranks, sides)
-    report = TaskReport(dict(ranks), tuple(sorted(dense)), tuple(sorted(rest)), dict(unadapted or {}), sides)
+    frozen = tuple(sorted(rest.keys() - model.quantized.keys()))
+    report = TaskReport(
+        dict(ranks), tuple(sorted(dense)), frozen, dict(unadapted or {}), sides, dict(sorted(model.quantized.items()))
+    )
     return Task(
         server, loss, predict, Origin(merge, {p: model.forms[p].kind for p in adapters}, _shapes(model)), report
     )
@@ -109,8 +114,9 @@ def merged_values(model: Model, server: Server) -> Flat:
     """Return the leaves of the model with `W + A B` in place of `W`, in the dtypes the model had."""
     values = {**server.frozen.rest, **server.trainable.dense}
     for path, adapter in server.trainable.adapters.items():
-        matrix = server.frozen.kernels[path].astype(adapter.lora_a.dtype) + product(adapter)
-        values[model.weights[path]] = model.forms[path].weight(matrix)
+        name = model.weights[path]
+        kernel = values[name] if name in model.quantized else server.frozen.kernels[path]
+        values[name] = model.forms[path].weight(kernel.astype(adapter.lora_a.dtype) + product(adapter))
     return {
         name: values[name] if values[name].dtype == old.dtype else values[name].astype(old.dtype)
         for name, old in model.values.items()

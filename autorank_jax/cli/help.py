@@ -52,7 +52,7 @@ RUN_GROUPS = (
 )  # fmt: skip
 
 FINETUNE_GROUPS = (
-    Group("model and texts", ("model", "dtype", "data", "skip_odd_lines", "max_length")),
+    Group("model and texts", ("model", "dtype", "quantize", "data", "skip_odd_lines", "max_length")),
     Group("clients", ("clients_by", "clients", "alpha", "hold_out")),
     Group("ranks", ("policy", "max_rank", "min_ratio", "probe_epochs")),
     Group("training", ("aggregator", "rounds", "local_epochs", "batch_size", "learning_rate", "lanes", "seed")),

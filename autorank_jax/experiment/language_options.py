@@ -9,9 +9,11 @@ from typing import Any
 
 from autorank_jax.experiment.config import GLOBAL_RULES
 from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, outside, unknown
+from autorank_jax.experiment.names import MERGING
 
 LANGUAGE_POLICIES = ("autorank", "uniform_bytes", "full")
 DTYPES = ("auto", "float32", "bfloat16")
+QUANTIZED = ("none", "int8", "nf4")
 _KINDS: Mapping[Any, tuple[type, ...]] = {
     bool: (bool,), int: (int,), float: (int, float), str: (str,), Path | None: (str, NoneType),
     float | None: (int, float, NoneType),
@@ -34,6 +36,7 @@ class LanguageOptions:
         hold_out: share of each client's texts that is kept from training, to measure with
         max_length: tokens of a row, longer texts are cut
         dtype: of the weights: auto (as the files have it), float32, bfloat16
+        quantize: hold the frozen matrices of the blocks in fewer bits a number: none, int8 (8), nf4 (4.5)
         max_rank: rank of the most complex client, in every projection
         min_ratio: share of it that the least complex client gets
         policy: autorank (by the complexity of a client's data), uniform_bytes (AutoRank's mean for all, so equal
@@ -59,6 +62,7 @@ class LanguageOptions:
     hold_out: float = 0.2
     max_length: int = 256
     dtype: str = "auto"
+    quantize: str = "none"
     max_rank: int = 8
     min_ratio: float = 0.1
     policy: str = "autorank"
@@ -105,8 +109,12 @@ class LanguageOptions:
             *not_in_float32("learning_rate", self.rate),
             *unknown("policy", [self.policy], LANGUAGE_POLICIES),
             *unknown("dtype", [self.dtype], DTYPES),
+            *unknown("quantize", [self.quantize], QUANTIZED),
             *unknown("aggregator", [self.aggregator], GLOBAL_RULES),
         ]
+        if self.quantize in QUANTIZED[1:] and self.aggregator in MERGING:
+            rules = ", ".join(name for name in GLOBAL_RULES if name not in MERGING)
+            problems.append(f"aggregator: expected one of {rules} over a quantised base, got {self.aggregator!r}")
         if problems:
             raise ConfigurationError(problems)
 

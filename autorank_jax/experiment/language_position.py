@@ -115,6 +115,8 @@ def belongs_to(options: LanguageOptions, parts: Parts) -> dict[str, Any]:
     config = {
         name: value for name, value in dataclasses.asdict(options).items() if name not in ("model", "data", "rounds")
     }
+    if options.quantize == "none":  # which older checkpoints do not tell
+        del config["quantize"]
     texts = [(data.inputs, data.targets, data.order, data.size) for data in (parts.data, parts.held_out)]
     return config | {
         "checksum of the weights": _checksum(parts.task.server.frozen),

@@ -87,18 +87,20 @@ def load(options: LanguageOptions, clock: Clock) -> tuple[CausalLM, TextClients]
     left_out = f", lines left out: {len(instructions.problems)}" if instructions.problems else ""
     clock.end(f"{len(instructions.examples)} texts{left_out}")
     clock.begin("model")
+    dtype = None if options.dtype == "auto" else jnp.dtype(options.dtype)
+    form: Any = None if options.quantize == "none" else options.quantize
     if options.model:
         with mistakes_of("model"):
-            dtype = None if options.dtype == "auto" else jnp.dtype(options.dtype)
-            model = load_causal_lm(options.model, dtype=dtype)
+            model = load_causal_lm(options.model, dtype=dtype, quantize=form)
     else:
-        dtype = jnp.float32 if options.dtype == "auto" else jnp.dtype(options.dtype)
-        model = init_causal_lm(TINY, seed=options.seed, dtype=dtype, tokenizer=ByteTokenizer())
+        tokenizer = ByteTokenizer()
+        model = init_causal_lm(TINY, seed=options.seed, dtype=dtype or jnp.float32, tokenizer=tokenizer, quantize=form)
     if options.max_rank > model.config.width:
         raise ConfigurationError(
             [f"max-rank: expected at most the model's width, {model.config.width}, got {options.max_rank}"]
         )
-    clock.end(f"{sum(p.size for p in model.params.values()) / 1e6:.3g} M parameters")
+    numbers, size = (sum(getattr(p, what) for p in model.params.values()) for what in ("size", "nbytes"))
+    clock.end(f"{numbers / 1e6:.3g} M parameters in {size / 1e6:.3g} MB")
     clock.begin("clients")
     with mistakes_of("data"):
         clients = text_clients(

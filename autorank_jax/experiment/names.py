@@ -11,6 +11,8 @@ AGGREGATORS = (
 )  # fmt: skip
 DIFFERENTIALLY_PRIVATE = ("zero_pad", "rbla", "ffa_lora", "rolora", "fedsa_lora", "fedavg")
 """Of them, those of whose sums one client changes no more than the clip: `with_differential_privacy` takes them."""
+MERGING = ("flora", "owner_merge", "fedex_lora")
+"""Of them, those that change the base weights, which a quantised base does not allow."""
 CRITERIA = ("size", "classes", "label_entropy", "gini_simpson", "loss_entropy")
 NEEDS_LOSSES = frozenset({"loss_entropy"})
 """Of the criteria, those that need a probe."""

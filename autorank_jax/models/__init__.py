@@ -3,7 +3,8 @@
 `vision`: `MLP`, `CNN`, `DeepCNN` (six convolutions, group normalisation). `convolution`: a convolution that stays one
 product under `vmap`. `transformer`: encoder, decoder and classifier of one `Size`. `bert`: a BERT-style encoder with
 pretrained weights from safetensors, and its tokenizer (extra `text`). `causal_lm`: Llama, SmolLM2, Mistral, Qwen 2 and
-3 as Hugging Face publishes them, `load_causal_lm(folder)`; federate one with `ar.task_from_causal_lm`.
+3 as Hugging Face publishes them, `load_causal_lm(folder)`; federate one with `ar.task_from_causal_lm`. `quantized`: its
+frozen matrices in 8 or 4 bits a number.
 
 A federation of a language model, from its folder to adapters that `peft` loads:
 

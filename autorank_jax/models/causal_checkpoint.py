@@ -13,6 +13,7 @@ from autorank_jax.interface import checked
 from autorank_jax.interface.paths import user_path
 from autorank_jax.models.causal_config import CausalConfig, parse_config
 from autorank_jax.models.causal_lm import CausalLM, param_shapes
+from autorank_jax.models.quantized import Format, Quantized, is_quantizable, quantize_stack
 from autorank_jax.types import Array
 
 _DTYPES: Mapping[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
@@ -20,13 +21,16 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 @checked
-def load_causal_lm(folder: str | Path, *, dtype: Any = None) -> CausalLM:
+def load_causal_lm(folder: str | Path, *, dtype: Any = None, quantize: Format | None = None) -> CausalLM:
     """Load a causal decoder: Llama 2 and 3, SmolLM2, Mistral without sliding windows, Qwen 2 and 3.
 
     Args:
         folder: with `config.json`, `model.safetensors` or several files with their index, `tokenizer.json` and, where
             there is one, `tokenizer_config.json` with the chat template.
         dtype: of the weights, and so of the arithmetic, such as `jnp.bfloat16`; as the files have it where None.
+        quantize: hold the matrices inside the blocks as "int8" or "nf4" (`autorank_jax.models.quantized`), made of the
+            files' numbers one by one, so that the whole model is never in memory. Where they are used they are `dtype`
+            again, block by block. Embeddings, output layer, biases and norms stay. Nothing is quantised where None.
 
     Returns:
         The model: `model(ids)` gives logits.
@@ -34,12 +38,15 @@ def load_causal_lm(folder: str | Path, *, dtype: Any = None) -> CausalLM:
     Raises:
         ImportError: without the package tokenizers.
         ValueError: in one line, for missing and damaged files, other families, settings that are not honoured, and
-            weights that are not those of the configuration.
+            weights that are not those of the configuration, or that are to be quantised and are not finite.
     """
     folder = user_path(folder)
     config = parse_config(_read_json(folder, "config.json"), where=str(folder / "config.json"))
     tensors = read_weights(folder)
-    params = {name: _parameter(tensors, name, shape, dtype, folder) for name, shape in param_shapes(config).items()}
+    params = {}
+    for name, shape in param_shapes(config).items():
+        found = _tensors_of(tensors, name, shape, folder)
+        params[name] = _parameter(found, name, found[0][1].dtype if dtype is None else dtype, quantize)
     _refuse_others(tensors, config, folder)
     return CausalLM(config, params, load_text_tokenizer(folder, config))
 
@@ -116,8 +123,12 @@ def read_safetensors(file: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _parameter(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], dtype: Any, folder: Path) -> Array:
-    """Return one parameter, stacked over the blocks."""
+Named = list[tuple[str, np.ndarray]]
+"""Matrices with their names in the files."""
+
+
+def _tensors_of(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], folder: Path) -> Named:
+    """Return what a parameter is made of, one for each block where it is stacked; kernels have inputs first."""
     path, _, leaf = name.rpartition("/")
     theirs = f"{causal_name(path)}.{'bias' if leaf == 'bias' else 'weight'}"
     stacked = "{}" in theirs
@@ -129,11 +140,17 @@ def _parameter(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, .
             raise ValueError(f"expected the tensor {each!r}, as config.json has it, in {str(folder)!r}, got none")
         if tensors[each].shape != expected:
             raise ValueError(f"expected {each!r} of shape {expected}, as config.json has it, got {tensors[each].shape}")
-    dtype = tensors[names[0]].dtype if dtype is None else dtype
-    whole = np.empty((len(names), *one), dtype)
-    for number, each in enumerate(names):
-        whole[number] = tensors[each].T if leaf == "kernel" else tensors[each]
-    return jnp.asarray(whole if stacked else whole[0])
+    return [(each, tensors[each].T if leaf == "kernel" else tensors[each]) for each in names]
+
+
+def _parameter(found: Named, name: str, dtype: Any, quantize: Format | None) -> Array | Quantized:
+    """Return one parameter, stacked over the blocks."""
+    if quantize and is_quantizable(name):
+        return quantize_stack(found, quantize, dtype)
+    whole = np.empty((len(found), *found[0][1].shape), dtype)
+    for number, (_, tensor) in enumerate(found):
+        whole[number] = tensor
+    return jnp.asarray(whole if name.startswith("layers/") else whole[0])
 
 
 def _refuse_others(tensors: Mapping[str, np.ndarray], config: CausalConfig, folder: Path) -> None:

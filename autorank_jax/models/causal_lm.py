@@ -5,7 +5,7 @@ Parameters have Hugging Face's names without their numbers, stacked over the blo
 anything that knows `x @ kernel`, so adapters need no code here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +15,11 @@ from jax import lax
 
 from autorank_jax.interface import checked
 from autorank_jax.models.causal_config import CausalConfig, rope_frequencies, rotate
+from autorank_jax.models.quantized import Format, is_quantizable, quantize_stack
 from autorank_jax.types import Array, Scored, Tokens
 
 Params = dict[str, Any]
-"""Arrays by name."""
+"""Arrays, or quantised matrices, by name."""
 
 CHUNK = 128
 """Positions whose logits exist at a time."""
@@ -64,7 +65,14 @@ def param_shapes(config: CausalConfig) -> dict[str, tuple[int, ...]]:
 
 
 @checked
-def init_causal_lm(config: CausalConfig, *, seed: int = 0, dtype: Any = jnp.float32, tokenizer: Any = None) -> CausalLM:
+def init_causal_lm(
+    config: CausalConfig,
+    *,
+    seed: int = 0,
+    dtype: Any = jnp.float32,
+    tokenizer: Any = None,
+    quantize: Format | None = None,
+) -> CausalLM:
     """Draw a decoder: matrices `N(0, 1 / width)`, scales 1, biases 0.
 
     Args:
@@ -72,10 +80,19 @@ def init_causal_lm(config: CausalConfig, *, seed: int = 0, dtype: Any = jnp.floa
         seed: of the numbers.
         dtype: of the parameters, and so of the arithmetic.
         tokenizer: kept with the model.
+        quantize: the blocks' matrices, as `load_causal_lm` does; the numbers are those of the same seed without.
     """
-    rng, params = np.random.default_rng(seed), {}  # NumPy: nothing is compiled
+    rng = np.random.default_rng(seed)  # NumPy: nothing is compiled
+    params: Params = {}
+
+    def draw(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:
+        return ((name, rng.standard_normal(shape[1:]) * config.width**-0.5) for _ in range(shape[0]))
+
     for name, shape in param_shapes(config).items():
         leaf = name.rpartition("/")[2]
+        if quantize and is_quantizable(name):
+            params[name] = quantize_stack(draw(name, shape), quantize, dtype)
+            continue
         fixed = {"scale": np.ones(shape), "bias": np.zeros(shape)}
         value = fixed[leaf] if leaf in fixed else rng.standard_normal(shape) * config.width**-0.5
         params[name] = jnp.asarray(value.astype(dtype))

@@ -89,6 +89,13 @@ class Counts(NamedTuple):
     calls: dict[str, int]  # library calls by name, wherever they stand
 
 
+def prepare_for_h100() -> None:
+    """Let JAX compile for a GPU on a machine without one; call it before anything is computed."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}  # no driver is asked for
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false".strip()
+    jax.config.update("jax_platforms", "cpu")
+
+
 def compile_for_h100(function: Callable[..., Any], *arguments: Any) -> Any:
     """Compile a function for one H100.
 
@@ -258,9 +265,7 @@ def main() -> None:
     parser.add_argument("--levels", type=int, default=1, help="rank levels, 1")
     parser.add_argument("--apart", action="store_true", help="turns leaf by leaf, as on a CPU")
     options = parser.parse_args()
-    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}  # no driver is asked for
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false".strip()
-    jax.config.update("jax_platforms", "cpu")
+    prepare_for_h100()
     rows = []
     for name in options.workloads.split(","):
         for rule in options.rules.split(","):

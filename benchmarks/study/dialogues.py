@@ -112,7 +112,7 @@ def is_finished(found: Mapping[str, Any], name: str, options: LanguageOptions) -
     """
     if name not in found:
         return False
-    ours, others = described(options), found[name]["options"]
+    ours, others = described(options), described(LanguageOptions()) | found[name]["options"]  # options that came later
     differing = [key for key in ours if ours[key] != others.get(key)]
     if differing:
         key = differing[0]

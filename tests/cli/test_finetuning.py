@@ -162,6 +162,8 @@ def test_policies_of_one_rank(policy):
         (["--policy", "uniform"], "probably 'uniform_bytes'"),
         (["--aggregator", "fedavg"], "aggregator: expected one of"),
         (["--dtype", "int8"], "dtype: expected one of"),
+        (["--quantize", "int4"], "quantize: expected one of"),
+        (["--quantize", "nf4", "--aggregator", "flora"], "lora_fair over a quantised base, got 'flora'"),
         (["--learning-rate", "0"], "learning-rate: expected a number above 0"),
         (["--tokens", "1000000"], "tokens: expected a whole number of at least 1 and at most 4096, got 1000000"),
         (["--max-length", "2147483647"], "max-length: expected a whole number of at least 2 and at most 65536"),
@@ -205,8 +207,11 @@ def test_odd_lines_are_left_out_and_told(tmp_path):
     odd = lines_of(tmp_path / "odd.jsonl", *"aabb")
     odd.write_text("{\n" + odd.read_text())
     events = []
-    options = LanguageOptions(data=odd, skip_odd_lines=True, hold_out=0.5, max_length=64)
+    options = LanguageOptions(data=odd, skip_odd_lines=True, hold_out=0.5, max_length=64, quantize="int8")
     _, clients = load(options, Clock(events.append))
+    numbers, scales = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128), 2 * (2 * 64 + 2 * 32 + 2 * 128 + 64)
+    held = numbers + 4 * (scales + 258 * 64 + 5 * 64)
+    assert events[3].detail == f"{(numbers + 258 * 64 + 5 * 64) / 1e6:.3g} M parameters in {held / 1e6:.3g} MB"
     assert next(event.detail for event in events if isinstance(event, Ended)) == "4 texts, lines left out: 1"
     assert clients.names == ("a", "b")
 
@@ -227,9 +232,10 @@ class Stopped(Exception):  # noqa: N818
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("rule", ["raflora", "flora"])  # flora changes the base
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, rule):
-    options = LanguageOptions(aggregator=rule, rounds=3, clients=3, alpha=1.0, tokens=2, max_rank=4, max_length=64)
+@pytest.mark.parametrize(("rule", "quantize"), [("raflora", "nf4"), ("flora", "none")])  # flora changes the base
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, rule, quantize):
+    few = {"rounds": 3, "clients": 3, "alpha": 1.0, "tokens": 2, "max_rank": 4, "max_length": 64}
+    options = LanguageOptions(aggregator=rule, quantize=quantize, **few)
     whole = language.run_language(options)
     checkpoints, events = Checkpoints(tmp_path, every=2, keep=9), []
 
@@ -254,6 +260,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, rule):
     assert [row._replace(seconds=0) for row in resumed.rows] == [row._replace(seconds=0) for row in whole.rows]
     with pytest.raises(CheckpointError, match="seed: expected 1, got 0"):
         language.run_language(dataclasses.replace(options, seed=1), checkpoints=checkpoints)
+    if quantize != "none":
+        with pytest.raises(CheckpointError, match="quantize: expected int8, got nf4; checksum of the weights"):
+            language.run_language(dataclasses.replace(options, quantize="int8"), checkpoints=checkpoints)
     with pytest.raises(ConfigurationError, match="rounds: expected at least the 3 that are done, got 1"):
         language.run_language(dataclasses.replace(options, rounds=1), checkpoints=checkpoints)
 

@@ -22,7 +22,7 @@ from autorank_jax.cli.help import RUN_GROUPS as GROUPS
 from autorank_jax.cli.logs import LOGS
 from autorank_jax.cli.options import Finetune
 from autorank_jax.experiment.config import AGGREGATORS, MODELS, OPTIMIZERS, POLICIES, SAMPLINGS
-from autorank_jax.experiment.language_options import DTYPES, LANGUAGE_POLICIES, LanguageOptions, as_json
+from autorank_jax.experiment.language_options import DTYPES, LANGUAGE_POLICIES, QUANTIZED, LanguageOptions, as_json
 from autorank_jax.experiment.results import client_rows
 from autorank_jax.federated.partition import SPLITS
 from autorank_jax.ranks.criteria import CRITERIA
@@ -57,6 +57,7 @@ NAMES = {
     "dataset": ("synthetic", "fashion_mnist_mini", "mnist", "mine"), "split": tuple(SPLITS), "model": tuple(MODELS),
     "optimizer": OPTIMIZERS, "sampling": SAMPLINGS, "rank_policies": tuple(POLICIES), "criteria": tuple(CRITERIA),
     "aggregators": tuple(AGGREGATORS), "log": tuple(LOGS), "policy": LANGUAGE_POLICIES, "dtype": DTYPES,
+    "quantize": QUANTIZED,
     "aggregator": tuple(AGGREGATORS), "clients_by": ("category", "kind", ""), "target": ("c", "a", "d"),
 }  # fmt: skip
 PATHS = (
