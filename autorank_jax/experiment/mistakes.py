@@ -63,7 +63,7 @@ def outside(
     above = right_type and (value > low if open_start else value >= low)
     if right_type and above and (value < high if open_end else value <= high) and value < math.inf:
         return
-    if right_type and not math.isfinite(value):
+    if right_type and isinstance(value, float) and not math.isfinite(value):
         kind = "a finite number"
     bounds = f"above {low}" if open_start else f"of at least {low}"
     bounds += "" if high == math.inf else f" and {'below' if open_end else 'at most'} {high}"

@@ -103,7 +103,7 @@ def test_rounds_between_checkpoints_of_another_kind(every, tmp_path, capsys):
         ([1], "as this command leaves it"),
         ("x", "as this command leaves it"),
         ({"policy": "x"}, "policy: expected one of"),
-        ({"alpha": 10**400}, "alpha: expected a number above 0"),
+        ({"alpha": 10**400}, "alpha: expected a finite number above 0"),
         ({"data": NOBODY}, "of whose user no home folder is known"),
     ],
 )
