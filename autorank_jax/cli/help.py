@@ -57,7 +57,9 @@ FINETUNE_GROUPS = (
     Group("ranks", ("policy", "max_rank", "min_ratio", "probe_epochs")),
     Group("training", ("aggregator", "rounds", "local_epochs", "batch_size", "learning_rate", "lanes", "seed")),
     Group(
-        "output", ("out", "overwrite", "quiet", "resume", "checkpoint_every", "keep_checkpoints", "tokens", "no_cache")
+        "output",
+        ("out", "overwrite", "quiet", "resume", "checkpoint_every", "tokens"),
+        ("keep_checkpoints", "no_cache"),
     ),
 )
 GROUPS: Mapping[str, tuple[Group, ...]] = {"run": RUN_GROUPS, "finetune": FINETUNE_GROUPS}
