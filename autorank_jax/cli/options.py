@@ -33,7 +33,7 @@ class Run:
         overwrite: replace the run that the folder holds
         log: write every round as it happens: jsonl, tensorboard, or both
         quiet: print nothing but errors
-        no_cache: compile anew, and keep no compiled programs for the next run
+        no_cache: neither keep nor look for compiled programs
     """
 
     experiment: Experiment = dataclasses.field(default_factory=Experiment)
@@ -61,7 +61,7 @@ class Finetune:
         out: folder of the results; default runs/MODEL-DATA, with a number where that is taken
         overwrite: replace the run that the folder holds
         quiet: print nothing but errors
-        no_cache: compile anew, and keep no compiled programs for the next run
+        no_cache: neither keep nor look for compiled programs
     """
 
     training: LanguageOptions = dataclasses.field(default_factory=LanguageOptions)

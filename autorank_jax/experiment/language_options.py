@@ -36,7 +36,7 @@ class LanguageOptions:
         hold_out: share of each client's texts that is kept from training, to measure with
         max_length: tokens of a row, longer texts are cut
         dtype: of the weights: auto (as the files have it), float32, bfloat16
-        quantize: hold the frozen matrices of the blocks in fewer bits a number: none, int8 (8), nf4 (4.5)
+        quantize: frozen matrices of the blocks: none, int8, nf4
         max_rank: rank of the most complex client, in every projection
         min_ratio: share of it that the least complex client gets
         policy: autorank (by the complexity of a client's data), uniform_bytes (AutoRank's mean for all, so equal
