@@ -13,10 +13,11 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.adapters.lora import max_ranks, over_columns, over_rows
 from autorank_jax.aggregators.base import ClientSums, make_summand
 from autorank_jax.interface import check_share, check_values, checked
 from autorank_jax.types import (
+    Adapter,
     Aggregator,
     AggState,
     Array,
@@ -79,7 +80,9 @@ def with_differential_privacy(
     One client more or less moves the noiseless sums by at most `C` in the L2 norm, whatever it sends; one that sends
     what is not finite is left out. Sums of the clients' own number, which would tell who came, are not used:
     `N_j = denominator`, or `owners` where a rule averages each rank position over its owners. So positions that some
-    client could own are moved by noise in rounds in which none of their owners took part.
+    client could own are moved by noise in rounds in which none of their owners took part, and the fewer own a position,
+    the more (`σ C / N_j`): where ranks are mixed, `zero_pad` bears that better than `rbla`. Positions that none can own
+    get no noise.
 
     An adaptive norm follows the clients (Andrew et al., 2021): the share `b` of those that kept it is released with
     noise `σ_b` on their count, and `C ← C exp(-η_C (b - γ))`. That takes a part of `σ`: the moves get the noise
@@ -166,6 +169,7 @@ def with_differential_privacy(
             for k, leaf in zip(keys, leaves, strict=True)
         ]
         dense, adapters = jax.tree.unflatten(tree, noisy)
+        adapters = {path: _keep_owned(adapter, state.owners[path] > 0) for path, adapter in adapters.items()}
         fixed = {path: state.owners[path].astype(old.dtype) for path, old in sums.owners.items()}
         weight = jnp.asarray(denominator, sums.weight.dtype)
         private = sums._replace(dense=dense, adapters=adapters, weight=weight, owners=fixed)
@@ -187,6 +191,14 @@ def with_differential_privacy(
         update=update,
         step=None,
         report=_nothing,
+    )
+
+
+def _keep_owned(noisy: Adapter, owned: Array) -> Adapter:
+    """Zero the sums of rank positions that no client can own: known to be 0 beforehand, they need no noise."""
+    return Adapter(
+        jnp.where(over_columns(owned, noisy.lora_a), noisy.lora_a, 0),
+        jnp.where(over_rows(owned, noisy.lora_b), noisy.lora_b, 0),
     )
 
 

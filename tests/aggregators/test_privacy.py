@@ -167,6 +167,19 @@ def test_a_model_in_half_precision_is_summed_clipped_and_blurred_in_float32():
     assert jnp.max(jnp.abs(moved)) > 3.2
 
 
+@pytest.mark.parametrize("name", ["zero_pad", "rbla"])
+def test_positions_that_nobody_can_own_get_no_noise(name):
+    owners = {path: np.where(np.arange(widest) < 2, 3.0, 0.0) for path, widest in MAX_RANKS.items()}
+    rule, server = private(name, noise_multiplier=1.0, owners=owners), to_jax(make_server())
+    sums = jax.tree.map(jnp.zeros_like, adder(rule, server)(0, 0, 0.0, 1.0))
+    moved = rule.update(jax.random.key(0), sums, rule.init(server), server)[0].trainable.adapters
+    for path, (lora_a, lora_b) in moved.items():
+        old = server.trainable.adapters[path]
+        np.testing.assert_array_equal(lora_a[:, 2:], old.lora_a[:, 2:])
+        np.testing.assert_array_equal(lora_b[2:], old.lora_b[2:])
+        assert np.all(np.asarray(lora_a[:, :2]) != np.asarray(old.lora_a[:, :2]))
+
+
 def test_positions_are_divided_by_their_expected_owners():
     counted = expected_owners({"a": np.array([1, 3, 2])}, {"a": 4}, rate=0.5)
     np.testing.assert_allclose(counted["a"], [1.5, 1.0, 0.5, 0.0])

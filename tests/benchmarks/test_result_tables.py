@@ -8,8 +8,20 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.study import all_rules, cells, columns, mixed_ranks, paper, paper_tables, questions, runs, text_finetune
+from benchmarks.study import (
+    all_rules,
+    cells,
+    columns,
+    mixed_ranks,
+    paper,
+    paper_tables,
+    privacy,
+    questions,
+    runs,
+    text_finetune,
+)
 from benchmarks.study import policies_by_rules as study
+from benchmarks.study.cell_file import CellFile
 from benchmarks.study.options import RESULTS
 from tests.benchmarks.fake_cells import TINY, fake_cell
 
@@ -180,7 +192,10 @@ def tables():
         study_tables(),
         all_rules.tables(all_rules.read(RESULTS)),
     ]
-    return "\n".join([*parts, text_finetune.tables(text["rows"])])
+    private = privacy.run_budgets(
+        privacy.make_cells(quick=False, seeds=privacy.SEEDS), CellFile(RESULTS / "privacy.jsonl"), cells.NOTHING
+    )
+    return "\n".join([*parts, text_finetune.tables(text["rows"]), privacy.table(private)])
 
 
 @pytest.mark.parametrize(("name", "begin", "end", "fewest"), PROSE, ids=["README", "study"])
