@@ -352,7 +352,7 @@ def test_nothing_to_confirm(tmp_path):
 @pytest.mark.parametrize(("script", "argument"), [(paper, "--groups=local"), (study, "--rules=rbla")])
 def test_scripts_run_quickly(script, argument, tmp_path, capsys):
     script.main(["--quick", "--seeds", "1", "--rounds", "2", argument, "--splits", "staircase", "--out", str(tmp_path)])
-    assert "staircase" in capsys.readouterr().out.partition("\n| ")[2]
+    assert capsys.readouterr().out.count("\n| ") > 3
 
 
 @pytest.mark.slow

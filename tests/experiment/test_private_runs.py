@@ -188,7 +188,7 @@ def test_a_run_whose_budget_is_used_up_stops_and_resumes_to_the_same_bits(tmp_pa
         ({"dp_epsilon": float("inf")}, r"^dp-epsilon: expected a finite number of at least 0, got inf$"),
         ({"rank_levels": 0}, r"^rank-levels: expected a whole number of at least 1, or auto, got 0$"),
         pytest.param(
-            {"dp_epsilon": 0.5, "dp_noise": 0.3, "dp_ranks": "public"},
+            {"dp_epsilon": 0.5, "dp_noise": 0.3, "dp_ranks": "public", "dp_count_clip": 500.0},
             "dp-noise: expected noise with which one round",
             marks=pytest.mark.slow,
         ),
