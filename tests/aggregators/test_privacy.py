@@ -13,10 +13,22 @@ from autorank_jax.aggregators.privacy import (
     set_expected_owners,
     with_differential_privacy,
 )
+from autorank_jax.engine.round import make_round
+from autorank_jax.engine.sharding import client_mesh, replicate
 from autorank_jax.engine.simulation import init_state
 from autorank_jax.experiment.names import DIFFERENTIALLY_PRIVATE as PRIVATE
 from autorank_jax.types import Adapter, Client, ClientUpdate, Plan, Server, Trainable
-from tests.aggregators.cases import PRESENT, RANKS, SHAPES, compile_round, make_data, make_server, to_jax
+from tests.aggregators.cases import (
+    FAST,
+    PRESENT,
+    RANKS,
+    SHAPES,
+    compile_round,
+    fake_training,
+    make_data,
+    make_server,
+    to_jax,
+)
 
 MAX_RANKS = {path: widest for path, (_, _, widest) in SHAPES.items()}
 EQUAL = np.ones(len(PRESENT))
@@ -165,6 +177,27 @@ def test_a_model_in_half_precision_is_summed_clipped_and_blurred_in_float32():
     moved = rule.update(jax.random.key(0), sums, rule.init(server), server)[0].trainable.dense["bias"]
     assert moved.dtype == jnp.bfloat16
     assert jnp.max(jnp.abs(moved)) > 3.2
+
+
+@pytest.mark.slow
+@in_64_bit
+@pytest.mark.parametrize("broken", [False, True])
+def test_private_rounds_on_two_devices_are_those_of_one(broken):
+    """Every client is clipped and noise is drawn once, however many devices there are."""
+    rule, flags = private("rbla", clip=0.5, noise_multiplier=0.7), np.zeros(len(PRESENT))
+    flags[2] = broken
+    begun, ends = start(rule, flags), []
+    for mesh in (None, client_mesh()):
+        run = jax.jit(make_round(fake_training(), rule, lanes=1, mesh=mesh), compiler_options=FAST)
+        given = (jax.random.key(3), begun, make_data())
+        key, now, data = given if mesh is None else replicate(given, mesh)
+        for _ in range(2):
+            now, info = run(key, now, data)
+        assert int(info.excluded) == broken
+        ends.append(jax.device_get(now.server.trainable))
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-9, atol=1e-12), *ends)
+    moved = ends[0].adapters["tall"].lora_a - np.asarray(begun.server.trainable.adapters["tall"].lora_a)
+    assert np.abs(moved).max() > 0.01
 
 
 @pytest.mark.parametrize("name", ["zero_pad", "rbla"])
