@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from autorank_jax.cli.figures import STYLE
-from benchmarks.study import all_rules, mixed_ranks, paper, policies_by_rules, questions
+from benchmarks.study import all_rules, mixed_ranks, paper, policies_by_rules, privacy, questions
 from benchmarks.study.cells import NOTHING
 from benchmarks.study.columns import CONTRASTS
 from benchmarks.study.forest import Forest, Mark, draw_forest
@@ -144,6 +144,7 @@ def figures() -> dict[str, Callable[[], Figure]]:
             draw_settings, answers[questions.CHANGED], grid.splits, f"Final accuracy on Fashion-MNIST after {about}"
         ),
         "all_rules": partial(draw_all_rules, all_rules.read(RESULTS), every),
+        "privacy": privacy.draw_published,
     }
 
 

@@ -86,7 +86,7 @@ def table(found: Found) -> str:
     return harness.markdown_table(rows, list(rows[0]))
 
 
-def draw(found: Found, caption: str) -> Figure:
+def draw(found: Found, about: str) -> Figure:
     """Draw final accuracy over ε, a line per policy through the means, from its worst seed to its best."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
@@ -102,8 +102,20 @@ def draw(found: Found, caption: str) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     seeds = max(len(runs) for policies in found.values() for runs in policies.values())
-    axes.set_title(f"{caption}; bars: worst to best of {seeds} seeds", fontsize=9, loc="left")
+    axes.set_title(f"{about}; bars: worst to best of {seeds} seeds", fontsize=9, loc="left")
     return figure
+
+
+def caption(cells: Mapping[str, Experiment]) -> str:
+    """Say what was run."""
+    one = next(iter(cells.values()))
+    return f"{one.clients:,} clients, {100 * one.participation:g} % a round, {one.rounds} rounds"
+
+
+def draw_published() -> Figure:
+    """Draw what is published."""
+    cells = make_cells(quick=False, seeds=SEEDS)
+    return draw(run_budgets(cells, CellFile(RESULTS / "privacy.jsonl"), NOTHING), caption(cells))
 
 
 @harness.mistakes_in_words()
@@ -123,9 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("No cell is complete yet.")
         return
     print(table(found))
-    one = next(iter(cells.values()))
-    caption = f"{one.clients:,} clients, {100 * one.participation:g} % a round, {one.rounds} rounds"
-    draw(found, caption).savefig(file.path.with_suffix(".png"), dpi=120)
+    draw(found, caption(cells)).savefig(file.path.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":
