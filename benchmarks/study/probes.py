@@ -169,7 +169,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="run nothing: show what is published")
     options = parser.parse_args(arguments)
     if options.report:
-        print(table(script.read(RESULTS / "probes.json")["cells"]))
+        published = script.read(RESULTS / "probes.json").get("cells")
+        print(table(published) if published else "No cell is complete yet.")
         return
     images = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
     splits = ["staircase"] if options.quick else [name for name in SPLITS if name != "central"]
