@@ -64,3 +64,9 @@ def test_probes_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     assert sorted({*seen}) == sorted(seen[:2] + seen[3:])
     assert {seed for _, seed in seen} == {0, 1}
     assert len(json.loads(file.read_text())["cells"]) == len(seen) - 1
+
+
+def test_where_nothing_is_published_that_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(probes, "RESULTS", tmp_path)
+    probes.main(["--report"])
+    assert capsys.readouterr().out == "No cell is complete yet.\n"
