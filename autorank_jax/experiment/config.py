@@ -66,6 +66,7 @@ class Experiment:
         min_ratio: smallest rank ratio, of the least complex client
         criteria: columns of the decision matrix; default all that there are
         probe_epochs: epochs of the probe behind the criterion loss_entropy
+        probe_ratio: its rank over the maximum rank
         rerank_every: rounds after which ranks are set anew, 0 = set once
         aggregators: aggregation rules, each tried in turn, rbla for the paper's own; the end of this help explains them
         rounds: rounds of federated training
@@ -117,6 +118,7 @@ class Experiment:
     min_ratio: float = 0.1
     criteria: tuple[str, ...] = CRITERIA
     probe_epochs: int = 5
+    probe_ratio: float = 1.0
     rerank_every: int = 0
     aggregators: tuple[str, ...] = ("raflora",)
     rounds: int = 15
@@ -296,7 +298,7 @@ def _number_problems(e: Experiment) -> Iterable[str]:
     yield from outside("momentum", e.momentum, 0, 1, cause="a percentage")
     yield from outside("server_momentum", e.server_momentum, 0, 1, cause="a percentage")
     yield from outside("validation", e.validation, 0, 0.5, cause="a percentage")
-    for option in ("min_ratio", "participation"):
+    for option in ("min_ratio", "probe_ratio", "participation"):
         yield from outside(option, getattr(e, option), 0, 1, open_start=True, cause="a percentage")
     for option, low in (("hidden", 1), ("max_ranks", 1)):
         for value in getattr(e, option):
@@ -359,6 +361,7 @@ def without_effect(e: Experiment) -> Iterable[str]:
     scaled = e.scored or "by_size" in e.rank_policies
     for option, heeded, needed in (
         ("probe_epochs", e.probed, "a policy that scores clients by loss_entropy"),
+        ("probe_ratio", e.probed, "a policy that scores clients by loss_entropy"),
         ("min_ratio", scaled, "a policy whose ratios differ by client"),
         ("rerank_every", e.rerank_every < e.rounds, "more rounds"),
     ):

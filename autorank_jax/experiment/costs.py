@@ -29,12 +29,12 @@ CostFn = Callable[[Key, State, FederatedData], RoundCost]
 
 
 def probe_flops(experiment: Experiment, federation: Federation, flops: FlopModel) -> float:
-    """Return what the probe costs: all clients at full rank."""
+    """Return what the probe costs: all clients at the same rank."""
     if not experiment.probed:
         return 0.0
     size, widest = federation.stats.size, max_ranks(federation.task)
-    full = equal_ranks(widest, size.shape[0])
-    each = client_costs(federation.task.server, full, size, flops, local_epochs=experiment.probe_epochs)
+    ranks = equal_ranks(widest, size.shape[0], experiment.probe_ratio)
+    each = client_costs(federation.task.server, ranks, size, flops, local_epochs=experiment.probe_epochs)
     return float(each.flops.sum())
 
 

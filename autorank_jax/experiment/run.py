@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from autorank_jax.adapters import max_ranks
+from autorank_jax.adapters.lora import equal_ranks
 from autorank_jax.datasets import Dataset
 from autorank_jax.engine import FlopModel, make_local_training, make_round, training_flops
 from autorank_jax.engine.probe import discard
@@ -309,7 +310,7 @@ def compile_probe(
     """Compile what the probe runs: the round of the first rule where it will do, else one that keeps nothing.
 
     It will not where some clients stay away, where the rule lets clients train only a part, and where the levels that
-    are expected are other than one: they may turn out otherwise, and no client of the probe is below full rank.
+    are expected are other than one: they may turn out otherwise, and all clients of the probe have the same rank.
     """
     name, widest = experiment.aggregators[0], max_ranks(federation.task)
     rule = make_aggregator(name, experiment)
@@ -320,16 +321,19 @@ def compile_probe(
         return compile_training(experiment, name, federation, mesh, levels)
     on_event(Stage("compiling the probe"))
     calm = dataclasses.replace(experiment, participation=1.0, sampling="uniform", drop_out=0.0, stragglers=0.0)
-    return compile_training(calm, "probe", federation, mesh, [widest], rule=discard())
+    width = {path: int(rank[0]) for path, rank in equal_ranks(widest, 1, experiment.probe_ratio).items()}
+    return compile_training(calm, "probe", federation, mesh, [width], rule=discard())
 
 
 def probe(
     experiment: Experiment, compiled: CompiledRound, federations: Sequence[Federation]
 ) -> tuple[tuple[Array, Array], ...]:
-    """Return every seed's loss curves and their lengths: one round of all clients at full rank, thrown away."""
+    """Return every seed's loss curves and their lengths: one round of all clients at one rank, thrown away."""
     curves = []
     for federation in federations:
-        state = start_state(experiment, federation, compiled.rule)
+        clients = federation.data.size.shape[0]
+        ranks = equal_ranks(max_ranks(federation.task), clients, experiment.probe_ratio)
+        state = start_state(experiment, federation, compiled.rule, ranks)
         epochs = jnp.asarray(experiment.probe_epochs, jnp.int32)
         state = state._replace(hparams=state.hparams | {"local_epochs": epochs})
         state, _ = compiled.run(federation.keys["probe"], state, federation.data)
