@@ -66,11 +66,13 @@ def _read(path: Path, where: str) -> tuple[list[str], list[tuple[int, list[str]]
             delimiter = max(",;\t", key=first.count)
             header = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter), [])]
             lines = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
-            rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(lines, 2) if any(row)]
+            rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(lines, 2) if row]
     except OSError as error:
         raise DatasetError(f"{where}: expected a table at {path}, got: {error.strerror or error}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(f"{where}: expected a CSV file in UTF-8 at {path}, got: {error}") from error
+    while rows and not any(rows[-1][1]):  # spreadsheets add empty ones at the end
+        rows.pop()
     if len(header) < 2 or len(set(header)) < len(header) or any(_is_number(cell) for cell in header):
         got = ", ".join(repr(cell) for cell in header[:5]) or "nothing"
         raise DatasetError(f"{where}: expected at least two columns of different names in the first line, got {got}")

@@ -184,6 +184,8 @@ def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     if not rows:
         raise CriteriaError(f"{path}: expected one row per client below the header, got none")
     for line, row in rows:
+        if not any(row):
+            raise CriteriaError(f"{path}: expected the values of a client in line {line}, got an empty row: remove it")
         if len(row) != len(header):
             raise CriteriaError(f"{path}: expected {len(header)} values in line {line}, got {len(row)}")
     return header, rows
@@ -215,7 +217,7 @@ def _text(path: Path) -> str:
 
 
 def _split(path: Path, text: str) -> list[tuple[int, list[str]]]:
-    """Return the cells of all lines that are not blank, with their line numbers."""
+    """Return the cells of all lines that are not blank, with their line numbers, without empty rows at the end."""
     first = text.lstrip().partition("\n")[0]
     delimiter = max(",;\t|", key=first.count)
     reader = csv.reader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
@@ -223,7 +225,10 @@ def _split(path: Path, text: str) -> list[tuple[int, list[str]]]:
         cells = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except csv.Error as error:
         raise CriteriaError(f"{path}: expected a table, got: {error} in line {reader.line_num}") from error
-    return [(line, row) for line, row in cells if any(row)]
+    written = [(line, row) for line, row in cells if len(row) > 1 or any(row)]
+    while written and not any(written[-1][1]):  # spreadsheets add them
+        written.pop()
+    return written
 
 
 def _number(text: str) -> float | None:

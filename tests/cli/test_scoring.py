@@ -59,7 +59,14 @@ def test_cost_columns_turn_the_order_round(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "text", ["a;b\n1;2\n3;4\n", "a\tb\n1\t2\n3\t4\n", "a|b\n1|2\n3|4\n", "\ufeffa, b\r\n1, 2\r\n\r\n3, 4\r\n"]
+    "text",
+    [
+        "a;b\n1;2\n3;4\n",
+        "a\tb\n1\t2\n3\t4\n",
+        "a|b\n1|2\n3|4\n",
+        "\ufeffa, b\r\n1, 2\r\n\r\n3, 4\r\n",
+        "a,b\n1,2\n3,4\n,\n , \n",
+    ],
 )
 def test_tables_of_other_programs(text, tmp_path, capsys):
     assert cli.main(["ranks", "--criteria", str(write(tmp_path, text)), "--json"]) == 0
@@ -74,6 +81,9 @@ def test_tables_of_other_programs(text, tmp_path, capsys):
         ("", [], "got an empty file"),
         ("a,b\n", [], "got none"),
         ("a,b\n1,2\n3\n", [], "expected 2 values in line 3, got 1"),
+        ("a,b\n1,2\n,\n3,4\n", [], "expected the values of a client in line 3, got an empty row: remove it"),
+        ("client,b\nann,2\n,\nbob,4\n", [], "expected the values of a client in line 3, got an empty row"),
+        ("a,b\n,\n,\n", [], "got none"),
         ("a,b\n1,nan\n", [], "line 2, column 'b', got 'nan'"),
         ("a,b\n1,inf\n", [], "line 2, column 'b', got 'inf'"),
         ("a,b\n1,\n", [], "line 2, column 'b', got nothing"),
