@@ -132,7 +132,7 @@ def make_task(experiment: Experiment, dataset: Dataset, *, model_key: Key, adapt
     given = given * len(default) if len(given) == 1 else given
     dense = ("*/bias", "norms/*/scale") if experiment.model == "deep_cnn" else "*/bias"
     ranks = dict(zip(default, given, strict=True))
-    _check_ranks(model, ranks)
+    _check_ranks(model, ranks, experiment.rank_levels)
     return task_from_nnx(model, max_rank=ranks, train_dense=dense, loss=loss, key=adapter_key)
 
 
@@ -168,8 +168,8 @@ def _check_memory(experiment: Experiment, dataset: Dataset) -> None:
         )
 
 
-def _check_ranks(model: nnx.Module, ranks: Mapping[str, int]) -> None:
-    """Refuse ranks above the longer side of a layer's matrix: from the shorter one on, they add nothing but cost."""
+def _check_ranks(model: nnx.Module, ranks: Mapping[str, int], levels: int | str) -> None:
+    """Refuse ranks above the longer side of a matrix, which add nothing but cost, and more levels than ranks."""
     shapes = {"/".join(map(str, path)): value.shape for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     sides = {path: max(math.prod(shapes[f"{path}/kernel"][:-1]), shapes[f"{path}/kernel"][-1]) for path in ranks}
     problems = [
@@ -177,6 +177,8 @@ def _check_ranks(model: nnx.Module, ranks: Mapping[str, int]) -> None:
         for path, rank in ranks.items()
         if rank > sides[path]
     ]
+    if isinstance(levels, int) and levels > (most := max(ranks.values())):
+        problems += [f"rank-levels: expected at most {most}, the largest maximum rank, got {levels}"]
     if problems:
         raise ConfigurationError(problems)
 

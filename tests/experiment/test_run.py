@@ -370,6 +370,7 @@ def test_all_mistakes_are_named_at_once():
             {"max_ranks": (99999,)},
             "max-ranks: expected at most 64 for layer layers/0, the longer side of its weight, got",
         ),
+        ({"rank_levels": 7}, "^rank-levels: expected at most 6, the largest maximum rank, got 7"),
         ({"hidden": (10**6,)}, "hidden: expected a model that fits"),
         ({"seeds": 10**6}, "seeds: expected a whole number of at least 1 and at most 1000"),
         ({"model": "cnn", "hidden": (2,), "max_ranks": (10, 1)}, "at most 9 for layer convs/0, the longer side of its"),
