@@ -51,7 +51,8 @@ print(rule.traffic.up.lora_a, sorted(ar.aggregators.RULES)[:3])
 A rule of your own is an `Aggregator`, of which five functions must be written: `help(ar.Aggregator)`; `factors.py` has the
 simplest, the guide `manual/guides/your_own_rule.md` writes one. Sum differences from the start, times the client's weight, and the
 weights beside them; what a lane that is not done or a client that is not finite would add, the engine leaves out.
-`ar.testing.check_aggregator` says what a rule gets wrong, `with_server_optimizer` and the others go around it.
+`ar.testing.check_aggregator` says what a rule gets wrong, `with_server_optimizer` and the others go around it. What a rule of
+this package needs besides is in `manual/contributing.md`, as for a criterion.
 """  # noqa: E501
 
 from collections.abc import Callable, Mapping

@@ -29,8 +29,8 @@ from autorank_jax.cli.terminal import tell
 from autorank_jax.cli.wrapping import print_line
 from autorank_jax.experiment.checkpoints import Checkpoints, expected_rounds
 from autorank_jax.experiment.config import ConfigurationError, Experiment, without_effect
-from autorank_jax.experiment.doubts import doubts
-from autorank_jax.experiment.events import Compiled, Event, Resumed, Scored, Stopped
+from autorank_jax.experiment.doubts import doubts, without_curves
+from autorank_jax.experiment.events import Compiled, Event, Resumed, Scored, Stopped, Unprobed
 from autorank_jax.experiment.launch import is_first, start
 from autorank_jax.experiment.results import DivergedError, Record, Results
 from autorank_jax.experiment.run import run_experiment
@@ -88,6 +88,8 @@ def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
             write_run(folder, {"experiment": dataclasses.asdict(experiment)}, checkpoints)
         display(event)
         logs(event)
+        if isinstance(event, Unprobed) and not command.quiet:
+            tell(f"seed {event.seed}: {without_curves(event.lost, event.clients)}")
         if isinstance(event, Scored) and event.scores.seed == experiment.first_seed and not command.quiet:
             for line in doubts(event.scores):
                 tell(line)

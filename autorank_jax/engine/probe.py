@@ -15,6 +15,7 @@ from autorank_jax.federated.data import client_stats
 from autorank_jax.interface import check_least, check_share, checked
 from autorank_jax.types import (
     Aggregator,
+    Array,
     ClientStats,
     FederatedData,
     Key,
@@ -85,9 +86,9 @@ def probe(
     )
     one = make_round(local, discard(), lanes=lanes)
     after, _ = run(one, key, state, data) if run else jax.jit(one)(key, state, data)
-    known = jnp.all(jnp.isfinite(after.epoch_losses), axis=1)
+    known = _has_curve(after.epoch_losses, after.epochs)
     ran = jnp.where(known, after.epochs, 0)
-    _check_finite(np.asarray(ran), np.asarray(data.size))
+    _check_finite(count_lost(after.epoch_losses, after.epochs, data.size), np.asarray(data.size))
     return plain._replace(epoch_losses=jnp.where(known[:, None], after.epoch_losses, 0), epochs=ran)
 
 
@@ -101,9 +102,17 @@ def discard() -> Aggregator:
     return Aggregator(nothing, lambda server, *_: server.trainable, lambda _: Trains(), nothing, keep_server)
 
 
-def _check_finite(epochs: np.ndarray, size: np.ndarray) -> None:
+def count_lost(epoch_losses: Array, epochs: Array, size: ArrayLike) -> int:
+    """Return how many of the clients that have examples have no curve: losses `(clients, epochs)`, all finite."""
+    return int(np.sum((np.asarray(size) > 0) & ~np.asarray(_has_curve(epoch_losses, epochs))))
+
+
+def _has_curve(epoch_losses: Array, epochs: Array) -> Array:
+    return (epochs > 0) & jnp.all(jnp.isfinite(epoch_losses), axis=1)
+
+
+def _check_finite(lost: int, size: np.ndarray) -> None:
     """Say how many clients have no curve."""
-    lost = int(np.sum((size > 0) & (epochs == 0)))
     if lost == int(np.sum(size > 0)):
         raise ValueError("expected finite losses of a probe, got none of any client: try a smaller learning rate")
     if lost:

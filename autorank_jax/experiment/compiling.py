@@ -1,21 +1,29 @@
-"""Rounds, compiled ahead with as many lanes as fit; and quick compilation of what runs once or twice."""
+"""Rounds, compiled ahead with as many lanes as fit."""
 
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
+from autorank_jax.engine import make_local_training, make_round
 from autorank_jax.engine.lane_count import free_memory
 from autorank_jax.engine.sharding import replicate
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.mistakes import ConfigurationError
+from autorank_jax.experiment.setup import (
+    Federation,
+    lane_count,
+    make_aggregator,
+    make_faults,
+    make_optimizer,
+    make_participation,
+    start_state,
+)
+from autorank_jax.federated import by_examples, equally
 from autorank_jax.types import Aggregator, Array, FederatedData, Key, RoundFn, RoundInfo, State
-
-F = TypeVar("F", bound=Callable[..., Any])
-_OPTIONS = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
-"""They shorten compilation on a CPU and, unlike level 0, leave the bits of what is computed."""
 
 
 class CompiledRound(NamedTuple):
@@ -43,6 +51,38 @@ def fits(compiled: Any) -> bool:
     free, analysis = free_memory(), getattr(compiled, "memory_analysis", None)
     needed = None if analysis is None else analysis()
     return free is None or needed is None or needed.temp_size_in_bytes + needed.output_size_in_bytes <= free
+
+
+def compile_training(
+    experiment: Experiment,
+    name: str,
+    federation: Federation,
+    mesh: Mesh | None,
+    levels: Sequence[Mapping[str, int]],
+    *,
+    rule: Aggregator | None = None,
+) -> CompiledRound:
+    """Compile one round of a rule, by name where it is none of one's own."""
+    begin = time.perf_counter()
+    rule = rule or make_aggregator(name, experiment)
+    local = make_local_training(federation.task, make_optimizer(experiment), batch_size=experiment.batch_size)
+    devices = 1 if mesh is None else mesh.devices.size
+    by_size = experiment.sampling == "by_size" and experiment.cohort < experiment.clients
+    lanes = lane_count(experiment, federation, cohort=experiment.cohort, devices=devices)
+    make = functools.partial(
+        make_round,
+        local,
+        rule,
+        rank_levels=levels,
+        participation=make_participation(experiment),
+        weigh=equally if by_size else by_examples,
+        faults=make_faults(experiment),
+        mesh=mesh,
+    )
+    state = start_state(experiment, federation, rule)
+    arguments = federation.keys["training"], state, federation.data
+    run, lanes = compile_fitting(make, lanes, mesh, arguments, fixed=experiment.lanes != "auto")
+    return CompiledRound(run, experiment, name, rule, tuple(levels), lanes, time.perf_counter() - begin)
 
 
 def compile_fitting(
@@ -97,29 +137,3 @@ def compile_round(round_fn: RoundFn, mesh: Mesh | None, key: Key, state: State, 
 
     run.memory_analysis = compiled.memory_analysis  # type: ignore[attr-defined]  # for `fits`
     return run
-
-
-def jit_once(fn: F) -> F:
-    """Compile a function that runs too rarely for its own speed to matter, quickly; values are those of `jax.jit`."""
-
-    @functools.wraps(fn)
-    def run(*args: Any) -> Any:
-        return jitted()(*args)
-
-    @functools.cache
-    def jitted() -> Callable[..., Any]:
-        return jax.jit(fn, compiler_options=quick_options())
-
-    return run  # type: ignore[return-value]
-
-
-@functools.cache
-def quick_options() -> dict[str, int | bool]:
-    """Return compiler options that save time; none on other devices, and where this XLA does not know them."""
-    if jax.default_backend() != "cpu":
-        return {}
-    try:
-        jax.jit(lambda x: x, compiler_options=_OPTIONS)(0)
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return dict(_OPTIONS)

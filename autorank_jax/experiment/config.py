@@ -8,15 +8,8 @@ from typing import Any, Literal
 from autorank_jax import datasets
 from autorank_jax.experiment import privacy
 from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, one_in_float32, outside, unknown
-from autorank_jax.experiment.names import AGGREGATORS, CRITERIA, NEEDS_LOSSES, SPLITS
+from autorank_jax.experiment.names import AGGREGATORS, CRITERIA, NEEDS_LOSSES, PERSONAL_RULES, SPLITS, WHOLE_RULES
 from autorank_jax.interface import checked
-
-WHOLE_RULES = ("fedavg",)
-"""Rules that train whole weights: there are no adapters, hence no ranks."""
-PERSONAL_RULES = ("local_only", "fedsa_lora")
-"""Rules that leave adapters, or half of them, with the clients: no server model is worth testing."""
-GLOBAL_RULES = tuple(name for name in AGGREGATORS if name not in (*WHOLE_RULES, *PERSONAL_RULES))
-"""Rules that train the adapters of one global model."""
 
 MODELS: Mapping[str, str] = {
     "mlp": "multi-layer perceptron, 784-200-200-10 on Fashion-MNIST",

@@ -1,4 +1,4 @@
-"""Clients that hardly differ: their scores, and with them their ranks, are then chance."""
+"""What speaks against scores, and with them ranks: clients that hardly differ, or that the probe could not train."""
 
 from collections.abc import Iterator, Sequence
 
@@ -35,6 +35,16 @@ def little_variation(criteria: Sequence[str], matrix: np.ndarray) -> str:
     return (
         f"the criteria hardly vary between clients, at most by {100 * values[most]:.2g} % (standard deviation over "
         f"mean of {criteria[most]}), and scores are relative: the least client gets the smallest rank all the same"
+    )
+
+
+def without_curves(lost: int, clients: int) -> str:
+    """Say how many clients the probe could not train, if any."""
+    if not lost:
+        return ""
+    return (
+        f"the training of {lost} of {clients} clients was not finite in the probe, so that they take the mean of the "
+        "others' loss entropy; probably the learning rate is too large"
     )
 
 

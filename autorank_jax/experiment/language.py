@@ -6,6 +6,7 @@ Load → clients of texts → probe → rank → rounds → results. Clients tra
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from autorank_jax.evaluation.language import (
     make_evaluate_language,
 )
 from autorank_jax.experiment.checkpoints import Checkpoints
-from autorank_jax.experiment.doubts import little_variation
+from autorank_jax.experiment.doubts import little_variation, without_curves
 from autorank_jax.experiment.events import Resumed
 from autorank_jax.experiment.language_options import LanguageOptions, as_json
 from autorank_jax.experiment.language_position import LanguagePosition, Save, make_save, restore
@@ -142,8 +143,10 @@ def prepare(keys: Key, options: LanguageOptions, parts: Parts, tools: Tools, clo
     clock.begin("ranks")
     ratios, ranks, info = jax.jit(make_ranking(options, parts.task))(keys[1], stats)
     state = begin(options, parts, ranks)
-    doubt = little_variation(info.criteria, np.asarray(info.matrix))
-    clock.end(f"{_range(ranks)} of {options.max_rank}" + (f"; {doubt}" if doubt else ""))
+    doubts = [little_variation(info.criteria, np.asarray(info.matrix))]
+    if options.probed:
+        doubts += [without_curves(int(jnp.sum(stats.epochs == 0)), len(parts.names))]
+    clock.end("; ".join([f"{_range(ranks)} of {options.max_rank}", *filter(None, doubts)]))
     before = measure_clients(state, tools, clock)
     weights = dict(zip(info.criteria, np.asarray(info.weights).tolist(), strict=True))
     row = LanguageRow(0, *scores, None, 0.0, 0.0, 0.0, 0.0, 0)
@@ -169,7 +172,8 @@ def run_probe(key: Key, options: LanguageOptions, parts: Parts, clock: Clock) ->
         clock.end(flops=flops)
         return done
 
-    with mistakes_of("probe"):
+    with mistakes_of("probe"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # clients without a curve are told with the ranks
         probed = probe(
             key,
             parts.local,

@@ -7,9 +7,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from autorank_jax.experiment.config import GLOBAL_RULES
 from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, outside, unknown
-from autorank_jax.experiment.names import MERGING
+from autorank_jax.experiment.names import GLOBAL_RULES, MERGING
 
 LANGUAGE_POLICIES = ("autorank", "uniform_bytes", "full")
 DTYPES = ("auto", "float32", "bfloat16")

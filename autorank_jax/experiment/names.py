@@ -13,6 +13,12 @@ DIFFERENTIALLY_PRIVATE = ("zero_pad", "rbla", "ffa_lora", "rolora", "fedsa_lora"
 """Of them, those of whose sums one client changes no more than the clip: `with_differential_privacy` takes them."""
 MERGING = ("flora", "owner_merge", "fedex_lora")
 """Of them, those that change the base weights, which a quantised base does not allow."""
+WHOLE_RULES = ("fedavg",)
+"""Rules that train whole weights: there are no adapters, hence no ranks."""
+PERSONAL_RULES = ("local_only", "fedsa_lora")
+"""Rules that leave adapters, or half of them, with the clients: no server model is worth testing."""
+GLOBAL_RULES = tuple(name for name in AGGREGATORS if name not in (*WHOLE_RULES, *PERSONAL_RULES))
+"""Rules that train the adapters of one global model."""
 CRITERIA = ("size", "classes", "label_entropy", "gini_simpson", "loss_entropy")
 NEEDS_LOSSES = frozenset({"loss_entropy"})
 """Of the criteria, those that need a probe."""

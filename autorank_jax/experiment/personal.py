@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from autorank_jax import evaluation
 from autorank_jax.datasets import Dataset
 from autorank_jax.engine import make_local_training
-from autorank_jax.experiment.config import PERSONAL_RULES, Experiment
+from autorank_jax.experiment.config import Experiment
+from autorank_jax.experiment.names import PERSONAL_RULES
 from autorank_jax.experiment.setup import Federation, lane_count, make_aggregator, make_optimizer
 from autorank_jax.federated import from_parts, split_test_set
 from autorank_jax.types import Array, FederatedData, Key, State

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autorank_jax.experiment.config import PERSONAL_RULES, Experiment
+from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.costs import RoundCost
+from autorank_jax.experiment.names import PERSONAL_RULES
 from autorank_jax.experiment.results import Costs, DivergedError, Record, Row, Run, Scores
 from autorank_jax.types import Array, RoundInfo, State
 

@@ -5,24 +5,19 @@ hyper-parameters and frozen weights are data in the state. Nothing is printed he
 """
 
 import dataclasses
-import functools
 import itertools
 import time
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from autorank_jax.adapters import max_ranks
-from autorank_jax.adapters.lora import equal_ranks
 from autorank_jax.datasets import Dataset
-from autorank_jax.engine import FlopModel, make_local_training, make_round, training_flops
-from autorank_jax.engine.probe import discard
+from autorank_jax.engine import FlopModel, training_flops
 from autorank_jax.evaluation import make_evaluate
 from autorank_jax.experiment.checkpoints import Checkpoints, Save, last_good, make_save, restore_position
-from autorank_jax.experiment.compiling import CompiledRound, compile_fitting, serves
+from autorank_jax.experiment.compiling import CompiledRound, compile_training, serves
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.costs import CostFn, expected_costs, make_round_cost
 from autorank_jax.experiment.events import (
@@ -51,6 +46,7 @@ from autorank_jax.experiment.position import (
     is_last,
     next_row,
 )
+from autorank_jax.experiment.probing import compile_probe, probe
 from autorank_jax.experiment.ranking import (
     Ranking,
     first_ranks,
@@ -62,21 +58,16 @@ from autorank_jax.experiment.ranking import (
 from autorank_jax.experiment.results import SCORES, DivergedError, Record, Results, Run, Scores
 from autorank_jax.experiment.setup import (
     Federation,
-    lane_count,
     load_data,
     make_aggregator,
-    make_faults,
     make_federations,
-    make_optimizer,
-    make_participation,
     metrics_of,
     start_state,
     training_key,
 )
 from autorank_jax.experiment.waiting import wait_for
-from autorank_jax.federated import by_examples, equally
 from autorank_jax.interface import checked
-from autorank_jax.types import Aggregator, Array, EvaluateFn, Key, RoundFn, State
+from autorank_jax.types import EvaluateFn, Key, RoundFn, State
 
 
 class Hooks(NamedTuple):
@@ -236,7 +227,7 @@ def score(
         levels = position.levels or expected_levels(experiment, federations, ranking, flops, devices).levels
         compiled = compile_probe(experiment, federations[0], mesh, levels, on_event, total=total)
         on_event(Stage("probing"))
-        position = position._replace(probes=probe(experiment, compiled, federations))
+        position = position._replace(probes=probe(experiment, compiled, federations, on_event))
     on_event(Stage("ranking"))
     scores: list[Scores] = []
     for federation, curve in itertools.zip_longest(federations, position.probes):
@@ -264,81 +255,6 @@ def make_program(
     tested = jax.jit(evaluate).lower(start_state(experiment, federation, rule)).compile()
     measure = make_measure(experiment, name, federation, dataset) if experiment.personal else None
     return Program(compiled.run, tested, measure, cost)
-
-
-def compile_training(
-    experiment: Experiment,
-    name: str,
-    federation: Federation,
-    mesh: Mesh | None,
-    levels: Sequence[Mapping[str, int]],
-    *,
-    rule: Aggregator | None = None,
-) -> CompiledRound:
-    """Compile one round of a rule, by name where it is none of one's own."""
-    begin = time.perf_counter()
-    rule = rule or make_aggregator(name, experiment)
-    local = make_local_training(federation.task, make_optimizer(experiment), batch_size=experiment.batch_size)
-    devices = 1 if mesh is None else mesh.devices.size
-    by_size = experiment.sampling == "by_size" and experiment.cohort < experiment.clients
-    lanes = lane_count(experiment, federation, cohort=experiment.cohort, devices=devices)
-    make = functools.partial(
-        make_round,
-        local,
-        rule,
-        rank_levels=levels,
-        participation=make_participation(experiment),
-        weigh=equally if by_size else by_examples,
-        faults=make_faults(experiment),
-        mesh=mesh,
-    )
-    state = start_state(experiment, federation, rule)
-    arguments = federation.keys["training"], state, federation.data
-    run, lanes = compile_fitting(make, lanes, mesh, arguments, fixed=experiment.lanes != "auto")
-    return CompiledRound(run, experiment, name, rule, tuple(levels), lanes, time.perf_counter() - begin)
-
-
-def compile_probe(
-    experiment: Experiment,
-    federation: Federation,
-    mesh: Mesh | None,
-    levels: Sequence[Mapping[str, int]],
-    on_event: OnEvent,
-    *,
-    total: int,
-) -> CompiledRound:
-    """Compile what the probe runs: the round of the first rule where it will do, else one that keeps nothing.
-
-    It will not where some clients stay away, where the rule lets clients train only a part, and where the levels that
-    are expected are other than one: they may turn out otherwise, and all clients of the probe have the same rank.
-    """
-    name, widest = experiment.aggregators[0], max_ranks(federation.task)
-    rule = make_aggregator(name, experiment)
-    partial = any(flag is not True for flag in rule.trains(rule.init(federation.task.server)))
-    chosen = experiment.rank_levels == "auto" and list(levels) != [widest]
-    if not (experiment.eventful or partial or chosen):
-        on_event(Stage("compiling", 1, total, told=True))
-        return compile_training(experiment, name, federation, mesh, levels)
-    on_event(Stage("compiling the probe"))
-    calm = dataclasses.replace(experiment, participation=1.0, sampling="uniform", drop_out=0.0, stragglers=0.0)
-    width = {path: int(rank[0]) for path, rank in equal_ranks(widest, 1, experiment.probe_ratio).items()}
-    return compile_training(calm, "probe", federation, mesh, [width], rule=discard())
-
-
-def probe(
-    experiment: Experiment, compiled: CompiledRound, federations: Sequence[Federation]
-) -> tuple[tuple[Array, Array], ...]:
-    """Return every seed's loss curves and their lengths: one round of all clients at one rank, thrown away."""
-    curves = []
-    for federation in federations:
-        clients = federation.data.size.shape[0]
-        ranks = equal_ranks(max_ranks(federation.task), clients, experiment.probe_ratio)
-        state = start_state(experiment, federation, compiled.rule, ranks)
-        epochs = jnp.asarray(experiment.probe_epochs, jnp.int32)
-        state = state._replace(hparams=state.hparams | {"local_epochs": epochs})
-        state, _ = compiled.run(federation.keys["probe"], state, federation.data)
-        curves.append(wait_for((state.epoch_losses, state.epochs)))  # or ranking would wait for it
-    return tuple(curves)
 
 
 def run_rounds(

@@ -19,8 +19,9 @@ from autorank_jax.aggregators.privacy import PrivateState
 from autorank_jax.datasets import Dataset
 from autorank_jax.engine import choose_lanes, init_state
 from autorank_jax.evaluation.metrics import Metrics, classification_metrics, regression_metrics
-from autorank_jax.experiment.compiling import jit_once
-from autorank_jax.experiment.config import WHOLE_RULES, WIDTHS, ConfigurationError, Experiment
+from autorank_jax.experiment.config import WIDTHS, ConfigurationError, Experiment
+from autorank_jax.experiment.names import WHOLE_RULES
+from autorank_jax.experiment.quick import jit_once
 from autorank_jax.federated import everyone, faults, partition, sample_by_size, sample_independently, sample_uniformly
 from autorank_jax.federated.participation import Participation
 from autorank_jax.types import Aggregator, Array, ClientStats, FederatedData, Key, Server, State, Task, Trainable

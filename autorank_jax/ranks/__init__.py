@@ -21,7 +21,7 @@ same ranks. Conclusions need random splits, equal budgets, shuffled ranks and se
 A policy is any `(key, ClientStats) -> (ratios, RankInfo)`: `policies` has `autorank`, `by_size`, `uniform`, `manual`;
 `budgets` adapts them (`with_budget`, `with_one_ratio`, `with_coverage`, `with_caps`), `controls` shuffles or reverses
 their ratios. A criterion of your own is a function `ClientStats -> (clients,)` in `autorank(criteria=(..., mine))`, or a
-column of `client_stats(extra=...)`. `criteria` and `mcda` hold the equations, `table_file` reads tables;
+column of `client_stats(extra=...)`; `manual/contributing.md` says where one of this package goes. `criteria` and `mcda` hold the equations, `table_file` reads tables;
 `private_counts` releases label counts with noise, for ranks under differential privacy.
 
 ```python

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from autorank_jax.experiment import Experiment
-from autorank_jax.experiment.config import GLOBAL_RULES
+from autorank_jax.experiment.names import GLOBAL_RULES
 from benchmarks import harness
 from benchmarks.study.cell_file import CellFile
 from benchmarks.study.cells import NOTHING, Bounds, run_cells

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from autorank_jax.experiment import Experiment
-from autorank_jax.experiment.config import GLOBAL_RULES
+from autorank_jax.experiment.names import GLOBAL_RULES
 from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
 from benchmarks import harness
 from benchmarks.study import questions

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autorank_jax.experiment.config import PERSONAL_RULES
+from autorank_jax.experiment.names import PERSONAL_RULES
 from autorank_jax.experiment.results import behind_highest, si
 from benchmarks.study.cell_file import Cell
 from benchmarks.study.cells import due

@@ -45,7 +45,7 @@ from autorank_jax.engine.round import make_round
 from autorank_jax.engine.simulation import init_state
 from autorank_jax.evaluation.costs import client_costs
 from autorank_jax.evaluation.metrics import make_evaluate
-from autorank_jax.experiment.config import GLOBAL_RULES
+from autorank_jax.experiment.names import GLOBAL_RULES
 from autorank_jax.federated import partition
 from autorank_jax.federated.data import client_stats, from_parts
 from autorank_jax.models.bert import load_bert, load_tokenizer

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from autorank_jax.experiment import Experiment
-from autorank_jax.experiment.config import PERSONAL_RULES
+from autorank_jax.experiment.names import PERSONAL_RULES
 from benchmarks.study.cell_file import Cell, CellFile
 from benchmarks.study.cells import Bounds, run_cells
 from benchmarks.study.runs import GUESSING, Reached, runs_of

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from autorank_jax import aggregators
-from autorank_jax.experiment import config
+from autorank_jax.experiment import names
 from autorank_jax.types import Client, ClientUpdate, Plan, Trains
 from tests import reference
 from tests.aggregators.cases import (
@@ -265,12 +265,12 @@ def test_a_rule_is_known_wherever_rules_are_told_apart(name):
     """What trains, what stays with clients: the experiment and the oracle say the same of a rule as the rule itself."""
     rule, server = aggregators.make_rule(name), to_jax(make_server())
     kept = {leaf.shape for leaf in jax.tree.leaves(rule.client_init(server)) if leaf.ndim == 2}
-    assert (name in config.PERSONAL_RULES) == bool(kept)
+    assert (name in names.PERSONAL_RULES) == bool(kept)
     state = rule.init(server)
     for number in range(2):
         flags = rule.trains(state)
-        assert (name in config.WHOLE_RULES) == (not flags.lora_a and not flags.lora_b)
-        if name not in config.WHOLE_RULES:
+        assert (name in names.WHOLE_RULES) == (not flags.lora_a and not flags.lora_b)
+        if name not in names.WHOLE_RULES:
             assert trains(name, number) == (flags.lora_a, flags.lora_b)
         state = rule.step.advance(state) if name == "rolora" else state
     assert f"| `{name}` |" in aggregators.__doc__

@@ -8,9 +8,8 @@ import optax
 import pytest
 
 from autorank_jax import datasets, engine, evaluation
-from autorank_jax.adapters import max_ranks
 from autorank_jax.engine import local, simulation
-from autorank_jax.experiment import run as run_module
+from autorank_jax.experiment import compiling
 from autorank_jax.experiment.config import ConfigurationError, Experiment, outside
 from autorank_jax.experiment.run import Compiled, Finished, RoundDone, Scored, Stage, Started, run_experiment
 from autorank_jax.experiment.setup import make_aggregator, make_federations
@@ -168,28 +167,6 @@ def test_equal_experiments_have_equal_histories(tiny):
 
 
 @pytest.mark.slow
-def test_a_probe_at_a_low_rank_costs_and_sees_what_that_rank_does(tiny):
-    """Inside the round of the first rule, and in a program of its own, as wide as its rank."""
-    one = dataclasses.replace(
-        TINY, rank_policies=("autorank",), ratios=(), seeds=1, rounds=1, criteria=("size", "loss_entropy")
-    )
-    ran = [
-        run_experiment(dataclasses.replace(one, probe_ratio=ratio, participation=share)).scores[0]
-        for ratio, share in ((0.25, 1.0), (0.25, 0.5), (1.0, 1.0))
-    ]
-    entropy = [scores.matrix[:, 1] for scores in ran]
-    np.testing.assert_allclose(entropy[0], entropy[1], rtol=1e-5)
-    assert np.abs(entropy[0] - entropy[2]).max() > 1e-4
-    np.testing.assert_allclose(entropy[2], tiny[0].scores[0].matrix[:, -1], rtol=1e-6)
-    federation = make_federations(one, datasets.load_dataset("synthetic"))[0]
-    flops, examples = engine.training_flops(federation.task, federation.data), int(federation.data.size.sum())
-    for scores, ratio in zip(ran, (0.25, 0.25, 1.0), strict=True):
-        ranks = {path: max(1, int(ratio * width)) for path, width in max_ranks(federation.task).items()}
-        each = flops.base + sum(flops.per_rank[path] * rank for path, rank in ranks.items())
-        assert scores.probe_flops == pytest.approx(2 * examples * each)
-
-
-@pytest.mark.slow
 def test_a_seed_a_probe_and_other_policies_change_no_run(tiny):
     results, _ = tiny
     alone = run_experiment(dataclasses.replace(TINY, rank_policies=("full",), ratios=(), seeds=1, first_seed=1))
@@ -224,7 +201,7 @@ def test_one_program_per_aggregator_serves_everything(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(run_module, "make_round", counting)
+    monkeypatch.setattr(compiling, "make_round", counting)
     short = dataclasses.replace(TINY, aggregators=("rbla", "zero_pad"), rank_policies=("autorank", "full"), ratios=())
     results = run_experiment(short)
     assert len(traced) == 2

@@ -1,0 +1,71 @@
+"""The probe of an experiment: what it sees and costs at a low rank, and clients that it cannot train."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from autorank_jax import datasets, engine
+from autorank_jax.adapters import max_ranks
+from autorank_jax.cli import main as cli
+from autorank_jax.cli import running
+from autorank_jax.experiment import probing
+from autorank_jax.experiment.compiling import CompiledRound
+from autorank_jax.experiment.config import ConfigurationError, Experiment
+from autorank_jax.experiment.doubts import without_curves
+from autorank_jax.experiment.events import Unprobed
+from autorank_jax.experiment.run import run_experiment
+from autorank_jax.experiment.setup import make_aggregator, make_federations
+
+TINY = Experiment(
+    dataset="synthetic", split="dirichlet_lognormal", clients=6, hidden=(8,), rank_policies=("autorank",),
+    criteria=("size", "loss_entropy"), rounds=1, local_epochs=1, probe_epochs=2, batch_size=16, learning_rate=0.1,
+    rank_levels=1,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_probe_at_a_low_rank_costs_and_sees_what_that_rank_does():
+    """Inside the round of the first rule, and in a program of its own, as wide as its rank."""
+    ran = [
+        run_experiment(dataclasses.replace(TINY, probe_ratio=ratio, participation=share)).scores[0]
+        for ratio, share in ((0.25, 1.0), (0.25, 0.5), (1.0, 1.0))
+    ]
+    entropy = [scores.matrix[:, 1] for scores in ran]
+    np.testing.assert_allclose(entropy[0], entropy[1], rtol=1e-5)
+    assert np.abs(entropy[0] - entropy[2]).max() > 1e-4
+    federation = make_federations(TINY, datasets.load_dataset("synthetic"))[0]
+    flops, examples = engine.training_flops(federation.task, federation.data), int(federation.data.size.sum())
+    for scores, ratio in zip(ran, (0.25, 0.25, 1.0), strict=True):
+        ranks = {path: max(1, int(ratio * width)) for path, width in max_ranks(federation.task).items()}
+        each = flops.base + sum(flops.per_rank[path] * rank for path, rank in ranks.items())
+        assert scores.probe_flops == pytest.approx(2 * examples * each)
+
+
+def test_clients_that_the_probe_cannot_train_are_told(monkeypatch, capsys, tmp_path):
+    """Of three clients one has no finite losses, and one was never trained."""
+    experiment = Experiment(dataset="synthetic", split="iid", clients=3, hidden=(4,), probe_ratio=0.5, probe_epochs=2)
+    federation = make_federations(experiment, datasets.load_dataset("synthetic"))[0]
+    seen, told = [], []
+
+    def run(_key, state, _data):
+        seen.append({path: rank.tolist() for path, rank in state.ranks.items()})
+        losses = jnp.array([[2.0, 1.0], [2.0, jnp.nan], [0.0, 0.0]])
+        return state._replace(epoch_losses=losses, epochs=jnp.array([2, 2, 0])), None
+
+    compiled = CompiledRound(run, experiment, "rbla", make_aggregator("rbla", experiment), (), 1, 0.0)
+    curves = probing.probe(experiment, compiled, [federation], told.append)
+    assert told == [Unprobed(0, 2, 3)]
+    assert seen == [{"layers/0": [1] * 3, "layers/1": [1] * 3}]  # half of 3 and of 2
+    assert curves[0][1].tolist() == [2, 2, 0]
+    assert without_curves(0, 3) == ""
+
+    def telling(*_, on_event, **__):
+        on_event(told[0])
+        raise ConfigurationError(["that is all"])
+
+    monkeypatch.setattr(running, "run_experiment", telling)
+    assert cli.main(["run", "--dataset", "synthetic", "--split", "iid", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "autorank-jax: seed 0: the training of 2 of 3 clients was not finite in the probe, so that they take" in said
