@@ -39,6 +39,8 @@ def start(launch: Launch, *, cohort: int) -> Mesh | None:
     if _PATIENCE not in flags:  # a virtual device that waits for others over a minute would abort the process
         os.environ["XLA_FLAGS"] = f"{flags} {_PATIENCE}=86400".strip()
     wanted = launch.devices or max(1, min(_cores(), cohort))
+    if wanted > 1:  # every device decomposes by itself: more threads than cores would wait for each other, and spin
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if _FORCED not in flags:
         with contextlib.suppress(RuntimeError):  # JAX is up already: its devices are what there is
             jax.config.update("jax_num_cpu_devices", wanted)

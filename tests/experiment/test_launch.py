@@ -55,10 +55,17 @@ def test_one_device_needs_no_mesh_and_all_make_one():
     assert (1 if mesh is None else mesh.devices.size) == jax.device_count()
 
 
-def test_the_collectives_of_a_cpu_are_patient(monkeypatch):
+def test_on_a_cpu_collectives_are_patient_and_every_device_decomposes_by_itself(monkeypatch):
     jax.devices()  # JAX reads the flags once
     monkeypatch.setenv("XLA_FLAGS", "--some_flag=1")
-    launch.start(launch.Launch(), cohort=3)
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    launch.start(launch.Launch(devices=1), cohort=3)
+    assert "OPENBLAS_NUM_THREADS" not in os.environ
+    launch.start(launch.Launch(devices=2), cohort=3)
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")  # the user's own
+    launch.start(launch.Launch(devices=2), cohort=3)
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "7"
     assert os.environ["XLA_FLAGS"] == "--some_flag=1 --xla_cpu_collective_call_terminate_timeout_seconds=86400"
 
 
