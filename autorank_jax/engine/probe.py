@@ -25,6 +25,9 @@ from autorank_jax.types import (
     Trains,
 )
 
+FEWEST = 32
+"""Examples of a client that the probe of a share sees, where it has as many."""
+
 
 @checked
 def probe(
@@ -35,6 +38,7 @@ def probe(
     *,
     epochs: int = 5,
     ratio: float = 1.0,
+    share: float = 1.0,
     lanes: int = 1,
     classes: int | None = None,
     groups: ArrayLike | None = None,
@@ -45,8 +49,8 @@ def probe(
     """Train every client once from the server and return the statistics that rank policies look at, losses included.
 
     Nothing of the training is kept but each client's mean loss by epoch; the state is not changed. What it costs is
-    one local training of `epochs` epochs at the ranks of `ratio`: a probe at a small rank is cheap, and tells as much
-    where curves hardly depend on the rank.
+    one local training of `epochs` epochs at the ranks of `ratio` on a `share` of the examples. On Fashion-MNIST two
+    epochs at a tenth of the rank on a quarter of the data give nearly the ranks of five at full rank on all.
 
     Args:
         key: of the batch order and of random layers.
@@ -55,6 +59,8 @@ def probe(
         data: all clients' examples.
         epochs: passes over its data that every client makes, ≥ 2, or there is no curve.
         ratio: rank of every client over the maximum rank, in (0, 1].
+        share: part of its examples that every client trains on, drawn by `key`, in (0, 1]; `FEWEST` at least. The
+            other statistics are of all its examples.
         lanes: clients trained side by side.
         classes: as in `client_stats`, likewise `groups`, `extra` and `max_ratio`.
         groups: examples' groups, in place of labels.
@@ -67,12 +73,13 @@ def probe(
         of the others in `loss_entropy`; a warning says how many there are.
 
     Raises:
-        ValueError: for epochs below 2, a ratio outside (0, 1], what `client_stats` refuses, or if no client's training
-            was finite.
+        ValueError: for epochs below 2, a ratio or share outside (0, 1], what `client_stats` refuses, or if no client's
+            training was finite.
     """
     if epochs < 2:
         raise ValueError(f"expected epochs >= 2, got {epochs}: one epoch is no curve")
     check_share("ratio", ratio, cause="a rank: divide by the maximum")
+    check_share("share", share, cause="a percentage")
     check_least("lanes", lanes)
     plain = client_stats(data, classes=classes, groups=groups, extra=extra, max_ratio=max_ratio)
     clients, dtype = data.size.shape[0], state.epoch_losses.dtype
@@ -84,12 +91,31 @@ def probe(
         epoch_losses=jnp.zeros((clients, epochs), dtype),
         epochs=jnp.zeros(clients, jnp.int32),
     )
-    one = make_round(local, discard(), lanes=lanes)
-    after, _ = run(one, key, state, data) if run else jax.jit(one)(key, state, data)
+    one, part = make_round(local, discard(), lanes=lanes), part_of(key, data, share)
+    after, _ = run(one, key, state, part) if run else jax.jit(one)(key, state, part)
     known = _has_curve(after.epoch_losses, after.epochs)
     ran = jnp.where(known, after.epochs, 0)
     _check_finite(count_lost(after.epoch_losses, after.epochs, data.size), np.asarray(data.size))
     return plain._replace(epoch_losses=jnp.where(known[:, None], after.epoch_losses, 0), epochs=ran)
+
+
+def part_of(key: Key, data: FederatedData, share: float) -> FederatedData:
+    """Return a random part of every client's examples, of `part_sizes`; all of them, as they are, where that is 1."""
+    if share == 1:
+        return data
+    order, start, size = map(np.asarray, (data.order, data.start, data.size))
+    owner = np.repeat(np.arange(len(size)), size)
+    places = np.arange(len(owner)) + np.repeat(start - (np.cumsum(size) - size), size)  # in `order`, client by client
+    drawn = np.random.default_rng(np.asarray(jax.random.key_data(key))).random(len(owner))
+    shuffled = order.copy()
+    shuffled[places] = order[places[np.lexsort((drawn, owner))]]
+    return data._replace(order=jnp.asarray(shuffled), size=jnp.asarray(part_sizes(size, share)))
+
+
+def part_sizes(size: ArrayLike, share: float) -> np.ndarray:
+    """Return how many examples a share of each client's is, `(clients,)`: rounded, `FEWEST` where there are as many."""
+    size = np.asarray(size)
+    return np.clip(np.rint(share * size), np.minimum(size, FEWEST), size).astype(size.dtype)
 
 
 def discard() -> Aggregator:

@@ -2,9 +2,10 @@
 
 The full probe trains every client five epochs at full rank. Cheaper ones train at a tenth of the rank, for two epochs,
 on a quarter of a client's examples (32 at least), or not at all. `τ` is Kendall's rank correlation (tau-b) of the
-clients' ratios with those under the full probe, the mean over splits and seeds, `worst` the worst of them; `moved` is
-the mean change of a ratio. `cost %` is training FLOPs over those of 20 rounds at the ranks of the full probe, the mean
-over splits. `again` is the full probe with other batches: as near as a probe of the same cost comes to itself.
+clients' ratios with those under the full probe, the mean over splits and seeds, `worst` the least mean of a split;
+`moved` is the mean change of a ratio, `τ of the criterion` the correlation of the entropies of the losses themselves.
+`cost %` is training FLOPs over those of 20 rounds at the ranks of the full probe, the mean over splits, `dearest` that
+of the dearest split. `again` is the full probe with other batches: as near as one of the same cost comes to itself.
 MLP 784-200-200-10, maximum ranks 160, 160, 100, batch 64, SGD 0.01 with momentum 0.9.
 
 Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.probes [--json FILE]     (Fashion-MNIST)
@@ -28,6 +29,7 @@ import autorank_jax as ar
 from autorank_jax import datasets
 from autorank_jax.adapters.lora import equal_ranks
 from autorank_jax.engine.flops import FlopModel, training_flops
+from autorank_jax.engine.probe import part_sizes
 from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
 from benchmarks import harness, script
 from benchmarks.study.columns import SPLITS
@@ -35,8 +37,6 @@ from benchmarks.study.options import RESULTS, make_parser
 
 ROUNDS = 20
 """What the cost is compared with."""
-LEAST = 32
-"""Examples of a client that a probe on a part sees, where it has them."""
 MAX_RANKS = {"layers/0": 160, "layers/1": 160, "layers/2": 100}
 STATIC = tuple(name for name in CRITERIA if name not in NEEDS_LOSSES)
 
@@ -64,22 +64,12 @@ PROBES = (
 )  # fmt: skip
 
 
-def part_of(parts: list[np.ndarray], share: float) -> list[np.ndarray]:
-    """Return a share of every client's examples, but some; which lie in random order within a client."""
-    return [part[: max(round(share * len(part)), min(LEAST, len(part)))] for part in parts]
-
-
 class Federation(NamedTuple):
     """One split of one seed."""
 
-    images: datasets.Dataset
-    parts: list[np.ndarray]
+    data: ar.FederatedData
     task: ar.Task
     seed: int
-
-    def data(self, share: float = 1.0) -> ar.FederatedData:
-        """Return a share of every client's examples."""
-        return ar.from_parts(self.images.x_train, self.images.y_train, part_of(self.parts, share))
 
 
 def make_federation(images: datasets.Dataset, split: str, seed: int) -> Federation:
@@ -87,29 +77,28 @@ def make_federation(images: datasets.Dataset, split: str, seed: int) -> Federati
     options = dict(SPLITS[split])
     parts = ar.partition.partition(options.pop("split"), images.y_train, options.pop("clients"), seed=seed, **options)
     model = ar.models.MLP((784, 200, 200, 10), rngs=nnx.Rngs(seed))
-    order = np.random.default_rng(seed)
-    return Federation(images, [order.permutation(p) for p in parts], ar.task_from_nnx(model, max_rank=MAX_RANKS), seed)
+    data = ar.from_parts(images.x_train, images.y_train, parts)
+    return Federation(data, ar.task_from_nnx(model, max_rank=MAX_RANKS), seed)
 
 
-def ratios_of(federation: Federation, how: Probe) -> np.ndarray:
-    """Return the clients' ratios under a probe."""
-    stats = ar.client_stats(federation.data(), classes=10)
+def run_probe(federation: Federation, how: Probe) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the clients' ratios under a probe, and the entropies of their losses where there was one."""
     if not how.epochs:
-        return np.asarray(ar.policies.autorank(criteria=STATIC)(jax.random.key(0), stats)[0])
+        stats = ar.client_stats(federation.data, classes=10)
+        return np.asarray(ar.policies.autorank(criteria=STATIC)(jax.random.key(0), stats)[0]), None
     local = ar.make_local_training(federation.task, optax.sgd(0.01, momentum=0.9), batch_size=64)
-    rule = ar.aggregators.rbla()
-    state = ar.init_state(federation.task.server, rule, None, clients=len(federation.parts))
-    found = ar.probe(
-        jax.random.key(federation.seed + 1000 * how.seed), local, state, federation.data(how.share),
-        epochs=how.epochs, ratio=how.ratio, lanes=2, classes=10,
+    state = ar.init_state(federation.task.server, ar.aggregators.rbla(), None, clients=len(federation.data.size))
+    stats = ar.probe(
+        jax.random.key(federation.seed + 1000 * how.seed), local, state, federation.data,
+        epochs=how.epochs, ratio=how.ratio, share=how.share, lanes=2, classes=10,
     )  # fmt: skip
-    stats = stats._replace(epoch_losses=found.epoch_losses, epochs=found.epochs)
-    return np.asarray(ar.policies.autorank()(jax.random.key(0), stats)[0])
+    ratios, info = ar.policies.autorank()(jax.random.key(0), stats)
+    return np.asarray(ratios), np.asarray(info.matrix)[:, info.criteria.index("loss_entropy")]
 
 
 def spent(federation: Federation, how: Probe, flops: FlopModel) -> float:
     """Return the training FLOPs of a probe."""
-    examples = sum(map(len, part_of(federation.parts, how.share)))
+    examples = float(part_sizes(federation.data.size, how.share).sum())
     ranks = equal_ranks(MAX_RANKS, 1, how.ratio)
     return how.epochs * examples * float(example_flops(flops, ranks).sum())
 
@@ -121,17 +110,16 @@ def example_flops(flops: FlopModel, ranks: dict[str, Any]) -> Any:
 
 def compare(federation: Federation) -> Iterator[dict[str, Any]]:
     """Yield how each probe does on one split and seed."""
-    flops = training_flops(federation.task, federation.data())
-    full = ratios_of(federation, FULL)
+    flops = training_flops(federation.task, federation.data)
+    full, entropy = run_probe(federation, FULL)
     ranks = ar.ranks_from_ratios(full, MAX_RANKS)
-    sizes = np.array([len(part) for part in federation.parts])
-    rounds = ROUNDS * float(np.sum(sizes * example_flops(flops, ranks)))
-    yield {"probe": FULL.label(), "tau": 1.0, "moved": 0.0, "cost": spent(federation, FULL, flops) / rounds}
-    for how in PROBES:
-        ratios = ratios_of(federation, how)
+    rounds = ROUNDS * float(np.sum(np.asarray(federation.data.size) * example_flops(flops, ranks)))
+    for how in (FULL, *PROBES):
+        ratios, own = (full, entropy) if how == FULL else run_probe(federation, how)
         yield {
             "probe": how.label(),
             "tau": float(kendalltau(full, ratios).statistic),
+            "tau of the criterion": None if own is None else float(kendalltau(entropy, own).statistic),
             "moved": float(np.mean(np.abs(full - ratios))),
             "cost": spent(federation, how, flops) / rounds,
         }
@@ -142,16 +130,23 @@ def table(cells: list[dict[str, Any]]) -> str:
     rows: list[harness.Row] = []
     for name in dict.fromkeys(cell["probe"] for cell in cells):
         own = [cell for cell in cells if cell["probe"] == name]
-        taus = [cell["tau"] for cell in own]
-        moved, cost = (100 * float(np.mean([cell[what] for cell in own])) for what in ("moved", "cost"))
-        worst = min(own, key=lambda cell: cell["tau"])
+        splits = dict.fromkeys(cell["split"] for cell in own)
+
+        def mean(what: str, split: str = "", own: list[dict[str, Any]] = own) -> float:
+            return float(np.mean([cell[what] for cell in own if split in ("", cell["split"])]))
+
+        worst = min(splits, key=lambda split: mean("tau", split))
         rows.append(
             {
                 "probe": name,
-                "τ": f"{np.mean(taus):.2f}",
-                "worst": f"{worst['tau']:.2f} ({worst['split']})",
-                "moved": f"{moved / 100:.3f}",
-                "cost %": f"{cost:.1f}",
+                "τ": f"{mean('tau'):.2f}",
+                "worst": f"{mean('tau', worst):.2f} ({worst})",
+                "τ of the criterion": None
+                if own[0]["tau of the criterion"] is None
+                else f"{mean('tau of the criterion'):.2f}",
+                "moved": f"{mean('moved'):.3f}",
+                "cost %": f"{100 * mean('cost'):.1f}",
+                "dearest": f"{100 * max(mean('cost', split) for split in splits):.1f}",
             }
         )
     return harness.markdown_table(rows, list(rows[0]))
@@ -169,13 +164,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="run nothing: show what is published")
     options = parser.parse_args(arguments)
     if options.report:
-        published = script.read(RESULTS / "probes.json").get("cells")
+        published = script.read(RESULTS / "costs.json").get("probes")
         print(table(published) if published else "No cell is complete yet.")
         return
     images = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
     splits = ["staircase"] if options.quick else [name for name in SPLITS if name != "central"]
     known = script.read(options.json)
-    cells: list[dict[str, Any]] = known.get("cells", [])
+    cells: list[dict[str, Any]] = known.get("probes", [])
     there = {(cell["split"], cell["seed"]) for cell in cells}
     seeds = range(1 if options.quick else options.seeds)
     with harness.shared_programs():
@@ -184,8 +179,8 @@ def main(arguments: list[str] | None = None) -> None:
                 continue
             cells += [{"split": split, "seed": seed} | row for row in compare(make_federation(images, split, seed))]
             print(f"after {split}, seed {seed}:\n\n{table(cells)}\n", flush=True)
-            content = {"cells": cells, "versions": harness.versions(), "device": harness.device()}
-            harness.write_json(options.json, content)
+            ran = {"versions": harness.versions(), "device": harness.device()}
+            harness.write_json(options.json, known | {"probes": cells} | ran)
 
 
 if __name__ == "__main__":
