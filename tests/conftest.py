@@ -13,9 +13,7 @@ from tests import QUICK
 
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=2 {QUICK}")
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault(
-    "OPENBLAS_NUM_THREADS", "1"
-)  # a worker per core: more threads would wait for each other, and spin
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a worker per core: more threads would spin
 if "AUTORANK_JAX_TEST_CACHE" not in os.environ:
     os.environ["AUTORANK_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="autorank-jax-tests-")
     atexit.register(shutil.rmtree, os.environ["AUTORANK_JAX_TEST_CACHE"], ignore_errors=True)

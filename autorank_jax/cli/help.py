@@ -36,7 +36,7 @@ RUN_GROUPS = (
     Group(
         "ranks",
         ("rank_policies", "max_ranks", "min_ratio", "criteria"),
-        ("ratios", "probe_epochs", "probe_ratio", "probe_share", "rerank_every", "rank_levels"),
+        ("ratios", "probe_epochs", "probe_ratio", "rerank_every", "rank_levels"),
     ),
     Group(
         "training",

@@ -34,8 +34,6 @@ POLICIES: Mapping[str, str] = {
 }
 MOST_STRANGE = 3
 """Names in a file of options that are none, from more than which on it is another file."""
-PROBE = ("epochs", "ratio", "share")
-"""What is asked of the probe."""
 SAMPLINGS = ("uniform", "by_size", "independent")
 SCORED = ("autorank", "covered", "uniform", "uniform_bytes", "by_size_bytes", "shuffled", "reversed")
 """Policies that need AutoRank's scores, if only for their mean."""
@@ -62,7 +60,6 @@ class Experiment:
         criteria: columns of the decision matrix; default all that there are
         probe_epochs: epochs of the probe behind the criterion loss_entropy
         probe_ratio: its rank over the maximum rank
-        probe_share: share of a client's examples that it looks at, 32 at least
         rerank_every: rounds after which ranks are set anew, 0 = set once
         aggregators: aggregation rules, each tried in turn, rbla for the paper's own; the end of this help explains them
         rounds: rounds of federated training
@@ -115,7 +112,6 @@ class Experiment:
     criteria: tuple[str, ...] = CRITERIA
     probe_epochs: int = 5
     probe_ratio: float = 1.0
-    probe_share: float = 1.0
     rerank_every: int = 0
     aggregators: tuple[str, ...] = ("raflora",)
     rounds: int = 15
@@ -295,7 +291,7 @@ def _number_problems(e: Experiment) -> Iterable[str]:
     yield from outside("momentum", e.momentum, 0, 1, cause="a percentage")
     yield from outside("server_momentum", e.server_momentum, 0, 1, cause="a percentage")
     yield from outside("validation", e.validation, 0, 0.5, cause="a percentage")
-    for option in ("min_ratio", "probe_ratio", "probe_share", "participation"):
+    for option in ("min_ratio", "probe_ratio", "participation"):
         yield from outside(option, getattr(e, option), 0, 1, open_start=True, cause="a percentage")
     for option, low in (("hidden", 1), ("max_ranks", 1)):
         for value in getattr(e, option):
@@ -357,7 +353,8 @@ def without_effect(e: Experiment) -> Iterable[str]:
     """Yield a line for every option that was given and does nothing beside the others, though it may stay."""
     scaled = e.scored or "by_size" in e.rank_policies
     for option, heeded, needed in (
-        *((f"probe_{what}", e.probed, "a policy that scores clients by loss_entropy") for what in PROBE),
+        ("probe_epochs", e.probed, "a policy that scores clients by loss_entropy"),
+        ("probe_ratio", e.probed, "a policy that scores clients by loss_entropy"),
         ("min_ratio", scaled, "a policy whose ratios differ by client"),
         ("rerank_every", e.rerank_every < e.rounds, "more rounds"),
     ):

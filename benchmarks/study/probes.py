@@ -35,6 +35,7 @@ from benchmarks import harness, script
 from benchmarks.study.columns import SPLITS
 from benchmarks.study.options import RESULTS, make_parser
 
+CURVES = "tau of the criterion"
 ROUNDS = 20
 """What the cost is compared with."""
 MAX_RANKS = {"layers/0": 160, "layers/1": 160, "layers/2": 100}
@@ -119,7 +120,7 @@ def compare(federation: Federation) -> Iterator[dict[str, Any]]:
         yield {
             "probe": how.label(),
             "tau": float(kendalltau(full, ratios).statistic),
-            "tau of the criterion": None if own is None else float(kendalltau(entropy, own).statistic),
+            CURVES: None if own is None else float(kendalltau(entropy, own).statistic),
             "moved": float(np.mean(np.abs(full - ratios))),
             "cost": spent(federation, how, flops) / rounds,
         }
@@ -141,9 +142,7 @@ def table(cells: list[dict[str, Any]]) -> str:
                 "probe": name,
                 "τ": f"{mean('tau'):.2f}",
                 "worst": f"{mean('tau', worst):.2f} ({worst})",
-                "τ of the criterion": None
-                if own[0]["tau of the criterion"] is None
-                else f"{mean('tau of the criterion'):.2f}",
+                "τ of the criterion": None if own[0][CURVES] is None else f"{mean(CURVES):.2f}",
                 "moved": f"{mean('moved'):.3f}",
                 "cost %": f"{100 * mean('cost'):.1f}",
                 "dearest": f"{100 * max(mean('cost', split) for split in splits):.1f}",

@@ -1,4 +1,4 @@
-"""What cheaper probes are compared by: parts of clients' data, FLOPs, the table."""
+"""What cheaper probes are compared by: FLOPs, ranks without a probe, the table."""
 
 import json
 
@@ -12,15 +12,9 @@ from benchmarks.study import probes
 FLOPS = FlopModel(10.0, dict.fromkeys(probes.MAX_RANKS, 1.0))
 
 
-def test_a_part_keeps_some_examples_of_everyone():
-    parts = [np.arange(400), np.arange(40), np.arange(5)]
-    assert [len(part) for part in probes.part_of(parts, 0.25)] == [100, 32, 5]
-    assert [len(part) for part in probes.part_of(parts, 1.0)] == [400, 40, 5]
-
-
 def test_cost_is_epochs_by_examples_by_rank():
     federation = probes.make_federation(load_dataset("fashion_mnist_mini"), "staircase", 0)
-    examples = sum(map(len, federation.parts))
+    examples = int(federation.data.size.sum())
     assert probes.spent(federation, probes.FULL, FLOPS) == 5 * examples * (10 + 160 + 160 + 100)
     assert probes.spent(federation, probes.Probe(epochs=2, ratio=0.1), FLOPS) == 2 * examples * (10 + 16 + 16 + 10)
     assert probes.spent(federation, probes.Probe(epochs=0), FLOPS) == 0
@@ -28,21 +22,22 @@ def test_cost_is_epochs_by_examples_by_rank():
 
 def test_ranks_without_a_probe_come_from_four_criteria():
     federation = probes.make_federation(load_dataset("fashion_mnist_mini"), "staircase", 0)
-    ratios = probes.ratios_of(federation, probes.Probe(epochs=0))
+    ratios, curves = probes.run_probe(federation, probes.Probe(epochs=0))
+    assert curves is None
     assert ratios.shape == (10,)
     assert (np.diff(ratios) > 0).all()  # the staircase: every client has more classes and more data
     assert [ratios.min(), ratios.max()] == [np.float32(0.1), 1.0]
 
 
-def test_the_table_has_the_worst_split(tmp_path, monkeypatch, capsys):
+def test_the_table_has_the_worst_and_the_dearest_split(tmp_path, monkeypatch, capsys):
     cells = [
-        {"split": split, "seed": 0, "probe": "cheap", "tau": tau, "moved": 0.02, "cost": 0.05}
-        for split, tau in (("one", 1.0), ("two", 0.5))
+        {"split": split, "seed": 0, "probe": "cheap", "tau": tau, probes.CURVES: tau / 2, "moved": 0.02, "cost": cost}
+        for split, tau, cost in (("one", 1.0, 0.06), ("two", 0.25, 0.04), ("two", 0.75, 0.02))
     ]
-    (tmp_path / "probes.json").write_text(json.dumps({"cells": cells}))
+    (tmp_path / "costs.json").write_text(json.dumps({"probes": cells}))
     monkeypatch.setattr(probes, "RESULTS", tmp_path)
     probes.main(["--report"])
-    assert "| cheap | 0.75 | 0.50 (two) | 0.020 | 5.0 |" in capsys.readouterr().out
+    assert "| cheap | 0.67 | 0.50 (two) | 0.33 | 0.020 | 4.0 | 6.0 |" in capsys.readouterr().out
 
 
 def test_probes_go_on_where_they_were_stopped(tmp_path, monkeypatch):
@@ -53,7 +48,7 @@ def test_probes_go_on_where_they_were_stopped(tmp_path, monkeypatch):
         seen.append(federation)
         if len(seen) == 3:
             raise KeyboardInterrupt
-        yield {"probe": "one", "tau": 1.0, "moved": 0.0, "cost": 0.1}
+        yield {"probe": "one", "tau": 1.0, probes.CURVES: None, "moved": 0.0, "cost": 0.1}
 
     monkeypatch.setattr(probes, "compare", compare)
     monkeypatch.setattr(probes.datasets, "load_dataset", lambda _name: None)
@@ -63,7 +58,7 @@ def test_probes_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     probes.main(arguments)
     assert sorted({*seen}) == sorted(seen[:2] + seen[3:])
     assert {seed for _, seed in seen} == {0, 1}
-    assert len(json.loads(file.read_text())["cells"]) == len(seen) - 1
+    assert len(json.loads(file.read_text())["probes"]) == len(seen) - 1
 
 
 def test_where_nothing_is_published_that_is_said(monkeypatch, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """The public probe: loss curves for rank policies, nothing else kept."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import autorank_jax as ar
 from autorank_jax.engine import local
+from autorank_jax.engine.probe import part_of, part_sizes
 from autorank_jax.types import Trains
 from tests.engine.test_optimizers import CLIENTS, data, task
 
@@ -54,6 +57,42 @@ def test_a_probe_at_a_small_rank_under_any_rule():
     assert ar.aggregators.ffa_lora().trains(()) == Trains(lora_a=False)
 
 
+def test_a_part_is_drawn_of_every_clients_own_examples():
+    parts = [np.arange(0, 400), np.arange(400, 440), np.array([440, 441]), np.array([], int)]
+    whole = ar.from_parts(np.zeros((442, 1), np.float32), np.zeros(442, np.int32), parts, classes=1, allow_empty=True)
+    order = jnp.concatenate([whole.order[400:], whole.order[:400]])  # clients need not lie in order
+    moved = whole._replace(order=order, start=jnp.array([42, 0, 40, 42], jnp.int32))
+    for one in (whole, moved):
+        found = [np.asarray(column) for column in part_of(jax.random.key(3), one, 0.25)[2:5]]
+        assert found[2].tolist() == [100, 32, 2, 0]
+        assert found[1].tolist() == one.start.tolist()
+        drawn = [found[0][start : start + size].tolist() for start, size in zip(*found[1:], strict=True)]
+        for own, part in zip(drawn, parts, strict=True):
+            assert len(set(own)) == len(own)
+            assert set(own) <= set(part.tolist())
+        assert max(drawn[0]) > 200 > min(drawn[0])  # not the first ones
+        assert drawn[0] != part_of(jax.random.key(4), one, 0.25).order[one.start[0] :][:100].tolist()
+    assert part_of(jax.random.key(3), whole, 1.0) is whole
+    assert part_sizes([400, 33, 5], 0.1).tolist() == [40, 32, 5]
+
+
+def test_the_probe_of_a_share_looks_at_no_other_example(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("autorank_jax.engine.probe"), "FEWEST", 1)
+    whole, key = data(), jax.random.key(4)
+    part = part_of(key, whole, 0.5)
+    kept = np.concatenate([np.asarray(part.order[s : s + n]) for s, n in zip(part.start, part.size, strict=True)])
+    assert len(kept) < len(whole.order)
+    inputs = np.full_like(whole.inputs, np.nan)
+    inputs[kept] = np.asarray(whole.inputs)[kept]
+    found = [
+        ar.probe(key, training(), start(), one, epochs=EPOCHS, share=0.5)
+        for one in (whole, whole._replace(inputs=jnp.asarray(inputs)))
+    ]
+    np.testing.assert_array_equal(found[0].epoch_losses, found[1].epoch_losses)
+    assert np.isfinite(found[0].epoch_losses).all()
+    np.testing.assert_array_equal(found[0].size, whole.size)  # other statistics are of all
+
+
 def exploding(clients):
     """A loss that is infinite for the clients of these labels."""
 
@@ -77,7 +116,11 @@ def test_clients_without_a_curve_are_told():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"epochs": 1}, "expected epochs >= 2, got 1"), ({"ratio": 4}, r"expected ratio in \(0, 1\], got 4, probably")],
+    [
+        ({"epochs": 1}, "expected epochs >= 2, got 1"),
+        ({"ratio": 4}, r"expected ratio in \(0, 1\], got 4, probably"),
+        ({"share": 25}, r"expected share in \(0, 1\], got 25, probably a percentage"),
+    ],
 )
 def test_mistakes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
