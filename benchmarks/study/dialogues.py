@@ -48,6 +48,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
+@harness.mistakes_in_words()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the plan, run the cells that are not finished, and print what there is."""
     given = parse(arguments)
@@ -95,6 +96,7 @@ def grid(given: argparse.Namespace) -> dict[str, LanguageOptions]:
     if not given.quick:
         common = {name: getattr(given, name) for name in ("rounds", "max_length", "max_rank", "batch_size", "lanes")}
         common |= {"model": given.data / "smollm2", "data": given.data / "dialogues.jsonl", "dtype": given.dtype}
+        common |= {"skip_odd_lines": True}  # a few lines of dialogues.jsonl lack a question or an answer
         policies, rules, seeds = POLICIES, RULES, given.seeds
     return {
         f"{policy}-{rule}-{seed}": LanguageOptions(policy=policy, aggregator=rule, seed=seed, **common)

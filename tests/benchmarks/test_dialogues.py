@@ -62,3 +62,14 @@ def test_a_rehearsal(tmp_path, capsys):
     assert cells[0]["summary"]["ranks"]["most"] > cells[1]["summary"]["ranks"]["most"]
     dialogues.main(["--quick", "--out", str(tmp_path)])
     assert "2 cells, all of them finished" in capsys.readouterr().out
+
+
+def test_mistakes_end_in_one_line_and_odd_lines_are_left_out(tmp_path):
+    """Real dialogues have some lines without a question or an answer."""
+    (tmp_path / "smollm2").mkdir()
+    (tmp_path / "smollm2" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "dialogues.jsonl").write_text('{"category": "a", "instruction": "", "output": "b"}\n')
+    arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert all(one.skip_odd_lines for one in dialogues.grid(dialogues.parse(arguments)).values())
+    with pytest.raises(SystemExit, match="expected instructions in"):
+        dialogues.main(arguments)
