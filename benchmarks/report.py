@@ -15,25 +15,26 @@ from benchmarks.robustness import devices, faults
 from benchmarks.speed import gpu_program, imbalance, language_memory, rank_cost, rounds_report, scale, startup
 
 FOLDER = Path(__file__).parent
-RESULTS: dict[str, dict[str, ModuleType]] = {
+RESULTS: dict[str, dict[str, tuple[ModuleType, ...]]] = {
     "speed/README.md": {
-        "rounds": rounds_report,
-        "imbalance": imbalance,
-        "scale": scale,
-        "rank_cost": rank_cost,
+        "rounds": (rounds_report,),
+        "imbalance": (imbalance,),
+        "scale": (scale,),
+        "rank_cost": (rank_cost,),
     },
-    "speed/startup.md": {"startup": startup},
-    "speed/gpu.md": {"gpu_program": gpu_program, "language_memory": language_memory},
-    "robustness/README.md": {"devices": devices, "faults": faults},
+    "speed/startup.md": {"startup": (startup,)},
+    "speed/gpu.md": {"gpu_program": (gpu_program, language_memory)},
+    "robustness/README.md": {"devices": (devices,), "faults": (faults,)},
 }
 """The stored results that each document shows, and whose `tables`, and `draw` if any, they are for."""
 
 
 def stored(document: str) -> Iterator[tuple[Path, script.Content, ModuleType]]:
     """Yield the results that a document shows."""
-    for name, module in RESULTS[document].items():
+    for name, modules in RESULTS[document].items():
         path = (FOLDER / document).parent / "results" / f"{name}.json"
-        yield path, script.read(path), module
+        for module in modules:
+            yield path, script.read(path), module
 
 
 def filled(text: str, tables: Mapping[str, str]) -> str:

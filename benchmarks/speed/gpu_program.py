@@ -271,8 +271,8 @@ def main() -> None:
         for rule in options.rules.split(","):
             print(f"{name}, {rule} …", flush=True)
             rows.append(measure(name, rule, options))
-    versions = script.about()["versions"]
-    script.publish({"rows": rows, "versions": versions, "target": "NVIDIA H100 80GB HBM3"}, options.json, tables, None)
+    found = {"rows": rows, "versions": script.about()["versions"], "target": "NVIDIA H100 80GB HBM3"}
+    script.publish(script.read(options.json) | found, options.json, tables, None)
 
 
 if __name__ == "__main__":

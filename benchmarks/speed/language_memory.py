@@ -4,7 +4,7 @@ Of a few steps of clients side by side (`scan` over `vmap` of the gradient, SGD 
 the arguments (base, adapters, momentum, texts) and of the temporaries; nothing is run. Activations are computed again
 block by block, adapters and momentum are float32.
 
-Command:  python -m benchmarks.speed.language_memory --h100 --json benchmarks/speed/results/language_memory.json
+Command:  python -m benchmarks.speed.language_memory --h100 --json benchmarks/speed/results/gpu_program.json
           (without `--h100` a small model for this machine's CPU; `--models` and `--formats` choose; with `--json`
           rows that are there are kept, so that one program can be compiled at a time)
 Needs:    for `--h100` what gpu_program needs, and about 4 GB of memory
@@ -148,7 +148,7 @@ def tables(content: script.Content) -> Mapping[str, str]:
             "both_gb": arguments + temporaries,
         }
 
-    return {"language_memory": script.table([told(row) for row in content["rows"]], COLUMNS)}
+    return {"language_memory": script.table([told(row) for row in content["memory"]["rows"]], COLUMNS)}
 
 
 def rows_of(
@@ -176,9 +176,10 @@ def main() -> None:
     if options.h100:
         prepare_for_h100()
     models = options.models.split(",") if options.models else ["1B", "8B"] if options.h100 else ["small"]
-    content = script.read(options.json) or {"versions": script.about()["versions"], "rows": []}
-    for rows in rows_of(content["rows"], models, options.formats.split(","), h100=options.h100):
-        content["rows"] = rows
+    content = script.read(options.json)
+    memory = content.setdefault("memory", {"versions": script.about()["versions"], "rows": []})
+    for rows in rows_of(memory["rows"], models, options.formats.split(","), h100=options.h100):
+        memory["rows"] = rows
         if options.json:
             harness.write_json(options.json, content)
     script.publish(content, options.json, tables, None)

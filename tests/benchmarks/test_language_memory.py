@@ -30,4 +30,4 @@ def test_arguments_shrink_by_what_the_base_does(monkeypatch):
     assert saved == numbers * 4 - numbers // 2 - numbers // 64 * 4
     assert rows[0]["argument_bytes"] - rows[1]["argument_bytes"] == saved
     assert rows[1]["temporary_bytes"] - rows[0]["temporary_bytes"] < numbers  # a quarter of the stacks in floats
-    assert "| small | nf4 | 2 × 1 × 8 | 2 |" in language_memory.tables({"rows": rows})["language_memory"]
+    assert "| small | nf4 | 2 × 1 × 8 | 2 |" in language_memory.tables({"memory": {"rows": rows}})["language_memory"]
