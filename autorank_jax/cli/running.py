@@ -30,7 +30,7 @@ from autorank_jax.cli.wrapping import print_line
 from autorank_jax.experiment.checkpoints import Checkpoints, expected_rounds
 from autorank_jax.experiment.config import ConfigurationError, Experiment, without_effect
 from autorank_jax.experiment.doubts import doubts, without_curves
-from autorank_jax.experiment.events import Compiled, Event, Resumed, Scored, Stopped, Unprobed
+from autorank_jax.experiment.events import Compiled, Event, Resumed, Scored, Stopped
 from autorank_jax.experiment.launch import is_first, start
 from autorank_jax.experiment.results import DivergedError, Record, Results
 from autorank_jax.experiment.run import run_experiment
@@ -88,11 +88,11 @@ def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
             write_run(folder, {"experiment": dataclasses.asdict(experiment)}, checkpoints)
         display(event)
         logs(event)
-        if isinstance(event, Unprobed) and not command.quiet:
-            tell(f"seed {event.seed}: {without_curves(event.lost, event.clients)}")
-        if isinstance(event, Scored) and event.scores.seed == experiment.first_seed and not command.quiet:
-            for line in doubts(event.scores):
-                tell(line)
+        if isinstance(event, Scored) and not command.quiet:
+            scores = event.scores
+            first = scores.seed == experiment.first_seed  # the others differ as little
+            for line in doubts(scores) if first else filter(None, [without_curves(scores.unprobed, len(scores.size))]):
+                tell(line if first else f"seed {scores.seed}: {line}")
 
     interruption = Interruption()
     try:

@@ -66,7 +66,8 @@ def _read(path: Path, where: str) -> tuple[list[str], list[tuple[int, list[str]]
             delimiter = max(",;\t", key=first.count)
             header = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter), [])]
             lines = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
-            rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(lines, 2) if row]
+            rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(lines, 2)]
+            rows = [(number, row) for number, row in rows if len(row) > 1 or any(row)]
     except OSError as error:
         raise DatasetError(f"{where}: expected a table at {path}, got: {error.strerror or error}") from error
     except (UnicodeDecodeError, csv.Error) as error:

@@ -49,8 +49,8 @@ def probe(
     """Train every client once from the server and return the statistics that rank policies look at, losses included.
 
     Nothing of the training is kept but each client's mean loss by epoch; the state is not changed. What it costs is
-    one local training of `epochs` epochs at the ranks of `ratio` on a `share` of the examples. On Fashion-MNIST two
-    epochs at a tenth of the rank on a quarter of the data give nearly the ranks of five at full rank on all.
+    one local training of `epochs` epochs at the ranks of `ratio` on a `share` of the examples; what less of each tells
+    is measured in `benchmarks/study`.
 
     Args:
         key: of the batch order and of random layers.
@@ -59,7 +59,7 @@ def probe(
         data: all clients' examples.
         epochs: passes over its data that every client makes, ≥ 2, or there is no curve.
         ratio: rank of every client over the maximum rank, in (0, 1].
-        share: part of its examples that every client trains on, drawn by `key`, in (0, 1]; `FEWEST` at least. The
+        share: part of its examples that every client trains on, drawn by `key`, in (0, 1]; 32 at least. The
             other statistics are of all its examples.
         lanes: clients trained side by side.
         classes: as in `client_stats`, likewise `groups`, `extra` and `max_ratio`.

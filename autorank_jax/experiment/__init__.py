@@ -11,7 +11,7 @@ partition → probe → rank → rounds for every rule, policy and seed → resu
 - `Results`: everything that was found; `summarize` sums it up as in `summary.json`.
 
 What happens meanwhile goes to `on_event` as an `Event`: `Stage`, `Leveled`, `Compiled` and `Scored` before the rounds,
-then `Started`, `RoundDone` and `Finished` for every run, `Unprobed`, `Resumed` and `Stopped` where they apply.
+then `Started`, `RoundDone` and `Finished` for every run, `Resumed` and `Stopped` where they apply.
 
 The modules `language*` do the same for one federation of a language model, under one policy and rule (`autorank-jax
 finetune`): `run_language(LanguageOptions(...))` returns `LanguageResults`, a `LanguageRow` for every round in them.
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
         Stage,
         Started,
         Stopped,
-        Unprobed,
     )
     from autorank_jax.experiment.language import run_language
     from autorank_jax.experiment.language_options import LanguageOptions
@@ -81,7 +80,6 @@ __all__ = [
     "Stage",
     "Started",
     "Stopped",
-    "Unprobed",
     "experiment_from",
     "run_experiment",
     "run_language",

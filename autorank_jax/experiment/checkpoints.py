@@ -78,9 +78,10 @@ def restore_position(
     config = full_configuration(experiment, dataset)
     about = read_about(checkpoints.folder)
     records = tuple(Record(**r | {"rows": tuple(Row(**row) for row in r["rows"])}) for r in about.extra["records"])
-    if about.config == json.loads(json.dumps(config | {"rounds": about.config.get("rounds")})):
-        config["rounds"] = about.config["rounds"]
-        records = with_rounds(records, experiment, config["rounds"])
+    before = json.loads(json.dumps(dataclasses.asdict(Experiment()))) | about.config  # options that came later
+    if before == json.loads(json.dumps(config | {"rounds": before["rounds"]})):
+        records = with_rounds(records, experiment, before["rounds"])
+        config = dict(about.config)
     extra = read_about(checkpoints.folder, config=config).extra
     federation = next(f for f in federations if f.seed == records[-1].seed)
     rule = make_aggregator(records[-1].aggregator, experiment)

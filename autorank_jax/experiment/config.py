@@ -59,7 +59,7 @@ class Experiment:
         min_ratio: smallest rank ratio, of the least complex client
         criteria: columns of the decision matrix; default all that there are
         probe_epochs: epochs of the probe behind the criterion loss_entropy
-        probe_ratio: its rank over the maximum rank
+        probe_ratio: rank of the probe over the maximum rank; saves FLOPs, but no seconds with one rank level
         rerank_every: rounds after which ranks are set anew, 0 = set once
         aggregators: aggregation rules, each tried in turn, rbla for the paper's own; the end of this help explains them
         rounds: rounds of federated training

@@ -42,9 +42,10 @@ def without_curves(lost: int, clients: int) -> str:
     """Say how many clients the probe could not train, if any."""
     if not lost:
         return ""
+    then = "they take the mean of the others' loss entropy" if lost < clients else "loss entropy tells nothing"
     return (
-        f"the training of {lost} of {clients} clients was not finite in the probe, so that they take the mean of the "
-        "others' loss entropy; probably the learning rate is too large"
+        f"the training of {lost} of {clients} clients was not finite in the probe, so that {then}; probably the "
+        "learning rate is too large"
     )
 
 
@@ -88,6 +89,8 @@ def _order(values: np.ndarray) -> np.ndarray:
 
 def doubts(scores: Scores) -> Iterator[str]:
     """Yield what speaks against the ranks of a seed, and what one rank for all would do; nothing mostly."""
+    if scores.unprobed:
+        yield without_curves(scores.unprobed, len(scores.size))
     little = little_variation(scores.criteria, scores.matrix) if scores.closeness is not None else ""
     if not little or not set(scores.criteria) <= set(CRITERIA):
         return

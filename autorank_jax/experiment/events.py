@@ -30,14 +30,6 @@ class Compiled(NamedTuple):
     lanes: int  # clients that each device trains side by side
 
 
-class Unprobed(NamedTuple):
-    """Event: clients of a seed have no loss curve, as their training in the probe was not finite."""
-
-    seed: int
-    lost: int
-    clients: int
-
-
 class Scored(NamedTuple):
     """Event: the clients of a seed have their scores and ranks."""
 
@@ -80,5 +72,5 @@ class Stopped(NamedTuple):
     results: Results  # so far, whole rounds
 
 
-Event = Stage | Leveled | Compiled | Unprobed | Scored | Resumed | Started | RoundDone | Finished | Stopped
+Event = Stage | Leveled | Compiled | Scored | Resumed | Started | RoundDone | Finished | Stopped
 OnEvent = Callable[[Event], None]

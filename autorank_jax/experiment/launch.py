@@ -18,6 +18,7 @@ HEARTBEAT_SECONDS = 20
 
 _PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 _FORCED = "--xla_force_host_platform_device_count"
+_THREADS = "OPENBLAS_NUM_THREADS"  # of LAPACK on a CPU, on which the last bits of a decomposition depend
 
 
 def start(launch: Launch, *, cohort: int) -> Mesh | None:
@@ -39,15 +40,17 @@ def start(launch: Launch, *, cohort: int) -> Mesh | None:
     if _PATIENCE not in flags:  # a virtual device that waits for others over a minute would abort the process
         os.environ["XLA_FLAGS"] = f"{flags} {_PATIENCE}=86400".strip()
     wanted = launch.devices or max(1, min(_cores(), cohort))
-    if wanted > 1:  # every device decomposes by itself: more threads than cores would wait for each other, and spin
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if _FORCED not in flags:
         with contextlib.suppress(RuntimeError):  # JAX is up already: its devices are what there is
             jax.config.update("jax_num_cpu_devices", wanted)
     if launch.distributed:
         _join(launch)
     mesh = client_mesh(_first_of_each(launch.devices))
-    return None if mesh.devices.size == 1 else mesh
+    if mesh.devices.size == 1:
+        return None
+    if jax.default_backend() == "cpu":  # every device decomposes by itself: more threads than cores would spin
+        os.environ.setdefault(_THREADS, "1")  # heeded, as the library is loaded by the first decomposition
+    return mesh
 
 
 def _cores() -> int:
@@ -91,6 +94,8 @@ def describe_machine(mesh: Mesh | None) -> dict[str, Any]:
     """Return `device`, in words, and `versions`, of Python and the packages that results depend on."""
     first = jax.devices()[0]
     device = f"{first.device_kind}, {os.cpu_count()} cores" if first.platform == "cpu" else first.device_kind
+    if first.platform == "cpu" and _THREADS in os.environ:
+        device += f", LAPACK threads: {os.environ[_THREADS]}"
     packages = ("autorank-jax", "jax", "jaxlib", "flax", "optax", "numpy")
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
     return {"device": device if mesh is None else f"{device}, {mesh.devices.size} devices", "versions": versions}

@@ -8,10 +8,10 @@ from jax.sharding import Mesh
 
 from autorank_jax.adapters import max_ranks
 from autorank_jax.adapters.lora import equal_ranks
-from autorank_jax.engine.probe import count_lost, discard
+from autorank_jax.engine.probe import discard
 from autorank_jax.experiment.compiling import CompiledRound, compile_training
 from autorank_jax.experiment.config import Experiment
-from autorank_jax.experiment.events import OnEvent, Stage, Unprobed
+from autorank_jax.experiment.events import OnEvent, Stage
 from autorank_jax.experiment.setup import Federation, make_aggregator, start_state
 from autorank_jax.experiment.waiting import wait_for
 from autorank_jax.types import Array
@@ -45,7 +45,7 @@ def compile_probe(
 
 
 def probe(
-    experiment: Experiment, compiled: CompiledRound, federations: Sequence[Federation], on_event: OnEvent
+    experiment: Experiment, compiled: CompiledRound, federations: Sequence[Federation]
 ) -> tuple[tuple[Array, Array], ...]:
     """Return every seed's loss curves and their lengths: one round of all clients at one rank, thrown away."""
     curves = []
@@ -57,6 +57,4 @@ def probe(
         state = state._replace(hparams=state.hparams | {"local_epochs": epochs})
         state, _ = compiled.run(federation.keys["probe"], state, federation.data)
         curves.append(wait_for((state.epoch_losses, state.epochs)))  # or ranking would wait for it
-        if lost := count_lost(*curves[-1], federation.data.size):
-            on_event(Unprobed(federation.seed, lost, clients))
     return tuple(curves)

@@ -9,6 +9,7 @@ import numpy as np
 
 from autorank_jax.adapters import max_ranks
 from autorank_jax.engine.flops import FlopModel
+from autorank_jax.engine.probe import count_lost
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.costs import probe_flops
 from autorank_jax.experiment.results import Scores
@@ -123,6 +124,7 @@ def score_clients(
         ratios={name: np.asarray(ranked[name].ratios) for name in experiment.rank_policies},
         ranks={name: {p: np.asarray(r) for p, r in ranked[name].ranks.items()} for name in experiment.rank_policies},
         probe_flops=probe_flops(experiment, federation, flops),
+        unprobed=0 if curves is None else count_lost(*curves, federation.data.size),
     )
 
 

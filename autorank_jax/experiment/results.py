@@ -70,6 +70,7 @@ class Scores(NamedTuple):
     ratios: Mapping[str, np.ndarray]  # by policy, (clients,): the first ranking
     ranks: Mapping[str, Mapping[str, np.ndarray]]  # by policy and layer, (clients,)
     probe_flops: float
+    unprobed: int = 0  # clients without a loss curve, as their training in the probe was not finite
 
 
 class Run(NamedTuple):

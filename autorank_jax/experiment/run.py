@@ -227,7 +227,7 @@ def score(
         levels = position.levels or expected_levels(experiment, federations, ranking, flops, devices).levels
         compiled = compile_probe(experiment, federations[0], mesh, levels, on_event, total=total)
         on_event(Stage("probing"))
-        position = position._replace(probes=probe(experiment, compiled, federations, on_event))
+        position = position._replace(probes=probe(experiment, compiled, federations))
     on_event(Stage("ranking"))
     scores: list[Scores] = []
     for federation, curve in itertools.zip_longest(federations, position.probes):

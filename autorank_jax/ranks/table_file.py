@@ -217,7 +217,7 @@ def _text(path: Path) -> str:
 
 
 def _split(path: Path, text: str) -> list[tuple[int, list[str]]]:
-    """Return the cells of all lines that are not blank, with their line numbers, without empty rows at the end."""
+    """Return the cells of all lines that are not blank, with their line numbers, from the first row to the last."""
     first = text.lstrip().partition("\n")[0]
     delimiter = max(",;\t|", key=first.count)
     reader = csv.reader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
@@ -226,9 +226,8 @@ def _split(path: Path, text: str) -> list[tuple[int, list[str]]]:
     except csv.Error as error:
         raise CriteriaError(f"{path}: expected a table, got: {error} in line {reader.line_num}") from error
     written = [(line, row) for line, row in cells if len(row) > 1 or any(row)]
-    while written and not any(written[-1][1]):  # spreadsheets add them
-        written.pop()
-    return written
+    full = [place for place, (_, row) in enumerate(written) if any(row)]
+    return written[full[0] : full[-1] + 1] if full else []
 
 
 def _number(text: str) -> float | None:

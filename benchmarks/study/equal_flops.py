@@ -1,4 +1,4 @@
-"""Do any ranks beat a uniform rank that costs as many training FLOPs? An upper bound by search, and why.
+"""Do any ranks beat a uniform rank that costs as many training FLOPs? Powers of size, AutoRank's, and a search.
 
 A small federation: ten clients share the first `--images` of Fashion-MNIST (staircase, and Dirichlet 0.4 × log-normal
 1), 20 rounds of one local epoch, batch 64, SGD 0.03 with momentum; MLP 784-200-200-10, maximum ranks 160, 160, 100.
@@ -6,18 +6,21 @@ Everybody's ratio is 0.4, or ratios differ and cost at most as much: `Σ_k n_k F
 A candidate's ratios grow with a weight, `min(1, max(0.02, c · weight))`, with the largest `c` that is affordable:
 
 - `n^p`: powers of a client's number of examples; below 0, small clients get the higher ranks;
-- `AutoRank`: its ratios (four criteria, no probe); `per FLOP`: over the number of examples, complexity by unit of cost;
+- `AutoRank`: in proportion to its ratios (four criteria, no probe); `per FLOP`: to these over the number of examples,
+  complexity by unit of cost;
 - `searched`: hill climbing from the best of these: a step multiplies every ratio by a log-normal factor, and is kept
-  where it is better on validation examples, the mean over two seeds.
+  where it is better on validation examples, the mean over two seeds. It climbs their noise, too: it may end behind
+  others on fresh seeds, and what it reaches is no bound on what can be reached.
 
-What was chosen on validation examples is then trained with fresh seeds and tested: final accuracy in %, differences
-from the uniform rank in points, paired over seeds, 95 % t intervals, p values after Holm's correction for all rows.
-`early` is the same after a quarter of the rounds. `FLOPs %` are those of the uniform rank's; a probe costs none here.
+All of these are then trained with fresh seeds, which vary initial weights and the order of batches (the split and the
+adapters' start stay), and tested: final accuracy in %, differences from the uniform rank in points, paired over seeds,
+95 % t intervals, p values after Holm's correction for all rows. `early` is the same after a quarter of the rounds,
+without a test. `FLOPs %` are over those of the uniform rank; a probe costs none here.
 
 Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.equal_flops [--steps 40] [--json FILE]
           python -m benchmarks.study.equal_flops --quick       (embedded subset, one split and rule, two rounds)
           python -m benchmarks.study.equal_flops --report      (runs nothing)
-Expect:   see benchmarks/study/README.md; what was stopped goes on
+Expect:   a quarter of an hour to half of one a cell on two cores; what was stopped goes on, a tested cell is closed
 """
 
 import argparse
@@ -45,11 +48,15 @@ MAX_RANKS = {"layers/0": 160, "layers/1": 160, "layers/2": 100}
 UNIFORM, LEAST = 0.4, 0.02
 """Everybody's ratio, and the least one of a candidate."""
 POWERS = (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0)
+FEWEST = 1000
+"""Training images."""
 STEP = 0.5
 """Standard deviation of the logarithm of a step's factors."""
 SELECTION, FRESH = range(2), range(100, 105)
 """Seeds that candidates are chosen with, and those that they are tested with."""
 CELLS = tuple(itertools.product(("staircase", "dirichlet-0.4-10"), ("raflora", "rbla")))
+KEYS = ("dataset", "images", "split", "rule", "rounds")
+"""What a cell is known by."""
 COLUMNS = ("split", "rule", "ranks", "FLOPs %", "final", "minus uniform", "early, minus uniform", "ratios, by size")
 
 
@@ -175,12 +182,19 @@ def search(cell: dict[str, Any], trainer: Trainer, seeds: Sequence[int], steps: 
 def confirm(cell: dict[str, Any], trainer: Trainer, seeds: Sequence[int]) -> Iterator[None]:
     """Test what needs no search, and what the search found, with fresh seeds; stop after each."""
     named = [one for one in cell["tried"] if not one["ranks"].startswith("step")]
-    for one in [*named, {**best(cell["tried"]), "ranks": "searched"}][len(cell["tested"]) :]:
+    found = [] if best(cell["tried"]) in named else [{**best(cell["tried"]), "ranks": "searched"}]
+    for one in [*named, *found][len(cell["tested"]) :]:
         ratios = np.array(one["ratios"])
-        found = [trainer.train(ratios, seed)[:, 1].tolist() for seed in seeds]
+        tested = [trainer.train(ratios, seed)[:, 1].tolist() for seed in seeds]
         cost = spent(trainer.federation, ratios) / spent(trainer.federation, np.full(len(ratios), UNIFORM))
         cell["tested"] += [
-            {"ranks": one["ranks"], "ratios": one["ratios"], "flops": cost, "early, final": found, "seeds": list(seeds)}
+            {
+                "ranks": one["ranks"],
+                "ratios": one["ratios"],
+                "flops": cost,
+                "early, final": tested,
+                "seeds": list(seeds),
+            }
         ]
         yield
 
@@ -209,22 +223,24 @@ def _apart(one: Mapping[str, Any], other: Mapping[str, Any], when: int) -> Any:
     return difference(*sides)
 
 
-def run(options: argparse.Namespace, known: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Yield all cells after everything that was trained."""
+def run(
+    options: argparse.Namespace, known: Sequence[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Yield the cell at work and all cells after everything that was trained."""
     images = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
     images = images._replace(x_train=images.x_train[: options.images], y_train=images.y_train[: options.images])
     rounds, steps = (2, 1) if options.quick else (20, options.steps)
     select, fresh = (SELECTION[:1], FRESH[:1]) if options.quick else (SELECTION, FRESH)
-    cells = {(cell["split"], cell["rule"], cell["images"]): cell for cell in known}
+    cells = {tuple(cell[key] for key in KEYS): cell for cell in known}
     for split, rule in CELLS[: 1 if options.quick else None]:
         federation = make_federation(images, split)
-        named = {"split": split, "rule": rule, "images": len(images.y_train)}
+        named = dict(zip(KEYS, (images.name, len(images.y_train), split, rule, rounds), strict=True))
         blank = named | {"size": federation.size.tolist(), "tried": [], "tested": []}
         cell = cells.setdefault(tuple(named.values()), blank)
         trainer = Trainer(federation, rule, rounds)
         searched = () if cell["tested"] else search(cell, trainer, select, steps)
         for _ in itertools.chain(searched, confirm(cell, trainer, fresh)):
-            yield list(cells.values())
+            yield cell, list(cells.values())
 
 
 @harness.mistakes_in_words()
@@ -237,16 +253,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="file to write to; what it holds is not run again")
     parser.add_argument("--report", action="store_true", help="run nothing: show what is published")
     options = parser.parse_args(arguments)
+    if options.images < FEWEST:
+        parser.error(f"images: expected at least {FEWEST}, got {options.images}")
     known = script.read(RESULTS / "costs.json" if options.report else options.json)
-    cells = known.get("equal_flops", [])
+    cells = known.get("equal_flops", {}).get("cells", [])
     if not options.report:
         with harness.shared_programs():
-            for now in run(options, cells):
-                cells = now
-                last = (cells[-1]["tested"] or cells[-1]["tried"])[-1]
-                print(cells[-1]["split"], cells[-1]["rule"], last["ranks"], last.get("validation", ""), flush=True)
-                ran = {"versions": harness.versions(), "device": harness.device()}
-                harness.write_json(options.json, known | {"equal_flops": cells} | ran)
+            for cell, now in run(options, cells):
+                cells, last = now, (cell["tested"] or cell["tried"])[-1]
+                print(cell["split"], cell["rule"], last["ranks"], last.get("validation", ""), flush=True)
+                harness.write_json(options.json, known | {"equal_flops": {"cells": cells} | script.about()})
     print(table(cells) if any(cell["tested"] for cell in cells) else "No cell is complete yet.")
 
 

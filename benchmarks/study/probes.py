@@ -163,23 +163,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="run nothing: show what is published")
     options = parser.parse_args(arguments)
     if options.report:
-        published = script.read(RESULTS / "costs.json").get("probes")
+        published = script.read(RESULTS / "costs.json").get("probes", {}).get("cells")
         print(table(published) if published else "No cell is complete yet.")
         return
     images = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
     splits = ["staircase"] if options.quick else [name for name in SPLITS if name != "central"]
     known = script.read(options.json)
-    cells: list[dict[str, Any]] = known.get("probes", [])
-    there = {(cell["split"], cell["seed"]) for cell in cells}
+    cells: list[dict[str, Any]] = known.get("probes", {}).get("cells", [])
+    there = {(cell["dataset"], cell["split"], cell["seed"]) for cell in cells}
     seeds = range(1 if options.quick else options.seeds)
     with harness.shared_programs():
         for seed, split in itertools.product(seeds, splits):
-            if (split, seed) in there:
+            if (images.name, split, seed) in there:
                 continue
-            cells += [{"split": split, "seed": seed} | row for row in compare(make_federation(images, split, seed))]
+            named = {"dataset": images.name, "split": split, "seed": seed}
+            cells += [named | row for row in compare(make_federation(images, split, seed))]
             print(f"after {split}, seed {seed}:\n\n{table(cells)}\n", flush=True)
-            ran = {"versions": harness.versions(), "device": harness.device()}
-            harness.write_json(options.json, known | {"probes": cells} | ran)
+            harness.write_json(options.json, known | {"probes": {"cells": cells} | script.about()})
 
 
 if __name__ == "__main__":

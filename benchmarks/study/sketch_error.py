@@ -58,6 +58,8 @@ SKETCHED = ("raflora", "flexlora", "florist", "lora_fair")
 RUN_SPLITS = ("staircase", "dirichlet-0.4-10", "dirichlet-0.4-100")
 WAYS = {"whole": (True, 1), "sketch": (False, 1), "again": (True, 2)}
 """Ways to run a rule: `exact`, and lanes."""
+FEWEST = 1000
+"""Training images of whole runs."""
 CRITERIA = ("size", "classes", "label_entropy", "gini_simpson")
 
 
@@ -223,6 +225,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="file to write to; runs and rows of the other kind in it stay")
     parser.add_argument("--report", action="store_true", help="measure nothing: show what is published")
     options = parser.parse_args(arguments)
+    if options.images < FEWEST:
+        parser.error(f"images: expected at least {FEWEST}, got {options.images}")
     if options.report:
         published = script.read(RESULTS / "svds.json")
         print(harness.markdown_table(published["rows"], COLUMNS))

@@ -1,6 +1,7 @@
 """Ranks of equal FLOPs: what is affordable, a search that goes on where it stopped, the table."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ def federation():
 
 @pytest.fixture
 def trained(monkeypatch):
-    """A trainer that finds high ranks of the first client good; and what it was asked for."""
+    """A trainer that finds high ranks of the sixth client good; and what it was asked for."""
     seen = []
 
     class Fake:
@@ -25,7 +26,8 @@ def trained(monkeypatch):
 
         def train(self, ratios, seed):
             seen.append((tuple(ratios), seed))
-            return np.full((2, 2), ratios[0] / 2 + seed * 1e-4)
+            good = ratios[5] / 2 + seed * 1e-4
+            return np.array([[0.3, good / 4], [good, good / 2]])  # early, final × validation, test
 
     monkeypatch.setattr(equal_flops, "Trainer", Fake)
     monkeypatch.setattr(equal_flops.datasets, "load_dataset", lambda _: load_dataset("fashion_mnist_mini"))
@@ -56,10 +58,13 @@ def test_cost_is_that_of_integer_ranks(federation):
 def test_a_search_climbs_and_goes_on_where_it_was_stopped(trained, tmp_path, monkeypatch):
     arguments = ["--steps", "3"]
     equal_flops.main([*arguments, "--json", str(tmp_path / "whole.json")])
-    whole = json.loads((tmp_path / "whole.json").read_text())["equal_flops"]
+    whole = json.loads((tmp_path / "whole.json").read_text())["equal_flops"]["cells"]
     tried = whole[0]["tried"]
     assert [one["ranks"] for one in tried[-2:]] == ["step 2", "step 3"]
     assert [one["ranks"] for one in whole[0]["tested"]][::9] == ["uniform", "searched"]
+    first, tested = tried[0], whole[0]["tested"][0]
+    assert first["validation"] == pytest.approx(0.2 + 0.5e-4)
+    assert tested["early, final"][1] == pytest.approx([0.2101 / 4, 0.2101 / 2])  # on test examples
     assert whole[0]["tested"][-1]["ratios"] == max(tried, key=lambda one: one["validation"])["ratios"]
     calls, train = len(trained), equal_flops.Trainer.train
     for after in (11, 40, 80):  # within the search, the test, and the second cell's search
@@ -75,7 +80,7 @@ def test_a_search_climbs_and_goes_on_where_it_was_stopped(trained, tmp_path, mon
             with pytest.raises(SystemExit, match="what is finished is kept"):
                 equal_flops.main([*arguments, "--json", str(tmp_path / f"{after}.json")])
         equal_flops.main([*arguments, "--json", str(tmp_path / f"{after}.json")])
-        assert json.loads((tmp_path / f"{after}.json").read_text())["equal_flops"] == whole
+        assert json.loads((tmp_path / f"{after}.json").read_text())["equal_flops"]["cells"] == whole
         assert len(trained) - start <= calls + 5  # at most what one candidate takes was trained twice
 
 
@@ -86,7 +91,7 @@ def test_the_table_pairs_seeds_and_corrects_for_all_rows(tmp_path, monkeypatch, 
 
     rows = [tested("uniform", [0.5, 0.6, 0.7]), tested("one", [0.52, 0.63, 0.71]), tested("two", [0.5, 0.59, 0.7])]
     cell = {"split": "s", "rule": "r", "size": [9, 1], "tried": [], "tested": rows}
-    (tmp_path / "costs.json").write_text(json.dumps({"equal_flops": [cell]}))
+    (tmp_path / "costs.json").write_text(json.dumps({"equal_flops": {"cells": [cell]}}))
     monkeypatch.setattr(equal_flops, "RESULTS", tmp_path)
     equal_flops.main(["--report"])
     said = capsys.readouterr().out
@@ -96,3 +101,34 @@ def test_the_table_pairs_seeds_and_corrects_for_all_rows(tmp_path, monkeypatch, 
     monkeypatch.setattr(equal_flops, "RESULTS", tmp_path / "none")
     equal_flops.main(["--report"])
     assert capsys.readouterr().out == "No cell is complete yet.\n"
+
+
+def test_where_no_step_is_better_nothing_is_tested_twice(federation):
+    named = [{"ranks": "uniform", "ratios": [0.4] * 10, "validation": 0.9}]
+    cell = {"tried": [*named, {"ranks": "step 1", "ratios": [0.3] * 10, "validation": 0.8}], "tested": []}
+    trainer = SimpleNamespace(federation=federation, train=lambda *_: np.zeros((2, 2)))
+    list(equal_flops.confirm(cell, trainer, [1]))
+    assert [one["ranks"] for one in cell["tested"]] == ["uniform"]
+
+
+def test_too_few_images_and_other_rounds(tmp_path, trained, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        equal_flops.main(["--images", "-5"])
+    assert "images: expected at least 1000, got -5" in capsys.readouterr().err
+    file = tmp_path / "one.json"
+    equal_flops.main(["--quick", "--json", str(file)])
+    quick = len(trained)
+    equal_flops.main(["--steps", "0", "--json", str(file)])  # of the same images, but of other rounds: another cell
+    assert len(trained) > quick
+    assert [cell["rounds"] for cell in json.loads(file.read_text())["equal_flops"]["cells"]] == [2, 20, 20]
+
+
+@pytest.mark.slow
+def test_a_quick_run_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(equal_flops, "first_candidates", lambda f: {"uniform": np.full(len(f.size), 0.4)})
+    equal_flops.main(["--quick", "--json", str(tmp_path / "one.json")])
+    (cell,) = json.loads((tmp_path / "one.json").read_text())["equal_flops"]["cells"]
+    assert [one["ranks"] for one in cell["tried"]] == ["uniform", "step 1"]
+    assert 0.1 < cell["tried"][0]["validation"] < 1
+    early, final = cell["tested"][0]["early, final"][0]
+    assert 0.1 < early < final < 1

@@ -1,6 +1,7 @@
 """What cheaper probes are compared by: FLOPs, ranks without a probe, the table."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_the_table_has_the_worst_and_the_dearest_split(tmp_path, monkeypatch, ca
         {"split": split, "seed": 0, "probe": "cheap", "tau": tau, probes.CURVES: tau / 2, "moved": 0.02, "cost": cost}
         for split, tau, cost in (("one", 1.0, 0.06), ("two", 0.25, 0.04), ("two", 0.75, 0.02))
     ]
-    (tmp_path / "costs.json").write_text(json.dumps({"probes": cells}))
+    (tmp_path / "costs.json").write_text(json.dumps({"probes": {"cells": cells}}))
     monkeypatch.setattr(probes, "RESULTS", tmp_path)
     probes.main(["--report"])
     assert "| cheap | 0.67 | 0.50 (two) | 0.33 | 0.020 | 4.0 | 6.0 |" in capsys.readouterr().out
@@ -51,14 +52,14 @@ def test_probes_go_on_where_they_were_stopped(tmp_path, monkeypatch):
         yield {"probe": "one", "tau": 1.0, probes.CURVES: None, "moved": 0.0, "cost": 0.1}
 
     monkeypatch.setattr(probes, "compare", compare)
-    monkeypatch.setattr(probes.datasets, "load_dataset", lambda _name: None)
+    monkeypatch.setattr(probes.datasets, "load_dataset", lambda name: SimpleNamespace(name=name))
     arguments = ["--seeds", "2", "--json", str(file)]
     with pytest.raises(SystemExit, match="what is finished is kept"):
         probes.main(arguments)
     probes.main(arguments)
     assert sorted({*seen}) == sorted(seen[:2] + seen[3:])
     assert {seed for _, seed in seen} == {0, 1}
-    assert len(json.loads(file.read_text())["probes"]) == len(seen) - 1
+    assert len(json.loads(file.read_text())["probes"]["cells"]) == len(seen) - 1
 
 
 def test_where_nothing_is_published_that_is_said(monkeypatch, tmp_path, capsys):

@@ -65,7 +65,7 @@ def test_cost_columns_turn_the_order_round(tmp_path, capsys):
         "a\tb\n1\t2\n3\t4\n",
         "a|b\n1|2\n3|4\n",
         "\ufeffa, b\r\n1, 2\r\n\r\n3, 4\r\n",
-        "a,b\n1,2\n3,4\n,\n , \n",
+        " ,\n\na,b\n1,2\n3,4\n,\n , \n",
     ],
 )
 def test_tables_of_other_programs(text, tmp_path, capsys):

@@ -51,6 +51,7 @@ def test_numbers_are_predicted_and_few_whole_ones_are_classes(tmp_path):
         ("a,b\n1,2\n", "at least two rows below the header, got 1"),
         ("a,b\n1,2\n\n3\n", "expected 2 values in line 4, got 1"),
         ("a,b\n1,2\n,\n3,4\n", "finite number in line 3, column 'a', got nothing"),
+        ("a,b\n1,2\n  \n3\n", "expected 2 values in line 4, got 1"),
         ("a,b\n1,2\n,\n , \n", "at least two rows below the header, got 1"),
         ("a,b\n1,2\nx,3\n", "finite number in line 3, column 'a', got 'x': encode or remove it"),
         ("a,b\n1,2\nnan,3\n", "finite number in line 3, column 'a', got 'nan'"),

@@ -64,8 +64,9 @@ def test_on_a_cpu_collectives_are_patient_and_every_device_decomposes_by_itself(
     launch.start(launch.Launch(devices=2), cohort=3)
     assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")  # the user's own
-    launch.start(launch.Launch(devices=2), cohort=3)
+    mesh = launch.start(launch.Launch(devices=2), cohort=3)
     assert os.environ["OPENBLAS_NUM_THREADS"] == "7"
+    assert launch.describe_machine(mesh)["device"].endswith("LAPACK threads: 7, 2 devices")
     assert os.environ["XLA_FLAGS"] == "--some_flag=1 --xla_cpu_collective_call_terminate_timeout_seconds=86400"
 
 

@@ -14,7 +14,8 @@ from autorank_jax.experiment import probing
 from autorank_jax.experiment.compiling import CompiledRound
 from autorank_jax.experiment.config import ConfigurationError, Experiment
 from autorank_jax.experiment.doubts import without_curves
-from autorank_jax.experiment.events import Unprobed
+from autorank_jax.experiment.events import Scored
+from autorank_jax.experiment.ranking import make_ranking, score_clients
 from autorank_jax.experiment.run import run_experiment
 from autorank_jax.experiment.setup import make_aggregator, make_federations
 
@@ -55,17 +56,29 @@ def test_clients_that_the_probe_cannot_train_are_told(monkeypatch, capsys, tmp_p
         return state._replace(epoch_losses=losses, epochs=jnp.array([2, 2, 0])), None
 
     compiled = CompiledRound(run, experiment, "rbla", make_aggregator("rbla", experiment), (), 1, 0.0)
-    curves = probing.probe(experiment, compiled, [federation], told.append)
-    assert told == [Unprobed(0, 2, 3)]
+    (curves,) = probing.probe(experiment, compiled, [federation])
     assert seen == [{"layers/0": [1] * 3, "layers/1": [1] * 3}]  # half of 3 and of 2
-    assert curves[0][1].tolist() == [2, 2, 0]
+    flops = engine.training_flops(federation.task, federation.data)
+    scores = score_clients(experiment, federation, curves, make_ranking(experiment, federation.task), flops)
+    assert scores.unprobed == 2
     assert without_curves(0, 3) == ""
+    assert "so that loss entropy tells nothing" in without_curves(3, 3)
 
     def telling(*_, on_event, **__):
-        on_event(told[0])
+        told.append([on_event(Scored(scores._replace(seed=seed))) for seed in (0, 1)])
         raise ConfigurationError(["that is all"])
 
     monkeypatch.setattr(running, "run_experiment", telling)
     assert cli.main(["run", "--dataset", "synthetic", "--split", "iid", "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert "autorank-jax: seed 0: the training of 2 of 3 clients was not finite in the probe, so that they take" in said
+    said = capsys.readouterr().err.splitlines()
+    line = "the training of 2 of 3 clients was not finite in the probe, so that they take the mean of the others' loss"
+    assert sum(one.startswith(f"autorank-jax: {line}") for one in said) == 1
+    assert sum(one.startswith(f"autorank-jax: seed 1: {line}") for one in said) == 1
+
+
+def test_a_program_of_the_probes_own_is_as_wide_as_its_rank():
+    levels = []
+    one = dataclasses.replace(TINY, participation=0.5, probe_ratio=0.5)
+    federation = make_federations(one, datasets.load_dataset("synthetic"))[0]
+    compiled = probing.compile_probe(one, federation, None, [max_ranks(federation.task)], levels.append, total=1)
+    assert compiled.levels == ({"layers/0": 3, "layers/1": 2},)
