@@ -1,5 +1,6 @@
 """A run that is killed, stopped or lost at any moment goes on bit for bit; one that diverges says so."""
 
+import dataclasses
 import json
 import os
 import random
@@ -14,10 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from autorank_jax.checkpoint import saved_steps
+from autorank_jax.checkpoint import CheckpointError, saved_steps
 from autorank_jax.engine import LevelChoice
+from autorank_jax.experiment import checkpoints
 from autorank_jax.experiment import run as run_module
-from autorank_jax.experiment.checkpoints import Checkpoints
+from autorank_jax.experiment.checkpoints import Checkpoints, full_configuration
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.events import Resumed, Stopped
 from autorank_jax.experiment.run import run_experiment
@@ -281,3 +283,32 @@ def test_resuming_something_else_is_refused(commands, whole, tmp_path, capsys):
     code, _ = commands.run("run", "--resume", out)
     assert code == 0
     assert_same_run(out, whole)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_before_an_option_came_is_gone_on_with(tmp_path, monkeypatch):
+    one = Experiment(
+        dataset="synthetic", split="iid", clients=3, hidden=(4,), rank_policies=("full",), rounds=3, local_epochs=1,
+        rank_levels=1,
+    )  # fmt: skip
+    kept = Checkpoints(tmp_path)
+
+    def stop(end):
+        if end.row.round == 2:
+            raise KeyboardInterrupt
+
+    def before(*arguments):
+        config = full_configuration(*arguments)
+        assert config.pop("probe_ratio") == 1.0
+        return config
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "full_configuration", before)
+        with pytest.raises(KeyboardInterrupt):
+            run_experiment(one, on_round=stop, checkpoints=kept)
+    events = []
+    results = run_experiment(one, on_event=events.append, checkpoints=kept)
+    assert Resumed(2, ()) in events
+    assert [row.round for row in results.runs[0].rows] == [1, 2, 3]
+    with pytest.raises(CheckpointError, match="probe_ratio"):
+        run_experiment(dataclasses.replace(one, rank_policies=("autorank",), probe_ratio=0.5), checkpoints=kept)
