@@ -12,10 +12,12 @@ from benchmarks.study import (
     all_rules,
     cells,
     columns,
+    equal_flops,
     mixed_ranks,
     paper,
     paper_tables,
     privacy,
+    probes,
     questions,
     runs,
     text_finetune,
@@ -195,6 +197,8 @@ def tables():
     private = privacy.run_budgets(
         privacy.make_cells(quick=False, seeds=privacy.SEEDS), CellFile(RESULTS / "privacy.jsonl"), cells.NOTHING
     )
+    costs = json.loads((RESULTS / "costs.json").read_text(encoding="utf-8"))
+    parts += [equal_flops.table(costs["equal_flops"]["cells"]), probes.table(costs["probes"]["cells"])]
     return "\n".join([*parts, text_finetune.tables(text["rows"]), privacy.table(private)])
 
 
