@@ -23,7 +23,7 @@ def test_accuracy_by_sketches_goes_on_where_it_was_stopped(tmp_path, monkeypatch
         return {"rule": rule, "split": split} | dict.fromkeys(sketch_error.RUN_COLUMNS[3:], 1.0)
 
     monkeypatch.setattr(sketch_error, "compare", compare)
-    arguments = ["--accuracy", "--quick", "--images", "7", "--json", str(file)]
+    arguments = ["--accuracy", "--quick", "--images", "1007", "--json", str(file)]
     with pytest.raises(SystemExit, match="what is finished is kept"):
         sketch_error.main(arguments)
     assert [row["rule"] for row in json.loads(file.read_text())["accuracy"]] == ["raflora", "flexlora"]
@@ -31,8 +31,11 @@ def test_accuracy_by_sketches_goes_on_where_it_was_stopped(tmp_path, monkeypatch
     assert asked == ["raflora", "flexlora", "florist", "florist", "lora_fair"]
     content = json.loads(file.read_text())
     assert content["rows"] == ["another kind"]
-    assert {(row["rule"], row["images"]) for row in content["accuracy"]} == {(r, 7) for r in sketch_error.SKETCHED}
+    assert {(row["rule"], row["images"]) for row in content["accuracy"]} == {(r, 1007) for r in sketch_error.SKETCHED}
     assert f"| {' | '.join(sketch_error.RUN_COLUMNS)} |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        sketch_error.main(["--accuracy", "--images", "0"])
+    assert "images: expected at least 1000, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
