@@ -41,15 +41,13 @@ from autorank_jax.engine.flops import FlopModel, training_flops
 from autorank_jax.types import Array, FederatedData, Key, State
 from benchmarks import harness, script
 from benchmarks.study.columns import SPLITS
-from benchmarks.study.options import RESULTS, make_parser
+from benchmarks.study.options import RESULTS, images, make_parser
 from benchmarks.study.paired import difference, holm, in_points
+from benchmarks.study.probes import MAX_RANKS, STATIC, example_flops
 
-MAX_RANKS = {"layers/0": 160, "layers/1": 160, "layers/2": 100}
 UNIFORM, LEAST = 0.4, 0.02
 """Everybody's ratio, and the least one of a candidate."""
 POWERS = (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0)
-FEWEST = 1000
-"""Training images."""
 STEP = 0.5
 """Standard deviation of the logarithm of a step's factors."""
 SELECTION, FRESH = range(2), range(100, 105)
@@ -92,7 +90,7 @@ def make_federation(images: datasets.Dataset, split: str) -> Federation:
 def spent(federation: Federation, ratios: np.ndarray) -> float:
     """Return the training FLOPs of one round at the integer ranks of some ratios."""
     ranks = ranks_of(ratios.astype(np.float32))
-    each = federation.flops.base + sum(federation.flops.per_rank[p] * np.asarray(r, float) for p, r in ranks.items())
+    each = example_flops(federation.flops, ranks)
     return float(np.sum(federation.size * each))
 
 
@@ -113,8 +111,7 @@ def _scaled(weights: np.ndarray, factor: float) -> np.ndarray:
 def first_candidates(federation: Federation) -> dict[str, np.ndarray]:
     """Return the ratios that need no search, by name."""
     size, stats = federation.size, ar.client_stats(federation.data, classes=10)
-    criteria = [name for name in ar.ranks.criteria.CRITERIA if name not in ar.ranks.criteria.NEEDS_LOSSES]
-    scored = np.asarray(ar.policies.autorank(criteria=criteria)(jax.random.key(0), stats)[0], float)
+    scored = np.asarray(ar.policies.autorank(criteria=STATIC)(jax.random.key(0), stats)[0], float)
     weights = {f"n^{power:g}": size**power for power in POWERS} | {"AutoRank": scored, "per FLOP": scored / size}
     uniform = {"uniform": np.full(len(size), UNIFORM)}
     return uniform | {name: affordable(federation, weight / weight.max()) for name, weight in weights.items()}
@@ -227,14 +224,14 @@ def run(
     options: argparse.Namespace, known: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Yield the cell at work and all cells after everything that was trained."""
-    images = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
-    images = images._replace(x_train=images.x_train[: options.images], y_train=images.y_train[: options.images])
+    whole = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
+    part = whole._replace(x_train=whole.x_train[: options.images], y_train=whole.y_train[: options.images])
     rounds, steps = (2, 1) if options.quick else (20, options.steps)
     select, fresh = (SELECTION[:1], FRESH[:1]) if options.quick else (SELECTION, FRESH)
     cells = {tuple(cell[key] for key in KEYS): cell for cell in known}
     for split, rule in CELLS[: 1 if options.quick else None]:
-        federation = make_federation(images, split)
-        named = dict(zip(KEYS, (images.name, len(images.y_train), split, rule, rounds), strict=True))
+        federation = make_federation(part, split)
+        named = dict(zip(KEYS, (part.name, len(part.y_train), split, rule, rounds), strict=True))
         blank = named | {"size": federation.size.tolist(), "tried": [], "tested": []}
         cell = cells.setdefault(tuple(named.values()), blank)
         trainer = Trainer(federation, rule, rounds)
@@ -249,12 +246,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="the embedded subset, one split and rule, two rounds")
     parser.add_argument("--steps", type=int, default=40, help="of the search, 40")
-    parser.add_argument("--images", type=int, default=6000, help="training images, 6000")
+    parser.add_argument("--images", type=images, default=6000, help="training images, 6000")
     parser.add_argument("--json", type=Path, help="file to write to; what it holds is not run again")
     parser.add_argument("--report", action="store_true", help="run nothing: show what is published")
     options = parser.parse_args(arguments)
-    if options.images < FEWEST:
-        parser.error(f"images: expected at least {FEWEST}, got {options.images}")
     known = script.read(RESULTS / "costs.json" if options.report else options.json)
     cells = known.get("equal_flops", {}).get("cells", [])
     if not options.report:

@@ -12,6 +12,17 @@ RESULTS = Path(__file__).parent / "results"
 """What is published with the project."""
 
 
+FEWEST_IMAGES = 1000
+"""That a hundred clients can share."""
+
+
+def images(text: str) -> int:
+    """Read a number of training images, for argparse."""
+    if not text.isdecimal() or int(text) < FEWEST_IMAGES:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {FEWEST_IMAGES}, got {text}")
+    return int(text)
+
+
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser that shows a script's docstring as it stands."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -11,7 +11,7 @@ MLP 784-200-200-10, maximum ranks 160, 160, 100, batch 64, SGD 0.01 with momentu
 Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.probes [--json FILE]     (Fashion-MNIST)
           python -m benchmarks.study.probes --quick                                (embedded subset, one split and seed)
           python -m benchmarks.study.probes --report                               (runs nothing)
-Not run in full yet.
+Expect:   minutes a split and seed; see benchmarks/study/README.md
 """
 
 import itertools

@@ -46,7 +46,7 @@ from autorank_jax.ranks import policies
 from autorank_jax.types import Adapter, Aggregator, Array, FederatedData, Key, RoundFn, Server, State, Sums, Task
 from benchmarks import harness, script
 from benchmarks.study.columns import SPLITS
-from benchmarks.study.options import RESULTS, make_parser
+from benchmarks.study.options import RESULTS, images, make_parser
 
 WIDTH, KEYS, SHARES = 200, 3, (0.5, 1.0, 2.0)
 COLUMNS = ("rule", "split", "rank", "cohort", "drift", "columns", "first %", "later %", "tail")
@@ -58,8 +58,6 @@ SKETCHED = ("raflora", "flexlora", "florist", "lora_fair")
 RUN_SPLITS = ("staircase", "dirichlet-0.4-10", "dirichlet-0.4-100")
 WAYS = {"whole": (True, 1), "sketch": (False, 1), "again": (True, 2)}
 """Ways to run a rule: `exact`, and lanes."""
-FEWEST = 1000
-"""Training images of whole runs."""
 CRITERIA = ("size", "classes", "label_entropy", "gini_simpson")
 
 
@@ -194,15 +192,15 @@ def compare(images: datasets.Dataset, rule: str, split: str, *, rounds: int, see
 
 def measure_accuracy(options: argparse.Namespace, known: Sequence[harness.Row]) -> Iterator[list[harness.Row]]:
     """Yield the rows of `compare` for every rule and split after each of them; those that are known are kept."""
-    images = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
-    images = images._replace(x_train=images.x_train[: options.images], y_train=images.y_train[: options.images])
+    whole = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
+    part = whole._replace(x_train=whole.x_train[: options.images], y_train=whole.y_train[: options.images])
     rounds, seeds = (2, 1) if options.quick else (30, 3)
     rows = {(str(row["split"]), str(row["rule"]), row["images"]): row for row in known}
     for split, rule in itertools.product(RUN_SPLITS[: 1 if options.quick else None], SKETCHED):
-        cell = (split, rule, len(images.y_train))
+        cell = (split, rule, len(part.y_train))
         if cell not in rows:
-            row = compare(images, rule, split, rounds=rounds, seeds=seeds)
-            rows[cell] = {"rule": rule, "split": split, "images": len(images.y_train)} | row
+            row = compare(part, rule, split, rounds=rounds, seeds=seeds)
+            rows[cell] = {"rule": rule, "split": split, "images": len(part.y_train)} | row
         yield list(rows.values())
 
 
@@ -221,12 +219,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one setting, two rounds")
     parser.add_argument("--accuracy", action="store_true", help="accuracy of whole runs in place of errors")
-    parser.add_argument("--images", type=int, default=60_000, help="training images of --accuracy")
+    parser.add_argument("--images", type=images, default=60_000, help="training images of --accuracy")
     parser.add_argument("--json", type=Path, help="file to write to; runs and rows of the other kind in it stay")
     parser.add_argument("--report", action="store_true", help="measure nothing: show what is published")
     options = parser.parse_args(arguments)
-    if options.images < FEWEST:
-        parser.error(f"images: expected at least {FEWEST}, got {options.images}")
     if options.report:
         published = script.read(RESULTS / "svds.json")
         print(harness.markdown_table(published["rows"], COLUMNS))

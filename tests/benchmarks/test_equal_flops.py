@@ -113,8 +113,8 @@ def test_where_no_step_is_better_nothing_is_tested_twice(federation):
 
 def test_too_few_images_and_other_rounds(tmp_path, trained, capsys):
     with pytest.raises(SystemExit, match="2"):
-        equal_flops.main(["--images", "-5"])
-    assert "images: expected at least 1000, got -5" in capsys.readouterr().err
+        equal_flops.main(["--images=-5"])
+    assert "argument --images: expected a whole number of at least 1000, got -5" in capsys.readouterr().err
     file = tmp_path / "one.json"
     equal_flops.main(["--quick", "--json", str(file)])
     quick = len(trained)

@@ -35,7 +35,7 @@ def test_accuracy_by_sketches_goes_on_where_it_was_stopped(tmp_path, monkeypatch
     assert f"| {' | '.join(sketch_error.RUN_COLUMNS)} |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         sketch_error.main(["--accuracy", "--images", "0"])
-    assert "images: expected at least 1000, got 0" in capsys.readouterr().err
+    assert "argument --images: expected a whole number of at least 1000, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
