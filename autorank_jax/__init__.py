@@ -19,7 +19,7 @@ with a rule of `aggregators` → `evaluation`; `experiment` and `cli` run all of
 | rank ratio | rank over maximum rank, one per client (or client and layer) |
 | lane | one of the stacked parameter sets that train side by side |
 | rank level | one static adapter width; a client trains in the smallest that holds its ranks |
-| probe | one local training from the start, at full rank unless told, thrown away, for the loss criterion; its FLOPs are charged to the policies whose single ranks come from it (not to those that take its mean alone), no bytes, because base weights are there and adapters start from a seed |
+| probe | a short local training from the start, at a low rank on a part of the data, thrown away, for the loss criterion; its FLOPs are charged to the policies whose single ranks come from it (not to those that take its mean alone), no bytes, because base weights are there and adapters start from a seed |
 | equal bytes, equal FLOPs | the same mean ratio over clients, over examples |
 | double imbalance | clients differ in label mix and in amount of data |
 

@@ -36,7 +36,7 @@ RUN_GROUPS = (
     Group(
         "ranks",
         ("rank_policies", "max_ranks", "min_ratio", "criteria"),
-        ("ratios", "probe_epochs", "probe_ratio", "rerank_every", "rank_levels"),
+        ("ratios", "probe_epochs", "probe_ratio", "probe_share", "rerank_every", "rank_levels"),
     ),
     Group(
         "training",
@@ -54,7 +54,7 @@ RUN_GROUPS = (
 FINETUNE_GROUPS = (
     Group("model and texts", ("model", "dtype", "quantize", "data", "skip_odd_lines", "max_length")),
     Group("clients", ("clients_by", "clients", "alpha", "hold_out")),
-    Group("ranks", ("policy", "max_rank", "min_ratio", "probe_epochs")),
+    Group("ranks", ("policy", "max_rank", "min_ratio", "probe_epochs", "probe_share")),
     Group("training", ("aggregator", "rounds", "local_epochs", "batch_size", "learning_rate", "lanes", "seed")),
     Group(
         "output",

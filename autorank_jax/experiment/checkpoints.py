@@ -12,7 +12,7 @@ import numpy as np
 
 from autorank_jax.checkpoint import read_about, restore_state, save_state, saved_steps, step_folder
 from autorank_jax.datasets import Dataset
-from autorank_jax.experiment.config import ConfigurationError, Experiment
+from autorank_jax.experiment.config import BEFORE, ConfigurationError, Experiment
 from autorank_jax.experiment.position import Position
 from autorank_jax.experiment.results import Record, Row
 from autorank_jax.experiment.setup import Federation, make_aggregator, start_state
@@ -78,7 +78,7 @@ def restore_position(
     config = full_configuration(experiment, dataset)
     about = read_about(checkpoints.folder)
     records = tuple(Record(**r | {"rows": tuple(Row(**row) for row in r["rows"])}) for r in about.extra["records"])
-    before = json.loads(json.dumps(dataclasses.asdict(Experiment()))) | about.config  # options that came later
+    before = json.loads(json.dumps(dataclasses.asdict(Experiment()) | BEFORE)) | about.config  # options that came later
     if before == json.loads(json.dumps(config | {"rounds": before["rounds"]})):
         records = with_rounds(records, experiment, before["rounds"])
         config = dict(about.config)

@@ -34,6 +34,8 @@ POLICIES: Mapping[str, str] = {
 }
 MOST_STRANGE = 3
 """Names in a file of options that are none, from more than which on it is another file."""
+BEFORE: Mapping[str, Any] = {"probe_ratio": 1.0, "probe_share": 1.0}
+"""What runs did before these options came, where it is not their default."""
 SAMPLINGS = ("uniform", "by_size", "independent")
 SCORED = ("autorank", "covered", "uniform", "uniform_bytes", "by_size_bytes", "shuffled", "reversed")
 """Policies that need AutoRank's scores, if only for their mean."""
@@ -58,8 +60,10 @@ class Experiment:
         ratios: rank ratio of every client, for the policy 'manual'
         min_ratio: smallest rank ratio, of the least complex client
         criteria: columns of the decision matrix; default all that there are
-        probe_epochs: epochs of the probe behind the criterion loss_entropy
+        probe_epochs: epochs of the probe behind the criterion loss_entropy; these and the next two are the
+            cheapest that give ranks close to those of the full probe: 5, 1 and 1
         probe_ratio: rank of the probe over the maximum rank; saves FLOPs, but no seconds with one rank level
+        probe_share: share of its examples that every client is probed with, 32 at least
         rerank_every: rounds after which ranks are set anew, 0 = set once
         aggregators: aggregation rules, each tried in turn, rbla for the paper's own; the end of this help explains them
         rounds: rounds of federated training
@@ -110,8 +114,9 @@ class Experiment:
     ratios: tuple[float, ...] = ()
     min_ratio: float = 0.1
     criteria: tuple[str, ...] = CRITERIA
-    probe_epochs: int = 5
-    probe_ratio: float = 1.0
+    probe_epochs: int = 2
+    probe_ratio: float = 0.1
+    probe_share: float = 0.25
     rerank_every: int = 0
     aggregators: tuple[str, ...] = ("raflora",)
     rounds: int = 15
@@ -291,7 +296,7 @@ def _number_problems(e: Experiment) -> Iterable[str]:
     yield from outside("momentum", e.momentum, 0, 1, cause="a percentage")
     yield from outside("server_momentum", e.server_momentum, 0, 1, cause="a percentage")
     yield from outside("validation", e.validation, 0, 0.5, cause="a percentage")
-    for option in ("min_ratio", "probe_ratio", "participation"):
+    for option in ("min_ratio", "probe_ratio", "probe_share", "participation"):
         yield from outside(option, getattr(e, option), 0, 1, open_start=True, cause="a percentage")
     for option, low in (("hidden", 1), ("max_ranks", 1)):
         for value in getattr(e, option):
@@ -355,6 +360,7 @@ def without_effect(e: Experiment) -> Iterable[str]:
     for option, heeded, needed in (
         ("probe_epochs", e.probed, "a policy that scores clients by loss_entropy"),
         ("probe_ratio", e.probed, "a policy that scores clients by loss_entropy"),
+        ("probe_share", e.probed, "a policy that scores clients by loss_entropy"),
         ("min_ratio", scaled, "a policy whose ratios differ by client"),
         ("rerank_every", e.rerank_every < e.rounds, "more rounds"),
     ):

@@ -8,6 +8,7 @@ import numpy as np
 
 from autorank_jax.adapters.lora import equal_ranks, max_ranks
 from autorank_jax.engine.flops import FlopModel
+from autorank_jax.engine.probe import part_sizes
 from autorank_jax.evaluation.costs import ClientCosts, client_costs
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.results import Costs
@@ -32,7 +33,7 @@ def probe_flops(experiment: Experiment, federation: Federation, flops: FlopModel
     """Return what the probe costs: all clients at the same rank."""
     if not experiment.probed:
         return 0.0
-    size, widest = federation.stats.size, max_ranks(federation.task)
+    size, widest = part_sizes(federation.stats.size, experiment.probe_share), max_ranks(federation.task)
     ranks = equal_ranks(widest, size.shape[0], experiment.probe_ratio)
     each = client_costs(federation.task.server, ranks, size, flops, local_epochs=experiment.probe_epochs)
     return float(each.flops.sum())

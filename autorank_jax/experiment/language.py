@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax.adapters.lora import equal_ranks, max_ranks
-from autorank_jax.engine.probe import probe
+from autorank_jax.engine.probe import part_sizes, probe
 from autorank_jax.engine.round import make_round
 from autorank_jax.evaluation.costs import client_costs
 from autorank_jax.evaluation.language import (
@@ -160,7 +160,8 @@ def run_probe(key: Key, options: LanguageOptions, parts: Parts, clock: Clock) ->
         ConfigurationError: if no client's losses are finite.
     """
     ranks = equal_ranks(max_ranks(parts.task), len(parts.names), PROBE_RATIO)
-    cost = client_costs(parts.task.server, ranks, parts.data.size, parts.flops, local_epochs=options.probe_epochs)
+    size = part_sizes(parts.data.size, options.probe_share)
+    cost = client_costs(parts.task.server, ranks, size, parts.flops, local_epochs=options.probe_epochs)
     flops = float(cost.flops.sum())
 
     def run(one: Callable[..., Any], *given: Any) -> Any:
@@ -181,6 +182,7 @@ def run_probe(key: Key, options: LanguageOptions, parts: Parts, clock: Clock) ->
             parts.data,
             epochs=options.probe_epochs,
             ratio=PROBE_RATIO,
+            share=options.probe_share,
             lanes=min(options.lanes, len(parts.names)),
             groups=np.zeros(len(parts.data.order), np.int32),
             run=run,

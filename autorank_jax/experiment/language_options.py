@@ -13,6 +13,8 @@ from autorank_jax.experiment.names import GLOBAL_RULES, MERGING
 LANGUAGE_POLICIES = ("autorank", "uniform_bytes", "full")
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZED = ("none", "int8", "nf4")
+LANGUAGE_BEFORE: Mapping[str, Any] = {"probe_share": 1.0}
+"""What runs did before this option came, where it is not the default."""
 _KINDS: Mapping[Any, tuple[type, ...]] = {
     bool: (bool,), int: (int,), float: (int, float), str: (str,), Path | None: (str, NoneType),
     float | None: (int, float, NoneType),
@@ -42,6 +44,7 @@ class LanguageOptions:
             bytes), full (everybody at the maximum)
         probe_epochs: epochs of the probe behind the criterion loss_entropy, at an eighth of the maximum rank; 0 = leave
             the criterion out
+        probe_share: share of its rows that every client is probed with, 32 at least
         aggregator: aggregation rule
         rounds: rounds of federated training
         local_epochs: passes over its data that a client makes each round
@@ -66,6 +69,7 @@ class LanguageOptions:
     min_ratio: float = 0.1
     policy: str = "autorank"
     probe_epochs: int = 2
+    probe_share: float = 0.25
     aggregator: str = "raflora"
     rounds: int = 5
     local_epochs: int = 1
@@ -104,6 +108,7 @@ class LanguageOptions:
             *outside("alpha", self.alpha, 0, open_start=True),
             *outside("hold_out", self.hold_out, 0, 1, open_start=True, open_end=True, cause="a percentage"),
             *outside("min_ratio", self.min_ratio, 0, 1, open_start=True, cause="a percentage"),
+            *outside("probe_share", self.probe_share, 0, 1, open_start=True, cause="a percentage"),
             *outside("learning_rate", self.rate, 0, open_start=True),
             *not_in_float32("learning_rate", self.rate),
             *unknown("policy", [self.policy], LANGUAGE_POLICIES),

@@ -11,7 +11,7 @@ import numpy as np
 
 from autorank_jax.checkpoint import read_about, restore_state, save_state, saved_steps
 from autorank_jax.experiment.checkpoints import Checkpoints, differences
-from autorank_jax.experiment.language_options import LanguageOptions
+from autorank_jax.experiment.language_options import LANGUAGE_BEFORE, LanguageOptions
 from autorank_jax.experiment.language_results import LanguageRow
 from autorank_jax.experiment.language_setup import Parts, begin
 from autorank_jax.experiment.launch import describe_machine
@@ -115,8 +115,10 @@ def belongs_to(options: LanguageOptions, parts: Parts) -> dict[str, Any]:
     config = {
         name: value for name, value in dataclasses.asdict(options).items() if name not in ("model", "data", "rounds")
     }
-    if options.quantize == "none":  # which older checkpoints do not tell
+    if options.quantize == "none":  # neither is in older checkpoints
         del config["quantize"]
+    if options.probe_share == LANGUAGE_BEFORE["probe_share"]:
+        del config["probe_share"]
     texts = [(data.inputs, data.targets, data.order, data.size) for data in (parts.data, parts.held_out)]
     return config | {
         "checksum of the weights": _checksum(parts.task.server.frozen),

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from autorank_jax.adapters import max_ranks
 from autorank_jax.adapters.lora import equal_ranks
-from autorank_jax.engine.probe import discard
+from autorank_jax.engine.probe import discard, part_of
 from autorank_jax.experiment.compiling import CompiledRound, compile_training
 from autorank_jax.experiment.config import Experiment
 from autorank_jax.experiment.events import OnEvent, Stage
@@ -55,6 +55,7 @@ def probe(
         state = start_state(experiment, federation, compiled.rule, ranks)
         epochs = jnp.asarray(experiment.probe_epochs, jnp.int32)
         state = state._replace(hparams=state.hparams | {"local_epochs": epochs})
-        state, _ = compiled.run(federation.keys["probe"], state, federation.data)
+        key = federation.keys["probe"]
+        state, _ = compiled.run(key, state, part_of(key, federation.data, experiment.probe_share))
         curves.append(wait_for((state.epoch_losses, state.epochs)))  # or ranking would wait for it
     return tuple(curves)

@@ -19,6 +19,7 @@ from autorank_jax.experiment.names import GLOBAL_RULES
 from benchmarks import harness
 from benchmarks.study.cell_file import CellFile
 from benchmarks.study.cells import NOTHING, Bounds, run_cells
+from benchmarks.study.columns import FULL_PROBE
 from benchmarks.study.options import RESULTS, count, make_parser, words
 from benchmarks.study.paired import Difference, corrected, difference, in_points
 from benchmarks.study.runs import Reached, percent, runs_of, values
@@ -51,6 +52,7 @@ def make_cells(rules: Sequence[str], *, quick: bool, rounds: int, seeds: int) ->
             seeds=seeds,
             eval_every=5 if rounds % 5 == 0 else 1,
             rank_levels=4,
+            **FULL_PROBE,
         )
         for rule in rules
         for split in SPLITS

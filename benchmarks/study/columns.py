@@ -40,6 +40,10 @@ SPLITS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+FULL_PROBE: Mapping[str, Any] = {"probe_epochs": 5, "probe_ratio": 1.0, "probe_share": 1.0}
+"""As all experiments here were run, before `probes` found a cheaper one."""
+
+
 class Group(NamedTuple):
     """Policies that one cell runs, under one rule, with the titles of their columns."""
 
@@ -148,5 +152,6 @@ def experiment_of(job: Job, **options: Any) -> Experiment:
         local_epochs=1,
         personal=True,
         rank_levels=4,
+        **FULL_PROBE,
     )
     return dataclasses.replace(start, **{**setting.options, **SPLITS[job.split], **options})

@@ -29,7 +29,7 @@ from benchmarks import harness
 from benchmarks.study import questions
 from benchmarks.study.cell_file import CellFile
 from benchmarks.study.cells import NOTHING, Bounds
-from benchmarks.study.columns import SPLITS
+from benchmarks.study.columns import FULL_PROBE, SPLITS
 from benchmarks.study.options import (
     RESULTS,
     add_cell_options,
@@ -113,6 +113,7 @@ def experiment_of(plan: Plan, rule: str, setting: str, split: str) -> Experiment
         "eval_every": 2,
         "local_epochs": 1,
         "rank_levels": 4,
+        **FULL_PROBE,
         **SPLITS[split],
         **SETTINGS[setting],
         **plan.options,

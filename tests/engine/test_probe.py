@@ -35,7 +35,7 @@ def round_losses(ranks):
 
 @pytest.mark.slow
 def test_the_default_policy_works_with_the_probe():
-    stats = ar.probe(jax.random.key(4), training(), start(), data(), epochs=EPOCHS)
+    stats = ar.probe(jax.random.key(4), training(), start(), data(), epochs=EPOCHS, ratio=1.0, share=1.0)
     np.testing.assert_allclose(stats.epoch_losses, round_losses(2), rtol=1e-6)
     np.testing.assert_array_equal(stats.epochs, [EPOCHS] * CLIENTS)
     plain = ar.client_stats(data())
@@ -48,7 +48,7 @@ def test_the_default_policy_works_with_the_probe():
 def test_a_probe_at_a_small_rank_under_any_rule():
     """The rule of the state does not matter, not even one that freezes a factor or keeps clients' models."""
     stats = [
-        ar.probe(jax.random.key(4), training(), start(rule), data(), epochs=EPOCHS, ratio=0.5, lanes=2)
+        ar.probe(jax.random.key(4), training(), start(rule), data(), epochs=EPOCHS, ratio=0.5, share=1.0, lanes=2)
         for rule in (ar.aggregators.ffa_lora(), ar.aggregators.local_only())
     ]
     np.testing.assert_allclose(stats[0].epoch_losses, round_losses(1), rtol=1e-6)

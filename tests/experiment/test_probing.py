@@ -21,24 +21,29 @@ from autorank_jax.experiment.setup import make_aggregator, make_federations
 
 TINY = Experiment(
     dataset="synthetic", split="dirichlet_lognormal", clients=6, hidden=(8,), rank_policies=("autorank",),
-    criteria=("size", "loss_entropy"), rounds=1, local_epochs=1, probe_epochs=2, batch_size=16, learning_rate=0.1,
-    rank_levels=1,
+    criteria=("size", "loss_entropy"), rounds=1, local_epochs=1, probe_epochs=2, probe_ratio=1.0, probe_share=1.0,
+    batch_size=16, learning_rate=0.1, rank_levels=1,
 )  # fmt: skip
+CASES = ((0.25, 1.0, 1.0), (0.25, 0.5, 1.0), (1.0, 1.0, 1.0), (0.25, 1.0, 0.5), (0.25, 0.5, 0.5))
+"""Of the rank, of the clients that take part in a round, of the examples."""
 
 
 @pytest.mark.slow
 def test_a_probe_at_a_low_rank_costs_and_sees_what_that_rank_does():
-    """Inside the round of the first rule, and in a program of its own, as wide as its rank."""
+    """Inside the round of the first rule, and in a program of its own, as wide as its rank; of a share likewise."""
     ran = [
-        run_experiment(dataclasses.replace(TINY, probe_ratio=ratio, participation=share)).scores[0]
-        for ratio, share in ((0.25, 1.0), (0.25, 0.5), (1.0, 1.0))
+        run_experiment(dataclasses.replace(TINY, probe_ratio=ratio, participation=present, probe_share=share)).scores[0]
+        for ratio, present, share in CASES
     ]
     entropy = [scores.matrix[:, 1] for scores in ran]
     np.testing.assert_allclose(entropy[0], entropy[1], rtol=1e-5)
+    np.testing.assert_allclose(entropy[3], entropy[4], rtol=1e-5)
     assert np.abs(entropy[0] - entropy[2]).max() > 1e-4
+    assert np.abs(entropy[0] - entropy[3]).max() > 1e-4
     federation = make_federations(TINY, datasets.load_dataset("synthetic"))[0]
-    flops, examples = engine.training_flops(federation.task, federation.data), int(federation.data.size.sum())
-    for scores, ratio in zip(ran, (0.25, 0.25, 1.0), strict=True):
+    flops = engine.training_flops(federation.task, federation.data)
+    for scores, (ratio, _, share) in zip(ran, CASES, strict=True):
+        examples = sum(max(min(32, size), round(share * size)) for size in federation.data.size.tolist())
         ranks = {path: max(1, int(ratio * width)) for path, width in max_ranks(federation.task).items()}
         each = flops.base + sum(flops.per_rank[path] * rank for path, rank in ranks.items())
         assert scores.probe_flops == pytest.approx(2 * examples * each)

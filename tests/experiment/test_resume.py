@@ -289,7 +289,7 @@ def test_resuming_something_else_is_refused(commands, whole, tmp_path, capsys):
 def test_a_checkpoint_of_before_an_option_came_is_gone_on_with(tmp_path, monkeypatch):
     one = Experiment(
         dataset="synthetic", split="iid", clients=3, hidden=(4,), rank_policies=("full",), rounds=3, local_epochs=1,
-        rank_levels=1,
+        rank_levels=1, probe_ratio=1.0, probe_share=1.0,
     )  # fmt: skip
     kept = Checkpoints(tmp_path)
 
@@ -299,7 +299,7 @@ def test_a_checkpoint_of_before_an_option_came_is_gone_on_with(tmp_path, monkeyp
 
     def before(*arguments):
         config = full_configuration(*arguments)
-        assert config.pop("probe_ratio") == 1.0
+        assert (config.pop("probe_ratio"), config.pop("probe_share")) == (1.0, 1.0)
         return config
 
     with monkeypatch.context() as patch:

@@ -36,6 +36,8 @@ TINY = Experiment(
     rounds=2,
     local_epochs=1,
     probe_epochs=2,
+    probe_ratio=1.0,
+    probe_share=1.0,
     batch_size=16,
     learning_rate=0.1,
     seeds=2,
@@ -295,6 +297,7 @@ BAD = {
         "first-seed: expected a whole number of at least 0 and at most 2147483647, got 10",
     ),
     "probe_ratio": (10.0, "probe-ratio: expected a number above 0 and at most 1, got 10.0, probably a percentage"),
+    "probe_share": (25.0, "probe-share: expected a number above 0 and at most 1, got 25.0, probably a percentage"),
     "probe_epochs": (10**6, "probe-epochs: expected a whole number of at least 1 and at most 10000"),
     "rerank_every": (-1, "rerank-every: expected"),
 }
