@@ -3,6 +3,7 @@
 SmolLM2-135M-Instruct and 2,393 questions and answers in English (the ChatterBot corpus), a client for each category: 8
 to 1,050 pairs, so clients are double-imbalanced by nature. AutoRank (with its probe), one rank for all of the same
 bytes, and full rank, under `rbla`, `raflora` and `flora`; a fifth of each client's pairs is held out to measure with.
+`--share` leaves that part of each category, evenly spaced in the file, 8 pairs at least: clients stay as uneven.
 A cell is one policy under one rule and seed; what is finished is not run again, and a cell that was stopped goes on
 from its latest round.
 
@@ -30,16 +31,19 @@ import jax
 import jax.numpy as jnp
 
 from autorank_jax.cli.stages import spoken
+from autorank_jax.datasets import load_instructions
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.language import FORWARD, run_language
-from autorank_jax.experiment.language_options import LanguageOptions, as_json
+from autorank_jax.experiment.language_options import LANGUAGE_BEFORE, LanguageOptions, as_json
 from autorank_jax.experiment.language_results import Begun, Clock, Ended, summarize_language
 from autorank_jax.experiment.language_setup import make_parts
 from benchmarks import harness
 from benchmarks.study.cell_file import appending
 from benchmarks.study.options import make_parser
 
-POLICIES, RULES = ("autorank", "uniform_bytes", "full"), ("rbla", "raflora", "flora")
+POLICIES, RULES = ("autorank", "uniform_bytes", "full"), ("raflora", "rbla", "flora")
+FEWEST = 8
+"""Pairs of a category that a share leaves, where there are as many."""
 RECOMPUTED = 1.5
 """FLOPs of a step over those that are counted: the backward pass computes the activations of a block again."""
 COLUMNS = (
@@ -55,13 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path, began = given.out / "dialogues.jsonl", time.monotonic()
     if not given.report:
         cells = {name: one for name, one in grid(given).items() if fnmatchcase(name, given.cells)}
-        left = {name: one for name, one in cells.items() if not is_finished(read(path), name, one)}
+        left = {name: one for name, one in cells.items() if not is_finished(read(path), name, one, given.share)}
         print(plan(left, len(cells)), flush=True)
         for name, options in {} if given.plan else left.items():
             if given.limit_minutes is not None and time.monotonic() - began > 60 * given.limit_minutes:
                 print(f"{name}: not begun, {given.limit_minutes:g} minutes are over")
                 break
-            append(path, name, run_cell(given.out / "running" / name, name, options))
+            append(path, name, {"share": given.share} | run_cell(given.out / "running" / name, name, options))
     print(table(read(path)))
 
 
@@ -73,6 +77,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="3")
     parser.add_argument("--rounds", type=int, default=10, help="10")
     parser.add_argument("--max-length", type=int, default=64, help="tokens of a row, 64")
+    parser.add_argument("--share", type=float, default=1.0, help="of each category's pairs, 1")
+    parser.add_argument("--probe-epochs", type=int, default=2, help="2; 0 = rank without a probe")
     parser.add_argument("--max-rank", type=int, default=16, help="16")
     parser.add_argument("--batch-size", type=int, default=4, help="rows of a step, 4")
     parser.add_argument("--lanes", type=int, default=1, help="clients side by side, 1; more on a GPU")
@@ -86,6 +92,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = [given.data / name for name in ("smollm2/model.safetensors", "dialogues.jsonl")] if given.data else []
     if not (given.quick or given.report) and not (names and all(path.is_file() for path in names)):
         sys.exit(f"expected --data FOLDER with smollm2/ and dialogues.jsonl, got {str(given.data)!r}; or --quick")
+    if not 0 < given.share <= 1:
+        sys.exit(f"--share: expected a number above 0 and at most 1, got {given.share:g}, probably a percentage")
     return given
 
 
@@ -94,8 +102,9 @@ def grid(given: argparse.Namespace) -> dict[str, LanguageOptions]:
     common: dict[str, Any] = {"rounds": 1, "tokens": 2, "max_rank": 4, "clients": 3, "alpha": 1.0}
     policies, rules, seeds = ("autorank", "uniform_bytes"), ("rbla",), 1
     if not given.quick:
-        common = {name: getattr(given, name) for name in ("rounds", "max_length", "max_rank", "batch_size", "lanes")}
-        common |= {"model": given.data / "smollm2", "data": given.data / "dialogues.jsonl", "dtype": given.dtype}
+        names = ("rounds", "max_length", "max_rank", "batch_size", "lanes", "dtype", "probe_epochs")
+        common = {name: getattr(given, name) for name in names}
+        common |= {"model": given.data / "smollm2", "data": part_of(given.data / "dialogues.jsonl", given)}
         common |= {"skip_odd_lines": True}  # a few lines of dialogues.jsonl lack a question or an answer
         policies, rules, seeds = POLICIES, RULES, given.seeds
     return {
@@ -106,7 +115,26 @@ def grid(given: argparse.Namespace) -> dict[str, LanguageOptions]:
     }
 
 
-def is_finished(found: Mapping[str, Any], name: str, options: LanguageOptions) -> bool:
+def part_of(path: Path, given: argparse.Namespace) -> Path:
+    """Return the file with a share of the pairs of each category: the whole one, or one that is written to the output.
+
+    Lines that are not read, or lack something, are left out.
+    """
+    if given.share == 1:
+        return path
+    pairs = load_instructions(path, skip=True)
+    lines, kept = path.read_text(encoding="utf-8").splitlines(), []
+    for category in dict.fromkeys(pairs.fields["category"]):
+        own = [line for line, other in zip(pairs.lines, pairs.fields["category"], strict=True) if other == category]
+        count = min(len(own), max(FEWEST, round(given.share * len(own))))
+        kept += [own[n * len(own) // count] for n in range(count)]
+    part = given.out / f"dialogues-{given.share:g}.jsonl"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text("".join(lines[number - 1] + "\n" for number in kept), encoding="utf-8")
+    return part
+
+
+def is_finished(found: Mapping[str, Any], name: str, options: LanguageOptions, share: float) -> bool:
     """Return whether a cell is there.
 
     Raises:
@@ -114,7 +142,9 @@ def is_finished(found: Mapping[str, Any], name: str, options: LanguageOptions) -
     """
     if name not in found:
         return False
-    ours, others = described(options), described(LanguageOptions()) | found[name]["options"]  # options that came later
+    ours = described(options) | {"share": share}
+    others = described(LanguageOptions()) | LANGUAGE_BEFORE | found[name]["options"]  # some options came later
+    others["share"] = found[name].get("share", 1.0)
     differing = [key for key in ours if ours[key] != others.get(key)]
     if differing:
         key = differing[0]

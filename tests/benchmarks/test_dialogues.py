@@ -41,11 +41,14 @@ def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch, capsys):
 def test_cells_of_other_options_are_kept(tmp_path):
     options = dialogues.grid(dialogues.parse(["--quick", "--out", str(tmp_path)]))["uniform_bytes-rbla-0"]
     found = {"uniform_bytes-rbla-0": {"options": dialogues.described(options)}}
-    del found["uniform_bytes-rbla-0"]["options"]["quantize"]  # as before there was the option
-    assert dialogues.is_finished(found, "uniform_bytes-rbla-0", options)
+    for later in ("quantize", "probe_share"):  # as before there were these options
+        del found["uniform_bytes-rbla-0"]["options"][later]
+    assert dialogues.is_finished(found, "uniform_bytes-rbla-0", options, 1.0)
+    with pytest.raises(SystemExit, match="of share 0.5, got one of 1.0"):
+        dialogues.is_finished(found, "uniform_bytes-rbla-0", options, 0.5)
     found["uniform_bytes-rbla-0"]["options"]["rounds"] = 7
     with pytest.raises(SystemExit, match="expected uniform_bytes-rbla-0 of rounds 1, got one of 7"):
-        dialogues.is_finished(found, "uniform_bytes-rbla-0", options)
+        dialogues.is_finished(found, "uniform_bytes-rbla-0", options, 1.0)
     with pytest.raises(SystemExit, match="expected --data FOLDER"):
         dialogues.parse(["--out", str(tmp_path)])
 
@@ -73,3 +76,21 @@ def test_mistakes_end_in_one_line_and_odd_lines_are_left_out(tmp_path):
     assert all(one.skip_odd_lines for one in dialogues.grid(dialogues.parse(arguments)).values())
     with pytest.raises(SystemExit, match="expected instructions in"):
         dialogues.main(arguments)
+
+
+def test_a_share_leaves_clients_as_uneven(tmp_path):
+    (tmp_path / "smollm2").mkdir()
+    (tmp_path / "smollm2" / "model.safetensors").write_bytes(b"")
+    sizes = {"a": 80, "b": 5, "c": 12}
+    pairs = [
+        {"category": name, "instruction": f"{n}?", "output": "é"} for name, size in sizes.items() for n in range(size)
+    ]
+    lines = [json.dumps(pair, ensure_ascii=False) for pair in pairs]
+    (tmp_path / "dialogues.jsonl").write_text("\n".join(["", "{", *lines, ""]), encoding="utf-8")
+    arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--share", "0.25"]
+    (path,) = {one.data for one in dialogues.grid(dialogues.parse(arguments)).values()}
+    kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [sum(one["category"] == name for one in kept) for name in sizes] == [20, 5, 8]
+    assert [one["instruction"] for one in kept[:20]] == [f"{n}?" for n in range(0, 80, 4)]
+    with pytest.raises(SystemExit, match="--share: expected a number above 0 and at most 1, got 25"):
+        dialogues.parse([*arguments, "--share", "25"])
