@@ -41,10 +41,9 @@ def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch, capsys):
 def test_cells_of_other_options_are_kept(tmp_path):
     options = dialogues.grid(dialogues.parse(["--quick", "--out", str(tmp_path)]))["uniform_bytes-rbla-0"]
     found = {"uniform_bytes-rbla-0": {"options": dialogues.described(options)}}
-    for later in ("quantize", "probe_share"):  # as before there were these options
-        del found["uniform_bytes-rbla-0"]["options"][later]
+    del found["uniform_bytes-rbla-0"]["options"]["quantize"]  # as before there was the option
     assert dialogues.is_finished(found, "uniform_bytes-rbla-0", options, 1.0)
-    with pytest.raises(SystemExit, match="of share 0.5, got one of 1.0"):
+    with pytest.raises(SystemExit, match=r"of share 0\.5, got one of 1\.0"):
         dialogues.is_finished(found, "uniform_bytes-rbla-0", options, 0.5)
     found["uniform_bytes-rbla-0"]["options"]["rounds"] = 7
     with pytest.raises(SystemExit, match="expected uniform_bytes-rbla-0 of rounds 1, got one of 7"):
@@ -82,10 +81,8 @@ def test_a_share_leaves_clients_as_uneven(tmp_path):
     (tmp_path / "smollm2").mkdir()
     (tmp_path / "smollm2" / "model.safetensors").write_bytes(b"")
     sizes = {"a": 80, "b": 5, "c": 12}
-    pairs = [
-        {"category": name, "instruction": f"{n}?", "output": "é"} for name, size in sizes.items() for n in range(size)
-    ]
-    lines = [json.dumps(pair, ensure_ascii=False) for pair in pairs]
+    pairs = [(name, n) for name, size in sizes.items() for n in range(size)]
+    lines = [f'{{"category": "{name}", "instruction": "{n}?", "output": "é"}}' for name, n in pairs]
     (tmp_path / "dialogues.jsonl").write_text("\n".join(["", "{", *lines, ""]), encoding="utf-8")
     arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--share", "0.25"]
     (path,) = {one.data for one in dialogues.grid(dialogues.parse(arguments)).values()}
