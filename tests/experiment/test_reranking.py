@@ -9,8 +9,8 @@ from autorank_jax.ranks.criteria import loss_entropy
 
 OPTIONS = {
     "dataset": "synthetic", "split": "dirichlet_lognormal", "clients": 6, "hidden": (8,), "max_ranks": (10,),
-    "local_epochs": 2, "probe_epochs": 3, "probe_ratio": 1.0, "probe_share": 1.0, "batch_size": 16, "learning_rate": 0.1,
-    "lanes": 1, "rank_levels": 1, "rerank_every": 1,
+    "local_epochs": 2, "probe_epochs": 3, "probe_ratio": 1.0, "probe_share": 1.0, "batch_size": 16,
+    "learning_rate": 0.1, "lanes": 1, "rank_levels": 1, "rerank_every": 1,
 }  # fmt: skip
 
 
