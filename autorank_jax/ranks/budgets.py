@@ -34,6 +34,7 @@ def with_budget(
     *,
     min_ratio: float = 0.1,
     layer_weights: Sequence[float] | None = None,
+    max_ranks: Mapping[str, int] | None = None,
 ) -> RankPolicy:
     """Move a policy's ratios so that their mean is `mean_ratio`.
 
@@ -43,7 +44,8 @@ def with_budget(
         ρ' = 1 - (1 - ρ) (1 - m) / (1 - μ)                         where m ≥ μ
         ρ' = ρ_min + (ρ - ρ_min) (m - ρ_min) / (μ - ρ_min)         elsewhere
 
-    Integer ranks, rounded down, meet the mean to within one rank per layer.
+    Integer ranks, rounded down, meet the mean to within one rank per layer; with `max_ranks` to within one rank of one
+    client in one layer, never above it: whoever lost most by the rounding gets it back, as far as the budget goes.
 
     Args:
         policy: whose ratios are moved, after clipping to [min_ratio, 1].
@@ -52,10 +54,14 @@ def with_budget(
             examples (equal training FLOPs). The two differ where data are imbalanced.
         min_ratio: in (0, 1], no ratio falls below it.
         layer_weights: one per layer, > 0: what a unit of ratio costs in each layer, for per-layer ratios. The mean over
-            layers is plain where None.
+            layers is plain where None. What a rank of a layer costs (its numbers for bytes, `FlopModel.per_rank` for
+            FLOPs) times its maximum rank.
+        max_ranks: by path, the policy's ratios are then those of whole ranks, `(clients, layers)` in the order of
+            sorted paths. A client whose smallest ratio is less than one rank has one nevertheless.
 
     Returns:
-        A policy with ratios in [min_ratio, 1]. Absent clients move along and do not count in the mean.
+        A policy with ratios in [min_ratio, 1], those of whole ranks up to one rank below `min_ratio`. Absent clients
+        move along and do not count in the mean.
 
     Raises:
         ValueError: for numbers out of range, several mean ratios or an unknown `weight`; when called, for another
@@ -68,18 +74,46 @@ def with_budget(
     if isinstance(min_ratio, int | float) and isinstance(mean_ratio, int | float) and not min_ratio <= mean_ratio:
         raise ValueError(f"expected mean_ratio of at least min_ratio = {min_ratio}, got {mean_ratio}: lower min_ratio")
     check_name("weight", weight, WEIGHTS)
+    for path, most in (max_ranks or {}).items():
+        check_least(f"max_ranks[{path!r}]", most)
 
     def budgeted(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
         ratios, info = policy(key, stats)
         low, target = jnp.asarray(min_ratio, ratios.dtype), jnp.asarray(mean_ratio, ratios.dtype)
+        if max_ranks and ratios.ndim == 1:
+            ratios = jnp.broadcast_to(ratios[:, None], (len(ratios), len(max_ranks)))
         ratios = jnp.clip(ratios, low, 1)
         mean = mean_of_ratios(ratios, stats, weight, layer_weights=layer_weights)
         up = (1 - target) / jnp.where(mean < 1, 1 - mean, 1)
         down = (target - low) / jnp.where(mean > low, mean - low, 1)
         moved = jnp.where(target >= mean, 1 - (1 - ratios) * up, low + (ratios - low) * down)
-        return jnp.clip(moved, low, 1), info
+        moved = jnp.clip(moved, low, 1)
+        if max_ranks:
+            moved = _whole_ranks(moved, target, max_ranks, _shares(stats, weight, layer_weights, moved))
+        return moved, info
 
     return budgeted
+
+
+def _whole_ranks(ratios: Array, budget: Array, max_ranks: Mapping[str, int], shares: Array) -> Array:
+    """Return ratios of whole ranks that cost at most a budget: rounded down, then up again by largest remainder.
+
+    Args:
+        ratios: `(clients, layers)` that cost the budget.
+        budget: mean ratio.
+        max_ranks: by path.
+        shares: what a ratio of 1 costs, of the same shape; their sum is 1.
+    """
+    if ratios.shape[1] != len(max_ranks):
+        raise ValueError(f"max_ranks: expected {ratios.shape[1]} of them, as ratios have layers, got {len(max_ranks)}")
+    most = jnp.array([[max_ranks[path] for path in sorted(max_ranks)]], ratios.dtype)
+    ranks = jnp.clip(jnp.floor(ratios * most * (1 + 1e-6)), 1, most)
+    left = jnp.maximum(ratios * most - ranks, 0).ravel()
+    order = jnp.argsort(-left)
+    price = (shares / most).ravel()[order]
+    spent = jnp.sum(ranks * shares / most) + jnp.cumsum(price)
+    given = ((spent <= budget * (1 + 1e-6)) & (left[order] > 0)).astype(ratios.dtype)
+    return (ranks + jnp.zeros_like(left).at[order].set(given).reshape(ranks.shape)) / most
 
 
 @checked

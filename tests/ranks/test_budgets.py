@@ -64,6 +64,37 @@ def test_integer_ranks_meet_the_budget_within_one_rank(weight):
         assert abs(np.average(ranks, weights=share) - 0.4 * max_ranks[path]) < 1
 
 
+@pytest.mark.parametrize("weight", ["clients", "examples"])
+@pytest.mark.parametrize("mean_ratio", [0.13, 0.4, 0.77, 1.0])
+@pytest.mark.parametrize("ratios", [RATIOS, PER_LAYER, np.full(6, 0.5)], ids=["", "layers", "ties"])
+def test_whole_ranks_meet_the_budget_within_one_rank_of_one_client(ratios, mean_ratio, weight):
+    max_ranks, costs = {"c": 12, "a": 160, "b": 37}, {"a": 784 + 200, "b": 400, "c": 210}
+    prices = [max_ranks[path] * costs[path] for path in sorted(max_ranks)]
+    policy = with_budget(
+        policies.manual(ratios), mean_ratio, weight, min_ratio=0.1, layer_weights=prices, max_ranks=max_ranks
+    )
+    found, _ = jax.jit(policy)(KEY, client_stats(WHERE))
+    ranks = {path: np.asarray(rank, float) for path, rank in policies.ranks_from_ratios(found, max_ranks).items()}
+    for layer, path in enumerate(sorted(ranks)):
+        np.testing.assert_allclose(found[:, layer] * max_ranks[path], ranks[path], rtol=1e-6)
+    share = np.where(WHERE, SIZE if weight == "examples" else 1, 0)
+    spent = sum(costs[path] * (share * rank).sum() for path, rank in ranks.items())
+    budget = mean_ratio * share.sum() * sum(prices)
+    assert -share.max() * max(costs.values()) < spent - budget <= 1e-5 * budget
+    by_layer = policies.manual(np.broadcast_to(ratios.reshape(6, -1), (6, 3)))
+    real, _ = with_budget(by_layer, mean_ratio, weight, min_ratio=0.1, layer_weights=prices)(KEY, client_stats(WHERE))
+    assert (np.abs(found - real) < 1 / np.array([[160, 37, 12]]) + 1e-6).all()
+
+
+def test_a_client_has_a_rank_whatever_it_costs():
+    policy = with_budget(policies.manual(RATIOS), 0.01, min_ratio=0.01, max_ranks={"a": 10})
+    assert policy(KEY, client_stats())[0].tolist() == [[np.float32(0.1)]] * 6
+    with pytest.raises(ValueError, match="max_ranks: expected 3 of them, as ratios have layers, got 1"):
+        with_budget(policies.manual(PER_LAYER), 0.5, max_ranks={"a": 10})(KEY, client_stats())
+    with pytest.raises(ValueError, match=r"max_ranks\['a'\]"):
+        with_budget(policies.manual(RATIOS), 0.5, max_ranks={"a": 0})
+
+
 def test_one_ratio_stays_between_the_others():
     """A sum of shares may be a rounding error above 1, and 0 where nobody is present."""
     full = with_one_ratio(policies.uniform())
