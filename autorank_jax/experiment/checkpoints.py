@@ -78,7 +78,7 @@ def restore_position(
     config = full_configuration(experiment, dataset)
     about = read_about(checkpoints.folder)
     records = tuple(Record(**r | {"rows": tuple(Row(**row) for row in r["rows"])}) for r in about.extra["records"])
-    before = json.loads(json.dumps(dataclasses.asdict(Experiment()) | BEFORE)) | about.config  # options that came later
+    before = json.loads(json.dumps({**dataclasses.asdict(Experiment()), **BEFORE})) | about.config  # options that came later
     if before == json.loads(json.dumps(config | {"rounds": before["rounds"]})):
         records = with_rounds(records, experiment, before["rounds"])
         config = dict(about.config)
