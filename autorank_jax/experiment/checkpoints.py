@@ -78,7 +78,8 @@ def restore_position(
     config = full_configuration(experiment, dataset)
     about = read_about(checkpoints.folder)
     records = tuple(Record(**r | {"rows": tuple(Row(**row) for row in r["rows"])}) for r in about.extra["records"])
-    before = json.loads(json.dumps({**dataclasses.asdict(Experiment()), **BEFORE})) | about.config  # options that came later
+    as_before = json.loads(json.dumps({**dataclasses.asdict(Experiment()), **BEFORE}))
+    before = as_before | about.config
     if before == json.loads(json.dumps(config | {"rounds": before["rounds"]})):
         records = with_rounds(records, experiment, before["rounds"])
         config = dict(about.config)
