@@ -79,10 +79,10 @@ def make_task(seed: int) -> ar.Task:
     return ar.task_from_nnx(ar.models.MLP((784, 200, 200, 10), rngs=nnx.Rngs(seed)), max_rank=MAX_RANKS)
 
 
-def make_federation(images: datasets.Dataset, split: str) -> Federation:
-    """Split the images over clients; the split is the same for all seeds, as ratios belong to clients."""
+def make_federation(images: datasets.Dataset, split: str, seed: int = 0) -> Federation:
+    """Split the images over clients; here the split is the same for all seeds, as ratios belong to clients."""
     options = dict(SPLITS[split])
-    parts = ar.partition.partition(options.pop("split"), images.y_train, options.pop("clients"), seed=0, **options)
+    parts = ar.partition.partition(options.pop("split"), images.y_train, options.pop("clients"), seed=seed, **options)
     data = ar.from_parts(images.x_train, images.y_train, parts)
     return Federation(data, images, training_flops(make_task(0), data))
 
@@ -94,9 +94,9 @@ def spent(federation: Federation, ratios: np.ndarray) -> float:
     return float(np.sum(federation.size * each))
 
 
-def affordable(federation: Federation, weights: np.ndarray) -> np.ndarray:
-    """Return ratios that grow with weights (> 0) and cost at most as much as the uniform rank."""
-    most = spent(federation, np.full(len(weights), UNIFORM))
+def affordable(federation: Federation, weights: np.ndarray, share: float = 1.0) -> np.ndarray:
+    """Return ratios that grow with weights (> 0) and cost at most a share of what the uniform rank does."""
+    most = share * spent(federation, np.full(len(weights), UNIFORM))
     low, high = 0.0, 1 / float(weights.min())
     for _ in range(30):
         middle = (low + high) / 2

@@ -1,0 +1,131 @@
+"""Do ranks that differ pay at equal training FLOPs? What `equal_flops` found, on splits and seeds that it never saw.
+
+Its federation of ten clients (6,000 images of Fashion-MNIST, 20 rounds of one local epoch, batch 64, SGD 0.03 with
+momentum, maximum ranks 160, 160, 100) under `raflora`; every seed has its own split, weights and batches (the
+adapters' start stays). Compared with everybody's ratio at 0.4 are the two that looked best there, of at
+most the same FLOPs:
+
+- `n^1`: ratios in proportion to a client's number of examples;
+- `AutoRank`: in proportion to the ratios of the default policy, whose probe is paid from the same FLOPs.
+
+Final accuracy in % on all test images, differences in points, paired over seeds, with 95 % t intervals; p after Holm's
+correction for the rows. `early` is the same after a quarter of the rounds, without a test.
+
+Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.fresh_flops [--json FILE]
+          python -m benchmarks.study.fresh_flops --quick       (embedded subset, one split and seed, two rounds)
+          python -m benchmarks.study.fresh_flops --report      (runs nothing)
+Expect:   20 minutes on one core; what was stopped goes on
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autorank_jax import datasets
+from benchmarks import harness, script
+from benchmarks.study import equal_flops, probes
+from benchmarks.study.options import RESULTS, make_parser
+from benchmarks.study.paired import Difference, difference, holm, in_points
+
+SEEDS = range(200, 210)
+SPLITS = ("staircase", "dirichlet-0.4-10")
+RULE, IMAGES, ROUNDS = "raflora", 6000, 20
+DEFAULT = probes.Probe(epochs=2, ratio=0.1, share=0.25)
+"""As `ar.probe` has it."""
+COMPARED = ("n^1", "AutoRank")
+KEYS = ("dataset", "images", "rounds", "split", "seed")
+COLUMNS = ("split", "ranks", "seeds", "FLOPs %", "final", "minus uniform", "early, minus uniform")
+
+
+def candidates(federation: equal_flops.Federation, seed: int, rounds: int) -> dict[str, tuple[np.ndarray, float]]:
+    """Return ratios by name, and the FLOPs that are spent on them before the first round."""
+    probed = probes.Federation(federation.data, equal_flops.make_task(seed), seed)
+    ratios, _ = probes.run_probe(probed, DEFAULT)
+    paid = probes.spent(probed, DEFAULT, federation.flops)
+    whole = equal_flops.spent(federation, np.full(len(ratios), equal_flops.UNIFORM))
+    size = federation.size
+    return {
+        "uniform": (np.full(len(size), equal_flops.UNIFORM), 0.0),
+        "n^1": (equal_flops.affordable(federation, size / size.max()), 0.0),
+        "AutoRank": (equal_flops.affordable(federation, ratios.astype(float), 1 - paid / (rounds * whole)), paid),
+    }
+
+
+def run_seed(trainer: equal_flops.Trainer, seed: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield what each candidate reaches with the split and the weights of a seed."""
+    federation = trainer.federation
+    uniform = rounds * equal_flops.spent(federation, np.full(len(federation.size), equal_flops.UNIFORM))
+    for name, (ratios, paid) in candidates(federation, seed, rounds).items():
+        early, final = trainer.train(ratios, seed).mean(axis=1)  # over both halves of the test images
+        flops = (paid + rounds * equal_flops.spent(federation, ratios)) / uniform
+        yield {"ranks": name, "flops": flops, "early": float(early), "final": float(final)}
+
+
+def differences(rows: Sequence[Mapping[str, Any]], when: str) -> dict[tuple[str, str], Difference | None]:
+    """Return what each candidate has beyond the uniform rank, by split and name."""
+
+    def by_seed(split: str, name: str) -> dict[int, float]:
+        return {row["seed"]: row[when] for row in rows if (row["split"], row["ranks"]) == (split, name)}
+
+    return {
+        (split, name): difference(by_seed(split, name), by_seed(split, "uniform"))
+        for split in dict.fromkeys(row["split"] for row in rows)
+        for name in COMPARED
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a row for every candidate and split, in Markdown."""
+    final, early = (differences(rows, when) for when in ("final", "early"))
+    ps = dict(zip(final, holm([one and one.p for one in final.values()]), strict=True))
+    found: list[harness.Row] = []
+    for split, name in itertools.product(dict.fromkeys(split for split, _ in final), ("uniform", *COMPARED)):
+        own = [row for row in rows if (row["split"], row["ranks"]) == (split, name)]
+        row: harness.Row = {"split": split, "ranks": name, "seeds": len(own)}
+        row |= {"FLOPs %": f"{100 * np.mean([one['flops'] for one in own]):.1f}"}
+        row |= {"final": f"{100 * np.mean([one['final'] for one in own]):.1f}"}
+        if name != "uniform":
+            place = split, name
+            row |= {
+                "minus uniform": in_points(final[place], ps[place]),
+                "early, minus uniform": in_points(early[place]),
+            }
+        found.append(row)
+    return harness.markdown_table(found, COLUMNS)
+
+
+@harness.mistakes_in_words()
+def main(arguments: list[str] | None = None) -> None:
+    """Train, print, write."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="the embedded subset, one split and seed, two rounds")
+    parser.add_argument("--json", type=Path, help="file to write to; the seeds that it holds are not run again")
+    parser.add_argument("--report", action="store_true", help="run nothing: show what is published")
+    options = parser.parse_args(arguments)
+    known = script.read(RESULTS / "costs.json" if options.report else options.json)
+    rows: list[dict[str, Any]] = known.get("fresh_flops", {}).get("cells", [])
+    if not options.report:
+        images = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
+        images = images._replace(x_train=images.x_train[:IMAGES], y_train=images.y_train[:IMAGES])
+        rounds = 2 if options.quick else ROUNDS
+        seeds, splits = (SEEDS[:1], SPLITS[:1]) if options.quick else (SEEDS, SPLITS)
+        trainer = equal_flops.Trainer(equal_flops.make_federation(images, splits[0]), RULE, rounds)
+        there = {tuple(row[key] for key in KEYS) for row in rows}
+        with harness.shared_programs():
+            for seed, split in itertools.product(seeds, splits):
+                cell = dict(zip(KEYS, (images.name, len(images.y_train), rounds, split, seed), strict=True))
+                if tuple(cell.values()) in there:
+                    continue
+                trainer.federation = equal_flops.make_federation(images, split, seed)
+                found = [cell | row for row in run_seed(trainer, seed, rounds)]
+                print(split, seed, *(f"{row['ranks']} {row['final']:.3f}" for row in found), flush=True)
+                rows = [*rows, *found]
+                harness.write_json(options.json, known | {"fresh_flops": {"cells": rows} | script.about()})
+    print(table(rows) if rows else "No cell is complete yet.")
+
+
+if __name__ == "__main__":
+    main()
