@@ -1,0 +1,66 @@
+"""Equal FLOPs on fresh splits: what is compared costs the same, probe included; resuming; the table."""
+
+import inspect
+import json
+
+import numpy as np
+import pytest
+
+import autorank_jax as ar
+from autorank_jax.datasets import load_dataset
+from benchmarks.study import equal_flops, fresh_flops, probes
+
+
+def test_autorank_pays_for_its_probe(monkeypatch):
+    federation = equal_flops.make_federation(load_dataset("fashion_mnist_mini"), "dirichlet-0.4-10", 7)
+    given = np.linspace(0.1, 1, 10, dtype=np.float32)
+    monkeypatch.setattr(probes, "run_probe", lambda *_: (given, None))
+    found = fresh_flops.candidates(federation, 7, rounds=20)
+    whole = 20 * equal_flops.spent(federation, np.full(10, 0.4))
+    assert found["uniform"][1] == found["n^1"][1] == 0
+    assert found["AutoRank"][1] == probes.spent(federation, fresh_flops.DEFAULT, federation.flops) > 0.01 * whole
+    for name, (ratios, paid) in found.items():
+        assert 0.995 * whole < paid + 20 * equal_flops.spent(federation, ratios) <= whole, name
+    free = (found["AutoRank"][0] > equal_flops.LEAST) & (found["AutoRank"][0] < 1)
+    assert np.ptp((found["AutoRank"][0] / given)[free]) < 1e-4
+    other = equal_flops.make_federation(load_dataset("fashion_mnist_mini"), "dirichlet-0.4-10", 8)
+    assert other.size.tolist() != federation.size.tolist()
+    arguments = inspect.signature(ar.probe).parameters
+    assert fresh_flops.DEFAULT[:3] == tuple(arguments[name].default for name in ("epochs", "ratio", "share"))
+
+
+def test_seeds_go_on_where_they_were_stopped_and_the_table_pairs_them(tmp_path, monkeypatch, capsys):
+    seen, file = [], tmp_path / "one.json"
+
+    class Fake:
+        def __init__(self, federation, _rule, _rounds):
+            self.federation = federation
+
+    def run_seed(_trainer, seed, _rounds):
+        seen.append(seed)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        for name, gain in (("uniform", 0.0), ("n^1", 0.02), ("AutoRank", 0.001 * (seed - 200))):
+            yield {"ranks": name, "flops": 0.999, "early": 0.3, "final": 0.5 + seed / 1000 + gain}
+
+    monkeypatch.setattr(equal_flops, "Trainer", Fake)
+    monkeypatch.setattr(fresh_flops, "run_seed", run_seed)
+    monkeypatch.setattr(fresh_flops.datasets, "load_dataset", lambda _: load_dataset("fashion_mnist_mini"))
+    with pytest.raises(SystemExit, match="what is finished is kept"):
+        fresh_flops.main(["--json", str(file)])
+    assert len(json.loads(file.read_text())["fresh_flops"]["cells"]) == 9
+    fresh_flops.main(["--json", str(file)])
+    assert sorted(seen[:3] + seen[4:]) == sorted(2 * [*fresh_flops.SEEDS])
+    said = capsys.readouterr().out
+    assert "| staircase | uniform | 10 | 99.9 | 70.5 | – | – |" in said
+    assert "| staircase | n^1 | 10 | 99.9 | 72.5 | +2.0 [+2.0, +2.0], p" in said
+    assert "| dirichlet-0.4-10 | AutoRank | 10 | 99.9 | 70.9 | +0.5 [+0.2, +0.7], p" in said
+
+
+@pytest.mark.slow
+def test_a_quick_run_trains(tmp_path):
+    fresh_flops.main(["--quick", "--json", str(tmp_path / "one.json")])
+    rows = json.loads((tmp_path / "one.json").read_text())["fresh_flops"]["cells"]
+    assert [row["ranks"] for row in rows] == ["uniform", "n^1", "AutoRank"]
+    assert len({row["final"] for row in rows}) == 3
+    assert all(0.1 < row["early"] < row["final"] < 1 and 0.97 < row["flops"] <= 1 for row in rows)
