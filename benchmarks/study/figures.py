@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from autorank_jax.cli.figures import STYLE
-from benchmarks.study import all_rules, mixed_ranks, paper, policies_by_rules, privacy, questions
+from benchmarks.study import all_rules, claims, mixed_ranks, paper, policies_by_rules, privacy, questions
 from benchmarks.study.cells import NOTHING
 from benchmarks.study.columns import CONTRASTS
 from benchmarks.study.forest import Forest, Mark, draw_forest
@@ -101,23 +101,6 @@ def _rules(rows: Sequence[Answer]) -> list[str]:
     return list(dict.fromkeys(row.one.rule for row in rows))
 
 
-def draw_settings(found: Sequence[Answer], splits: Sequence[str], note: str) -> Figure:
-    """Draw AutoRank with other criteria and settings minus AutoRank with all criteria, by rule and split."""
-    there = {(row.one.rule, row.one.setting, row.one.split): Mark(row.differences["final"], row.shown) for row in found}
-    forest = Forest.empty()
-    for rule in _rules(found):
-        forest.heading(name_of(rule))
-        for setting in dict.fromkeys(setting for one, setting, _ in there if one == rule):
-            forest.row(name_of(setting), *(there.get((rule, setting, split), Mark(None)) for split in splits))
-    return draw_forest(
-        forest,
-        [name_of(split) for split in splits],
-        title="AutoRank with other criteria or settings, minus AutoRank with all criteria",
-        note=note,
-        width=9.5,
-    )
-
-
 def figures() -> dict[str, Callable[[], Figure]]:
     """Read all results, and return how to draw each figure, by name."""
     plan = paper.make_plan(paper.options_of([]))
@@ -140,9 +123,7 @@ def figures() -> dict[str, Callable[[], Figure]]:
         "over_rounds": partial(draw_over_rounds, found, seeds),
         "paper": partial(draw_paper, found, seeds),
         "rules": partial(draw_rules, answers[questions.GAIN], fresh, rules),
-        "settings": partial(
-            draw_settings, answers[questions.CHANGED], grid.splits, f"Final accuracy on Fashion-MNIST after {about}"
-        ),
+        "claims": lambda: claims.draw(claims.claims(claims.read())),
         "all_rules": partial(draw_all_rules, all_rules.read(RESULTS), every),
         "privacy": privacy.draw_published,
     }

@@ -1,0 +1,60 @@
+"""The README's finding: what the result files say, or a failure."""
+
+import pytest
+
+from benchmarks.study import claims
+from benchmarks.study.paired import Difference
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    return claims.read()
+
+
+def test_the_readme_says_what_the_result_files_say(evidence):
+    family = claims.claims(evidence)
+    ps = claims.corrected(family)
+    assert [name for name, one in family.items() if not one.holds(ps[name])] == []
+    text = claims.finding(evidence, family)
+    assert claims.in_readme() == text
+    assert len(text.splitlines()) <= 10
+
+
+@pytest.mark.parametrize(
+    ("says", "interval", "p", "holds"),
+    [
+        ("higher", (0.02, 0.01, 0.03), 0.04, True),
+        ("higher", (0.02, 0.01, 0.03), 0.05, False),
+        ("higher", (-0.02, -0.03, -0.01), 0.01, False),
+        ("lower", (-0.02, -0.03, -0.01), 0.01, True),
+        ("level", (0.0, -0.02, 0.02), 0.9, True),
+        ("level", (0.0, -0.021, 0.02), 0.9, False),
+        ("level", (0.01, 0.001, 0.019), 0.01, False),
+        ("level", (0.01, None, None), None, False),
+    ],
+)
+def test_what_follows(says, interval, p, holds):
+    assert claims.Claim("one", "here", says, Difference(*interval, p, 5)).holds(p) is holds
+    assert not claims.Claim("one", "here", says, None).holds(p)
+
+
+def test_a_claim_that_does_not_follow_fails(evidence, monkeypatch, tmp_path, capsys):
+    """Where the two sides of a comparison are exchanged, and where a file has no runs."""
+    columns = dict(evidence.columns[claims.FASHION])
+    columns[claims.PAIR], columns[claims.UNIFORM] = columns[claims.UNIFORM], columns[claims.PAIR]
+    readme = tmp_path / "README.md"
+    readme.write_text("# a\n\n## What the study says\n\nOld.\n\n![x](y)\n", encoding="utf-8")
+    monkeypatch.setattr(claims, "README", readme)
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "read", lambda: evidence._replace(columns={claims.FASHION: columns}))
+        with pytest.raises(SystemExit, match=r"RBLA, Fashion-MNIST, staircase, 100 rounds: not lower"):
+            claims.main(["--write"])
+        patch.setattr(claims, "read", lambda: evidence._replace(flops=[]))
+        with pytest.raises(SystemExit, match="same FLOPs"):
+            claims.main(["--write"])
+    assert claims.in_readme() == "Old."
+    capsys.readouterr()
+    monkeypatch.setattr(claims, "read", lambda: evidence)
+    claims.main(["--write"])
+    assert claims.in_readme() == capsys.readouterr().out.partition("\n\n")[2].rstrip("\n")
+    assert readme.read_text(encoding="utf-8").startswith("# a\n\n## What the study says\n\n**Use")
