@@ -24,9 +24,8 @@ NAMES = {"fashion_mnist": "Fashion-MNIST", "mnist": "MNIST", "cifar10": "CIFAR-1
          "staircase": "staircase split", "dirichlet-0.4-10": "random split", "dirichlet-0.3-10": "random split",
          "all": "mean of both", "rbla": "RBLA", "raflora": "raFLoRA", "flexlora": "FlexLoRA", "flora": "FLoRA",
          "fedex_lora": "FedEx-LoRA", "ffa_lora": "FFA-LoRA", "hetlora": "HetLoRA", "rolora": "RoLoRA",
-         "florist": "FLoRIST", "lora_fair": "LoRA-FAIR", "zero_pad": "zero-padding", "owner_merge": "owner merge",
-         "gini_simpson alone": "Gini-Simpson alone", "floor 0.5": "ratios of at least 0.5"}  # fmt: skip
-"""Of datasets, splits, rules and settings, where others have their own."""
+         "florist": "FLoRIST", "lora_fair": "LoRA-FAIR", "zero_pad": "zero-padding", "owner_merge": "owner merge"}  # fmt: skip
+"""Of datasets, splits and rules, where others have their own."""
 FIRST, UNIFORM = AUTHOR[0], AUTHOR[2]
 CAPPED, PRODUCTS = "AutoRank, top ranks capped + RBLA", "AutoRank + raFLoRA"
 KINDS = {
@@ -39,7 +38,7 @@ KINDS = {
 
 
 def name_of(word: str) -> str:
-    """Return the name that figures give to a dataset, split, rule or setting."""
+    """Return the name that figures give to a dataset, split or rule."""
     return NAMES.get(word, word.replace("_", " "))
 
 
