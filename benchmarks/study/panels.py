@@ -24,7 +24,8 @@ NAMES = {"fashion_mnist": "Fashion-MNIST", "mnist": "MNIST", "cifar10": "CIFAR-1
          "staircase": "staircase split", "dirichlet-0.4-10": "random split", "dirichlet-0.3-10": "random split",
          "all": "mean of both", "rbla": "RBLA", "raflora": "raFLoRA", "flexlora": "FlexLoRA", "flora": "FLoRA",
          "fedex_lora": "FedEx-LoRA", "ffa_lora": "FFA-LoRA", "hetlora": "HetLoRA", "rolora": "RoLoRA",
-         "florist": "FLoRIST", "lora_fair": "LoRA-FAIR", "zero_pad": "zero-padding", "owner_merge": "owner merge"}  # fmt: skip
+         "florist": "FLoRIST", "lora_fair": "LoRA-FAIR", "zero_pad": "zero-padding",
+         "owner_merge": "owner merge"}  # fmt: skip
 """Of datasets, splits and rules, where others have their own."""
 FIRST, UNIFORM = AUTHOR[0], AUTHOR[2]
 CAPPED, PRODUCTS = "AutoRank, top ranks capped + RBLA", "AutoRank + raFLoRA"
