@@ -12,7 +12,8 @@ Needs the extras `text` and `cli`, and a folder with `smollm2/`, as Hugging Face
 
 Command:  python -m benchmarks.study.dialogues --data FOLDER --out OUT [--cells 'autorank-*'] [--limit-minutes 60]
           python -m benchmarks.study.dialogues --data FOLDER --out OUT --plan    (runs nothing: cells and hours)
-          python -m benchmarks.study.dialogues --out OUT --report    (runs nothing: the finished cells)
+          python -m benchmarks.study.dialogues --out OUT --report [--publish]   (runs nothing: the finished cells)
+          python -m benchmarks.study.dialogues --report     (runs nothing: the published cells)
           python -m benchmarks.study.dialogues --quick --out OUT    (a tiny model, embedded instructions, two cells)
 Expect:   what the plan says, which is printed first: FLOPs over the speed of a matrix product on this machine.
 """
@@ -20,6 +21,7 @@ Expect:   what the plan says, which is printed first: FLOPs over the speed of a 
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -37,18 +39,20 @@ from autorank_jax.experiment.language import FORWARD, run_language
 from autorank_jax.experiment.language_options import LANGUAGE_BEFORE, LanguageOptions, as_json
 from autorank_jax.experiment.language_results import Begun, Clock, Ended, summarize_language
 from autorank_jax.experiment.language_setup import make_parts
-from benchmarks import harness
+from benchmarks import harness, script
 from benchmarks.study.cell_file import appending
-from benchmarks.study.options import make_parser
+from benchmarks.study.options import RESULTS, make_parser
+from benchmarks.study.paired import difference, in_points
 
 POLICIES, RULES = ("autorank", "uniform_bytes", "full"), ("raflora", "rbla", "flora")
 FEWEST = 8
 """Pairs of a category that a share leaves, where there are as many."""
 RECOMPUTED = 1.5
 """FLOPs of a step over those that are counted: the backward pass computes the activations of a block again."""
+PUBLISHED = RESULTS / "texts.json"
 COLUMNS = (
-    "cell", "before", "after", "clients, mean", "clients, worst", "mean rank", "MB up", "MB down", "TFLOP",
-    "TFLOP of the probe", "hours",
+    "cell", "before", "after", "clients, mean", "clients, worst", "clients, % beyond one rank", "mean rank", "MB up",
+    "MB down", "TFLOP", "TFLOP of the probe", "hours",
 )  # fmt: skip
 
 
@@ -56,6 +60,9 @@ COLUMNS = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the plan, run the cells that are not finished, and print what there is."""
     given = parse(arguments)
+    if not given.out:
+        print(table({cell["cell"]: cell for cell in script.read(PUBLISHED).get("dialogues", [])}))
+        return
     path, began = given.out / "dialogues.jsonl", time.monotonic()
     if not given.report:
         cells = {name: one for name, one in grid(given).items() if fnmatchcase(name, given.cells)}
@@ -67,13 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 break
             append(path, name, {"share": given.share} | run_cell(given.out / "running" / name, name, options))
     print(table(read(path)))
+    if given.publish:
+        cells = [{"cell": name, **cell} for name, cell in read(path).items()]
+        harness.write_json(PUBLISHED, script.read(PUBLISHED) | {"dialogues": cells})
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, help="folder with smollm2/ and dialogues.jsonl")
-    parser.add_argument("--out", type=Path, required=True, help="folder of results")
+    parser.add_argument("--out", type=Path, help="folder of results")
     parser.add_argument("--seeds", type=int, default=3, help="3")
     parser.add_argument("--rounds", type=int, default=10, help="10")
     parser.add_argument("--max-length", type=int, default=64, help="tokens of a row, 64")
@@ -87,11 +97,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit-minutes", type=float, default=None, help="begin no cell after so many minutes")
     parser.add_argument("--plan", action="store_true", help="run nothing: say what there is to do")
     parser.add_argument("--report", action="store_true", help="run nothing: show what there is")
+    parser.add_argument("--publish", action="store_true", help=f"put the finished cells into {PUBLISHED.name}")
     parser.add_argument("--quick", action="store_true", help="a tiny model and embedded instructions")
     given = parser.parse_args(arguments)
     names = [given.data / name for name in ("smollm2/model.safetensors", "dialogues.jsonl")] if given.data else []
     if not (given.quick or given.report) and not (names and all(path.is_file() for path in names)):
         sys.exit(f"expected --data FOLDER with smollm2/ and dialogues.jsonl, got {str(given.data)!r}; or --quick")
+    if not given.out and (given.publish or not given.report):
+        sys.exit("--out: expected a folder of results, got none; only --report shows what is published without")
     if not 0 < given.share <= 1:
         sys.exit(f"--share: expected a number above 0 and at most 1, got {given.share:g}, probably a percentage")
     return given
@@ -236,6 +249,21 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
+def beyond(name: str, found: Mapping[str, Any]) -> str | None:
+    """Return by how many per cent clients' perplexities exceed those under one rank, the same rule and seed.
+
+    The mean of `ln(one / other)` over clients, with its 95 % t interval.
+    """
+    other = "-".join(["uniform_bytes", *name.split("-")[1:]])
+    if name == other or other not in found:
+        return None
+    sides = [
+        {client["name"]: math.log(client["after"]) for client in found[cell]["summary"]["clients"] if client["after"]}
+        for cell in (name, other)
+    ]
+    return in_points(difference(*sides))
+
+
 def table(found: Mapping[str, Any]) -> str:
     """Return the finished cells as Markdown: perplexities of held-out answers, and what they cost."""
     rows = []
@@ -244,6 +272,7 @@ def table(found: Mapping[str, Any]) -> str:
         clients, ranks = summary["clients_perplexity"]["after"], summary["ranks"]
         values = (
             name, summary["perplexity"]["before"], summary["perplexity"]["after"], clients["mean"], clients["worst"],
+            beyond(name, found),
             ranks["mean"], summary["bytes_up"] / 1e6, summary["bytes_down"] / 1e6, summary["flops"] / 1e12,
             summary["probe_flops"] / 1e12, summary["seconds"] / 3600,
         )  # fmt: skip

@@ -13,6 +13,8 @@ def summary(perplexity):
         "perplexity": {"before": 40.0, "after": perplexity}, "clients_perplexity": {"before": told, "after": told},
         "ranks": {"mean": 3.5}, "bytes_up": 2e6, "bytes_down": 3e6, "flops": 4e12, "probe_flops": 1e12,
         "seconds": 1800.0,
+        "clients": [{"name": name, "after": perplexity * factor} for name, factor in (("a", 1.0), ("b", 2.0))]
+        + [{"name": "c", "after": None}],
     }  # fmt: skip
 
 
@@ -35,7 +37,7 @@ def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert ran == ["uniform_bytes-rbla-0", "autorank-rbla-0"]
     said = capsys.readouterr().out
     assert "1 of 2 cells" in said
-    assert "| uniform_bytes-rbla-0 | 40 | 20 | 20 | 40 | 3.5 | 2 | 3 | 4 | 1 | 0.5 |" in said.splitlines()
+    assert "| uniform_bytes-rbla-0 | 40 | 20 | 20 | 40 | – | 3.5 | 2 | 3 | 4 | 1 | 0.5 |" in said.splitlines()
 
 
 def test_cells_of_other_options_are_kept(tmp_path):
@@ -91,3 +93,25 @@ def test_a_share_leaves_clients_as_uneven(tmp_path):
     assert [one["instruction"] for one in kept[:20]] == [f"{n}?" for n in range(0, 80, 4)]
     with pytest.raises(SystemExit, match="--share: expected a number above 0 and at most 1, got 25"):
         dialogues.parse([*arguments, "--share", "25"])
+
+
+def test_clients_are_compared_with_themselves_under_one_rank(tmp_path, monkeypatch, capsys):
+    cells = {name: {"summary": summary(20.0)} for name in ("uniform_bytes-rbla-0", "autorank-rbla-0", "full-flora-0")}
+    for client, factor in zip(cells["autorank-rbla-0"]["summary"]["clients"], (1.0, 1.2, None), strict=True):
+        client["after"] = client["after"] and client["after"] * factor
+    assert dialogues.beyond("autorank-rbla-0", cells) == "+9.1 (n = 2)"  # half of 100 ln 1.2
+    assert dialogues.beyond("uniform_bytes-rbla-0", cells) is None
+    assert dialogues.beyond("full-flora-0", cells) is None
+    published = tmp_path / "texts.json"
+    monkeypatch.setattr(dialogues, "PUBLISHED", published)
+    published.write_text('{"another": 1}')
+    for name, cell in cells.items():
+        dialogues.append(tmp_path / "dialogues.jsonl", name, cell)
+    dialogues.main(["--out", str(tmp_path), "--report", "--publish"])
+    said = capsys.readouterr().out
+    listed = [{"cell": name, **cell} for name, cell in cells.items()]
+    assert json.loads(published.read_text()) == {"another": 1, "dialogues": listed}
+    dialogues.main(["--report"])
+    assert capsys.readouterr().out == said
+    with pytest.raises(SystemExit, match="--out: expected a folder of results, got none"):
+        dialogues.main(["--quick"])
