@@ -54,14 +54,13 @@ def write_file(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def read_run(folder: Path, what: str, make: Callable[[Any], T], before: Mapping[str, Any]) -> tuple[T, int, int]:
+def read_run(folder: Path, what: str, make: Callable[[Any], T]) -> tuple[T, int, int]:
     """Read what was run in a folder: its options, the rounds between checkpoints, and how many stay.
 
     Args:
         folder: of the run.
         what: the name of the options in there, which tells the commands apart.
         make: makes the options of what was written.
-        before: options that an earlier version did not write, as it had them.
 
     Raises:
         ConfigurationError: if it holds no run of this command with checkpoints.
@@ -81,7 +80,7 @@ def read_run(folder: Path, what: str, make: Callable[[Any], T], before: Mapping[
         every, keep = content["every"], content["keep"]
         if type(every) is not int or type(keep) is not int:
             raise TypeError
-        return make({**before, **content[what]}), every, keep
+        return make(content[what]), every, keep
     except (TypeError, KeyError) as error:
         another = isinstance(content, dict) and what not in content and {"every", "keep"} <= content.keys()
         cause = "; probably of another command" if another else ""

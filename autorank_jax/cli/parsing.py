@@ -15,8 +15,8 @@ from autorank_jax.cli.fields import Option, expected, options_of, read_word, sho
 from autorank_jax.cli.formats import read_config, read_run
 from autorank_jax.cli.help import NEARBY, help_on, help_on_program
 from autorank_jax.cli.options import COMMANDS, PROGRAM, Command, Finetune, Run
-from autorank_jax.experiment.config import BEFORE, ConfigurationError, Experiment, experiment_from
-from autorank_jax.experiment.language_options import LANGUAGE_BEFORE, language_options_from
+from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
+from autorank_jax.experiment.language_options import language_options_from
 
 HELP = ("-h", "--help", "--help-all")
 FIRST = (*dict.fromkeys(name.partition(" ")[0] for name in COMMANDS), "completion")
@@ -257,11 +257,8 @@ def starting_point(kind: type[Any], given: Mapping[str, Any]) -> Run | Finetune:
     if config and resume:
         raise ConfigurationError(["resume: expected no --config beside it: a run goes on with its own options"])
     if resume:
-        options, every, keep = (
-            read_run(resume, "experiment", experiment_from, BEFORE)
-            if kind is Run
-            else read_run(resume, "training", language_options_from, LANGUAGE_BEFORE)
-        )
+        make = experiment_from if kind is Run else language_options_from
+        options, every, keep = read_run(resume, "experiment" if kind is Run else "training", make)
         _check_unchanged(options, given)
         begin: Run | Finetune = kind(options, checkpoint_every=every, keep_checkpoints=keep)
         return begin

@@ -64,7 +64,8 @@ def run_here(command: Run) -> None:
         name = f"{experiment.dataset}-{experiment.split}"
         folder = command.out or default_folder(name, overwrite=command.overwrite)
         folder = check_folder(folder, overwrite=command.overwrite)
-    for line in [] if command.quiet else [*without_effect(experiment), *idle_checkpoints(command)]:
+    idle = [] if command.resume else [*without_effect(experiment)]
+    for line in [] if command.quiet else [*idle, *idle_checkpoints(command)]:
         tell(line)
     with occupied(folder):
         run_in(folder, command, mesh)

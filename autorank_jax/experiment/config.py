@@ -35,7 +35,7 @@ POLICIES: Mapping[str, str] = {
 MOST_STRANGE = 3
 """Names in a file of options that are none, from more than which on it is another file."""
 BEFORE: Mapping[str, Any] = {"probe_ratio": 1.0, "probe_share": 1.0}
-"""What runs did before these options came, where it is not their default."""
+"""What runs did before these options came, which is not their default."""
 SAMPLINGS = ("uniform", "by_size", "independent")
 SCORED = ("autorank", "covered", "uniform", "uniform_bytes", "by_size_bytes", "shuffled", "reversed")
 """Policies that need AutoRank's scores, if only for their mean."""
@@ -173,6 +173,11 @@ class Experiment:
         return self.scored and not NEEDS_LOSSES.isdisjoint(self.criteria)
 
     @property
+    def probes_as_in_rounds(self) -> bool:
+        """Whether loss curves of the probe may stand beside those of rounds: as long, of all examples, at all ranks."""
+        return (self.probe_epochs, self.probe_ratio, self.probe_share) == (self.local_epochs, 1, 1)
+
+    @property
     def cohort(self) -> int:
         """Number of clients that take part in a round."""
         return min(self.clients, max(1, math.floor(self.participation * self.clients + 0.5)))
@@ -202,6 +207,8 @@ class Experiment:
 def experiment_from(config: Any) -> Experiment:
     """Make an experiment of what `config.json` holds; options that are not there have their defaults.
 
+    A file of before `probe_ratio` and `probe_share` came has `probe_epochs` alone: it keeps the probe of then.
+
     Args:
         config: options by name.
 
@@ -210,6 +217,8 @@ def experiment_from(config: Any) -> Experiment:
     """
     if not isinstance(config, Mapping):
         raise ConfigurationError([f"config: expected options by name, got {type(config).__name__}"])
+    if "probe_epochs" in config and not BEFORE.keys() & config.keys():
+        config = {**config, **BEFORE}
     strange = [str(name) for name in config if name not in Experiment.__dataclass_fields__]
     if len(strange) > MOST_STRANGE:
         names = f"{', '.join(strange[:MOST_STRANGE])} and {len(strange) - MOST_STRANGE} more"

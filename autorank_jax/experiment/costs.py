@@ -30,7 +30,7 @@ CostFn = Callable[[Key, State, FederatedData], RoundCost]
 
 
 def probe_flops(experiment: Experiment, federation: Federation, flops: FlopModel) -> float:
-    """Return what the probe costs: all clients at the same rank."""
+    """Return what the probe costs: all clients at the same rank, on their share of examples."""
     if not experiment.probed:
         return 0.0
     size, widest = part_sizes(federation.stats.size, experiment.probe_share), max_ranks(federation.task)

@@ -14,7 +14,7 @@ LANGUAGE_POLICIES = ("autorank", "uniform_bytes", "full")
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZED = ("none", "int8", "nf4")
 LANGUAGE_BEFORE: Mapping[str, Any] = {"probe_share": 1.0}
-"""What runs did before this option came, where it is not the default."""
+"""What runs did before this option came, which is not its default."""
 _KINDS: Mapping[Any, tuple[type, ...]] = {
     bool: (bool,), int: (int,), float: (int, float), str: (str,), Path | None: (str, NoneType),
     float | None: (int, float, NoneType),
@@ -135,7 +135,7 @@ def language_options_from(content: Mapping[str, Any]) -> LanguageOptions:
     Raises:
         TypeError: for anything else, values of another kind among it.
     """
-    values = {**content}
+    values = {**LANGUAGE_BEFORE, **content} if "probe_epochs" in content else {**content}
     for field in (field for field in dataclasses.fields(LanguageOptions) if field.name in content):
         value = content[field.name]
         if type(value) not in _KINDS[field.type]:

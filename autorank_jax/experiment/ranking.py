@@ -140,7 +140,10 @@ def first_ranks(scores: Scores, policy: str) -> dict[str, Array]:
 
 
 def rank_again(ranking: Ranking, federation: Federation, policy: str, state: State) -> State:
-    """Set new ranks from the loss curves of each client's latest round, or of the probe where there was none yet."""
+    """Set new ranks from the loss curves of each client's latest round.
+
+    Who has not trained yet has the curve of the probe where that is comparable, else the mean of the others.
+    """
     stats = federation.stats._replace(epoch_losses=state.epoch_losses, epochs=state.epochs)
     ranked, _ = ranking(jax.random.fold_in(federation.keys["policy"], state.round), stats)
     return state._replace(ranks=ranked[policy].ranks)

@@ -164,7 +164,7 @@ def run_experiment(
             shown = federation.data._replace(size=jnp.asarray(seen.size))  # what files may tell
             costs = expected_costs(experiment, rule, start, shown, flops)
             if len(runs) == len(position.records):
-                if position.probes:  # until a client's first round, its curve is that of the probe
+                if position.probes and experiment.probes_as_in_rounds:  # a client's curve until its first round
                     losses, epochs = position.probes[number]
                     start = start._replace(epoch_losses=losses, epochs=epochs)
                 position = position.begin(Record(policy, name, federation.seed), start)

@@ -8,10 +8,10 @@ most the same FLOPs:
 - `n^1`: ratios in proportion to a client's number of examples;
 - `AutoRank`: in proportion to the ratios of the default policy, whose probe is paid from the same FLOPs.
 
-Final accuracy in % on all test images, differences in points, paired over seeds, with 95 % t intervals; p after Holm's
-correction for the rows. `early` is the same after a quarter of the rounds, without a test.
+Final accuracy in % on all test images, differences in points, paired over seeds, with 95 % t intervals; `early` is the
+same after a quarter of the rounds. They are tested in `claims`.
 
-Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.fresh_flops [--json FILE]
+Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.fresh_flops --json FILE
           python -m benchmarks.study.fresh_flops --quick       (embedded subset, one split and seed, two rounds)
           python -m benchmarks.study.fresh_flops --report      (runs nothing)
 Expect:   20 minutes on one core; what was stopped goes on
@@ -28,16 +28,21 @@ from autorank_jax import datasets
 from benchmarks import harness, script
 from benchmarks.study import equal_flops, probes
 from benchmarks.study.options import RESULTS, make_parser
-from benchmarks.study.paired import Difference, difference, holm, in_points
+from benchmarks.study.paired import Difference, difference, in_points
 
 SEEDS = range(200, 210)
 SPLITS = ("staircase", "dirichlet-0.4-10")
 RULE, IMAGES, ROUNDS = "raflora", 6000, 20
 DEFAULT = probes.Probe(epochs=2, ratio=0.1, share=0.25)
 """As `ar.probe` has it."""
-COMPARED = ("n^1", "AutoRank")
+CANDIDATES = ("uniform", "AutoRank", "n^1")
 KEYS = ("dataset", "images", "rounds", "split", "seed")
-COLUMNS = ("split", "ranks", "seeds", "FLOPs %", "final", "minus uniform", "early, minus uniform")
+DIFFERENCES = (
+    ("minus uniform", "uniform", "final"),
+    ("minus AutoRank", "AutoRank", "final"),
+    ("early, minus uniform", "uniform", "early"),
+)
+COLUMNS = ("split", "ranks", "seeds", "FLOPs %", "final", *(title for title, _, _ in DIFFERENCES))
 
 
 def candidates(federation: equal_flops.Federation, seed: int, rounds: int) -> dict[str, tuple[np.ndarray, float]]:
@@ -49,8 +54,8 @@ def candidates(federation: equal_flops.Federation, seed: int, rounds: int) -> di
     size = federation.size
     return {
         "uniform": (np.full(len(size), equal_flops.UNIFORM), 0.0),
-        "n^1": (equal_flops.affordable(federation, size / size.max()), 0.0),
         "AutoRank": (equal_flops.affordable(federation, ratios.astype(float), 1 - paid / (rounds * whole)), paid),
+        "n^1": (equal_flops.affordable(federation, size / size.max()), 0.0),
     }
 
 
@@ -64,35 +69,31 @@ def run_seed(trainer: equal_flops.Trainer, seed: int, rounds: int) -> Iterator[d
         yield {"ranks": name, "flops": flops, "early": float(early), "final": float(final)}
 
 
-def differences(rows: Sequence[Mapping[str, Any]], when: str) -> dict[tuple[str, str], Difference | None]:
-    """Return what each candidate has beyond the uniform rank, by split and name."""
+def published() -> list[dict[str, Any]]:
+    """Return the published rows."""
+    return script.read(RESULTS / "costs.json").get("fresh_flops", {}).get("cells", [])
 
-    def by_seed(split: str, name: str) -> dict[int, float]:
-        return {row["seed"]: row[when] for row in rows if (row["split"], row["ranks"]) == (split, name)}
 
-    return {
-        (split, name): difference(by_seed(split, name), by_seed(split, "uniform"))
-        for split in dict.fromkeys(row["split"] for row in rows)
-        for name in COMPARED
-    }
+def beyond(rows: Sequence[Mapping[str, Any]], split: str, one: str, other: str, when: str) -> Difference | None:
+    """Return what one candidate has beyond another on a split, `when` "early" or "final"."""
+    sides = [
+        {row["seed"]: row[when] for row in rows if (row["split"], row["ranks"]) == (split, name)}
+        for name in (one, other)
+    ]
+    return difference(*sides)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a row for every candidate and split, in Markdown."""
-    final, early = (differences(rows, when) for when in ("final", "early"))
-    ps = dict(zip(final, holm([one and one.p for one in final.values()]), strict=True))
     found: list[harness.Row] = []
-    for split, name in itertools.product(dict.fromkeys(split for split, _ in final), ("uniform", *COMPARED)):
+    for split, name in itertools.product(dict.fromkeys(row["split"] for row in rows), CANDIDATES):
         own = [row for row in rows if (row["split"], row["ranks"]) == (split, name)]
         row: harness.Row = {"split": split, "ranks": name, "seeds": len(own)}
         row |= {"FLOPs %": f"{100 * np.mean([one['flops'] for one in own]):.1f}"}
         row |= {"final": f"{100 * np.mean([one['final'] for one in own]):.1f}"}
-        if name != "uniform":
-            place = split, name
-            row |= {
-                "minus uniform": in_points(final[place], ps[place]),
-                "early, minus uniform": in_points(early[place]),
-            }
+        for title, other, when in DIFFERENCES:
+            if CANDIDATES.index(name) > CANDIDATES.index(other):
+                row[title] = in_points(beyond(rows, split, name, other, when))
         found.append(row)
     return harness.markdown_table(found, COLUMNS)
 
@@ -105,15 +106,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="file to write to; the seeds that it holds are not run again")
     parser.add_argument("--report", action="store_true", help="run nothing: show what is published")
     options = parser.parse_args(arguments)
-    known = script.read(RESULTS / "costs.json" if options.report else options.json)
-    rows: list[dict[str, Any]] = known.get("fresh_flops", {}).get("cells", [])
+    rows = published()
     if not options.report:
+        known = script.read(options.json)
+        every: list[dict[str, Any]] = known.get("fresh_flops", {}).get("cells", [])
         images = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
         images = images._replace(x_train=images.x_train[:IMAGES], y_train=images.y_train[:IMAGES])
         rounds = 2 if options.quick else ROUNDS
         seeds, splits = (SEEDS[:1], SPLITS[:1]) if options.quick else (SEEDS, SPLITS)
         trainer = equal_flops.Trainer(equal_flops.make_federation(images, splits[0]), RULE, rounds)
-        there = {tuple(row[key] for key in KEYS) for row in rows}
+        there = {tuple(row[key] for key in KEYS) for row in every}
         with harness.shared_programs():
             for seed, split in itertools.product(seeds, splits):
                 cell = dict(zip(KEYS, (images.name, len(images.y_train), rounds, split, seed), strict=True))
@@ -122,8 +124,9 @@ def main(arguments: list[str] | None = None) -> None:
                 trainer.federation = equal_flops.make_federation(images, split, seed)
                 found = [cell | row for row in run_seed(trainer, seed, rounds)]
                 print(split, seed, *(f"{row['ranks']} {row['final']:.3f}" for row in found), flush=True)
-                rows = [*rows, *found]
-                harness.write_json(options.json, known | {"fresh_flops": {"cells": rows} | script.about()})
+                every = [*every, *found]
+                harness.write_json(options.json, known | {"fresh_flops": {"cells": every} | script.about()})
+        rows = [row for row in every if (row["dataset"], row["rounds"]) == (images.name, rounds)]
     print(table(rows) if rows else "No cell is complete yet.")
 
 

@@ -23,6 +23,7 @@ from autorank_jax.experiment import Experiment
 from benchmarks import harness
 from benchmarks.study.cell_file import CellFile
 from benchmarks.study.cells import NOTHING, Bounds, run_cells
+from benchmarks.study.columns import FULL_PROBE
 from benchmarks.study.options import RESULTS, count, make_parser
 from benchmarks.study.paired import difference, in_points
 from benchmarks.study.runs import Reached, percent, runs_of, values
@@ -41,6 +42,7 @@ def make_cells(*, quick: bool, seeds: int) -> dict[str, Experiment]:
     def experiment(budget: float) -> Experiment:
         private = {} if budget == float("inf") else {"dp_epsilon": budget, "dp_clip": 1.0}
         return Experiment(
+            **FULL_PROBE,
             dataset="fashion_mnist_mini" if quick else "fashion_mnist",
             split="dirichlet_lognormal",
             clients=50 if quick else 1000,

@@ -76,6 +76,32 @@ def test_a_part_is_drawn_of_every_clients_own_examples():
     assert part_sizes([400, 33, 5], 0.1).tolist() == [40, 32, 5]
 
 
+def test_a_part_is_the_same_whoever_else_is_there():
+    sizes = [90, 200, 120, 70]
+    parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    whole = ar.from_parts(np.zeros((480, 1), np.float32), np.zeros(480, np.int32), parts, classes=1)
+
+    def drawn(data):
+        part = part_of(jax.random.key(5), data, 0.5)
+        rows = zip(part.id.tolist(), part.start.tolist(), part.size.tolist(), strict=True)
+        return {name: part.order[start : start + size].tolist() for name, start, size in rows}
+
+    some = np.array([3, 1])
+    fewer = whole._replace(start=whole.start[some], size=whole.size[some], id=whole.id[some])
+    assert drawn(fewer) == {name: own for name, own in drawn(whole).items() if name in fewer.id.tolist()}
+    assert len(drawn(fewer)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+def test_a_part_lies_where_the_data_were_put():
+    whole = data()
+    placed = jax.device_put(whole, jax.devices()[1])
+    assert part_of(jax.random.key(3), placed, 0.5).order.devices() == {jax.devices()[1]}
+    state = jax.device_put(start(), jax.devices()[1])
+    ar.probe(jax.random.key(4), training(), state, whole, epochs=2)  # not put anywhere: it goes with the state
+
+
 def test_the_probe_of_a_share_looks_at_no_other_example(monkeypatch):
     monkeypatch.setattr(importlib.import_module("autorank_jax.engine.probe"), "FEWEST", 1)
     whole, key = data(), jax.random.key(4)
