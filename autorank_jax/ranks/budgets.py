@@ -45,7 +45,8 @@ def with_budget(
         ρ' = ρ_min + (ρ - ρ_min) (m - ρ_min) / (μ - ρ_min)         elsewhere
 
     Integer ranks, rounded down, meet the mean to within one rank per layer; with `max_ranks` to within one rank of one
-    client in one layer, never above it: whoever lost most by the rounding gets it back, as far as the budget goes.
+    client in one layer, never above it unless one rank for each costs more: whoever lost most by the rounding gets it
+    back, as far as the budget goes; of equals the first.
 
     Args:
         policy: whose ratios are moved, after clipping to [min_ratio, 1].
@@ -74,6 +75,8 @@ def with_budget(
     if isinstance(min_ratio, int | float) and isinstance(mean_ratio, int | float) and not min_ratio <= mean_ratio:
         raise ValueError(f"expected mean_ratio of at least min_ratio = {min_ratio}, got {mean_ratio}: lower min_ratio")
     check_name("weight", weight, WEIGHTS)
+    if max_ranks is not None and not max_ranks:
+        raise ValueError("expected max_ranks by path, got none")
     for path, most in (max_ranks or {}).items():
         check_least(f"max_ranks[{path!r}]", most)
 
@@ -82,31 +85,37 @@ def with_budget(
         low, target = jnp.asarray(min_ratio, ratios.dtype), jnp.asarray(mean_ratio, ratios.dtype)
         if max_ranks and ratios.ndim == 1:
             ratios = jnp.broadcast_to(ratios[:, None], (len(ratios), len(max_ranks)))
+        if max_ranks:
+            most = _in_order(max_ranks, ratios)
+            low = jnp.maximum(low, 1 / most)  # nobody has less than one rank
         ratios = jnp.clip(ratios, low, 1)
-        mean = mean_of_ratios(ratios, stats, weight, layer_weights=layer_weights)
+        shares = _shares(stats, weight, layer_weights, ratios)
+        mean, least = jnp.sum(ratios * shares), jnp.sum(low * shares)
         up = (1 - target) / jnp.where(mean < 1, 1 - mean, 1)
-        down = (target - low) / jnp.where(mean > low, mean - low, 1)
+        down = jnp.maximum(target - least, 0) / jnp.where(mean > least, mean - least, 1)
         moved = jnp.where(target >= mean, 1 - (1 - ratios) * up, low + (ratios - low) * down)
         moved = jnp.clip(moved, low, 1)
-        if max_ranks:
-            moved = _whole_ranks(moved, target, max_ranks, _shares(stats, weight, layer_weights, moved))
-        return moved, info
+        return _whole_ranks(moved, target, most, shares) if max_ranks else moved, info
 
     return budgeted
 
 
-def _whole_ranks(ratios: Array, budget: Array, max_ranks: Mapping[str, int], shares: Array) -> Array:
+def _in_order(max_ranks: Mapping[str, int], ratios: Array) -> Array:
+    """Return maximum ranks as the layers of ratios have them, `(1, layers)`."""
+    if ratios.shape[1] != len(max_ranks):
+        raise ValueError(f"max_ranks: expected {ratios.shape[1]} of them, as ratios have layers, got {len(max_ranks)}")
+    return jnp.array([[max_ranks[path] for path in sorted(max_ranks)]], ratios.dtype)
+
+
+def _whole_ranks(ratios: Array, budget: Array, most: Array, shares: Array) -> Array:
     """Return ratios of whole ranks that cost at most a budget: rounded down, then up again by largest remainder.
 
     Args:
-        ratios: `(clients, layers)` that cost the budget.
+        ratios: `(clients, layers)` that cost the budget, of one rank at least.
         budget: mean ratio.
-        max_ranks: by path.
-        shares: what a ratio of 1 costs, of the same shape; their sum is 1.
+        most: maximum ranks, `(1, layers)`.
+        shares: what a ratio of 1 costs, of the shape of the ratios; their sum is 1.
     """
-    if ratios.shape[1] != len(max_ranks):
-        raise ValueError(f"max_ranks: expected {ratios.shape[1]} of them, as ratios have layers, got {len(max_ranks)}")
-    most = jnp.array([[max_ranks[path] for path in sorted(max_ranks)]], ratios.dtype)
     ranks = jnp.clip(jnp.floor(ratios * most * (1 + 1e-6)), 1, most)
     left = jnp.maximum(ratios * most - ranks, 0).ravel()
     order = jnp.argsort(-left)
@@ -263,7 +272,7 @@ def mean_of_ratios(
 
 
 def _check_layer_weights(weights: Sequence[float] | None) -> None:
-    bad = [weight for weight in weights or () if not 0 < weight < math.inf]
+    bad = [weight for weight in (() if weights is None else weights) if not 0 < weight < math.inf]
     if bad:
         raise ValueError(f"expected layer_weights as finite numbers above 0, got {bad[0]:g}")
 

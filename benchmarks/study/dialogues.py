@@ -34,6 +34,7 @@ import jax.numpy as jnp
 
 from autorank_jax.cli.stages import spoken
 from autorank_jax.datasets import load_instructions
+from autorank_jax.engine.probe import part_sizes
 from autorank_jax.experiment.checkpoints import Checkpoints
 from autorank_jax.experiment.language import FORWARD, run_language
 from autorank_jax.experiment.language_options import LANGUAGE_BEFORE, LanguageOptions, as_json
@@ -100,13 +101,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--publish", action="store_true", help=f"put the finished cells into {PUBLISHED.name}")
     parser.add_argument("--quick", action="store_true", help="a tiny model and embedded instructions")
     given = parser.parse_args(arguments)
+    if not 0 < given.share <= 1:
+        cause = ", probably a percentage" * (given.share > 1)
+        sys.exit(f"--share: expected a number above 0 and at most 1, got {given.share:g}{cause}")
+    if given.quick and (given.share, given.probe_epochs) != (1, 2):
+        sys.exit("--quick: expected neither --share nor --probe-epochs beside it: it has options of its own")
     names = [given.data / name for name in ("smollm2/model.safetensors", "dialogues.jsonl")] if given.data else []
     if not (given.quick or given.report) and not (names and all(path.is_file() for path in names)):
         sys.exit(f"expected --data FOLDER with smollm2/ and dialogues.jsonl, got {str(given.data)!r}; or --quick")
     if not given.out and (given.publish or not given.report):
         sys.exit("--out: expected a folder of results, got none; only --report shows what is published without")
-    if not 0 < given.share <= 1:
-        sys.exit(f"--share: expected a number above 0 and at most 1, got {given.share:g}, probably a percentage")
     return given
 
 
@@ -136,14 +140,14 @@ def part_of(path: Path, given: argparse.Namespace) -> Path:
     if given.share == 1:
         return path
     pairs = load_instructions(path, skip=True)
-    lines, kept = path.read_text(encoding="utf-8").splitlines(), []
+    lines, kept = path.read_bytes().splitlines(), []
     for category in dict.fromkeys(pairs.fields["category"]):
         own = [line for line, other in zip(pairs.lines, pairs.fields["category"], strict=True) if other == category]
         count = min(len(own), max(FEWEST, round(given.share * len(own))))
         kept += [own[n * len(own) // count] for n in range(count)]
     part = given.out / f"dialogues-{given.share:g}.jsonl"
     part.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text("".join(lines[number - 1] + "\n" for number in kept), encoding="utf-8")
+    part.write_bytes(b"".join(lines[number - 1] + b"\n" for number in kept))
     return part
 
 
@@ -179,10 +183,11 @@ def plan(cells: Mapping[str, LanguageOptions], total: int) -> str:
     options.validate()
     parts = make_parts(options, Clock(lambda _: None))
     examples, held = (float(data.size.sum()) for data in (parts.data, parts.held_out))
-    # policies differ little: adapters are a small part of a step
+    probed = float(part_sizes(parts.data.size, options.probe_share).sum())
+    # policies differ little, and so does the probe: adapters are a small part of a step
     width = sum(parts.flops.per_rank.values()) * options.max_rank / 2 + parts.flops.base
     per_cell = {
-        name: width * (examples * (one.rounds * one.local_epochs + one.probed * one.probe_epochs))
+        name: width * (examples * one.rounds * one.local_epochs + probed * one.probed * one.probe_epochs)
         + parts.flops.base * FORWARD * held * (one.rounds + 3)
         for name, one in cells.items()
     }

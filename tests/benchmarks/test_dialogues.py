@@ -84,15 +84,19 @@ def test_a_share_leaves_clients_as_uneven(tmp_path):
     (tmp_path / "smollm2" / "model.safetensors").write_bytes(b"")
     sizes = {"a": 80, "b": 5, "c": 12}
     pairs = [(name, n) for name, size in sizes.items() for n in range(size)]
-    lines = [f'{{"category": "{name}", "instruction": "{n}?", "output": "é"}}' for name, n in pairs]
+    lines = [f'{{"category": "{name}", "instruction": "{n}?", "output": "é\u2028"}}' for name, n in pairs]
     (tmp_path / "dialogues.jsonl").write_text("\n".join(["", "{", *lines, ""]), encoding="utf-8")
     arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--share", "0.25"]
     (path,) = {one.data for one in dialogues.grid(dialogues.parse(arguments)).values()}
-    kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    kept = [json.loads(line) for line in path.read_bytes().splitlines()]
     assert [sum(one["category"] == name for one in kept) for name in sizes] == [20, 5, 8]
     assert [one["instruction"] for one in kept[:20]] == [f"{n}?" for n in range(0, 80, 4)]
-    with pytest.raises(SystemExit, match="--share: expected a number above 0 and at most 1, got 25"):
+    with pytest.raises(SystemExit, match="--share: expected a number above 0 and at most 1, got 25, probably a perc"):
         dialogues.parse([*arguments, "--share", "25"])
+    with pytest.raises(SystemExit, match="at most 1, got 0$"):
+        dialogues.parse([*arguments, "--share", "0"])
+    with pytest.raises(SystemExit, match="--quick: expected neither"):
+        dialogues.parse(["--quick", "--out", str(tmp_path), "--probe-epochs", "0"])
 
 
 def test_clients_are_compared_with_themselves_under_one_rank(tmp_path, monkeypatch, capsys):

@@ -86,9 +86,23 @@ def test_whole_ranks_meet_the_budget_within_one_rank_of_one_client(ratios, mean_
     assert (np.abs(found - real) < 1 / np.array([[160, 37, 12]]) + 1e-6).all()
 
 
+@pytest.mark.parametrize("mean_ratio", [0.3, 0.45, 0.8])
+def test_ranks_that_everybody_has_are_paid_by_the_others(mean_ratio):
+    """Where the least ratio is less than one rank, and there is room."""
+    max_ranks = {"a": 4, "b": 8}
+    ratios = np.array([0.1, 0.1, 0.1, 0.9, 1.0, 0.1])
+    policy = with_budget(policies.manual(ratios), mean_ratio, layer_weights=jnp.array([1.0, 2.0]), max_ranks=max_ranks)
+    found = np.asarray(policy(KEY, client_stats())[0], float)
+    assert found.min() >= 1 / 8
+    spent, one = (found * [1 / 3, 2 / 3]).sum() / 6, 1 / 6 * max(1 / 3 / 4, 2 / 3 / 8)
+    assert mean_ratio - one <= spent <= mean_ratio + 1e-6
+
+
 def test_a_client_has_a_rank_whatever_it_costs():
     policy = with_budget(policies.manual(RATIOS), 0.01, min_ratio=0.01, max_ranks={"a": 10})
     assert policy(KEY, client_stats())[0].tolist() == [[np.float32(0.1)]] * 6
+    with pytest.raises(ValueError, match="expected max_ranks by path, got none"):
+        with_budget(policies.manual(RATIOS), 0.5, max_ranks={})
     with pytest.raises(ValueError, match="max_ranks: expected 3 of them, as ratios have layers, got 1"):
         with_budget(policies.manual(PER_LAYER), 0.5, max_ranks={"a": 10})(KEY, client_stats())
     with pytest.raises(ValueError, match=r"max_ranks\['a'\]"):
