@@ -60,10 +60,10 @@ class Experiment:
         ratios: rank ratio of every client, for the policy 'manual'
         min_ratio: smallest rank ratio, of the least complex client
         criteria: columns of the decision matrix; default all that there are
-        probe_epochs: epochs of the probe behind the criterion loss_entropy; these and the next two are the
-            cheapest that give ranks close to those of the full probe: 5, 1 and 1
-        probe_ratio: rank of the probe over the maximum rank; saves FLOPs, but no seconds with one rank level
-        probe_share: share of its examples that every client is probed with, 32 at least
+        probe_epochs: epochs of the probe, a training of every client before there are ranks, thrown away but for its
+            losses, for the criterion loss_entropy; the default is cheap, a full probe has 5, and 1 and 1 for these:
+        probe_ratio: rank of the probe over the maximum rank; saves FLOPs, but seconds only with several rank levels
+        probe_share: share of its examples that every client is probed with, 32 examples at least
         rerank_every: rounds after which ranks are set anew, 0 = set once
         aggregators: aggregation rules, each tried in turn, rbla for the paper's own; the end of this help explains them
         rounds: rounds of federated training
@@ -288,8 +288,9 @@ def _number_problems(e: Experiment) -> Iterable[str]:
     """Check the options that are numbers."""
     for option in ("clients", "classes_per_client", "rounds", "batch_size", "eval_every", "straggler_steps"):
         yield from outside(option, getattr(e, option), 1, whole=True)
-    for option, most in (("local_epochs", 10_000), ("probe_epochs", 10_000), ("seeds", 1000)):
-        yield from outside(option, getattr(e, option), 1, most, whole=True)
+    for option, least, most in (("local_epochs", 1, 10_000), ("seeds", 1, 1000)):
+        yield from outside(option, getattr(e, option), least, most, whole=True)
+    yield from _probe_problems(e)
     for option in ("rerank_every", "first_seed"):
         yield from outside(option, getattr(e, option), 0, whole=True)
     for option in ("alpha", "learning_rate", "server_learning_rate", "dp_delta", "dp_clip", "dp_count_clip"):
@@ -317,6 +318,12 @@ def _number_problems(e: Experiment) -> Iterable[str]:
         yield from (
             line.replace(", got", ", or auto, got", 1) for line in outside(option, getattr(e, option), 1, whole=True)
         )
+
+
+def _probe_problems(e: Experiment) -> Iterable[str]:
+    others = ",".join(name for name in CRITERIA if name not in NEEDS_LOSSES)
+    hint = f"; to rank without a probe: --criteria {others}" if e.probe_epochs in (0, 1) else ""
+    yield from (line + hint for line in outside("probe_epochs", e.probe_epochs, 2, 10_000, whole=True))
 
 
 def _joint_problems(e: Experiment) -> Iterable[str]:

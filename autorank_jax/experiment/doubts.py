@@ -11,6 +11,8 @@ from autorank_jax.ranks import mcda
 from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES, are_equal
 from autorank_jax.types import Array, ClientStats
 
+ROUNDING = 100 * float(np.finfo(np.float32).eps)
+"""What float32 may change of a criterion near 1, a hundred times."""
 LEAST_VARIATION = 0.05
 """Standard deviation over mean, of the criterion of which it is largest; below it, clients are as good as equal."""
 DRAWS = 20
@@ -46,6 +48,18 @@ def without_curves(lost: int, clients: int) -> str:
     return (
         f"the training of {lost} of {clients} clients was not finite in the probe, so that {then}; probably the "
         "learning rate is too large"
+    )
+
+
+def rounded_losses(criteria: Sequence[str], matrix: np.ndarray) -> str:
+    """Say by how much the entropies of the losses differ, if it is hardly more than rounding; nothing of one client."""
+    columns = [matrix[:, place] for place, name in enumerate(criteria) if name in NEEDS_LOSSES]
+    apart = max((float(np.ptp(column)) for column in columns), default=1.0)
+    if len(matrix) < 2 or not 0 < apart < ROUNDING:
+        return ""
+    return (
+        f"loss entropy differs by {apart:.1g} between clients, hardly more than rounding, and scores are relative: the "
+        "probe trained too little; more --probe-epochs or --probe-share, or --criteria without it"
     )
 
 
@@ -91,6 +105,8 @@ def doubts(scores: Scores) -> Iterator[str]:
     """Yield what speaks against the ranks of a seed, and what one rank for all would do; nothing mostly."""
     if scores.unprobed:
         yield without_curves(scores.unprobed, len(scores.size))
+    if scores.closeness is not None and (rounded := rounded_losses(scores.criteria, scores.matrix)):
+        yield rounded
     little = little_variation(scores.criteria, scores.matrix) if scores.closeness is not None else ""
     if not little or not set(scores.criteria) <= set(CRITERIA):
         return

@@ -44,7 +44,7 @@ class LanguageOptions:
             bytes), full (everybody at the maximum)
         probe_epochs: epochs of the probe behind the criterion loss_entropy, at an eighth of the maximum rank; 0 = leave
             the criterion out
-        probe_share: share of its rows that every client is probed with, 32 at least
+        probe_share: share of its rows that every client is probed with, 32 rows at least
         aggregator: aggregation rule
         rounds: rounds of federated training
         local_epochs: passes over its data that a client makes each round

@@ -38,7 +38,7 @@ def unknown(option: str, words: Iterable[Any], allowed: Iterable[str], *, listed
         if word not in names:
             text = word if isinstance(word, str) else ""
             longer = [name for name in names if text and name.startswith(text)]
-            close = longer or difflib.get_close_matches(text, names, n=1)
+            close = longer or difflib.get_close_matches(text.lower(), names, n=1)
             hint = f", probably {' or '.join(map(repr, close[:3]))}" if close else ""
             known = f"{len(names)} names" if listed or (hint and len(names) > MANY) else ", ".join(names)
             where = f" ({listed})" if listed and not hint else ""

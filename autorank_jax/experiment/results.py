@@ -235,13 +235,18 @@ def client_rows(scores: Scores) -> list[dict[str, Any]]:
     rows = []
     for client, size in enumerate(scores.size.tolist()):
         row: dict[str, Any] = {"seed": scores.seed, "client": client, "examples": size}
-        row |= dict(zip(scores.criteria, map(_tidy, scores.matrix[client].tolist()), strict=True))
+        row |= dict(zip(scores.criteria, map(_exactly, scores.matrix[client]), strict=True))
         row["closeness"] = None if scores.closeness is None else _tidy(scores.closeness[client])
         for policy, ratios in scores.ratios.items():
             row[f"ratio.{policy}"] = _tidy(ratios[client])
             row |= {f"rank.{policy}.{path}": int(ranks[client]) for path, ranks in scores.ranks[policy].items()}
         rows.append(row)
     return rows
+
+
+def _exactly(value: Any) -> float:
+    """Return a float32 in as few digits as tell it from all others: ranks of such a file are those of the run."""
+    return float(str(np.float32(value)))
 
 
 def si(value: float | None, digits: int = 3) -> str:

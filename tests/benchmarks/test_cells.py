@@ -190,7 +190,7 @@ def test_survivors_do_not_speak_for_clients_that_diverged():
 @pytest.mark.slow
 def test_a_real_cell_holds_what_the_tables_need(file, monkeypatch):
     experiment = dataclasses.replace(
-        TINY, rank_policies=("autorank", "full"), personal=True, probe_epochs=1, rounds=3, eval_every=2
+        TINY, rank_policies=("autorank", "full"), personal=True, probe_epochs=2, rounds=3, eval_every=2
     )
     kept = []
 

@@ -93,7 +93,7 @@ def test_a_share_leaves_clients_as_uneven(tmp_path):
     assert [one["instruction"] for one in kept[:20]] == [f"{n}?" for n in range(0, 80, 4)]
     with pytest.raises(SystemExit, match="--share: expected a number above 0 and at most 1, got 25, probably a perc"):
         dialogues.parse([*arguments, "--share", "25"])
-    with pytest.raises(SystemExit, match="at most 1, got 0$"):
+    with pytest.raises(SystemExit, match=r"at most 1, got 0$"):
         dialogues.parse([*arguments, "--share", "0"])
     with pytest.raises(SystemExit, match="--quick: expected neither"):
         dialogues.parse(["--quick", "--out", str(tmp_path), "--probe-epochs", "0"])

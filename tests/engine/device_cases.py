@@ -227,7 +227,7 @@ def resume_elsewhere(folder):
     setup.make_model = partial(make_wide_model, setup.make_model)
     experiment = Experiment(
         dataset="synthetic", split="dirichlet_lognormal", clients=6, hidden=(6,), rank_policies=("autorank",),
-        rounds=2, local_epochs=1, probe_epochs=1, rank_levels=1, targets=(), drop_out=0.2,
+        rounds=2, local_epochs=1, probe_epochs=2, rank_levels=1, targets=(), drop_out=0.2,
     )  # fmt: skip
 
     def run(mesh, stop, path=None):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from autorank_jax.cli import main as cli
-from autorank_jax.experiment.doubts import doubts, little_variation, swapped_pairs, variation
+from autorank_jax.experiment.doubts import doubts, little_variation, rounded_losses, swapped_pairs, variation
 from autorank_jax.experiment.events import Scored
 from autorank_jax.ranks import policies
 from autorank_jax.ranks.criteria import CRITERIA
@@ -74,6 +74,17 @@ def test_clients_that_differ_are_not():
     assert list(doubts(scores)) == []
     assert swapped_pairs(scores) == 0
     assert set(NAMES) < set(CRITERIA)
+
+
+def test_entropies_that_rounding_decides_are_told():
+    names, sizes = ("size", "loss_entropy"), np.array([1.0, 2.0, 3.0], np.float32)
+
+    def told(entropies):
+        return rounded_losses(names, np.stack([sizes, np.array(entropies, np.float32)], axis=1))
+
+    assert told([1.0, 0.999999, 0.9999995]).startswith("loss entropy differs by 1e-06 between clients, hardly more")
+    assert told([1.0, 0.9999, 0.99999]) == told([1.0, 1.0, 1.0]) == ""  # enough; equal ones weigh nothing
+    assert rounded_losses(("size",), sizes[:, None]) == ""
 
 
 def test_a_run_tells_its_doubts(alike, tmp_path, monkeypatch, capsys):

@@ -298,7 +298,7 @@ BAD = {
     ),
     "probe_ratio": (10.0, "probe-ratio: expected a number above 0 and at most 1, got 10.0, probably a percentage"),
     "probe_share": (25.0, "probe-share: expected a number above 0 and at most 1, got 25.0, probably a percentage"),
-    "probe_epochs": (10**6, "probe-epochs: expected a whole number of at least 1 and at most 10000"),
+    "probe_epochs": (1, "at least 2 and at most 10000, got 1; to rank without a probe: --criteria size,classes,label_"),
     "rerank_every": (-1, "rerank-every: expected"),
 }
 
