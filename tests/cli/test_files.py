@@ -76,9 +76,13 @@ def test_names_of_several_aggregators():
 
 
 def test_client_rows():
-    rows = client_rows(make_scores(0))
+    scores = make_scores(0)
+    scores = scores._replace(matrix=scores.matrix.astype(np.float32))
+    scores.matrix[0, 1] = 1 - 2.0**-24  # which six digits do not tell from 1
+    rows = client_rows(scores)
+    assert [[np.float32(row[name]) for name in scores.criteria] for row in rows] == scores.matrix.tolist()
     assert rows[1] == {
-        "seed": 0, "client": 1, "examples": 30, "size": 30.0, "label_entropy": 0.693147, "closeness": 1.0,
+        "seed": 0, "client": 1, "examples": 30, "size": 30.0, "label_entropy": 0.6931472, "closeness": 1.0,
         "ratio.autorank": 1.0, "rank.autorank.layers/0": 10, "ratio.full": 1.0, "rank.full.layers/0": 10,
     }  # fmt: skip
 
