@@ -112,7 +112,7 @@ def claims(evidence: Evidence) -> dict[str, Claim]:
         ),
         "end": Claim(products, staircase, "level", end),
         "stopped": Claim(
-            f"{products}, first 20 rounds, stopped at the same FLOPs (full probe)", staircase, "lower",
+            "AutoRank minus one rank, raFLoRA, stopped at the FLOPs of the first 20 rounds", staircase, "lower",
             after_100(PRODUCTS, UNIFORM_PRODUCTS, what="early_flops"),
         ),
         "end random": Claim(products, random, "level", after_100(PRODUCTS, UNIFORM_PRODUCTS, RANDOM)),

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import MultipleLocator
 
 from benchmarks.study.paired import Difference
 
@@ -70,7 +70,7 @@ def draw_forest(forest: Forest, panels: Sequence[str], *, title: str, note: str,
         axes.axvline(0, color="#444444", linewidth=0.9, zorder=1)
         axes.set(xlim=(-limit, limit), xlabel="points of accuracy")
         axes.set_title(name, fontsize=10)
-        axes.xaxis.set_major_locator(FixedLocator([-(2 * limit // 3), 0, 2 * limit // 3]))
+        axes.xaxis.set_major_locator(MultipleLocator(limit // 3))
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -80,9 +80,17 @@ def draw_forest(forest: Forest, panels: Sequence[str], *, title: str, note: str,
     drawn[0].set_ylim(len(forest.labels) - 0.4, -0.7)
     for text, row in zip(drawn[0].get_yticklabels(), forest.marks, strict=True):
         text.set_weight("normal" if row else "bold")
-    cut = f"{note};\nintervals are cut at the frame" + ", panels have scales of their own" * (len(panels) > 1)
-    _explain(figure, [mark for row in forest.marks for mark in row if mark.difference], cut)
+    beyond = any(_is_cut(axes, row[place]) for place, axes in enumerate(drawn) for row in forest.marks if row)
+    further = ["intervals are cut at the frame"] * beyond + ["panels have scales of their own"] * (len(panels) > 1)
+    below = note + (";\n" + ", ".join(further) if further else "")
+    _explain(figure, [mark for row in forest.marks for mark in row if mark.difference], below)
     return figure
+
+
+def _is_cut(axes: Axes, mark: Mark) -> bool:
+    """Return whether a mark's interval goes beyond the frame."""
+    ends = mark.difference[:3] if mark.difference else ()
+    return any(abs(100 * end) > axes.get_xlim()[1] for end in ends if end is not None)
 
 
 def _limit(marks: Sequence[Mark]) -> int:

@@ -70,6 +70,9 @@ def test_the_legend_explains_the_marks_that_are_there():
     figure = forest.draw_forest(rows, ["panel"], title="", note="5 seeds", width=6)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["no difference shown"]
+    assert legend.get_title().get_text() == "5 seeds"
+    rows.row("b", Mark(paired.Difference(0.01, -0.04, 0.06, 0.4, 5), False))
+    (legend,) = forest.draw_forest(rows, ["panel"], title="", note="5 seeds", width=6).legends
     assert legend.get_title().get_text() == "5 seeds;\nintervals are cut at the frame"
 
 
