@@ -12,9 +12,10 @@ from autorank_jax.cli import main as cli
 from autorank_jax.cli import running
 from autorank_jax.experiment import probing
 from autorank_jax.experiment.compiling import CompiledRound
-from autorank_jax.experiment.config import ConfigurationError, Experiment
+from autorank_jax.experiment.config import ConfigurationError, Experiment, experiment_from
 from autorank_jax.experiment.doubts import without_curves
 from autorank_jax.experiment.events import Scored
+from autorank_jax.experiment.language_options import LanguageOptions, language_options_from
 from autorank_jax.experiment.ranking import make_ranking, score_clients
 from autorank_jax.experiment.run import run_experiment
 from autorank_jax.experiment.setup import make_aggregator, make_federations
@@ -87,3 +88,14 @@ def test_a_program_of_the_probes_own_is_as_wide_as_its_rank():
     federation = make_federations(one, datasets.load_dataset("synthetic"))[0]
     compiled = probing.compile_probe(one, federation, None, [max_ranks(federation.task)], levels.append, total=1)
     assert compiled.levels == ({"layers/0": 3, "layers/1": 2},)
+
+
+def test_files_of_before_keep_the_probe_of_then():
+    def probe(one):
+        return one.probe_epochs, one.probe_ratio, one.probe_share
+
+    assert probe(experiment_from({"probe_epochs": 5, "rounds": 3})) == (5, 1.0, 1.0)
+    assert probe(experiment_from({"rounds": 3})) == probe(Experiment())
+    assert probe(experiment_from({"probe_epochs": 5, "probe_share": 0.5})) == (5, Experiment().probe_ratio, 0.5)
+    assert language_options_from({"probe_epochs": 2}).probe_share == 1.0
+    assert language_options_from({"rounds": 2}).probe_share == LanguageOptions().probe_share == 0.25
