@@ -317,7 +317,9 @@ def finish(
             )
             for n, name in enumerate(parts.names)
         ),
-        sample=Sample(*map(parts.decode, (tools.prompt, tools.answer, position.words, last_words))),
+        sample=Sample(
+            parts.decode(tools.prompt, whole=True), *map(parts.decode, (tools.answer, position.words, last_words))
+        ),
         probe_flops=position.probe_flops,
         task=parts.task,
         state=state,

@@ -40,7 +40,7 @@ class Parts(NamedTuple):
     names: tuple[str, ...]  # of the clients
     stats: ClientStats
     texts: str
-    decode: Callable[[Any], str]
+    decode: Callable[..., str]
 
 
 def make_parts(options: LanguageOptions, clock: Clock) -> Parts:
@@ -150,12 +150,17 @@ def shortest_prompt(held: FederatedData) -> tuple[np.ndarray, np.ndarray]:
     return ids[row, first - length : first], ids[row, first:last]
 
 
-def _decoder(tokenizer: Any) -> Callable[[Any], str]:
-    """Make the function that turns tokens into a text, up to the token that ends one."""
+def _decoder(tokenizer: Any) -> Callable[..., str]:
+    """Make the function that turns tokens into a text, up to the token that ends one, or all of them.
+
+    A chat template ends every turn with that token, so a prompt has several.
+    """
     eos = tokenizer.encode(tokenizer.eos) if tokenizer.eos else []
 
-    def decode(ids: Any) -> str:
+    def decode(ids: Any, *, whole: bool = False) -> str:
         told = np.asarray(ids).tolist()
+        if whole:
+            return str(tokenizer.decode(told))
         end = told.index(eos[0]) if len(eos) == 1 and eos[0] in told[1:] and told[0] != eos[0] else len(told)
         return str(tokenizer.decode(told[:end]))
 

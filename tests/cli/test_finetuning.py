@@ -32,7 +32,7 @@ from autorank_jax.experiment.language_results import (
     Sample,
     check_round,
 )
-from autorank_jax.experiment.language_setup import load, shortest_prompt
+from autorank_jax.experiment.language_setup import _decoder, load, shortest_prompt
 from autorank_jax.experiment.mistakes import ConfigurationError
 from autorank_jax.experiment.results import LanguageDivergedError
 from autorank_jax.models.causal_lm import ByteTokenizer
@@ -224,6 +224,16 @@ def test_the_sample_begins_with_a_whole_prompt(tmp_path):
     assert prompt.endswith("\nAssistant: ")
     assert answer.endswith("</s>")
     assert prompt.removeprefix("<s>User: Say ")[0] == answer[0]
+
+
+def test_a_prompt_is_told_with_all_its_turns():
+    """Where a chat template ends each of them with the token that ends a text."""
+
+    chat = SimpleNamespace(eos="|", encode=lambda text: list(text.encode()), decode=lambda ids: bytes(ids).decode())
+    decode = _decoder(chat)
+    ids = list(b"system: be kind|user: hi|assistant: ")
+    assert decode(ids, whole=True) == "system: be kind|user: hi|assistant: "
+    assert decode(list(b"hello|and on")) == "hello"
 
 
 class Stopped(Exception):  # noqa: N818
