@@ -105,11 +105,11 @@ def part_of(key: Key, data: FederatedData, share: float) -> FederatedData:
     """Return a random part of every client's examples, of `part_sizes`; all of them, as they are, where that is 1."""
     if share == 1:
         return data
-    order, start, size = map(np.asarray, (data.order, data.start, data.size))
+    order, start, size, name = map(np.asarray, (data.order, data.start, data.size, data.id))
     shuffled, part, words = order.copy(), part_sizes(size, share), np.asarray(jax.random.key_data(key)).tolist()
     for client in np.flatnonzero(part < size):
         own = slice(start[client], start[client] + size[client])
-        drawn = np.random.default_rng([*words, int(data.id[client])])  # whoever else is there
+        drawn = np.random.default_rng([*words, int(name[client]) & (2**32 - 1)])  # whoever else is there
         shuffled[own] = drawn.permutation(order[own])
     return data._replace(order=_like(data.order, shuffled), size=_like(data.size, part))
 
