@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the plan, run the cells that are not finished, and print what there is."""
     given = parse(arguments)
     if not given.out:
-        print(table({cell["cell"]: cell for cell in script.read(PUBLISHED).get("dialogues", [])}))
+        print(table(published()))
         return
     path, began = given.out / "dialogues.jsonl", time.monotonic()
     if not given.report:
@@ -78,6 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.publish:
         cells = [{"cell": name, **cell} for name, cell in read(path).items()]
         harness.write_json(PUBLISHED, script.read(PUBLISHED) | {"dialogues": cells})
+
+
+def published() -> dict[str, Any]:
+    """Return the published cells by name."""
+    return {cell["cell"]: cell for cell in script.read(PUBLISHED).get("dialogues", [])}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -3,28 +3,32 @@
 IMDB and Rotten Tomatoes reviews go to clients double-imbalanced by source × sentiment: amounts are log-normal, mixes of
 the four groups are Dirichlet, and the complexity criteria count those groups, since two labels alone would say little.
 The encoder is frozen; adapters sit on query, key, value, out and the feed-forward layers; the head is trained whole.
-AutoRank (with the probe its `loss_entropy` needs) against ranks by size and uniform ranks of the same mean over clients
-(equal bytes) and of the same mean over examples (equal FLOPs), and against the head alone.
+AutoRank (with its probe) against ranks by size and uniform ranks of the same mean over clients (equal bytes) and of the
+same mean over examples (equal FLOPs), and against the head alone. Every policy has its own learning rate under every
+rule: of those given, the one with the least held-out loss under a seed used nowhere else. What is there is not run
+again.
 
 Needs the extras `text` and `cli`, and a folder with `minilm/` (config, tokenizer, model.safetensors of
 sentence-transformers/all-MiniLM-L6-v2) and `movie_reviews.csv` (columns text, label, source).
 
 Command:  python -m benchmarks.study.text_finetune --data FOLDER --json text_finetune.json
-          python -m benchmarks.study.text_finetune --quick --seeds 3 --aggregators rbla raflora --data FOLDER \
-              --json benchmarks/study/results/text_finetune_quick.json
+          python -m benchmarks.study.text_finetune --quick --seeds 3 --aggregators rbla raflora \
+              --policies autorank "uniform, equal bytes" --learning-rates 0.0005 0.002 \
+              --data FOLDER --json benchmarks/study/results/texts.json
           python -m benchmarks.study.text_finetune --report    (runs nothing: prints the published rows)
 Expect:   see benchmarks/study/README.md
 
-`--quick`: 480 reviews of 32 tokens, 4 rounds, one seed, `rbla`; minutes on two cores. With 600 held-out reviews an
-accuracy has a standard error of 0.02.
+`--quick`: 480 reviews of 32 tokens, 4 rounds, one seed and rate, `rbla`; minutes on two cores. With 600 held-out
+reviews an accuracy has a standard error of 0.02.
 """
 
 import csv
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,23 +45,42 @@ from autorank_jax.adapters.lora import max_ranks
 from autorank_jax.adapters.nnx import task_from_nnx
 from autorank_jax.engine.flops import FlopModel
 from autorank_jax.engine.local import make_local_training
+from autorank_jax.engine.probe import probe as ar_probe
 from autorank_jax.engine.round import make_round
 from autorank_jax.engine.simulation import init_state
 from autorank_jax.evaluation.costs import client_costs
 from autorank_jax.evaluation.metrics import make_evaluate
 from autorank_jax.experiment.names import GLOBAL_RULES
 from autorank_jax.federated import partition
-from autorank_jax.federated.data import client_stats, from_parts
+from autorank_jax.federated.data import from_parts
 from autorank_jax.models.bert import load_bert, load_tokenizer
 from autorank_jax.models.transformer import TextClassifier
 from autorank_jax.ranks import budgets, policies
-from autorank_jax.types import Aggregator, ClientStats, FederatedData, State, Task
+from autorank_jax.types import Aggregator, ClientStats, FederatedData, LocalTraining, State, Task
+from benchmarks import script
 from benchmarks.harness import Row, compiled, device, markdown_table, versions, write_json
 from benchmarks.study.options import RESULTS
-from benchmarks.study.paired import difference, in_points
+from benchmarks.study.paired import difference, holm, in_points
 
-COLUMNS = ("rule", "policy", "seed", "accuracy", "loss", "mean ratio", "ratio by examples", "MB up", "TFLOP", "seconds")
-MEANS = ("rule", "policy", "accuracy, %", "minus head alone", "loss")
+COLUMNS = (
+    "rule",
+    "policy",
+    "rate",
+    "seed",
+    "accuracy",
+    "loss",
+    "mean ratio",
+    "ratio by examples",
+    "MB up",
+    "TFLOP",
+    "seconds",
+)
+MEANS = ("rule", "policy", "rate", "accuracy, %", "minus head alone", "minus uniform, equal bytes", "loss")
+POLICIES = ("autorank", "uniform, equal bytes", "uniform, equal FLOPs", "by size, equal bytes")
+NAME = "text_finetune"
+"""Of this study in the result file."""
+ALONE = "head alone"
+TUNING_SEED = 1000
 SOURCES = ("imdb", "rotten_tomatoes")
 
 
@@ -77,14 +100,17 @@ class Options:
     """Tokens per review."""
     rounds: int = 10
     max_rank: int = 8
-    learning_rate: float = 2e-3
+    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    """Of which every policy under every rule has its own: that of the least loss under a seed used nowhere else."""
     head_rate: float = 5e-3
     """Learning rate where the head is trained alone."""
     batch_size: int = 16
     lanes: int = 1
     seeds: int = 3
-    aggregators: tuple[str, ...] = ("rbla", "raflora")
-    """Rules; the first one also serves the probe and the head alone."""
+    aggregators: tuple[str, ...] = ("rbla", "raflora", "flora")
+    """Rules for mixed ranks."""
+    policies: tuple[str, ...] = POLICIES
+    """What gives the ranks."""
     alpha: float = 0.3
     """Of the Dirichlet mixes of groups."""
     sigma: float = 1.0
@@ -102,6 +128,7 @@ QUICK: Mapping[str, Any] = {
     "rounds": 4,
     "seeds": 1,
     "aggregators": ("rbla",),
+    "learning_rates": (2e-3,),
     "batch_size": 4,
     "alpha": 1.0,
 }
@@ -121,7 +148,7 @@ class Federation(NamedTuple):
     data: FederatedData
     adapted: Task
     head: Task  # without adapters
-    stats: ClientStats
+    groups: np.ndarray  # of the training reviews
     key: Any
 
 
@@ -137,21 +164,52 @@ class Trainer(NamedTuple):
 def main(options: Options) -> None:
     """Run every policy under every seed, and print the tables."""
     if options.report:
-        print(tables(json.loads((RESULTS / "text_finetune_quick.json").read_text(encoding="utf-8"))["rows"]))
+        print(tables(published()))
         return
+    if strange := sorted(set(options.policies) - set(POLICIES)):
+        sys.exit(f"expected --policies out of {', '.join(POLICIES)}, got {', '.join(strange)}")
     if unknown := sorted(set(options.aggregators) - set(GLOBAL_RULES)):
         sys.exit(f"expected --aggregators out of {', '.join(GLOBAL_RULES)}, got {', '.join(unknown)}")
     folder = check_folder(options.data)
-    rows, begin = [], time.perf_counter()
-    for seed in range(options.seeds):
+    known = script.read(Path(options.json) if options.json else None)
+    rows, begin = known_rows(options, known.get(NAME, {})), time.perf_counter()
+    for seed in [TUNING_SEED] * (len(options.learning_rates) > 1) + list(range(options.seeds)):
+        there = {(_place(row), row["rate"]) for row in rows}
+        left = [run for run in wanted(options, rows, seed) if ((run.rule, run.policy, seed), run.rate) not in there]
+        if not left:
+            continue
         say(begin, f"seed {seed}: reading and tokenising")
         reviews = read_reviews(folder, options, seed)
         federation = make_federation(folder, options, reviews, seed)
         say(begin, f"clients hold {np.sort(np.asarray(federation.data.size)).tolist()} reviews")
-        rows += run_seed(options, reviews, federation, seed, begin)
-        content = {"rows": rows, "options": shown(options), "device": device()}
-        write_json(options.json or None, content | {"versions": versions("safetensors", "tokenizers")})
+        for row in run_seed(options, reviews, federation, left, begin):
+            rows.append(row | {"seed": seed})
+            content = {"rows": rows, "options": shown(options), "device": device()}
+            content["versions"] = versions("safetensors", "tokenizers")
+            write_json(options.json or None, known | {NAME: content})
     print("\n" + tables(rows))
+
+
+def published() -> list[Row]:
+    """Return the rows of the published file."""
+    return script.read(RESULTS / "texts.json")[NAME]["rows"]
+
+
+def known_rows(options: Options, known: Mapping[str, Any]) -> list[Row]:
+    """Return the rows that a file holds: what is there is gone on with.
+
+    Raises:
+        SystemExit: if they are of other options, but for the number of seeds and what is compared.
+    """
+    free = ("seeds", "aggregators", "policies")
+    ours, others = json.loads(json.dumps(shown(options))), known.get("options", {})
+    differing = [name for name in ours if known and name not in free and ours[name] != others.get(name)]
+    if differing:
+        name = differing[0]
+        sys.exit(
+            f"expected {options.json} of {name} {ours[name]}, got one of {others.get(name)}: choose another --json"
+        )
+    return list(known.get("rows", []))
 
 
 def check_folder(data: str) -> Path:
@@ -195,36 +253,63 @@ def make_federation(folder: Path, options: Options, reviews: Reviews, seed: int)
     model = TextClassifier(load_bert(folder / "minilm"), 2, rngs=nnx.Rngs(seed))
     ranks = {f"encoder/blocks/*/{layer}": options.max_rank for layer in ("attention/*", "up", "down")}
     adapted, head = (task_from_nnx(model, max_rank=r, key=seed, train_dense="head/*") for r in (ranks, {}))
-    return Federation(data, adapted, head, client_stats(data, groups=reviews.groups, classes=4), jax.random.key(seed))
+    return Federation(data, adapted, head, reviews.groups, jax.random.key(seed))
 
 
-def run_seed(options: Options, reviews: Reviews, federation: Federation, seed: int, begin: float) -> list[Row]:
-    """Train with every rule and policy, then the head alone."""
-    rows: list[Row] = []
-    ratios: dict[str, jax.Array] = {}
-    for name in options.aggregators:
-        trainer = compile_round(options, reviews, federation, federation.adapted, name)
-        say(begin, f"{name}: compiled")
-        if not ratios:
-            stats = federation.stats._replace(**probe(options, federation, trainer))
-            ratios = all_ratios(stats, federation.key)
-            say(begin, "probed three epochs at full rank")
-        for policy, given in ratios.items():
-            row = train(options, federation, trainer, given)
-            rows.append({"rule": name, "policy": policy, "seed": seed} | row)
-            say(begin, f"{name}, {policy}: held-out accuracy {row['accuracy']:.3f}")
-    trainer = compile_round(options, reviews, federation, federation.head, options.aggregators[0])
-    row = train(options, federation, trainer, jnp.zeros(options.clients))
-    say(begin, f"head alone: held-out accuracy {row['accuracy']:.3f}")
-    return [*rows, {"rule": "–", "policy": "head alone", "seed": seed} | row]
+class Wanted(NamedTuple):
+    """A run: the head alone has neither rule nor policy."""
+
+    rule: str
+    policy: str
+    rate: float
 
 
-def probe(options: Options, federation: Federation, trainer: Trainer) -> dict[str, jax.Array]:
-    """Return the losses of three local epochs at full rank, and how many epochs there were."""
-    state = start(options, trainer, jnp.ones(options.clients), local_epochs=3)
-    probed, _ = trainer.round(federation.key, state, federation.data)
-    jax.block_until_ready(probed)
-    return {"epoch_losses": probed.epoch_losses, "epochs": probed.epochs}
+def wanted(options: Options, rows: Sequence[Row], seed: int) -> list[Wanted]:
+    """Return what a seed runs: every rate where rates are tuned, elsewhere the one that ended with the least loss."""
+    found = []
+    for rule, policy in itertools.product(options.aggregators, options.policies):
+        tried = {row["rate"]: row["loss"] for row in rows if _place(row) == (rule, policy, TUNING_SEED)}
+        rates = (
+            [min(tried, key=lambda rate: np.nan_to_num(tried[rate], nan=np.inf))]
+            if tried and seed != TUNING_SEED
+            else options.learning_rates
+        )
+        found += [Wanted(rule, policy, rate) for rate in rates]
+    return found if seed == TUNING_SEED else [*found, Wanted("–", ALONE, options.head_rate)]
+
+
+def _place(row: Row) -> tuple[str, str, int]:
+    return row["rule"], row["policy"], row["seed"]
+
+
+def run_seed(
+    options: Options, reviews: Reviews, federation: Federation, runs: Sequence[Wanted], begin: float
+) -> Iterator[Row]:
+    """Yield the row of each run; a rule is compiled once."""
+    trainers: dict[str, Trainer] = {}
+    ratios = all_ratios(probe(options, federation), federation.key) | {ALONE: jnp.zeros(options.clients)}
+    say(begin, "probed")
+    for rule, policy, rate in runs:
+        if rule not in trainers:
+            task, name = (federation.head, "rbla") if policy == ALONE else (federation.adapted, rule)
+            trainers[rule] = compile_round(options, reviews, federation, task, name)
+            say(begin, f"{rule}: compiled")
+        row = train(options, federation, trainers[rule], ratios[policy], rate)
+        say(begin, f"{rule}, {policy}, {rate:g}: held-out accuracy {row['accuracy']:.3f}, loss {row['loss']:.3f}")
+        yield {"rule": rule, "policy": policy, "rate": rate} | row
+
+
+def probe(options: Options, federation: Federation) -> ClientStats:
+    """Return the clients' statistics with the loss curves of the package's probe, at the middle one of the rates."""
+    rates = sorted(options.learning_rates)
+    state = init_state(
+        federation.adapted.server, aggregators.rbla(), None, clients=options.clients,
+        learning_rate=rates[len(rates) // 2],
+    )  # fmt: skip
+    return ar_probe(
+        federation.key, local_training(options, federation.adapted), state, federation.data, lanes=options.lanes,
+        groups=federation.groups, classes=4,
+    )  # fmt: skip
 
 
 def all_ratios(stats: ClientStats, key: Any) -> dict[str, jax.Array]:
@@ -242,31 +327,33 @@ def all_ratios(stats: ClientStats, key: Any) -> dict[str, jax.Array]:
 
 def compile_round(options: Options, reviews: Reviews, federation: Federation, task: Task, rule: str) -> Trainer:
     """Compile a round; ranks are data, so all policies share it."""
-    training = make_local_training(task, lambda h: optax.adam(h["learning_rate"]), batch_size=options.batch_size)
-    one = make_round(training, aggregators.RULES[rule](), lanes=options.lanes)
+    one = make_round(local_training(options, task), aggregators.RULES[rule](), lanes=options.lanes)
     evaluate = jax.jit(make_evaluate(task, *reviews.test, batch_size=100))
     trainer = Trainer(task, aggregators.RULES[rule](), one, evaluate)
-    program, _ = compiled(one, federation.key, start(options, trainer, jnp.ones(options.clients)), federation.data)
+    begin = start(options, trainer, jnp.ones(options.clients), 1.0)
+    program, _ = compiled(one, federation.key, begin, federation.data)
     return trainer._replace(round=program)
 
 
-def start(options: Options, trainer: Trainer, ratios: jax.Array, *, local_epochs: int = 1) -> State:
-    """Make the start of a run; the head alone has a learning rate of its own."""
+def local_training(options: Options, task: Task) -> LocalTraining:
+    return make_local_training(task, lambda h: optax.adam(h["learning_rate"]), batch_size=options.batch_size)
+
+
+def start(options: Options, trainer: Trainer, ratios: jax.Array, rate: float) -> State:
+    """Make the start of a run."""
     widest = max_ranks(trainer.task.server.trainable)
     return init_state(
         trainer.task.server,
         trainer.rule,
         policies.ranks_from_ratios(ratios, widest) if widest else {},
-        learning_rate=options.learning_rate if widest else options.head_rate,
-        local_epochs=local_epochs,
-        max_epochs=3,
+        learning_rate=rate,
         clients=options.clients,
     )
 
 
-def train(options: Options, federation: Federation, trainer: Trainer, ratios: jax.Array) -> Row:
+def train(options: Options, federation: Federation, trainer: Trainer, ratios: jax.Array, rate: float) -> Row:
     """Run all rounds and test the server; costs are those of training, the probe apart."""
-    state, examples = start(options, trainer, ratios), np.asarray(federation.data.size, float)
+    state, examples = start(options, trainer, ratios, rate), np.asarray(federation.data.size, float)
     begin, costs = time.perf_counter(), cost_per_round(options, federation, trainer.task, state)
     for _ in range(options.rounds):
         state, _ = trainer.round(federation.key, state, federation.data)
@@ -301,22 +388,38 @@ def tables(rows: Sequence[Row]) -> str:
     return f"{markdown_table(rows, COLUMNS)}\n\n{markdown_table(means(rows), MEANS)}"
 
 
-def means(rows: Sequence[Row]) -> list[Row]:
-    """Return mean ± sample sd over seeds by rule and policy; differences are paired over seeds, with t intervals."""
+def by_seed(rows: Sequence[Row], rule: str, policy: str, what: str = "accuracy") -> dict[int, float]:
+    """Return a number of the runs of a policy under a rule, without the one that tunes."""
+    own = [row for row in rows if (row["rule"], row["policy"]) == (rule, policy) and row["seed"] != TUNING_SEED]
+    return {row["seed"]: row[what] for row in own}
 
-    def by_seed(rule: str, policy: str) -> dict[int, float]:
-        return {row["seed"]: row["accuracy"] for row in rows if (row["rule"], row["policy"]) == (rule, policy)}
+
+def means(rows: Sequence[Row]) -> list[Row]:
+    """Return mean ± sample sd over seeds by rule and policy; differences are paired over seeds, with t intervals.
+
+    p values are Holm's, for all policies minus the uniform rank of their rule.
+    """
 
     def over_seeds(values: Sequence[float], digits: int) -> str:
         return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
-    alone, found = by_seed("–", "head alone"), []
-    for rule, policy in dict.fromkeys((row["rule"], row["policy"]) for row in rows):
-        own = by_seed(rule, policy)
-        losses = [row["loss"] for row in rows if (row["rule"], row["policy"]) == (rule, policy)]
-        scores = {"accuracy, %": over_seeds([100 * value for value in own.values()], 1), "loss": over_seeds(losses, 3)}
-        paired = None if policy == "head alone" else in_points(difference(own, alone))
-        found.append({"rule": rule, "policy": policy, "minus head alone": paired} | scores)
+    places = list(dict.fromkeys((row["rule"], row["policy"]) for row in rows if row["seed"] != TUNING_SEED))
+    against = {
+        (rule, policy): difference(by_seed(rows, rule, policy), by_seed(rows, rule, POLICIES[1]))
+        for rule, policy in places
+        if policy not in (POLICIES[1], ALONE)
+    }
+    ps = dict(zip(against, holm([one and one.p for one in against.values()]), strict=True))
+    found = []
+    for rule, policy in places:
+        own, losses = by_seed(rows, rule, policy), list(by_seed(rows, rule, policy, "loss").values())
+        row = {"rule": rule, "policy": policy, "rate": next(iter(by_seed(rows, rule, policy, "rate").values()))}
+        row |= {"accuracy, %": over_seeds([100 * value for value in own.values()], 1), "loss": over_seeds(losses, 3)}
+        if policy != ALONE:
+            row["minus head alone"] = in_points(difference(own, by_seed(rows, "–", ALONE)))
+        if (rule, policy) in against:
+            row["minus uniform, equal bytes"] = in_points(against[rule, policy], ps[rule, policy])
+        found.append(row)
     return found
 
 

@@ -12,6 +12,7 @@ from benchmarks.study import (
     all_rules,
     cells,
     columns,
+    dialogues,
     equal_flops,
     fresh_flops,
     mixed_ranks,
@@ -184,7 +185,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def tables():
     """Return all generated tables as one text."""
-    text = json.loads((RESULTS / "text_finetune_quick.json").read_text(encoding="utf-8"))
     parts = [
         paper_tables_of("")[1],
         paper_tables_of(TWO_CORES)[1],
@@ -197,7 +197,14 @@ def tables():
     costs = json.loads((RESULTS / "costs.json").read_text(encoding="utf-8"))
     parts += [equal_flops.table(costs["equal_flops"]["cells"]), probes.table(costs["probes"]["cells"])]
     parts += [fresh_flops.table(fresh_flops.published())]
-    return "\n".join([*parts, text_finetune.tables(text["rows"]), privacy.table(private)])
+    return "\n".join(
+        [
+            *parts,
+            text_finetune.tables(text_finetune.published()),
+            privacy.table(private),
+            dialogues.table(dialogues.published()),
+        ]
+    )
 
 
 def test_numbers_in_the_prose_stand_in_a_table(tables):
