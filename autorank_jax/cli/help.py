@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from autorank_jax.cli.fields import Option, options_of
 from autorank_jax.cli.options import COMMANDS, PROGRAM, Run
-from autorank_jax.experiment.config import POLICIES
+from autorank_jax.experiment.names import POLICIES
 
 WIDTH = 80
 

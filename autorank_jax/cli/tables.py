@@ -16,7 +16,8 @@ from rich.text import Text
 from autorank_jax.cli.terminal import counted
 from autorank_jax.cli.wrapping import Words, wrapped
 from autorank_jax.datasets import DatasetInfo
-from autorank_jax.experiment.config import POLICIES, Experiment
+from autorank_jax.experiment.config import Experiment
+from autorank_jax.experiment.names import POLICIES
 from autorank_jax.experiment.results import SCORES, Results, Scores, si, summarize
 
 SHOWN_CLIENTS = 20

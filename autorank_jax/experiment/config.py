@@ -8,7 +8,17 @@ from typing import Any, Literal
 from autorank_jax import datasets
 from autorank_jax.experiment import privacy
 from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, one_in_float32, outside, unknown
-from autorank_jax.experiment.names import AGGREGATORS, CRITERIA, NEEDS_LOSSES, PERSONAL_RULES, SPLITS, WHOLE_RULES
+from autorank_jax.experiment.names import (
+    AGGREGATORS,
+    CRITERIA,
+    NEEDS_LOSSES,
+    PERSONAL_RULES,
+    POLICIES,
+    SAMPLINGS,
+    SCORED,
+    SPLITS,
+    WHOLE_RULES,
+)
 from autorank_jax.interface import checked
 
 MODELS: Mapping[str, str] = {
@@ -20,25 +30,10 @@ WIDTHS: Mapping[str, tuple[int, ...]] = {"mlp": (200, 200), "cnn": (16, 32), "de
 """Hidden layers, or channels of the convolutions, of every model where none are given."""
 OPTIMIZERS = ("sgd", "adam", "adamw")
 RATE_SCHEDULES = ("constant", "cosine", "step", "warm_up")
-POLICIES: Mapping[str, str] = {
-    "autorank": "ratio grows with the complexity of the client's data: CRITIC and TOPSIS on the criteria",
-    "covered": "AutoRank's ratios, the highest cut until clients with half of all examples have them, for rbla",
-    "by_size": "ratio grows with the client's number of examples",
-    "uniform": "one ratio for all: AutoRank's mean over examples, so equal training FLOPs",
-    "uniform_bytes": "one ratio for all: AutoRank's mean over clients, so equal bytes",
-    "by_size_bytes": "ratio grows with the number of examples, at AutoRank's mean over clients",
-    "full": "ratio 1 for all",
-    "shuffled": "AutoRank's ratios in random order",
-    "reversed": "AutoRank's ratios, largest to the least complex client",
-    "manual": "the ratios given as --ratios",
-}
 MOST_STRANGE = 3
 """Names in a file of options that are none, from more than which on it is another file."""
 BEFORE: Mapping[str, Any] = {"probe_ratio": 1.0, "probe_share": 1.0}
 """What runs did before these options came, which is not their default."""
-SAMPLINGS = ("uniform", "by_size", "independent")
-SCORED = ("autorank", "covered", "uniform", "uniform_bytes", "by_size_bytes", "shuffled", "reversed")
-"""Policies that need AutoRank's scores, if only for their mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,9 +200,7 @@ class Experiment:
 
 @checked
 def experiment_from(config: Any) -> Experiment:
-    """Make an experiment of what `config.json` holds; options that are not there have their defaults.
-
-    A file of before `probe_ratio` and `probe_share` came has `probe_epochs` alone: it keeps the probe of then.
+    """Make an experiment of what `config.json` holds; what is not there has its default, or one of `BEFORE`.
 
     Args:
         config: options by name.
@@ -321,8 +314,7 @@ def _number_problems(e: Experiment) -> Iterable[str]:
 
 
 def _probe_problems(e: Experiment) -> Iterable[str]:
-    others = ",".join(name for name in CRITERIA if name not in NEEDS_LOSSES)
-    hint = f"; to rank without a probe: --criteria {others}" if e.probe_epochs in (0, 1) else ""
+    hint = f"; to rank without a probe: --criteria {','.join(CRITERIA[:-1])}" if e.probe_epochs in (0, 1) else ""
     yield from (line + hint for line in outside("probe_epochs", e.probe_epochs, 2, 10_000, whole=True))
 
 
@@ -374,9 +366,7 @@ def without_effect(e: Experiment) -> Iterable[str]:
     """Yield a line for every option that was given and does nothing beside the others, though it may stay."""
     scaled = e.scored or "by_size" in e.rank_policies
     for option, heeded, needed in (
-        ("probe_epochs", e.probed, "a policy that scores clients by loss_entropy"),
-        ("probe_ratio", e.probed, "a policy that scores clients by loss_entropy"),
-        ("probe_share", e.probed, "a policy that scores clients by loss_entropy"),
+        *((name, e.probed, "a policy that scores clients by loss_entropy") for name in ("probe_epochs", *BEFORE)),
         ("min_ratio", scaled, "a policy whose ratios differ by client"),
         ("rerank_every", e.rerank_every < e.rounds, "more rounds"),
     ):

@@ -44,10 +44,10 @@ class LanguageOptions:
             bytes), full (everybody at the maximum)
         probe_epochs: epochs of the probe behind the criterion loss_entropy, at an eighth of the maximum rank; 0 = leave
             the criterion out
-        probe_share: share of its rows that every client is probed with, 32 rows at least
+        probe_share: share of its rows for it, 32 rows at least
         aggregator: aggregation rule
         rounds: rounds of federated training
-        local_epochs: passes over its data that a client makes each round
+        local_epochs: passes over a client's data each round
         batch_size: rows per local step
         learning_rate: of Adam, which every client begins anew each round; default 0.001, 0.01 for the tiny model
         lanes: clients trained side by side

@@ -31,3 +31,19 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
     "dirichlet_lognormal": ("alpha", "sigma"),
 }
 """Every split, and the options that it heeds."""
+POLICIES: Mapping[str, str] = {
+    "autorank": "ratio grows with the complexity of the client's data: CRITIC and TOPSIS on the criteria",
+    "covered": "AutoRank's ratios, the highest cut until clients with half of all examples have them, for rbla",
+    "by_size": "ratio grows with the client's number of examples",
+    "uniform": "one ratio for all: AutoRank's mean over examples, so equal training FLOPs",
+    "uniform_bytes": "one ratio for all: AutoRank's mean over clients, so equal bytes",
+    "by_size_bytes": "ratio grows with the number of examples, at AutoRank's mean over clients",
+    "full": "ratio 1 for all",
+    "shuffled": "AutoRank's ratios in random order",
+    "reversed": "AutoRank's ratios, largest to the least complex client",
+    "manual": "the ratios given as --ratios",
+}
+"""Every rank policy, and what it does."""
+SAMPLINGS = ("uniform", "by_size", "independent")
+SCORED = ("autorank", "covered", "uniform", "uniform_bytes", "by_size_bytes", "shuffled", "reversed")
+"""Policies that need AutoRank's scores, if only for their mean."""

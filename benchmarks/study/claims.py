@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import harness
-from benchmarks.study import dialogues, fresh_flops, paper, policies_by_rules, text_finetune
+from benchmarks.study import dialogues, fresh_flops, paper, policies_by_rules, text_tables
 from benchmarks.study.cells import NOTHING
 from benchmarks.study.columns import AUTHOR
 from benchmarks.study.forest import Forest, Mark, draw_forest
@@ -83,7 +83,7 @@ def read() -> Evidence:
         (table, grid.splits),
         fresh,
         fresh_flops.published(),
-        text_finetune.published(),
+        text_tables.published(),
         dialogues.published(),
     )
 
@@ -157,7 +157,7 @@ def claims(evidence: Evidence) -> dict[str, Claim]:
         ),
         "texts": Claim(
             "AutoRank minus one rank of the same bytes, raFLoRA", "MiniLM, 480 movie reviews, 4 rounds", "open",
-            difference(*(text_finetune.by_seed(evidence.texts, "raflora", one) for one in text_finetune.POLICIES[:2])),
+            difference(*(text_tables.by_seed(evidence.texts, "raflora", one) for one in text_tables.POLICIES[:2])),
         ),
         "whole": Claim(
             "whole weights (FedAvg) minus AutoRank, raFLoRA", staircase, "higher", after_100(WHOLE, PRODUCTS)

@@ -22,7 +22,7 @@ from benchmarks.study import (
     probes,
     questions,
     runs,
-    text_finetune,
+    text_tables,
 )
 from benchmarks.study import policies_by_rules as study
 from benchmarks.study.cell_file import CellFile
@@ -200,7 +200,7 @@ def tables():
     return "\n".join(
         [
             *parts,
-            text_finetune.tables(text_finetune.published()),
+            text_tables.tables(text_tables.published()),
             privacy.table(private),
             dialogues.table(dialogues.published()),
         ]

@@ -105,8 +105,8 @@ def test_a_file_of_options_goes_before_the_others(tmp_path, capsys):
     assert (read.rounds, read.seeds, read.personal) == (7, 5, False)
     path.write_text('{"roundz": 7, "nothing_like_it": 1, "seeds": "x"}')
     assert fails(capsys, "run", "--config", path).splitlines() == [
-        "autorank-jax: config: expected one of 47 names, got 'roundz', probably 'rounds'",
-        "autorank-jax: config: expected one of 47 names, got 'nothing_like_it' (run --help-all)",
+        "autorank-jax: config: expected one of 48 names, got 'roundz', probably 'rounds'",
+        "autorank-jax: config: expected one of 48 names, got 'nothing_like_it' (run --help-all)",
         "autorank-jax: seeds: expected a number, got 'x'",
     ]
 
