@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from benchmarks import harness
 from benchmarks.study import dialogues, fresh_flops, paper, policies_by_rules, text_tables
 from benchmarks.study.cells import NOTHING
-from benchmarks.study.columns import AUTHOR
 from benchmarks.study.forest import Forest, Mark, draw_forest
 from benchmarks.study.options import make_parser
 from benchmarks.study.paired import Difference, difference, holm, in_points
+from benchmarks.study.panels import CAPPED, FIRST, PRODUCTS, UNIFORM
 from benchmarks.study.questions import ALL, BEYOND, Point, Table, shared_splits, sides
 from benchmarks.study.runs import Reached, measured
 
@@ -34,9 +34,7 @@ BEGIN, END = "## What the study says\n\n", "\n\n!["
 UNTESTED = ("level", "open")
 NEAR = 0.02
 """Accuracy within which the interval of what is level lies."""
-PAIR, UNIFORM = AUTHOR[0], AUTHOR[2]
-PRODUCTS, UNIFORM_PRODUCTS = "AutoRank + raFLoRA", "uniform rank, AutoRank's bytes + raFLoRA"
-CAPPED, WHOLE = "AutoRank, top ranks capped + RBLA", "whole weights + FedAvg"
+UNIFORM_PRODUCTS, WHOLE = "uniform rank, AutoRank's bytes + raFLoRA", "whole weights + FedAvg"
 RANDOM = "dirichlet-0.4-10"
 
 
@@ -108,13 +106,12 @@ def claims(evidence: Evidence) -> dict[str, Claim]:
     staircase, random = (f"Fashion-MNIST, {split}, 100 rounds" for split in ("staircase", "random split"))
     both = "both splits, 20 rounds"
     by_size, scales = "ranks in proportion to size", "scaled to the same FLOPs, raFLoRA"
-    end = after_100(PRODUCTS, UNIFORM_PRODUCTS)
     return {
         "early": Claim(
             f"{products}, first 20 rounds", staircase, "higher",
             after_100(PRODUCTS, UNIFORM_PRODUCTS, what="early"),
         ),
-        "end": Claim(products, staircase, "level", end),
+        "end": Claim(products, staircase, "level", after_100(PRODUCTS, UNIFORM_PRODUCTS)),
         "stopped": Claim(
             "AutoRank minus one rank, raFLoRA, stopped at the FLOPs of the first 20 rounds", staircase, "lower",
             after_100(PRODUCTS, UNIFORM_PRODUCTS, what="early_flops"),
@@ -144,7 +141,7 @@ def claims(evidence: Evidence) -> dict[str, Claim]:
             f"{by_size} minus AutoRank, {scales}", f"{small}, random splits", "level",
             scaled("n^1", "AutoRank", RANDOM),
         ),
-        "rbla": Claim(rbla, staircase, "lower", after_100(PAIR, UNIFORM)),
+        "rbla": Claim(rbla, staircase, "lower", after_100(FIRST, UNIFORM)),
         "capped": Claim(capped, staircase, "level", after_100(CAPPED, UNIFORM)),
         "capped random": Claim(capped, random, "lower", after_100(CAPPED, UNIFORM, RANDOM)),
         "fashion": Claim(

@@ -24,6 +24,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -52,7 +53,8 @@ RECOMPUTED = 1.5
 """FLOPs of a step over those that are counted: the backward pass computes the activations of a block again."""
 PUBLISHED = RESULTS / "texts.json"
 COLUMNS = (
-    "cell", "before", "after", "clients, mean", "clients, worst", "clients, % beyond one rank", "mean rank", "MB up",
+    "cell", "before", "after", "clients, mean", "clients, worst", "clients, % beyond one rank", "by round",
+    "clients of each rank", "MB up",
     "MB down", "TFLOP", "TFLOP of the probe", "hours",
 )  # fmt: skip
 
@@ -279,11 +281,12 @@ def table(found: Mapping[str, Any]) -> str:
     rows = []
     for name, cell in found.items():
         summary = cell["summary"]
-        clients, ranks = summary["clients_perplexity"]["after"], summary["ranks"]
+        clients, ranks = summary["clients_perplexity"]["after"], Counter(one["rank"] for one in summary["clients"])
+        owners = ", ".join(f"{rank}: {ranks[rank]}" for rank in sorted(ranks))
         values = (
             name, summary["perplexity"]["before"], summary["perplexity"]["after"], clients["mean"], clients["worst"],
-            beyond(name, found),
-            ranks["mean"], summary["bytes_up"] / 1e6, summary["bytes_down"] / 1e6, summary["flops"] / 1e12,
+            beyond(name, found), " ".join(f"{row['perplexity']:.3g}" for row in cell["rows"]), owners,
+            summary["bytes_up"] / 1e6, summary["bytes_down"] / 1e6, summary["flops"] / 1e12,
             summary["probe_flops"] / 1e12, summary["seconds"] / 3600,
         )  # fmt: skip
         rows.append(dict(zip(COLUMNS, values, strict=True)))

@@ -49,7 +49,7 @@ def test_a_claim_that_does_not_follow_fails(evidence, monkeypatch, tmp_path, cap
     """Where the two sides of a comparison are exchanged, and where a file has no runs."""
     place = "fashion_mnist", "staircase"
     columns = dict(evidence.columns[place])
-    columns[claims.PAIR], columns[claims.UNIFORM] = columns[claims.UNIFORM], columns[claims.PAIR]
+    columns[claims.FIRST], columns[claims.UNIFORM] = columns[claims.UNIFORM], columns[claims.FIRST]
     readme = tmp_path / "README.md"
     readme.write_text("# a\n\n## What the study says\n\nOld.\n\n![x](y)\n", encoding="utf-8")
     monkeypatch.setattr(claims, "README", readme)

@@ -6,15 +6,19 @@ import pytest
 
 from benchmarks.study import dialogues
 
+ROWS = [{"perplexity": 40.0}, {"perplexity": 20.0}]
+
 
 def summary(perplexity):
     told = {"mean": perplexity, "worst": 2 * perplexity}
     return {
         "perplexity": {"before": 40.0, "after": perplexity}, "clients_perplexity": {"before": told, "after": told},
-        "ranks": {"mean": 3.5}, "bytes_up": 2e6, "bytes_down": 3e6, "flops": 4e12, "probe_flops": 1e12,
+        "bytes_up": 2e6, "bytes_down": 3e6, "flops": 4e12, "probe_flops": 1e12,
         "seconds": 1800.0,
-        "clients": [{"name": name, "after": perplexity * factor} for name, factor in (("a", 1.0), ("b", 2.0))]
-        + [{"name": "c", "after": None}],
+        "clients": [
+            {"name": "a", "rank": 2, "after": perplexity}, {"name": "b", "rank": 2, "after": 2 * perplexity},
+            {"name": "c", "rank": 5, "after": None},
+        ],
     }  # fmt: skip
 
 
@@ -23,7 +27,7 @@ def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch, capsys):
 
     def run_cell(folder, name, options):  # noqa: ARG001
         ran.append(name)
-        return {"options": dialogues.described(options), "summary": summary(20.0)}
+        return {"options": dialogues.described(options), "rows": ROWS, "summary": summary(20.0)}
 
     monkeypatch.setattr(dialogues, "run_cell", run_cell)
     monkeypatch.setattr(dialogues, "plan", lambda left, total: f"{len(left)} of {total} cells")
@@ -37,7 +41,10 @@ def test_what_is_finished_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert ran == ["uniform_bytes-rbla-0", "autorank-rbla-0"]
     said = capsys.readouterr().out
     assert "1 of 2 cells" in said
-    assert "| uniform_bytes-rbla-0 | 40 | 20 | 20 | 40 | – | 3.5 | 2 | 3 | 4 | 1 | 0.5 |" in said.splitlines()
+    assert (
+        "| uniform_bytes-rbla-0 | 40 | 20 | 20 | 40 | – | 40 20 | 2: 2, 5: 1 | 2 | 3 | 4 | 1 | 0.5 |"
+        in said.splitlines()
+    )
 
 
 def test_cells_of_other_options_are_kept(tmp_path):
@@ -100,7 +107,10 @@ def test_a_share_leaves_clients_as_uneven(tmp_path):
 
 
 def test_clients_are_compared_with_themselves_under_one_rank(tmp_path, monkeypatch, capsys):
-    cells = {name: {"summary": summary(20.0)} for name in ("uniform_bytes-rbla-0", "autorank-rbla-0", "full-flora-0")}
+    cells = {
+        name: {"rows": ROWS, "summary": summary(20.0)}
+        for name in ("uniform_bytes-rbla-0", "autorank-rbla-0", "full-flora-0")
+    }
     for client, factor in zip(cells["autorank-rbla-0"]["summary"]["clients"], (1.0, 1.2, None), strict=True):
         client["after"] = client["after"] and client["after"] * factor
     assert dialogues.beyond("autorank-rbla-0", cells) == "+9.1 (n = 2)"  # half of 100 ln 1.2
