@@ -69,11 +69,11 @@ NARROW = 2
 FRESH = 100
 """The first seed of the confirmation."""
 RECOMMENDED = Point("autorank", "raflora", ALL, "all")
-ELSEWHERE: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
-    "few-classes": (("dirichlet-0.1-10",), {}),
-    "sampled": (("dirichlet-0.4-100", "dirichlet-0.1-100"), {"rounds": 100, "participation": 0.2}),
+ELSEWHERE: Mapping[str, tuple[tuple[str, ...], float]] = {
+    "few-classes": (("dirichlet-0.1-10",), 1.0),
+    "sampled": (("dirichlet-0.4-100", "dirichlet-0.1-100"), 0.2),
 }
-"""Where the recommended pair is tried, too: splits and options by prefix of the names of cells."""
+"""Where the recommended pair is tried, too: splits, and the share of clients in a round, by prefix of cells' names."""
 
 
 class Plan(NamedTuple):
@@ -279,26 +279,29 @@ def fresh_questions(fresh: Plan, best: Sequence[Point]) -> list[Question]:
 def elsewhere(plan: Plan, bounds: Bounds) -> tuple[Table, str]:
     """Run the recommended pair on other splits, beside other ranks under its rule and the method's own.
 
+    Where a share of clients takes part in a round there are the more rounds, so that each trains as often.
+
     Returns:
         Runs, and one table in Markdown, of what is there within bounds.
     """
     policies = tuple(policy for policy in POLICIES if policy in (*PAIR, "by_size_bytes"))
     table: Table = {}
     for rule in (RECOMMENDED.rule, RULES[0]):
-        for name, (splits, options) in ELSEWHERE.items():
-            where = {"splits": splits, "options": plan.options | options, "prefix": f"{name}/"}
-            one = plan._replace(policies=policies, rules=(rule,), settings=(ALL,), **where)
+        for name, (some, share) in ELSEWHERE.items():
+            options = plan.options | {"participation": share, "rounds": round(plan.options["rounds"] / share)}
+            grid = {"policies": policies, "rules": (rule,), "settings": (ALL,), "splits": some}
+            one = plan._replace(**grid, options=options, prefix=f"{name}/")
             table |= run_plan(one, order(one), {}, bounds)[0]
     others = [Point(policy, rule, ALL, "all") for rule in (RECOMMENDED.rule, RULES[0]) for policy in policies]
+    splits = [split for some, _ in ELSEWHERE.values() for split in some]
     rows = tuple(
         (f"{other.policy} + {other.rule}, {split}", RECOMMENDED._replace(split=split), other._replace(split=split))
-        for splits, _ in ELSEWHERE.values()
         for split in splits
         for other in others
         if other != RECOMMENDED
     )
     title = f"{plan.dataset}, elsewhere: {RECOMMENDED.policy} + {RECOMMENDED.rule} minus"
-    return table, questions.answer(table, Question(title, rows), plan.splits, len(plan.seeds))
+    return table, questions.answer(table, Question(title, rows), splits, len(plan.seeds))
 
 
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
