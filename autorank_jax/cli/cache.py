@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from autorank_jax.cli.terminal import tell
+from autorank_jax.cli.terminal import warn
 from autorank_jax.interface.paths import PathError, user_path
 
 _MIN_SECONDS = 0.1  # of compilation, from which on a program is kept
@@ -53,7 +53,7 @@ def keep_programs(*, wanted: bool) -> None:
     if not wanted:
         importlib.import_module("jax").config.update("jax_enable_compilation_cache", False)
     elif refused := use_cache():
-        tell(refused)
+        warn(refused)
 
 
 def out_of_use() -> str | None:

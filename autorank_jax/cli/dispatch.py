@@ -5,7 +5,7 @@ import importlib
 from autorank_jax.cli import cache
 from autorank_jax.cli.options import PROGRAM, Cache, Command, Compare, Fetch, Finetune, Listing, Ranks, Run
 from autorank_jax.cli.tables import datasets_table, make_console
-from autorank_jax.cli.terminal import counted, tell
+from autorank_jax.cli.terminal import counted, warn
 from autorank_jax.datasets import available_datasets, cache_folder, fetch_dataset
 from autorank_jax.datasets.tables import is_table
 
@@ -19,7 +19,7 @@ def execute(command: Command) -> None:
             what = f"{programs}, {found.bytes / 1e6:.1f} MB, in {cache.program_folder()}"
             make_console().print(f"Deleted {what}" if clear else what, soft_wrap=True)
             if why := cache.out_of_use():
-                tell(f"{cache.program_folder()} is {why}")
+                warn(f"{cache.program_folder()} is {why}")
         case Run():
             importlib.import_module("autorank_jax.cli.running").run(command)
         case Finetune():

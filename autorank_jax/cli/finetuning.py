@@ -23,7 +23,7 @@ from autorank_jax.cli.language_report import show_language_results, write_langua
 from autorank_jax.cli.options import Finetune
 from autorank_jax.cli.stages import Stages
 from autorank_jax.cli.tables import make_console
-from autorank_jax.cli.terminal import tell
+from autorank_jax.cli.terminal import tell, warn
 from autorank_jax.experiment.events import Resumed
 from autorank_jax.experiment.language import run_language
 from autorank_jax.experiment.language_options import as_json
@@ -60,7 +60,7 @@ def finetune(command: Finetune) -> None:
         folder = check_folder(folder, overwrite=command.overwrite)
     keep_programs(wanted=not command.no_cache)
     for line in [] if command.quiet else idle_checkpoints(command):
-        tell(line)
+        warn(line)
     with occupied(folder):
         if not command.resume:  # an older run's would be gone on with
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

@@ -17,7 +17,7 @@ from autorank_jax.cli.figures import PALETTE, STYLE, to_png
 from autorank_jax.cli.folders import ADAPTER, FILES, PICTURE, ReportError
 from autorank_jax.cli.formats import to_csv, to_json, write_file
 from autorank_jax.cli.tables import make_table
-from autorank_jax.cli.terminal import counted, tell
+from autorank_jax.cli.terminal import counted, warn
 from autorank_jax.experiment.language_results import LanguageClient, LanguageResults, LanguageRow, summarize_language
 from autorank_jax.experiment.results import si
 from autorank_jax.models.causal_checkpoint import causal_name
@@ -80,7 +80,7 @@ def _export(folder: Path, results: LanguageResults) -> bool:
         export_peft(temporary, results.task, results.state.server, names=causal_name, base_model=base)
         temporary.replace(folder / ADAPTER)
     except (ValueError, ImportError) as error:
-        tell(f"{ADAPTER}: not written: {error}")
+        warn(f"{ADAPTER}: not written: {error}")
         return False
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

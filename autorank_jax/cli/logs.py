@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from autorank_jax.cli.folders import LOG_FILE
 from autorank_jax.cli.formats import write_file
-from autorank_jax.cli.terminal import tell
+from autorank_jax.cli.terminal import warn
 from autorank_jax.experiment.events import Event, RoundDone, Started
 from autorank_jax.experiment.mistakes import unknown
 from autorank_jax.experiment.results import Row
@@ -127,7 +127,7 @@ class Logs:
                     log.write(event.row)
             except OSError as error:
                 del self.logs[name]
-                tell(f"log: expected to write {name}, got: {error.strerror or error}; nothing more is logged there")
+                warn(f"log: expected to write {name}, got: {error.strerror or error}; nothing more is logged there")
 
 
 def _later(line: str, event: Started) -> bool:

@@ -25,7 +25,7 @@ from autorank_jax.cli.logs import Logs, log_problems
 from autorank_jax.cli.options import Run
 from autorank_jax.cli.stages import Stages
 from autorank_jax.cli.tables import comparison_tables, fitted, footnotes, make_console
-from autorank_jax.cli.terminal import tell
+from autorank_jax.cli.terminal import tell, warn
 from autorank_jax.cli.wrapping import print_line
 from autorank_jax.experiment.checkpoints import Checkpoints, expected_rounds
 from autorank_jax.experiment.config import ConfigurationError, Experiment, without_effect
@@ -66,7 +66,7 @@ def run_here(command: Run) -> None:
         folder = check_folder(folder, overwrite=command.overwrite)
     idle = [] if command.resume else [*without_effect(experiment)]
     for line in [] if command.quiet else [*idle, *idle_checkpoints(command)]:
-        tell(line)
+        warn(line)
     with occupied(folder):
         run_in(folder, command, mesh)
 
@@ -93,7 +93,7 @@ def run_in(folder: Path, command: Run, mesh: Mesh | None) -> None:
             scores = event.scores
             first = scores.seed == experiment.first_seed  # the others differ as little
             for line in doubts(scores) if first else filter(None, [without_curves(scores.unprobed, len(scores.size))]):
-                tell(line if first else f"seed {scores.seed}: {line}")
+                warn(line if first else f"seed {scores.seed}: {line}")
 
     interruption = Interruption()
     try:

@@ -15,7 +15,7 @@ from autorank_jax.cli.folders import ReportError, is_of_a_run
 from autorank_jax.cli.formats import to_csv, to_json, write_file
 from autorank_jax.cli.options import Ranks
 from autorank_jax.cli.tables import criteria_table, make_console
-from autorank_jax.cli.terminal import tell
+from autorank_jax.cli.terminal import warn
 from autorank_jax.experiment.doubts import little_variation
 from autorank_jax.experiment.mistakes import ConfigurationError, outside, unknown
 from autorank_jax.ranks import mcda, policies
@@ -39,11 +39,11 @@ def score_table(command: Ranks) -> None:
         raise ConfigurationError(problems)
     table = read_criteria(command.criteria, cost=command.cost, columns=command.columns)
     for remark in table.remarks:
-        tell(remark)
+        warn(remark)
     if little := little_variation(table.criteria, table.matrix):
-        tell(f"{little}; consider one rank for all clients")
+        warn(f"{little}; consider one rank for all clients")
     if len(table.clients) == 1:
-        tell("one client has none to be compared with: its score and rank say nothing")
+        warn("one client has none to be compared with: its score and rank say nothing")
     with jax.enable_x64(True):
         scored = _score(command.normalization, command.min_ratio, command.max_rank, table.matrix, table.benefit)
     weights, *found = map(np.asarray, scored)

@@ -112,3 +112,8 @@ def counted(number: int, noun: str) -> str:
 def tell(line: str) -> None:
     """Write a line to standard error."""
     sys.stderr.write(f"autorank-jax: {' '.join(line.splitlines())}\n")
+
+
+def warn(line: str) -> None:
+    """Write a line to standard error that ends nothing."""
+    tell(f"warning: {line}")

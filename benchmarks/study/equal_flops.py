@@ -38,6 +38,7 @@ from flax import nnx
 import autorank_jax as ar
 from autorank_jax import datasets
 from autorank_jax.engine.flops import FlopModel, training_flops
+from autorank_jax.federated.participation import Participation, everyone
 from autorank_jax.types import Array, FederatedData, Key, State
 from benchmarks import harness, script
 from benchmarks.study.columns import SPLITS
@@ -120,11 +121,11 @@ def first_candidates(federation: Federation) -> dict[str, np.ndarray]:
 class Trainer:
     """Trains one split under one rule: any ranks and seeds with one program."""
 
-    def __init__(self, federation: Federation, rule: str, rounds: int) -> None:
+    def __init__(self, federation: Federation, rule: str, rounds: int, participation: Participation = everyone) -> None:
         self.federation, self.rule = federation, ar.aggregators.make_rule(rule)
         self.quarter = max(1, rounds // 4)
         local = ar.make_local_training(make_task(0), optax.sgd(0.03, momentum=0.9), batch_size=64)
-        one_round = ar.make_round(local, self.rule, lanes=1)
+        one_round = ar.make_round(local, self.rule, lanes=1, participation=participation)
         x, y = federation.images.x_test, federation.images.y_test
         half = len(y) // 2  # validation first, then test
         tests = [ar.make_evaluate(make_task(0), x[part], y[part]) for part in (slice(half), slice(half, None))]

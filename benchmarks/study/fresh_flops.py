@@ -1,9 +1,9 @@
 """Do ranks that differ pay at equal training FLOPs? What `equal_flops` found, on splits and seeds that it never saw.
 
 Its federation of ten clients (6,000 images of Fashion-MNIST, 20 rounds of one local epoch, batch 64, SGD 0.03 with
-momentum, maximum ranks 160, 160, 100) under `raflora`; every seed has its own split, weights and batches (the
-adapters' start stays). Compared with everybody's ratio at 0.4 are the two that looked best there, of at
-most the same FLOPs:
+momentum, maximum ranks 160, 160, 100) under `raflora`, splits of fewer classes a client, and a hundred clients of whom
+a fifth takes part in each of 100 rounds; every seed has its own split, weights and batches (the adapters' start stays).
+Compared with everybody's ratio at 0.4 are the two that looked best there, of at most the same FLOPs:
 
 - `n^1`: ratios in proportion to a client's number of examples;
 - `AutoRank`: in proportion to the ratios of the default policy, whose probe is paid from the same FLOPs.
@@ -25,13 +25,17 @@ from typing import Any
 import numpy as np
 
 from autorank_jax import datasets
+from autorank_jax.federated.participation import everyone, sample_uniformly
 from benchmarks import harness, script
 from benchmarks.study import equal_flops, probes
 from benchmarks.study.options import RESULTS, make_parser
 from benchmarks.study.paired import Difference, difference, in_points
 
 SEEDS = range(200, 210)
-SPLITS = ("staircase", "dirichlet-0.4-10")
+SPLITS: Mapping[str, float] = {
+    "staircase": 1.0, "dirichlet-0.4-10": 1.0, "dirichlet-0.1-10": 1.0, "dirichlet-0.4-100": 0.2,
+}  # fmt: skip
+"""With the share of clients that takes part in a round; the fewer they are the more rounds there are."""
 RULE, IMAGES, ROUNDS = "raflora", 6000, 20
 DEFAULT = probes.Probe(epochs=2, ratio=0.1, share=0.25)
 """As `ar.probe` has it."""
@@ -60,13 +64,27 @@ def candidates(federation: equal_flops.Federation, seed: int, rounds: int) -> di
 
 
 def run_seed(trainer: equal_flops.Trainer, seed: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Yield what each candidate reaches with the split and the weights of a seed."""
+    """Yield what each candidate reaches with the split and the weights of a seed.
+
+    Args:
+        trainer: of the split.
+        seed: of weights and batches.
+        rounds: as many as each client is expected to take part in.
+    """
     federation = trainer.federation
     uniform = rounds * equal_flops.spent(federation, np.full(len(federation.size), equal_flops.UNIFORM))
     for name, (ratios, paid) in candidates(federation, seed, rounds).items():
         early, final = trainer.train(ratios, seed).mean(axis=1)  # over both halves of the test images
         flops = (paid + rounds * equal_flops.spent(federation, ratios)) / uniform
         yield {"ranks": name, "flops": flops, "early": float(early), "final": float(final)}
+
+
+def make_trainer(images: datasets.Dataset, split: str, rounds: int) -> equal_flops.Trainer:
+    """Make what trains the clients of a split and all others of as many clients."""
+    federation = equal_flops.make_federation(images, split)
+    share = SPLITS[split]
+    chosen = everyone if share == 1 else sample_uniformly(round(share * len(federation.size)))
+    return equal_flops.Trainer(federation, RULE, round(rounds / share), chosen)
 
 
 def published() -> list[dict[str, Any]]:
@@ -113,20 +131,23 @@ def main(arguments: list[str] | None = None) -> None:
         images = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
         images = images._replace(x_train=images.x_train[:IMAGES], y_train=images.y_train[:IMAGES])
         rounds = 2 if options.quick else ROUNDS
-        seeds, splits = (SEEDS[:1], SPLITS[:1]) if options.quick else (SEEDS, SPLITS)
-        trainer = equal_flops.Trainer(equal_flops.make_federation(images, splits[0]), RULE, rounds)
+        seeds, splits = (SEEDS[:1], list(SPLITS)[:1]) if options.quick else (SEEDS, list(SPLITS))
+        trainers = {SPLITS[split]: make_trainer(images, split, rounds) for split in splits}
         there = {tuple(row[key] for key in KEYS) for row in every}
         with harness.shared_programs():
             for seed, split in itertools.product(seeds, splits):
-                cell = dict(zip(KEYS, (images.name, len(images.y_train), rounds, split, seed), strict=True))
+                all_rounds = round(rounds / SPLITS[split])
+                cell = dict(zip(KEYS, (images.name, len(images.y_train), all_rounds, split, seed), strict=True))
                 if tuple(cell.values()) in there:
                     continue
+                trainer = trainers[SPLITS[split]]
                 trainer.federation = equal_flops.make_federation(images, split, seed)
                 found = [cell | row for row in run_seed(trainer, seed, rounds)]
                 print(split, seed, *(f"{row['ranks']} {row['final']:.3f}" for row in found), flush=True)
                 every = [*every, *found]
                 harness.write_json(options.json, known | {"fresh_flops": {"cells": every} | script.about()})
-        rows = [row for row in every if (row["dataset"], row["rounds"]) == (images.name, rounds)]
+        shown = {(images.name, split, round(rounds / SPLITS[split])) for split in splits}
+        rows = [row for row in every if (row["dataset"], row["split"], row["rounds"]) in shown]
     print(table(rows) if rows else "No cell is complete yet.")
 
 

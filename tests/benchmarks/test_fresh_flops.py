@@ -3,6 +3,7 @@
 import inspect
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -33,8 +34,10 @@ def test_seeds_go_on_where_they_were_stopped_and_the_table_pairs_them(tmp_path, 
     seen, file = [], tmp_path / "one.json"
 
     class Fake:
-        def __init__(self, federation, _rule, _rounds):
+        def __init__(self, federation, _rule, rounds, participation):
             self.federation = federation
+            cohort = participation(jax.random.key(0), federation.data).row
+            assert rounds * len(cohort) == 20 * len(federation.size)  # each client is expected in as many rounds
 
     def run_seed(_trainer, seed, _rounds):
         seen.append(seed)
@@ -50,7 +53,7 @@ def test_seeds_go_on_where_they_were_stopped_and_the_table_pairs_them(tmp_path, 
         fresh_flops.main(["--json", str(file)])
     assert len(json.loads(file.read_text())["fresh_flops"]["cells"]) == 9
     fresh_flops.main(["--json", str(file)])
-    assert sorted(seen[:3] + seen[4:]) == sorted(2 * [*fresh_flops.SEEDS])
+    assert sorted(seen[:3] + seen[4:]) == sorted(len(fresh_flops.SPLITS) * [*fresh_flops.SEEDS])
     said = capsys.readouterr().out
     assert "| staircase | uniform | 10 | 99.9 | 70.5 | – | – | – |" in said
     assert "| staircase | n^1 | 10 | 99.9 | 72.5 | +2.0 [+2.0, +2.0] | +1.6 [+1.3, +1.8] | +0.0 [+0.0, +0.0] |" in said
