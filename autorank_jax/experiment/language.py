@@ -47,8 +47,8 @@ from autorank_jax.ranks import budgets, policies
 from autorank_jax.ranks.criteria import CRITERIA, NEEDS_LOSSES
 from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy, Server, State, Task
 
-PROBE_RATIO = 1 / 8
-"""Rank of the probe over the maximum rank."""
+PROBE_RATIO = 0.1
+"""Rank of the probe over the maximum rank, as `probe` has it."""
 
 FORWARD = 1 / 3
 """What evaluating a row takes of training on it: the backward pass computes the activations again."""

@@ -42,7 +42,7 @@ class LanguageOptions:
         min_ratio: share of it that the least complex client gets
         policy: autorank (by the complexity of a client's data), uniform_bytes (AutoRank's mean for all, so equal
             bytes), full (everybody at the maximum)
-        probe_epochs: epochs of the probe behind the criterion loss_entropy, at an eighth of the maximum rank; 0 = leave
+        probe_epochs: epochs of the probe behind the criterion loss_entropy, at a tenth of the maximum rank; 0 = leave
             the criterion out
         probe_share: share of its rows for it, 32 rows at least
         aggregator: aggregation rule

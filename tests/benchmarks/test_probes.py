@@ -10,7 +10,8 @@ import pytest
 import autorank_jax as ar
 from autorank_jax.datasets import load_dataset
 from autorank_jax.engine.flops import FlopModel
-from autorank_jax.experiment import Experiment
+from autorank_jax.experiment import Experiment, LanguageOptions
+from autorank_jax.experiment.language import PROBE_RATIO
 from benchmarks.study import probes
 from benchmarks.study.options import RESULTS
 
@@ -87,3 +88,4 @@ def test_the_default_is_the_cheapest_probe_that_gives_nearly_the_full_ones_ranks
     default, arguments = Experiment(), inspect.signature(ar.probe).parameters
     assert best[:3] == (default.probe_epochs, default.probe_ratio, default.probe_share)
     assert best[:3] == tuple(arguments[name].default for name in ("epochs", "ratio", "share"))
+    assert best[1:3] == (PROBE_RATIO, LanguageOptions().probe_share)

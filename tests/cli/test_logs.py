@@ -78,7 +78,8 @@ def test_tensorboard_has_every_number_once(tmp_path):
 def test_a_log_that_fails_does_not_end_the_run(tmp_path, capsys):
     train(tmp_path / "none", ["jsonl"], 1, 3)
     assert capsys.readouterr().err == (
-        "autorank-jax: log: expected to write jsonl, got: No such file or directory; nothing more is logged there\n"
+        "autorank-jax: warning: log: expected to write jsonl, got: No such file or directory; nothing more is logged "
+        "there\n"
     )
 
 

@@ -125,7 +125,7 @@ def test_what_a_run_found_is_left_out_of_its_own_table(tmp_path, capsys):
     assert list(found["weights"]) == ["size", "label_entropy"]
     assert [row["client"] for row in found["clients"]] == ["0", "1"]
     assert said.err == (
-        f"autorank-jax: {path}: left out seed, examples, closeness, ratio.autorank, rank.autorank.layers/0, "
+        f"autorank-jax: warning: {path}: left out seed, examples, closeness, ratio.autorank, rank.autorank.layers/0, "
         "ratio.full, rank.full.layers/0: no criteria; --columns takes those that it names\n"
     )
     assert cli.main(["ranks", "--criteria", str(path), "--json", "--columns", "examples"]) == 0

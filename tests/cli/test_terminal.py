@@ -235,7 +235,7 @@ def test_options_without_effect_are_told(tmp_path, training, monkeypatch, capsys
     words += ["--keep-checkpoints", "2"]
     assert cli.main([*RUN, *words, "--out", str(tmp_path / "out")]) == 0
     assert [line.split(" without ")[0] for line in capsys.readouterr().err.splitlines()] == [
-        f"autorank-jax: {option}: has no effect"
+        f"autorank-jax: warning: {option}: has no effect"
         for option in ("probe-epochs", "min-ratio", "rerank-every", "keep-checkpoints")
     ]
     words = ["--rank-policies", "by_size", "--min-ratio", "0.2", "--rerank-every", "2", "--quiet"]

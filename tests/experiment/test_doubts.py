@@ -97,7 +97,7 @@ def test_a_run_tells_its_doubts(alike, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(running, "run_experiment", scored)
     run = ["run", "--dataset", "synthetic", "--split", "iid", "--devices", "1", "--out"]
     assert cli.main([*run, str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().err.startswith("autorank-jax: the criteria hardly vary between clients")
+    assert capsys.readouterr().err.startswith("autorank-jax: warning: the criteria hardly vary between clients")
     assert cli.main([*run, str(tmp_path / "quiet"), "--quiet"]) == 0
     assert capsys.readouterr().err == ""
 

@@ -78,8 +78,8 @@ def test_clients_that_the_probe_cannot_train_are_told(monkeypatch, capsys, tmp_p
     assert cli.main(["run", "--dataset", "synthetic", "--split", "iid", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.splitlines()
     line = "the training of 2 of 3 clients was not finite in the probe, so that they take the mean of the others' loss"
-    assert sum(one.startswith(f"autorank-jax: {line}") for one in said) == 1
-    assert sum(one.startswith(f"autorank-jax: seed 1: {line}") for one in said) == 1
+    assert sum(one.startswith(f"autorank-jax: warning: {line}") for one in said) == 1
+    assert sum(one.startswith(f"autorank-jax: warning: seed 1: {line}") for one in said) == 1
 
 
 def test_a_program_of_the_probes_own_is_as_wide_as_its_rank():
