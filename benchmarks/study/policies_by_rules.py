@@ -12,8 +12,6 @@ Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.policies_by_rules    
           reported; other splits, rounds and seeds need an --out of their own)
           AUTORANK_JAX_DATA=DIR python -m benchmarks.study.policies_by_rules --confirm
           (the best pairs on fresh seeds, and on MNIST)
-          AUTORANK_JAX_DATA=DIR python -m benchmarks.study.policies_by_rules --elsewhere
-          (the recommended pair on fewer classes a client, and on 100 clients of whom a fifth takes part)
           python -m benchmarks.study.policies_by_rules --quick    (embedded subset, two minutes on two cores)
 Writes:   a line per cell in benchmarks/study/results/policies_by_rules.jsonl
 Expect:   see benchmarks/study/README.md
@@ -68,12 +66,6 @@ NARROW = 2
 """Settings other than all criteria are tried under so many rules, on so many splits."""
 FRESH = 100
 """The first seed of the confirmation."""
-RECOMMENDED = Point("autorank", "raflora", ALL, "all")
-ELSEWHERE: Mapping[str, tuple[tuple[str, ...], float]] = {
-    "few-classes": (("dirichlet-0.1-10",), 1.0),
-    "sampled": (("dirichlet-0.4-100", "dirichlet-0.1-100"), 0.2),
-}
-"""Where the recommended pair is tried, too: splits, and the share of clients in a round, by prefix of cells' names."""
 
 
 class Plan(NamedTuple):
@@ -206,8 +198,7 @@ def tables(plan: Plan, table: Table, pairs: Sequence[tuple[Point, float]], rates
     axes = {"rules": plan.rules, "settings": plan.settings, "splits": plan.splits}
     asked = [questions.answer(table, q, plan.splits, len(plan.seeds)) for q in questions.questions(**axes)]
     fresh = confirm(plan, winners(pairs), rates, NOTHING)
-    best = questions.best_text(table, pairs, plan.splits)
-    return "\n".join([heading(plan), *filter(None, asked), best, *fresh, elsewhere(plan, NOTHING)[1]])
+    return "\n".join([heading(plan), *filter(None, asked), questions.best_text(table, pairs, plan.splits), *fresh])
 
 
 def heading(plan: Plan) -> str:
@@ -276,39 +267,10 @@ def fresh_questions(fresh: Plan, best: Sequence[Point]) -> list[Question]:
     ]
 
 
-def elsewhere(plan: Plan, bounds: Bounds) -> tuple[Table, str]:
-    """Run the recommended pair on other splits, beside other ranks under its rule and the method's own.
-
-    Where a share of clients takes part in a round there are the more rounds, so that each trains as often.
-
-    Returns:
-        Runs, and one table in Markdown, of what is there within bounds.
-    """
-    policies = tuple(policy for policy in POLICIES if policy in (*PAIR, "by_size_bytes"))
-    table: Table = {}
-    for rule in (RECOMMENDED.rule, RULES[0]):
-        for name, (some, share) in ELSEWHERE.items():
-            options = plan.options | {"participation": share, "rounds": round(plan.options["rounds"] / share)}
-            grid = {"policies": policies, "rules": (rule,), "settings": (ALL,), "splits": some}
-            one = plan._replace(**grid, options=options, prefix=f"{name}/")
-            table |= run_plan(one, order(one), {}, bounds)[0]
-    others = [Point(policy, rule, ALL, "all") for rule in (RECOMMENDED.rule, RULES[0]) for policy in policies]
-    splits = [split for some, _ in ELSEWHERE.values() for split in some]
-    rows = tuple(
-        (f"{other.policy} + {other.rule}, {split}", RECOMMENDED._replace(split=split), other._replace(split=split))
-        for split in splits
-        for other in others
-        if other != RECOMMENDED
-    )
-    title = f"{plan.dataset}, elsewhere: {RECOMMENDED.policy} + {RECOMMENDED.rule} minus"
-    return table, questions.answer(table, Question(title, rows), splits, len(plan.seeds))
-
-
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__)
     parser.add_argument("--confirm", action="store_true", help="run the best pairs on fresh seeds and on MNIST")
-    parser.add_argument("--elsewhere", action="store_true", help="run the recommended pair on other splits")
     parser.add_argument("--rules", default="", help="comma-separated; default " + ",".join(RULES))
     parser.add_argument("--settings", default="", help="comma-separated; default all: " + ", ".join(SETTINGS))
     parser.add_argument("--rounds", type=int, default=None, help="default 20")
@@ -324,10 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
     plan = make_plan(options)
     bounds = NOTHING if options.report else Bounds.within(options.limit_minutes, options.cells)
     with harness.shared_programs():
-        if options.elsewhere:
-            elsewhere(plan, bounds)
-        else:
-            run_plan(plan, order(plan), {}, bounds)
+        run_plan(plan, order(plan), {}, bounds)
         check_pattern(options.cells, plan.file)
         whole, table, rates = read_all(plan)
         pairs = questions.best_pairs(table, whole.rules, whole.splits, len(whole.seeds))

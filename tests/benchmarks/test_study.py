@@ -212,22 +212,6 @@ def test_the_study_answers(tmp_path, capsys):
     assert said.strip().endswith(capsys.readouterr().out.strip())  # older rich ends an empty display by blank lines
 
 
-@pytest.mark.usefixtures("pretended")
-def test_the_study_goes_elsewhere(tmp_path, capsys):
-    study.main(["--quick", "--elsewhere", "--out", str(tmp_path)])
-    assert "No cell is complete yet" in capsys.readouterr().out  # of the study itself nothing was run
-    ran = CellFile(tmp_path / "policies_by_rules_mini.jsonl").cells()
-    rounds = {name.split("/")[1]: cell["options"]["rounds"] for name, cell in ran.items()}
-    assert rounds == {"dirichlet-0.1-10": 4, "dirichlet-0.4-100": 20, "dirichlet-0.1-100": 20}
-    assert {c["options"].get("participation", 1.0) for n, c in ran.items() if n.startswith("sampled/")} == {0.2}
-    study.main(["--quick", "--out", str(tmp_path)])
-    said = capsys.readouterr().out
-    table = said[said.index("fashion_mnist_mini, elsewhere: autorank + raflora minus") :]
-    assert "uniform_bytes + rbla, dirichlet-0.1-100 " in table
-    assert "by_size_bytes + raflora, dirichlet-0.4-100 " in table
-    assert "autorank + raflora, " not in table
-
-
 def test_a_part_of_the_study_does_not_replace_the_whole(pretended, tmp_path, capsys):
     def said():
         return capsys.readouterr().out.strip()
