@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from benchmarks import harness
 from benchmarks.study import dialogues, fresh_flops, paper, policies_by_rules, text_tables
 from benchmarks.study.cells import NOTHING
+from benchmarks.study.columns import RANDOM, STAIRCASE
 from benchmarks.study.forest import Forest, Mark, draw_forest
 from benchmarks.study.options import make_parser
 from benchmarks.study.paired import Difference, difference, holm, in_points
@@ -35,7 +36,6 @@ UNTESTED = ("level", "open")
 NEAR = 0.02
 """Accuracy within which the interval of what is level lies."""
 UNIFORM_PRODUCTS, WHOLE = "uniform rank, AutoRank's bytes + raFLoRA", "whole weights + FedAvg"
-RANDOM = "dirichlet-0.4-10"
 
 
 class Claim(NamedTuple):
@@ -89,7 +89,7 @@ def read() -> Evidence:
 def claims(evidence: Evidence) -> dict[str, Claim]:
     """Return all claims by name."""
 
-    def after_100(one: str, other: str, split: str = "staircase", what: str = "final") -> Difference | None:
+    def after_100(one: str, other: str, split: str = STAIRCASE, what: str = "final") -> Difference | None:
         columns = evidence.columns.get(("fashion_mnist", split), {})
         return difference(*measured(columns.get(one, {}), columns.get(other, {}), what))
 
@@ -127,11 +127,11 @@ def claims(evidence: Evidence) -> dict[str, Claim]:
         ),
         "scaled": Claim(
             f"AutoRank minus one rank, {scales}", f"{small}, staircase", "higher",
-            scaled("AutoRank", "uniform", "staircase"),
+            scaled("AutoRank", "uniform", STAIRCASE),
         ),
         "scaled size": Claim(
             f"{by_size} minus AutoRank, {scales}", f"{small}, staircase", "higher",
-            scaled("n^1", "AutoRank", "staircase"),
+            scaled("n^1", "AutoRank", STAIRCASE),
         ),
         "scaled random": Claim(
             f"AutoRank minus one rank, {scales}", f"{small}, random splits", "level",
@@ -211,7 +211,7 @@ def draw(family: Mapping[str, Claim]) -> Figure:
 def finding(evidence: Evidence, family: Mapping[str, Claim]) -> str:
     """Write what the README says."""
     said: Callable[[str], str] = lambda name: in_points(family[name].found)  # noqa: E731
-    runs = evidence.columns["fashion_mnist", "staircase"]
+    runs = evidence.columns["fashion_mnist", STAIRCASE]
     ours, others = (np.mean([run.spent for run in runs[name].values()]) for name in (PRODUCTS, UNIFORM_PRODUCTS))
     worse = dialogues.beyond("autorank-raflora-0", evidence.dialogues)
     text = f"""

@@ -38,6 +38,8 @@ SPLITS: Mapping[str, Mapping[str, Any]] = {
     "dirichlet-0.4-100": MIXED | {"alpha": 0.4, "clients": 100},
     "central": {"split": "iid", "clients": 1},
 }
+STUDIED = STAIRCASE, RANDOM = "staircase", "dirichlet-0.4-10"
+"""The two splits that every study has."""
 
 
 FULL_PROBE: Mapping[str, Any] = {"probe_epochs": 5, "probe_ratio": 1.0, "probe_share": 1.0}
@@ -65,7 +67,7 @@ GROUPS: Mapping[str, Group] = {
             "full": "full rank + RBLA",
         },
     ),
-    "by_hand": Group(1, "rbla", {"manual": AUTHOR[1]}, ("staircase",)),
+    "by_hand": Group(1, "rbla", {"manual": AUTHOR[1]}, (STAIRCASE,)),
     "flexlora": Group(1, "flexlora", {"uniform_bytes": AUTHOR[3], "autorank": "AutoRank + FlexLoRA"}),
     "raflora": Group(
         1, "raflora", {"uniform_bytes": "uniform rank, AutoRank's bytes + raFLoRA", "autorank": "AutoRank + raFLoRA"}

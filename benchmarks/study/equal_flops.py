@@ -41,7 +41,7 @@ from autorank_jax.engine.flops import FlopModel, training_flops
 from autorank_jax.federated.participation import Participation, everyone
 from autorank_jax.types import Array, FederatedData, Key, State
 from benchmarks import harness, script
-from benchmarks.study.columns import SPLITS
+from benchmarks.study.columns import SPLITS, STUDIED
 from benchmarks.study.options import RESULTS, images, make_parser
 from benchmarks.study.paired import difference, holm, in_points
 from benchmarks.study.probes import MAX_RANKS, STATIC, example_flops
@@ -53,7 +53,7 @@ STEP = 0.5
 """Standard deviation of the logarithm of a step's factors."""
 SELECTION, FRESH = range(2), range(100, 105)
 """Seeds that candidates are chosen with, and those that they are tested with."""
-CELLS = tuple(itertools.product(("staircase", "dirichlet-0.4-10"), ("raflora", "rbla")))
+CELLS = tuple(itertools.product(STUDIED, ("raflora", "rbla")))
 KEYS = ("dataset", "images", "split", "rule", "rounds")
 """What a cell is known by."""
 COLUMNS = ("split", "rule", "ranks", "FLOPs %", "final", "minus uniform", "early, minus uniform", "ratios, by size")

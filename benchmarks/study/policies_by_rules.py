@@ -29,7 +29,7 @@ from benchmarks import harness
 from benchmarks.study import questions
 from benchmarks.study.cell_file import CellFile
 from benchmarks.study.cells import NOTHING, Bounds
-from benchmarks.study.columns import FULL_PROBE, SPLITS
+from benchmarks.study.columns import FULL_PROBE, SPLITS, STUDIED
 from benchmarks.study.options import (
     RESULTS,
     add_cell_options,
@@ -60,8 +60,6 @@ BETTER: Mapping[str, Mapping[str, Any]] = {
     "server momentum 0.5": {"server_momentum": 0.5, "server_learning_rate": 0.5},
 }
 SETTINGS: Mapping[str, Mapping[str, Any]] = {ALL: {}, **BETTER, **CRITERIA_ALONE}
-STUDIED = ("staircase", "dirichlet-0.4-10")
-"""By default; `--splits` takes all of `paper.py`."""
 NARROW = 2
 """Settings other than all criteria are tried under so many rules, on so many splits."""
 FRESH = 100
