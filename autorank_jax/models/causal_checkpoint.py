@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from autorank_jax.interface import checked
 from autorank_jax.interface.paths import user_path
 from autorank_jax.models.causal_config import CausalConfig, parse_config
-from autorank_jax.models.causal_lm import CausalLM, param_shapes
+from autorank_jax.models.causal_lm import CausalLM, check_dtype, param_shapes
 from autorank_jax.models.quantized import Format, Quantized, is_quantizable, quantize_stack
 from autorank_jax.types import Array
 
@@ -27,7 +28,8 @@ def load_causal_lm(folder: str | Path, *, dtype: Any = None, quantize: Format | 
     Args:
         folder: with `config.json`, `model.safetensors` or several files with their index, `tokenizer.json` and, where
             there is one, `tokenizer_config.json` with the chat template.
-        dtype: of the weights, and so of the arithmetic, such as `jnp.bfloat16`; as the files have it where None.
+        dtype: of the weights, and so of the arithmetic: float32, bfloat16 or float16; where None as the files have it,
+            or most of their numbers where these differ.
         quantize: hold the matrices inside the blocks as "int8" or "nf4" (`autorank_jax.models.quantized`), made of the
             files' numbers one by one, so that the whole model is never in memory. Where they are used they are `dtype`
             again, block by block. Embeddings, output layer, biases and norms stay. Nothing is quantised where None.
@@ -43,10 +45,11 @@ def load_causal_lm(folder: str | Path, *, dtype: Any = None, quantize: Format | 
     folder = user_path(folder)
     config = parse_config(_read_json(folder, "config.json"), where=str(folder / "config.json"))
     tensors = read_weights(folder)
+    dtype = _common_dtype(tensors) if dtype is None else check_dtype(dtype)
     params = {}
     for name, shape in param_shapes(config).items():
         found = _tensors_of(tensors, name, shape, folder)
-        params[name] = _parameter(found, name, found[0][1].dtype if dtype is None else dtype, quantize)
+        params[name] = _parameter(found, name, dtype, quantize)
     _refuse_others(tensors, config, folder)
     return CausalLM(config, params, load_text_tokenizer(folder, config))
 
@@ -110,6 +113,8 @@ def read_safetensors(file: Path) -> dict[str, np.ndarray]:
                 continue
             first, last = told["data_offsets"]
             tensors[name] = (told["dtype"], told["shape"], raw[begin + first : begin + last])
+            if begin + last > raw.size:
+                raise ValueError(f"{raw.size} bytes, of which {name} needs {begin + last}, probably cut short")
         odd = {name: told[0] for name, told in tensors.items() if told[0] not in _DTYPES}
         if odd:
             few_bits = odd[min(odd)].endswith("8") or "8_" in odd[min(odd)]
@@ -121,6 +126,14 @@ def read_safetensors(file: Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"expected a complete file of float safetensors at {str(file)!r}, got {error!s:.100}"
         ) from error
+
+
+def _common_dtype(tensors: Mapping[str, np.ndarray]) -> Any:
+    """Return the type of most numbers: all are computed with in one."""
+    sizes: Counter[Any] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype] += tensor.size
+    return sizes.most_common(1)[0][0] if sizes else np.float32
 
 
 Named = list[tuple[str, np.ndarray]]
@@ -235,21 +248,34 @@ def load_text_tokenizer(folder: str | Path, config: CausalConfig | None = None) 
     if config is not None and largest >= config.vocabulary:
         raise ValueError(f"expected tokens below the model's {config.vocabulary}, got up to {largest} in {str(file)!r}")
     about = _read_json(folder, "tokenizer_config.json") if os.path.isfile(folder / "tokenizer_config.json") else {}
-    eos = _token(about.get("eos_token"))
+    bos, eos = (_token(about, name, folder) for name in ("bos_token", "eos_token"))
     if not eos and config is not None and config.end:
         eos = library.id_to_token(config.end[0]) or ""
-    return TextTokenizer(library, bos=_token(about.get("bos_token")), eos=eos, chat_template=_template(folder, about))
+    return TextTokenizer(library, bos=bos, eos=eos, chat_template=_template(folder, about))
 
 
-def _token(told: Any) -> str:
-    return (told.get("content") if isinstance(told, dict) else told) or ""
+def _token(about: Mapping[str, Any], name: str, folder: Path) -> str:
+    told = about.get(name)
+    token = told.get("content") if isinstance(told, dict) else told
+    if token is not None and not isinstance(token, str):
+        raise ValueError(f"expected {name} in {str(folder / 'tokenizer_config.json')!r} as a text, got {told!r:.60}")
+    return token or ""
 
 
 def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if os.path.isfile(file):
-        return file.read_text(encoding="utf-8")
-    template = about.get("chat_template")
-    if isinstance(template, list):  # several by name
-        return {each["name"]: each["template"] for each in template}.get("default")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"expected text in UTF-8 in {str(file)!r}, got {error!s:.100}") from error
+    told = about.get("chat_template")
+    if isinstance(told, list) and all(isinstance(each, dict) for each in told):  # several by name
+        told = {each.get("name"): each.get("template") for each in told}
+    template = told.get("default") if isinstance(told, dict) else told
+    if told is not None and not isinstance(template, str):
+        raise ValueError(
+            f"expected chat_template in {str(folder / 'tokenizer_config.json')!r} as a text, or several of which one "
+            f"is called default, got {told!r:.60}"
+        )
     return template

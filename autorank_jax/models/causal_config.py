@@ -66,6 +66,17 @@ _HARMLESS = {
     "num_beam_groups", "typical_p",
 }  # fmt: skip
 """Book-keeping, initial values and generation: they change no logit."""
+_SCALINGS: Mapping[str, Mapping[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "length",
+    },
+}
+"""Their names of what each kind of rotary positions needs, with ours."""
 
 
 def parse_config(told: Mapping[str, Any], *, where: str = "config.json") -> CausalConfig:
@@ -96,8 +107,7 @@ def parse_config(told: Mapping[str, Any], *, where: str = "config.json") -> Caus
         kv_heads = _count(told, "num_key_value_heads", where)
     if heads % kv_heads:
         raise ValueError(f"{where}: expected heads in groups of one size, got {heads} for {kv_heads} of keys")
-    bias = bool(told.get("attention_bias"))
-    eos = told.get("eos_token_id")
+    bias = _switch(told, "attention_bias", where)
     return CausalConfig(
         vocabulary=_count(told, "vocab_size", where),
         width=width,
@@ -109,13 +119,13 @@ def parse_config(told: Mapping[str, Any], *, where: str = "config.json") -> Caus
         length=_count(told, "max_position_embeddings", where),
         norm_eps=_number(told, "rms_norm_eps", where),
         rope=_rope(told, where),
-        tied=bool(told.get("tie_word_embeddings", False)),
+        tied=_switch(told, "tie_word_embeddings", where),
         qkv_bias=bias or family == "qwen2",
         out_bias=bias and family != "qwen2",
-        feed_bias=bool(told.get("mlp_bias")),
+        feed_bias=_switch(told, "mlp_bias", where),
         qk_norm=family == "qwen3",
         family=family,
-        end=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
+        end=_end(told, where),
     )
 
 
@@ -139,17 +149,16 @@ def _refuse_settings(told: Mapping[str, Any], family: str, where: str) -> None:
         refuse("hidden_act", "the activation silu")
     if told.get("attention_dropout"):
         refuse("attention_dropout", "no dropout of attention")
-    if any(kind != "full_attention" for kind in told.get("layer_types") or ()):
+    layers = told.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         refuse("layer_types", "full attention in every layer")
-    length = told.get("max_position_embeddings") or 0
-    if family == "mistral":
-        if "sliding_window" not in told:  # transformers then takes a window of 4,096
-            refuse("sliding_window", "sliding_window to be told, and null")
-        window = told["sliding_window"]
-    else:
-        window = told.get("sliding_window") if told.get("use_sliding_window") else None
-    if window is not None and window < length:
-        refuse("sliding_window", "attention without sliding windows")
+    if family == "mistral" and "sliding_window" not in told:  # transformers then takes a window of 4,096
+        refuse("sliding_window", "sliding_window to be told, and null")
+    used = family == "mistral" or _switch(told, "use_sliding_window", where)
+    if used and told.get("sliding_window") is not None:
+        window = _count(told, "sliding_window", where)
+        if window < _count(told, "max_position_embeddings", where):
+            refuse("sliding_window", "attention without sliding windows")
 
 
 def _head_dim(told: Mapping[str, Any], family: str, usual: int, where: str) -> int:
@@ -164,45 +173,66 @@ def _head_dim(told: Mapping[str, Any], family: str, usual: int, where: str) -> i
 
 def _rope(told: Mapping[str, Any], where: str) -> Rope:
     """Read rotary positions: `rope_parameters` of today, `rope_theta` and `rope_scaling` of before."""
-    scaling = dict(told.get("rope_parameters") or told.get("rope_scaling") or {})
-    theta = float(scaling.pop("rope_theta", told.get("rope_theta", 10000.0)))
+    parts = {name: told[name] for name in ("rope_parameters", "rope_scaling") if told.get(name) is not None}
+    for name, part in parts.items():
+        if not isinstance(part, Mapping):
+            raise ValueError(f"{where}: expected {name} as an object or null, got {part!r:.60}")
+    if len(parts) == 2 and parts["rope_parameters"] != parts["rope_scaling"]:
+        raise ValueError(f"{where}: expected one of rope_parameters and rope_scaling, got both, and they differ")
+    scaling = dict(next(iter(parts.values()), {}))
+    given = [one for one in (scaling.pop("rope_theta", None), told.get("rope_theta")) if one is not None]
+    if len(given) == 2 and given[0] != given[1]:
+        raise ValueError(f"{where}: expected one rope_theta, got {given[0]!r} and {given[1]!r}")
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)
-    expected = {
-        "default": {},
-        "linear": {"factor": "factor"},
-        "llama3": {
-            "factor": "factor",
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-            "original_max_position_embeddings": "length",
-        },
-    }
-    if kind not in expected:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ValueError(
-            f"{where}: expected rotary positions of one of the kinds {', '.join(expected)}, got {kind!r}, which is not "
-            "honoured"
+            f"{where}: expected rotary positions of one of the kinds {', '.join(_SCALINGS)}, got {kind!r}, which is "
+            "not honoured"
         )
-    names: dict[str, str] = expected[kind]
+    names = _SCALINGS[kind]
     if scaling.get("partial_rotary_factor") == 1:
         del scaling["partial_rotary_factor"]
     extra, missing = sorted(set(scaling) - set(names)), sorted(set(names) - set(scaling))
     if extra or missing:
         raise ValueError(f"{where}: expected rope scaling of kind {kind!r} with {sorted(names)}, got {sorted(scaling)}")
-    return Rope(theta=theta, kind=kind, **{ours: scaling[theirs] for theirs, ours in names.items()})
+    numbers: dict[str, Any] = {ours: _number(scaling, theirs, where) for theirs, ours in names.items()}
+    rope = Rope(_number({"rope_theta": (given or [10000.0])[0]}, "rope_theta", where), kind)._replace(**numbers)
+    if rope.low_freq_factor >= rope.high_freq_factor:
+        raise ValueError(
+            f"{where}: expected low_freq_factor below high_freq_factor, got {rope.low_freq_factor:g} and "
+            f"{rope.high_freq_factor:g}"
+        )
+    return rope
+
+
+def _end(told: Mapping[str, Any], where: str) -> tuple[int, ...]:
+    """Return the tokens that end a text; there may be none."""
+    eos = told.get("eos_token_id")
+    ends = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(type(one) is int for one in ends):
+        raise ValueError(f"{where}: expected eos_token_id as a whole number or a list of some, got {eos!r:.60}")
+    return tuple(ends)
+
+
+def _switch(told: Mapping[str, Any], name: str, where: str) -> bool:
+    value = told.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{where}: expected {name} as true or false, got {value!r:.60}")
+    return bool(value)
 
 
 def _count(told: Mapping[str, Any], name: str, where: str) -> int:
     value = told.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{where}: expected {name} as a whole number >= 1, got {value!r}")
+        raise ValueError(f"{where}: expected {name} as a whole number >= 1, got {value!r:.60}")
     return value
 
 
 def _number(told: Mapping[str, Any], name: str, where: str) -> float:
     value = told.get(name)
-    if not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{where}: expected {name} as a number > 0, got {value!r}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{where}: expected {name} as a number > 0, got {value!r:.60}")
     return float(value)
 
 

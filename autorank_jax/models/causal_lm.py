@@ -37,6 +37,18 @@ class CausalLM(NamedTuple):
         return causal_logits(self.config, self.params, inputs)
 
 
+def check_dtype(dtype: Any) -> Any:
+    """Return a type that a decoder can be computed in."""
+    known = [np.dtype(each) for each in (jnp.float32, jnp.bfloat16, jnp.float16)]
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in known:
+        raise ValueError(f"expected dtype as one of {', '.join(map(str, known))}, got {dtype!r:.60}")
+    return found
+
+
 def param_shapes(config: CausalConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter, by name."""
     c, d = config, (config.depth,)
@@ -78,10 +90,11 @@ def init_causal_lm(
     Args:
         config: sizes and switches.
         seed: of the numbers.
-        dtype: of the parameters, and so of the arithmetic.
+        dtype: of the parameters, and so of the arithmetic: float32, bfloat16 or float16.
         tokenizer: kept with the model.
         quantize: the blocks' matrices, as `load_causal_lm` does; the numbers are those of the same seed without.
     """
+    dtype = check_dtype(dtype)
     rng = np.random.default_rng(seed)  # NumPy: nothing is compiled
     params: Params = {}
 

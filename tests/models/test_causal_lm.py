@@ -10,7 +10,7 @@ import pytest
 
 from autorank_jax.models.causal_checkpoint import load_causal_lm
 from autorank_jax.models.causal_config import CausalConfig, Rope, parse_config, rope_frequencies
-from autorank_jax.models.causal_lm import ByteTokenizer, causal_losses, param_shapes
+from autorank_jax.models.causal_lm import ByteTokenizer, causal_losses, init_causal_lm, param_shapes
 from autorank_jax.types import Scored, Tokens
 from tests.models.causal_cases import CONFIG, TINY, tensors_of, tiny, write_folder
 
@@ -66,6 +66,22 @@ def test_folders_are_read(tmp_path, files):
     assert {value.dtype for value in half.params.values()} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_numbers_of_several_types_become_those_of_most(tmp_path):
+    model = tiny(SMALL)
+    params = {name: v.astype(jnp.float32 if "norm" in name else jnp.bfloat16) for name, v in model.params.items()}
+    loaded = load_causal_lm(write_folder(tmp_path, model._replace(params=params), CONFIG))
+    assert {value.dtype for value in loaded.params.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert jnp.isfinite(loaded(jnp.zeros((1, 4), jnp.int32))).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, "foo", jnp.complex64, jnp.float64, object()])
+def test_types_that_a_decoder_does_not_have(tmp_path, dtype):
+    write_folder(tmp_path, tiny(SMALL), CONFIG)
+    for make in (lambda: load_causal_lm(tmp_path, dtype=dtype), lambda: init_causal_lm(SMALL, dtype=dtype)):
+        with pytest.raises(ValueError, match="^expected dtype as one of float32, bfloat16, float16, got "):
+            make()
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -86,6 +102,30 @@ def test_folders_are_read(tmp_path, files):
         ({"rms_norm_eps": None}, "rms_norm_eps as a number"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers as a whole number"),
         ({"head_dim": 5}, "even head_dim"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}, "differ"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "one rope_theta, got 500000.0 and 10000.0"),
+        ({"rope_parameters": [1]}, "rope_parameters as an object or null, got [1]"),
+        ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "got ['linear']"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor as a number > 0, got '2'"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor as a number > 0, got 0"),
+        ({"rope_theta": "big"}, "rope_theta as a number > 0, got 'big'"),
+        ({"rope_theta": 0.0}, "rope_theta as a number > 0, got 0.0"),
+        ({"rope_theta": math.nan}, "rope_theta as a number > 0, got nan"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps as a number > 0, got inf"),
+        (
+            {
+                "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4}
+                | {"original_max_position_embeddings": 64}
+            },
+            "low_freq_factor below high_freq_factor, got 4 and 4",
+        ),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings as true or false, got 'false'"),
+        ({"attention_bias": 0.5}, "attention_bias as true or false"),
+        ({"model_type": "qwen2", "use_sliding_window": "no"}, "use_sliding_window as true or false"),
+        ({"model_type": "mistral", "sliding_window": "64"}, "sliding_window as a whole number"),
+        ({"layer_types": "full_attention"}, "full attention in every layer"),
+        ({"eos_token_id": "</s>"}, "eos_token_id as a whole number or a list"),
+        ({"eos_token_id": [1, "</s>"]}, "eos_token_id as a whole number or a list"),
     ],
 )
 def test_settings_that_are_not_honoured_are_refused(changed, said):
@@ -187,6 +227,10 @@ def _tensors(**changed):
     return write
 
 
+def _about(**told):
+    return lambda folder: (folder / "tokenizer_config.json").write_text(json.dumps(told))
+
+
 LAYER = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -197,9 +241,17 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
         (_without("model.safetensors"), "got neither"),
         (_without("tokenizer.json"), "expected tokenizer.json in"),
         (_damage("config.json", 20), "expected JSON in"),
-        (_damage("model.safetensors", 3000), "expected a complete file"),
+        (_damage("model.safetensors", 3000), "probably cut short"),
         (_damage("model.safetensors", 5), "expected a complete file"),
         (_damage("tokenizer.json", 20), "expected a tokenizer in"),
+        (_about(chat_template=[{"template": "{{ x }}"}]), "expected chat_template in"),
+        (_about(chat_template=["{{ x }}"]), "expected chat_template in"),
+        (_about(chat_template=[{"name": "tool_use", "template": "{{ x }}"}]), "one is called default"),
+        (_about(chat_template={"rag": "{{ x }}"}), "one is called default"),
+        (_about(chat_template=5), "expected chat_template in"),
+        (_about(eos_token=5), "expected eos_token in"),
+        (_about(bos_token={"content": ["<s>"]}), "expected bos_token in"),
+        (lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xff\xfe{"), "expected text in UTF-8 in"),
         (_tensors(**{LAYER: None}), f"expected the tensor '{LAYER}'"),
         (_tensors(**{LAYER: np.zeros((16, 24), np.float32)}), "of shape (24, 16)"),
         (_tensors(**{LAYER: np.zeros((24, 16), np.int8)}), "probably a quantised checkpoint"),
@@ -220,6 +272,14 @@ def test_odd_folders_are_refused_in_a_line(tmp_path, spoil, said):
         load_causal_lm(tmp_path)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("told", ["{{ 1 }}", [{"name": "default", "template": "{{ 1 }}"}], {"default": "{{ 1 }}"}])
+def test_chat_templates_by_name(tmp_path, told):
+    write_folder(tmp_path, tiny(SMALL), CONFIG)
+    _about(chat_template=told, eos_token={"content": "</s>"}, bos_token=None)(tmp_path)
+    tokenizer = load_causal_lm(tmp_path).tokenizer
+    assert (tokenizer.chat_template, tokenizer.bos, tokenizer.eos) == ("{{ 1 }}", "", "</s>")
 
 
 def test_bytes_are_tokens():
