@@ -9,6 +9,7 @@ A model brings its template, Jinja source in `tokenizer_config.json`. Where ther
 with a line for each turn; what the assistant says, and the token that ends it, is what is learnt.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, Protocol
 
@@ -55,35 +56,38 @@ def make_chat(
             prompt, completion = (message.content for message in example.messages)
             pieces = [(tokenizer.bos + prompt, False), (completion + tokenizer.eos, True)]
         elif render is None:
-            pieces = _plain(example.messages, tokenizer)
+            pieces = _plain(example, tokenizer)
         else:
-            pieces = _split(example.messages, render)
+            pieces = _split(example, render)
         ids: list[int] = []
         learnt: list[bool] = []
         for text, own in pieces:
             tokens = tokenizer.encode(text)
             ids += tokens
             learnt += [own] * len(tokens)
+        if not any(learnt):
+            raise ValueError("a conversation of whose answers the chat template leaves nothing")
         return ids, learnt
 
     return tokenize
 
 
-def _plain(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Piece]:
+def _plain(example: Example, tokenizer: Tokenizer) -> list[Piece]:
     pieces = [(tokenizer.bos, False)]
-    for role, content in messages:
+    for number, (role, content) in enumerate(example.messages):
         pieces.append((f"{role.capitalize()}: ", False))
-        own = role == "assistant"
-        pieces += [(content + tokenizer.eos, True), ("\n", False)] if own else [(f"{content}\n", False)]
+        said = role == "assistant"
+        learnt = said and number >= example.asked
+        pieces += [(content + tokenizer.eos, learnt), ("\n", False)] if said else [(f"{content}\n", False)]
     return pieces[:-1]  # nothing follows the last answer
 
 
-def _split(messages: Sequence[Message], render: Callable[[Sequence[Message], bool], str]) -> list[Piece]:
-    """Take a rendered conversation apart: what comes before each answer, and the answer."""
+def _split(example: Example, render: Callable[[Sequence[Message], bool], str]) -> list[Piece]:
+    """Take a rendered conversation apart: what comes before each answer that is learnt, and the answer."""
     pieces: list[Piece] = []
-    done = ""
+    done, messages = "", example.messages
     for number, message in enumerate(messages):
-        if message.role != "assistant":
+        if message.role != "assistant" or number < example.asked:
             continue
         before, after = render(messages[:number], True), render(messages[: number + 1], False)
         if not before.startswith(done) or not after.startswith(before):
@@ -97,6 +101,7 @@ def _compile(source: str, tokenizer: Tokenizer) -> Callable[[Sequence[Message], 
     """Compile a chat template as `transformers` does, in Jinja's sandbox: templates are foreign code."""
     try:
         from jinja2 import TemplateError  # noqa: PLC0415  optional
+        from jinja2.ext import Extension  # noqa: PLC0415
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
     except ImportError as error:
         raise ImportError(
@@ -107,21 +112,32 @@ def _compile(source: str, tokenizer: Tokenizer) -> Callable[[Sequence[Message], 
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
 
+    class Generation(Extension):
+        """`{% generation %}`, which marks what the assistant says, and changes no text."""
+
+        tags = {"generation"}  # noqa: RUF012  as the library has it
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = lambda value, **how: json.dumps(value, **{"ensure_ascii": False} | how)
     try:
         compiled = environment.from_string(source)
     except TemplateError as error:
         raise ValueError(f"expected a chat template in Jinja, got {error!s:.100}") from error
-    named: dict[str, Any] = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "tools": None}
+    named: dict[str, Any] = {**getattr(tokenizer, "special", {}), "bos_token": tokenizer.bos}
+    named |= {"eos_token": tokenizer.eos, "tools": None, "documents": None}
 
     def render(messages: Sequence[Message], prompt: bool) -> str:
         told = [message._asdict() for message in messages]
         try:
             return compiled.render(messages=told, add_generation_prompt=prompt, **named)
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # foreign code may raise anything
             raise ValueError(f"a conversation that the chat template refuses ({error!s:.100})") from error
 
     return render

@@ -37,6 +37,7 @@ class Example(NamedTuple):
 
     messages: tuple[Message, ...]
     raw: bool = False  # a bare prompt and its completion, which no template goes around
+    asked: int = 0  # so many messages at the beginning are a prompt, of which nothing is learnt
 
 
 class Instructions(NamedTuple):
@@ -99,7 +100,7 @@ def load_instructions(path: str | Path = MINI, *, skip: bool = False) -> Instruc
         lines.append(number)
     if bad and not skip:
         raise DatasetError(
-            f"expected instructions in each line of {str(path)!r}, got {_few(bad)}; "
+            f"expected instructions in each line of {str(path)!r}, got {few(bad)}; "
             "skip=True, on the command line --skip-odd-lines, omits them"
         )
     if not examples:
@@ -109,7 +110,8 @@ def load_instructions(path: str | Path = MINI, *, skip: bool = False) -> Instruc
     return Instructions(tuple(examples), fields, tuple(lines), (*bad, *empty))
 
 
-def _few(problems: Sequence[str], most: int = 5) -> str:
+def few(problems: Sequence[str], most: int = 5) -> str:
+    """Write the first problems in one line, and how many more there are."""
     more = f" and {len(problems) - most} more" if len(problems) > most else ""
     return "; ".join(problems[:most]) + more
 
@@ -146,12 +148,15 @@ def _example(told: Mapping[str, Any], needed: tuple[str, ...], optional: tuple[s
         return Example(_messages(told["messages"], "messages"))
     first, last = (told[name] for name in needed)
     if isinstance(first, list) and isinstance(last, list):
-        return Example(_messages([*first, *last], needed[0]))
+        if not last:
+            raise ValueError(f"{needed[1]} without messages")
+        return Example(_messages([*first, *last], needed[1]), asked=len(first))
     asked, answer = _text(first, needed[0]), _text(last, needed[1])
     if needed == ("prompt", "completion"):
         return Example((Message("user", asked), Message("assistant", answer)), raw=True)
     more = told.get(optional[0])
-    question = f"{asked}\n\n{_text(more, optional[0])}" if more else asked
+    none = more is None or (isinstance(more, str) and not more.strip())
+    question = asked if none else f"{asked}\n\n{_text(more, optional[0])}"
     return Example((Message("user", question), Message("assistant", answer)))
 
 
@@ -173,6 +178,8 @@ def _text(value: Any, name: str) -> str:
         raise ValueError(f"{name} of type {type(value).__name__} in place of a text")
     if not value.strip():
         raise ValueError(f"{name} without text")
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{name} with half a surrogate pair, which is no text")
     return value
 
 

@@ -30,7 +30,7 @@ class LanguageOptions:
         model: folder of a causal decoder as Hugging Face publishes it (Llama, SmolLM2, Mistral, Qwen 2 and 3); a tiny
             random one if not given
         data: file of instructions in JSON lines; 74 that come with the package if not given
-        skip_odd_lines: leave lines out that cannot be read
+        skip_odd_lines: leave lines out that cannot be read, lack the field, or are refused by the chat template
         clients_by: field of the lines whose values are the clients
         clients: make so many clients in place of one for each value, by Dirichlet shares of the values; 0 = do not
         alpha: Dirichlet concentration of the shares, small = uneven

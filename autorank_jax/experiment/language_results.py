@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from autorank_jax.experiment.events import Resumed
 from autorank_jax.experiment.results import LanguageDivergedError
+from autorank_jax.federated.texts import TextReport
 from autorank_jax.types import RoundInfo, State, Task
 
 
@@ -74,7 +75,7 @@ class LanguageResults(NamedTuple):
     """Everything that was found, and what it takes to export it."""
 
     options: dict[str, Any]
-    texts: str  # what became of them
+    texts: TextReport  # what became of those to train on, and of all lines
     weights: dict[str, float]  # CRITIC weights by criterion, {} without scores
     rows: tuple[LanguageRow, ...]
     clients: tuple[LanguageClient, ...]
@@ -131,7 +132,9 @@ def summarize_language(results: LanguageResults) -> dict[str, Any]:
         "probe_flops": results.probe_flops,
         "excluded": sum(row.excluded for row in results.rows),
         "seconds": total("seconds"),
-        "texts": results.texts,
+        "texts": results.texts.counts(),
+        "cut": list(results.texts.cut),
+        "left_out": list(results.texts.left_out),
         "criteria_weights": results.weights,
         "clients": [client._asdict() for client in results.clients],
         "sample": results.sample._asdict(),

@@ -1,7 +1,7 @@
 """What a federation of a language model is made of: model, clients of texts, task, local training and rule."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax
 
 from autorank_jax.adapters import task_from_causal_lm
 from autorank_jax.aggregators import make_rule
-from autorank_jax.datasets.instructions import load_instructions
+from autorank_jax.datasets.instructions import few, load_instructions
 from autorank_jax.engine.flops import FlopModel
 from autorank_jax.engine.local import make_local_training
 from autorank_jax.engine.simulation import init_state
@@ -18,7 +18,7 @@ from autorank_jax.evaluation.language import language_flops
 from autorank_jax.experiment.language_options import LanguageOptions
 from autorank_jax.experiment.language_results import Clock
 from autorank_jax.experiment.mistakes import ConfigurationError
-from autorank_jax.federated.texts import TextClients, text_clients
+from autorank_jax.federated.texts import TextClients, TextReport, text_clients
 from autorank_jax.models.causal_checkpoint import load_causal_lm
 from autorank_jax.models.causal_config import CausalConfig
 from autorank_jax.models.causal_lm import ByteTokenizer, CausalLM, init_causal_lm
@@ -39,7 +39,7 @@ class Parts(NamedTuple):
     held_out: FederatedData
     names: tuple[str, ...]  # of the clients
     stats: ClientStats
-    texts: str
+    texts: TextReport
     decode: Callable[..., str]
 
 
@@ -66,7 +66,7 @@ def make_parts(options: LanguageOptions, clock: Clock) -> Parts:
         held_out=clients.held_out,
         names=clients.names,
         stats=clients.stats,
-        texts=str(clients.report).partition("\n")[0],
+        texts=clients.report,
         decode=_decoder(model.tokenizer),
     )
 
@@ -84,8 +84,7 @@ def load(options: LanguageOptions, clock: Clock) -> tuple[CausalLM, TextClients]
     """
     clock.begin("data")
     instructions = load_instructions(options.data, skip=options.skip_odd_lines) if options.data else load_instructions()
-    left_out = f", lines left out: {len(instructions.problems)}" if instructions.problems else ""
-    clock.end(f"{len(instructions.examples)} texts{left_out}")
+    clock.end("; ".join([f"{len(instructions.examples)} texts", *_told("left out", instructions.problems)]))
     clock.begin("model")
     dtype = None if options.dtype == "auto" else jnp.dtype(options.dtype)
     form: Any = None if options.quantize == "none" else options.quantize
@@ -106,6 +105,7 @@ def load(options: LanguageOptions, clock: Clock) -> tuple[CausalLM, TextClients]
         clients = text_clients(
             instructions, model.tokenizer, length=options.max_length, clients_by=options.clients_by,
             clients=options.clients or None, alpha=options.alpha, seed=options.seed, hold_out=options.hold_out,
+            skip=options.skip_odd_lines,
         )  # fmt: skip
     if len(clients.names) < 2:
         raise ConfigurationError(
@@ -116,8 +116,14 @@ def load(options: LanguageOptions, clock: Clock) -> tuple[CausalLM, TextClients]
         raise ConfigurationError(
             [f"hold-out: expected a share that leaves some client a text, got {options.hold_out} of few texts each"]
         )
-    clock.end(f"{len(clients.names)} of {str(clients.report).partition(chr(10))[0]}")
-    return model, clients
+    report = clients.report
+    told = [*_told("cut", report.cut), *_told("left out", report.left_out)]
+    clock.end("; ".join([f"{len(clients.names)} of {report.counts()}", *told]))
+    return model, clients._replace(report=report._replace(left_out=(*instructions.problems, *report.left_out)))
+
+
+def _told(what: str, lines: Sequence[str]) -> list[str]:
+    return [f"{what}: {few(lines)}"] if lines else []
 
 
 def begin(options: LanguageOptions, parts: Parts, ranks: Mapping[str, Array] | None) -> State:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax.datasets.chat import Tokenizer, make_chat
-from autorank_jax.datasets.instructions import Instructions
+from autorank_jax.datasets.instructions import Instructions, few
 from autorank_jax.federated.data import client_stats, from_parts
 from autorank_jax.federated.held_out import held_counts
 from autorank_jax.federated.partition import dirichlet
@@ -25,11 +25,18 @@ class TextReport(NamedTuple):
     learnt: int  # of them, in completions
     padding: float  # share of the rows that holds no text
     cut: tuple[str, ...]  # lines longer than a row, and how long they were
+    left_out: tuple[str, ...] = ()  # lines that are no texts of a client, and why
+
+    def counts(self) -> str:
+        """Return the numbers in one line."""
+        return (
+            f"{self.texts} texts in {self.rows} rows: {self.tokens} tokens, {self.learnt} learnt, "
+            f"{self.padding:.1%} padding"
+        )
 
     def __str__(self) -> str:
-        """Return a line of numbers and one for each text that was cut."""
-        counts = f"{self.texts} texts in {self.rows} rows: {self.tokens} tokens, {self.learnt} learnt"
-        return "\n".join([f"{counts}, {self.padding:.1%} padding", *self.cut])
+        """Return a line of numbers, and one for each text that was cut or left out."""
+        return "\n".join([self.counts(), *self.cut, *self.left_out])
 
 
 class TextClients(NamedTuple):
@@ -40,6 +47,14 @@ class TextClients(NamedTuple):
     stats: ClientStats  # sizes in rows, label counts in texts of each value of the field
     report: TextReport
     held_out: FederatedData | None = None  # of the same clients, some perhaps empty; None where nothing is held out
+
+
+class _Text(NamedTuple):
+    """Tokens of an example, as far as they fit into a row."""
+
+    ids: np.ndarray
+    learnt: np.ndarray  # which of them are
+    cut: str = ""  # what to tell of it
 
 
 class _Row(NamedTuple):
@@ -62,6 +77,7 @@ def text_clients(
     template: Literal["own", "plain"] = "own",
     pack: bool = True,
     hold_out: float = 0.0,
+    skip: bool = False,
 ) -> TextClients:
     """Make clients of instructions: one for each value of a field, or so many by Dirichlet shares of its values.
 
@@ -77,24 +93,39 @@ def text_clients(
         template: as in `make_chat`.
         pack: put several texts of a client into one row, where none sees another; one text a row where False.
         hold_out: share of each client's texts, rounded down, that is kept from training, in [0, 1).
+        skip: leave lines out that lack the field or that a template refuses, and tell them in the report; they are an
+            error where False.
 
     Returns:
-        The clients, in the order of their names. The report is about the texts to train on. `ar.probe` adds losses
+        The clients, in the order of their names. The report is about the texts to train on, and tells all that were cut
+        or left out. `ar.probe` adds losses
         to the statistics: `stats._replace(epoch_losses=probed.epoch_losses, epochs=probed.epochs)`.
 
     Raises:
-        ValueError: in one line, for lines without the field or that a template refuses, by number, a length below 2, or
-            another share to hold out.
+        ValueError: in one line, for lines without the field or that a template refuses, by number, no lines that are
+            left, a length below 2, or another share to hold out.
     """
+    _check_length(length)
     if not 0 <= hold_out < 1:
         raise ValueError(f"expected hold_out in [0, 1), got {hold_out}")
     if clients_by not in instructions.fields:
         known = sorted(instructions.fields)
         raise ValueError(f"expected a field of the lines to take clients by, one of {known}, got {clients_by!r}")
-    values = instructions.fields[clients_by]
-    without = [str(n) for n, value in zip(instructions.lines, values, strict=True) if value is None]
-    if without:
-        raise ValueError(f"expected the field {clients_by!r} in every line, got none in line {', '.join(without[:5])}")
+    chat = make_chat(tokenizer, template)
+    owned = [n for n, value in enumerate(instructions.fields[clients_by]) if value is not None]
+    lines = sorted(set(instructions.lines) - {instructions.lines[n] for n in owned})
+    if lines and not skip:
+        raise ValueError(
+            f"expected the field {clients_by!r} in every line, got none in {few([f'line {line}' for line in lines])}"
+        )
+    numbered, refused = _tokenize(instructions.take(owned), chat, length)
+    if refused and not (skip and numbered):
+        raise ValueError(f"expected conversations that the template takes, got {few(refused)}")
+    left_out = (*(f"line {line}: no field {clients_by!r}" for line in lines), *refused)
+    texts = list(numbered.values())
+    values = [instructions.fields[clients_by][owned[n]] for n in numbered]
+    if not texts:
+        raise ValueError(f"expected lines with the field {clients_by!r}, got {few(left_out)}")
     kinds, label = np.unique([str(value) for value in values], return_inverse=True)
     owner, names = label, tuple(kinds.tolist())
     if clients is not None:
@@ -104,16 +135,9 @@ def text_clients(
         names = tuple(f"client {number}" for number in range(clients))
 
     def rows_of(numbers: np.ndarray) -> tuple[FederatedData, TextReport]:
-        tokens, targets, owners, report = text_rows(
-            instructions.take(numbers.tolist()),
-            tokenizer,
-            length=length,
-            owner=owner[numbers],
-            template=template,
-            pack=pack,
-        )
+        rows, targets, owners, report = _rows([texts[n] for n in numbers], owner[numbers], length, pack=pack)
         parts = [np.flatnonzero(owners == number) for number in range(len(names))]
-        return from_parts(tokens, targets, parts, allow_empty=True), report
+        return from_parts(rows, targets, parts, allow_empty=True), report
 
     held = _held_out(owner, hold_out, seed)
     kept = np.flatnonzero(~held)
@@ -121,6 +145,7 @@ def text_clients(
     counts = np.zeros((len(names), len(kinds)), np.int32)
     np.add.at(counts, (owner[kept], label[kept]), 1)
     stats = client_stats(data, groups=np.zeros(len(data.order), np.int32))._replace(label_counts=jnp.asarray(counts))
+    report = report._replace(cut=tuple(text.cut for text in texts if text.cut), left_out=left_out)
     return TextClients(data, names, stats, report, rows_of(np.flatnonzero(held))[0] if held.any() else None)
 
 
@@ -159,11 +184,24 @@ def text_rows(
     Raises:
         ValueError: for lines that a template refuses, by number, or a length below 2.
     """
+    _check_length(length)
+    owners = np.zeros(len(instructions.examples), np.int64) if owner is None else np.asarray(owner)
+    texts, refused = _tokenize(instructions, make_chat(tokenizer, template), length)
+    if refused:
+        raise ValueError(f"expected conversations that the template takes, got {few(refused)}")
+    return _rows(list(texts.values()), owners, length, pack=pack)
+
+
+def _check_length(length: int) -> None:
     if length < 2:
         raise ValueError(f"expected rows of at least 2 tokens, got length {length}")
-    owners = np.zeros(len(instructions.examples), np.int64) if owner is None else np.asarray(owner)
-    texts, cut = _tokenize(instructions, make_chat(tokenizer, template), length)
-    sizes = np.array([len(ids) for ids, _ in texts])
+
+
+def _rows(
+    texts: Sequence[_Text], owners: np.ndarray, length: int, *, pack: bool
+) -> tuple[Tokens, np.ndarray, np.ndarray, TextReport]:
+    """Put texts into rows; only those of one owner share a row."""
+    sizes = np.array([len(text.ids) for text in texts])
     rows: list[tuple[int, tuple[int, ...]]] = []
     for each in np.unique(owners):
         mine = np.flatnonzero(owners == each)
@@ -174,40 +212,43 @@ def text_rows(
     for number, (_, members) in enumerate(rows):
         begin = 0
         for segment, member in enumerate(members, 1):
-            text, learnt = texts[member]
+            text, learnt, _ = texts[member]
             end = begin + len(text)
             ids[number, begin:end], segments[number, begin:end] = text, segment
             targets[number, begin : end - 1] = np.where(learnt[1:], text[1:], -1)
             begin = end
     total = int(sizes.sum())
     report = TextReport(
-        len(texts), len(rows), total, int((targets >= 0).sum()), 1 - total / max(1, len(rows) * length), tuple(cut)
+        len(texts),
+        len(rows),
+        total,
+        int((targets >= 0).sum()),
+        1 - total / max(1, len(rows) * length),
+        tuple(text.cut for text in texts if text.cut),
     )
     return Tokens(jnp.asarray(ids), jnp.asarray(segments)), targets, np.array([each for each, _ in rows]), report
 
 
 def _tokenize(
     instructions: Instructions, chat: Callable[..., tuple[list[int], list[bool]]], length: int
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[str]]:
-    """Return tokens and what is learnt of each example, cut to the length, and which were cut."""
-    texts, cut, bad = [], [], []
-    for line, example in zip(instructions.lines, instructions.examples, strict=True):
+) -> tuple[dict[int, _Text], list[str]]:
+    """Return the texts of the examples by their number, cut to the length, and lines that the template refuses."""
+    texts, refused = {}, []
+    for number, (line, example) in enumerate(zip(instructions.lines, instructions.examples, strict=True)):
         try:
             ids, learnt = chat(example)
         except ValueError as error:
-            bad.append(f"line {line}: {error}")
+            refused.append(f"line {line}: {error}")
             continue
+        cut = ""
         if len(ids) > length:
-            cut.append(f"line {line}: {len(ids)} tokens cut to {length}")
+            cut = f"line {line}: {len(ids)} tokens cut to {length}"
             first = learnt.index(True)  # every example has an answer
             prompt = min(first, max(length - (len(ids) - first), length // 2))
             begin = first - prompt
             ids, learnt = ids[begin : begin + length], learnt[begin : begin + length]
-        texts.append((np.array(ids, np.int32), np.array(learnt, bool)))
-    if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise ValueError(f"expected conversations that the template takes, got {'; '.join(bad[:5])}{more}")
-    return texts, cut
+        texts[number] = _Text(np.array(ids, np.int32), np.array(learnt, bool), cut)
+    return texts, refused
 
 
 def _pack(sizes: np.ndarray, members: np.ndarray, length: int) -> list[tuple[int, ...]]:

@@ -18,6 +18,8 @@ from autorank_jax.models.quantized import Format, Quantized, is_quantizable, qua
 from autorank_jax.types import Array
 
 _DTYPES: Mapping[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+"""As `tokenizer_config.json` calls them."""
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -199,7 +201,15 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 class TextTokenizer:
     """A tokenizer of the `tokenizers` library, with what a chat needs to know."""
 
-    def __init__(self, library: Any, *, bos: str = "", eos: str = "", chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        library: Any,
+        *,
+        bos: str = "",
+        eos: str = "",
+        chat_template: str | None = None,
+        special: Mapping[str, str] | None = None,
+    ) -> None:
         """Wrap a tokenizer.
 
         Args:
@@ -207,10 +217,12 @@ class TextTokenizer:
             bos: the token that begins a text, as text; empty where there is none.
             eos: the token that ends one.
             chat_template: Jinja source, None where there is none.
+            special: other tokens that the template may name, such as "pad_token", as texts.
         """
         library.no_truncation()
         library.no_padding()
         self.library, self.bos, self.eos, self.chat_template = library, bos, eos, chat_template
+        self.special = dict(special or {})
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text; special tokens are those that it spells out."""
@@ -248,10 +260,12 @@ def load_text_tokenizer(folder: str | Path, config: CausalConfig | None = None) 
     if config is not None and largest >= config.vocabulary:
         raise ValueError(f"expected tokens below the model's {config.vocabulary}, got up to {largest} in {str(file)!r}")
     about = _read_json(folder, "tokenizer_config.json") if os.path.isfile(folder / "tokenizer_config.json") else {}
-    bos, eos = (_token(about, name, folder) for name in ("bos_token", "eos_token"))
+    special = {name: _token(about, name, folder) for name in _SPECIAL}
+    eos = special.pop("eos_token")
     if not eos and config is not None and config.end:
         eos = library.id_to_token(config.end[0]) or ""
-    return TextTokenizer(library, bos=bos, eos=eos, chat_template=_template(folder, about))
+    bos, named = special.pop("bos_token"), {name: token for name, token in special.items() if token}
+    return TextTokenizer(library, bos=bos, eos=eos, chat_template=_template(folder, about), special=named)
 
 
 def _token(about: Mapping[str, Any], name: str, folder: Path) -> str:

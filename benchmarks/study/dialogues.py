@@ -44,7 +44,7 @@ from autorank_jax.experiment.language_setup import make_parts
 from benchmarks import harness, script
 from benchmarks.study.cell_file import appending
 from benchmarks.study.options import RESULTS, make_parser
-from benchmarks.study.paired import difference, in_points
+from benchmarks.study.paired import Difference, difference, in_points
 
 POLICIES, RULES = ("autorank", "uniform_bytes", "full"), ("raflora", "rbla", "flora")
 FEWEST = 8
@@ -261,10 +261,10 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def beyond(name: str, found: Mapping[str, Any]) -> str | None:
-    """Return by how many per cent clients' perplexities exceed those under one rank, the same rule and seed.
+def beyond(name: str, found: Mapping[str, Any]) -> Difference | None:
+    """Return by how much clients' perplexities exceed those under one rank of the same rule and seed, as a share.
 
-    The mean of `ln(one / other)` over clients, with its 95 % t interval.
+    The mean of `ln(one / other)` over clients with its 95 % t interval, made shares by `exp(x) - 1`.
     """
     other = "-".join(["uniform_bytes", *name.split("-")[1:]])
     if name == other or other not in found:
@@ -273,7 +273,11 @@ def beyond(name: str, found: Mapping[str, Any]) -> str | None:
         {client["name"]: math.log(client["after"]) for client in found[cell]["summary"]["clients"] if client["after"]}
         for cell in (name, other)
     ]
-    return in_points(difference(*sides))
+    found_in_logs = difference(*sides)
+    if found_in_logs is None:
+        return None
+    mean, low, high = (None if x is None else math.expm1(x) for x in found_in_logs[:3])
+    return found_in_logs._replace(mean=mean, low=low, high=high)
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -285,7 +289,7 @@ def table(found: Mapping[str, Any]) -> str:
         owners = ", ".join(f"{rank}: {ranks[rank]}" for rank in sorted(ranks))
         values = (
             name, summary["perplexity"]["before"], summary["perplexity"]["after"], clients["mean"], clients["worst"],
-            beyond(name, found), " ".join(f"{row['perplexity']:.3g}" for row in cell["rows"]), owners,
+            in_points(beyond(name, found)), " ".join(f"{row['perplexity']:.3g}" for row in cell["rows"]), owners,
             summary["bytes_up"] / 1e6, summary["bytes_down"] / 1e6, summary["flops"] / 1e12,
             summary["probe_flops"] / 1e12, summary["seconds"] / 3600,
         )  # fmt: skip

@@ -35,10 +35,13 @@ from autorank_jax.experiment.language_results import (
 from autorank_jax.experiment.language_setup import _decoder, load, shortest_prompt
 from autorank_jax.experiment.mistakes import ConfigurationError
 from autorank_jax.experiment.results import LanguageDivergedError
+from autorank_jax.federated.texts import TextReport
 from autorank_jax.models.causal_lm import ByteTokenizer
 from autorank_jax.types import Base, RoundInfo, Server, State, Task, Trainable
 from tests.cli.cases import fails
 from tests.models.causal_cases import CONFIG
+
+REPORT = TextReport(42, 21, 900, 400, 0.1, ("line 7: 99 tokens cut to 64",), ("line 2: empty",))
 
 
 def lines_of(path, *values, **more):
@@ -68,9 +71,7 @@ def made_by_hand(options, *, on_event, on_round, checkpoints):  # noqa: ARG001
     task = Task(Server(Trainable({}, ()), Base({}, ())), None, None)
     state = State(task.server, (), {}, None, {}, None, None, ())
     sample = Sample("What is 1 + 1?", "2", "?", "Two.")
-    return LanguageResults(
-        dataclasses.asdict(options), "42 texts", {"size": 1.0}, rows, clients, sample, 5.0, task, state
-    )
+    return LanguageResults(dataclasses.asdict(options), REPORT, {"size": 1.0}, rows, clients, sample, 5.0, task, state)
 
 
 def test_what_is_shown_and_written_is_worked_by_hand(tmp_path, capsys, monkeypatch):
@@ -90,6 +91,7 @@ def test_what_is_shown_and_written_is_worked_by_hand(tmp_path, capsys, monkeypat
     assert "raflora, 2 rounds" in captured.out
     assert "machine and its load" in " ".join(captured.out.split())
     summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["cut"], summary["left_out"]) == ([*REPORT.cut], [*REPORT.left_out])
     assert summary["perplexity"] == {"before": 40.0, "after": 10.0}
     assert summary["clients_perplexity"] == {
         "before": {"mean": 40.0, "worst": 50.0}, "after": {"mean": 15.0, "worst": 18.0},
@@ -205,14 +207,20 @@ def test_files_that_do_not_do(tmp_path, capsys):
 
 def test_odd_lines_are_left_out_and_told(tmp_path):
     odd = lines_of(tmp_path / "odd.jsonl", *"aabb")
-    odd.write_text("{\n" + odd.read_text())
+    lines = [{"instruction": "q", "output": "r"}, {"instruction": "q", "output": "r" * 99, "category": "b"}]
+    odd.write_text("{\n" + odd.read_text() + "".join(json.dumps(line) + "\n" for line in lines))
     events = []
     options = LanguageOptions(data=odd, skip_odd_lines=True, hold_out=0.5, max_length=64, quantize="int8")
     _, clients = load(options, Clock(events.append))
     numbers, scales = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128), 2 * (2 * 64 + 2 * 32 + 2 * 128 + 64)
     held = numbers + 4 * (scales + 258 * 64 + 5 * 64)
     assert events[3].detail == f"{(numbers + 258 * 64 + 5 * 64) / 1e6:.3g} M parameters in {held / 1e6:.3g} MB"
-    assert next(event.detail for event in events if isinstance(event, Ended)) == "4 texts, lines left out: 1"
+    details = [event.detail for event in events if isinstance(event, Ended)]
+    unread = "line 1: no JSON (Expecting property name enclosed in double quotes at column 2)"
+    assert details[0] == f"6 texts; left out: {unread}"
+    assert "; cut: line 7: 1" in details[2]
+    assert details[2].endswith(" cut to 64; left out: line 6: no field 'category'")
+    assert clients.report.left_out == (unread, "line 6: no field 'category'")
     assert clients.names == ("a", "b")
 
 

@@ -35,7 +35,10 @@ def user(question, answer):
         ({"instruction": "a", "context": "i", "response": "b"}, user("a\n\ni", "b")),
         ({"prompt": "a", "completion": " b"}, user("a", " b")._replace(raw=True)),
         ({"messages": [m._asdict() for m in TURNS]}, Example(TURNS)),
-        ({"prompt": [TURNS[0]._asdict()], "completion": [TURNS[1]._asdict()]}, Example(TURNS[:2])),
+        ({"prompt": [TURNS[0]._asdict()], "completion": [TURNS[1]._asdict()]}, Example(TURNS[:2], asked=1)),
+        ({"prompt": [m._asdict() for m in TURNS[:3]], "completion": [TURNS[3]._asdict()]}, Example(TURNS, asked=3)),
+        ({"instruction": "a", "input": " ", "output": "b"}, user("a", "b")),
+        ({"instruction": "a", "input": None, "output": "b"}, user("a", "b")),
         ({"instruction": "नमस्ते", "output": "👋🏽 สวัสดี"}, user("नमस्ते", "👋🏽 สวัสดี")),
         ({"instruction": "x" * 500_000, "output": "b"}, user("x" * 500_000, "b")),
     ],
@@ -56,6 +59,10 @@ def test_every_form_is_read_and_nothing_is_lost(tmp_path, line, example):
         ({"question": "a", "answer": "b"}, "fields ['answer', 'question'] in place of"),
         ({"instruction": "a", "output": None}, "output of type NoneType"),
         ({"instruction": "a", "output": " "}, "output without text"),
+        ({"instruction": "a", "input": 0, "output": "b"}, "input of type int"),
+        ({"instruction": "a", "input": [], "output": "b"}, "input of type list"),
+        (b'{"instruction": "a\\ud800", "output": "b"}', "instruction with half a surrogate pair"),
+        ({"prompt": [m._asdict() for m in TURNS], "completion": []}, "completion without messages"),
         ({"messages": "hello"}, "messages that are no list"),
         ({"messages": []}, "do not end with the assistant's answer"),
         ({"messages": [{"role": "user", "content": "a"}]}, "do not end with the assistant's answer"),
@@ -108,6 +115,20 @@ def test_only_answers_are_learnt():
     assert chat(Example(TURNS), source=CHATML) == (templated, "是</s>\nc d</s>\n")
     assert chat(Example(TURNS), "plain", CHATML) == (plain, "是</s>c d</s>")
     assert chat(user("a ", " b")._replace(raw=True), source=CHATML) == ("<s>a  b</s>", " b</s>")
+    assert chat(Example(TURNS, asked=2)) == (plain, "c d</s>")  # earlier answers are part of the prompt
+    assert chat(Example(TURNS, asked=2), source=CHATML) == (templated, "c d</s>\n")
+
+
+def test_templates_know_what_those_of_transformers_know():
+    pytest.importorskip("jinja2")
+    marked = CHATML.replace("%}{{ '<s>' +", "%}{% generation %}{{ '<s>' +", 1)
+    marked = marked.replace("{% endfor", "{% endgeneration %}{% endfor", 1)
+    assert marked.count("generation %}") == 2
+    assert chat(Example(TURNS), source=marked) == chat(Example(TURNS), source=CHATML)
+    source = "{{ pad_token }}{{ {'a': '<ä>'} | tojson }}{{ messages[-1]['content'] if not add_generation_prompt }}"
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template, tokenizer.special = source, {"pad_token": "[pad]"}
+    assert tokenizer.decode(make_chat(tokenizer)(Example(TURNS[:2]))[0]) == '[pad]{"a": "<ä>"}是'
 
 
 @pytest.mark.parametrize(
@@ -116,6 +137,10 @@ def test_only_answers_are_learnt():
         ("{{ raise_exception('no system') }}", "refuses (no system)"),
         ("{{ messages|length }}", "whose earlier turns the chat template changes"),
         ("{{ messages[0]['role'] + 1 }}", "refuses"),
+        ("{{ 1 / 0 }}", "refuses"),
+        ("{{ 'a'.index('b') }}", "refuses"),
+        ("{{ 2.0 ** 10000 }}", "refuses"),
+        ("nothing of it", "leaves nothing"),
         ("{% for %}", "expected a chat template in Jinja"),
         ("{{ messages.__class__.__mro__ }}", "refuses"),
     ],

@@ -74,6 +74,29 @@ def test_clients_share_values_in_dirichlet_proportions():
     assert made.names[4] == "client 4"
 
 
+def test_lines_that_are_no_texts_of_a_client_are_left_out_and_told():
+    pytest.importorskip("jinja2")
+    examples = [Example((Message("user", q), Message("assistant", "a"))) for q in ("x", "no", "y" * 40, "z")]
+    lines = Instructions(tuple(examples), {"kind": ("b", "a", "a", None)}, (3, 5, 6, 9))
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['content'] == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="got none in line 9"):
+        text_clients(lines, tokenizer, length=8, clients_by="kind")
+    with pytest.raises(ValueError, match=r"got line 5: .* refuses \(not this\)"):
+        text_clients(lines.take([0, 1, 2]), tokenizer, length=8, clients_by="kind")
+    made = text_clients(lines, tokenizer, length=8, clients_by="kind", skip=True)
+    assert made.names == ("a", "b")
+    assert made.data.size.tolist() == [1, 1]
+    assert [line.partition(":")[0] for line in made.report.left_out] == ["line 9", "line 5"]
+    assert made.report.cut == ("line 6: 41 tokens cut to 8",)
+    assert {*made.report.cut, *made.report.left_out} < set(str(made.report).splitlines())
+    with pytest.raises(ValueError, match="got line 5: a conversation"):
+        text_clients(lines.take([1]), tokenizer, length=8, clients_by="kind", skip=True)
+
+
 def test_a_share_of_each_client_is_held_out():
     whole, made = (
         text_clients(load_instructions(), BYTES, length=128, clients_by="category", pack=False, hold_out=share)

@@ -78,7 +78,7 @@ def test_numbers_of_several_types_become_those_of_most(tmp_path):
 def test_types_that_a_decoder_does_not_have(tmp_path, dtype):
     write_folder(tmp_path, tiny(SMALL), CONFIG)
     for make in (lambda: load_causal_lm(tmp_path, dtype=dtype), lambda: init_causal_lm(SMALL, dtype=dtype)):
-        with pytest.raises(ValueError, match="^expected dtype as one of float32, bfloat16, float16, got "):
+        with pytest.raises(ValueError, match=r"^expected dtype as one of float32, bfloat16, float16, got "):
             make()
 
 
