@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from autorank_jax.interface import check_least, check_name, check_one, check_share, checked
+from autorank_jax.interface.kinds import is_traced
 from autorank_jax.types import Array, ClientStats, Key, RankInfo, RankPolicy
 
 WEIGHTS = ("clients", "examples")
@@ -23,6 +24,8 @@ _PROFILES: Mapping[str, Mapping[int, float]] = {
     "heavy_tail_light": {0: 0.85},
     "heavy_tail_strong": {-1: 0.85},
 }
+_ROUNDED = 1 - 1e-6
+"""What a ratio of 32 bits may be of the same one of 64."""
 RESOURCE_PROFILES = (*_PROFILES, "normal")
 
 
@@ -45,8 +48,8 @@ def with_budget(
         ρ' = ρ_min + (ρ - ρ_min) (m - ρ_min) / (μ - ρ_min)         elsewhere
 
     Integer ranks, rounded down, meet the mean to within one rank per layer; with `max_ranks` to within one rank of one
-    client in one layer, never above it unless one rank for each costs more: whoever lost most by the rounding gets it
-    back, as far as the budget goes; of equals the first.
+    client in one layer, never above it unless everybody's least costs more, which is `min_ratio`, or one rank where
+    that is more: whoever lost most by the rounding gets it back, as far as the budget goes; of equals the first.
 
     Args:
         policy: whose ratios are moved, after clipping to [min_ratio, 1].
@@ -72,7 +75,7 @@ def with_budget(
     _check_layer_weights(layer_weights)
     check_one("mean_ratio", mean_ratio)
     check_share("mean_ratio", mean_ratio, cause="a percentage or a rank")
-    if isinstance(min_ratio, int | float) and isinstance(mean_ratio, int | float) and not min_ratio <= mean_ratio:
+    if not (is_traced(min_ratio) or is_traced(mean_ratio)) and float(mean_ratio) < _ROUNDED * float(min_ratio):
         raise ValueError(f"expected mean_ratio of at least min_ratio = {min_ratio}, got {mean_ratio}: lower min_ratio")
     check_name("weight", weight, WEIGHTS)
     if max_ranks is not None and not max_ranks:

@@ -101,6 +101,8 @@ def test_ranks_that_everybody_has_are_paid_by_the_others(mean_ratio):
 def test_a_client_has_a_rank_whatever_it_costs():
     policy = with_budget(policies.manual(RATIOS), 0.01, min_ratio=0.01, max_ranks={"a": 10})
     assert policy(KEY, client_stats())[0].tolist() == [[np.float32(0.1)]] * 6
+    least = with_budget(policies.manual(RATIOS), 0.6, min_ratio=0.4, max_ranks={"a": 10, "b": 1})
+    np.testing.assert_allclose(least(KEY, client_stats())[0][:2], [[0.4, 1], [0.4, 1]], rtol=1e-6)  # 0.7 in the mean
     with pytest.raises(ValueError, match="expected max_ranks by path, got none"):
         with_budget(policies.manual(RATIOS), 0.5, max_ranks={})
     with pytest.raises(ValueError, match="max_ranks: expected 3 of them, as ratios have layers, got 1"):
@@ -237,6 +239,8 @@ def test_profiles_take_any_number_of_levels(name):
             lambda: with_budget(policies.uniform(), 0.05),
             r"mean_ratio of at least .*0.1, got 0.05.*lower min_ratio",
         ),
+        (lambda: with_budget(policies.uniform(), np.float32(0.05)), "mean_ratio of at least .*lower min_ratio"),
+        (lambda: with_budget(policies.uniform(), 0.5, min_ratio=jnp.array(0.6)), "mean_ratio of at least"),
         (lambda: with_budget(policies.uniform(), 1.2), "mean_ratio .*got 1.2"),
         (lambda: with_budget(policies.uniform(), 0.5, min_ratio=0), "min_ratio .*got 0"),
         (lambda: with_coverage(policies.uniform(), 50), "share .*got 50"),
