@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from autorank_jax import datasets
+from autorank_jax.evaluation.costs import client_costs
 from autorank_jax.federated.participation import everyone, sample_uniformly
 from benchmarks import harness, script
 from benchmarks.study import equal_flops, probes
@@ -38,6 +39,8 @@ SPLITS: Mapping[str, float] = {
 }  # fmt: skip
 """With the share of clients that takes part in a round; the fewer they are the more rounds there are."""
 RULE, IMAGES, ROUNDS = "raflora", 6000, 20
+APART = 1000
+"""Added to the seeds of probes, whose batches are not those of the first round."""
 DEFAULT = probes.Probe(epochs=2, ratio=0.1, share=0.25)
 """As `ar.probe` has it."""
 CANDIDATES = ("uniform", "AutoRank", "n^1")
@@ -47,12 +50,14 @@ DIFFERENCES = (
     ("minus AutoRank", "AutoRank", "final"),
     ("early, minus uniform", "uniform", "early"),
 )
-COLUMNS = ("split", "ranks", "seeds", "FLOPs %", "final", *(title for title, _, _ in DIFFERENCES))
+COSTS = {"FLOPs %": "flops", "bytes %": "bytes", "slowest client's FLOPs %": "most"}
+"""Of the uniform rank's."""
+COLUMNS = ("split", "ranks", "seeds", *COSTS, "final", *(title for title, _, _ in DIFFERENCES))
 
 
 def candidates(federation: equal_flops.Federation, seed: int, rounds: int) -> dict[str, tuple[np.ndarray, float]]:
     """Return ratios by name, and the FLOPs that are spent on them before the first round."""
-    probed = probes.Federation(federation.data, equal_flops.make_task(seed), seed)
+    probed = probes.Federation(federation.data, equal_flops.make_task(seed), APART + seed)
     ratios, _ = probes.run_probe(probed, DEFAULT)
     paid = probes.spent(probed, DEFAULT, federation.flops)
     whole = equal_flops.spent(federation, np.full(len(ratios), equal_flops.UNIFORM))
@@ -77,7 +82,22 @@ def run_seed(trainer: equal_flops.Trainer, seed: int, rounds: int) -> Iterator[d
     for name, (ratios, paid) in candidates(federation, seed, rounds).items():
         early, final = trainer.train(ratios, seed).mean(axis=1)  # over both halves of the test images
         flops = (paid + rounds * equal_flops.spent(federation, ratios)) / uniform
-        yield {"ranks": name, "flops": flops, "early": float(early), "final": float(final)}
+        cost = {"flops": flops, **beside_uniform(trainer, ratios)}
+        yield {"ranks": name, **cost, "early": float(early), "final": float(final)}
+
+
+def beside_uniform(trainer: equal_flops.Trainer, ratios: np.ndarray) -> dict[str, float]:
+    """Return bytes up, and the FLOPs of the client that trains most, over those of the uniform rank."""
+    federation = trainer.federation
+    own, uniform = (
+        client_costs(
+            equal_flops.make_task(0).server, equal_flops.ranks_of(each.astype(np.float32)), federation.size,
+            federation.flops, local_epochs=1, traffic=trainer.rule.traffic,
+        )
+        for each in (ratios, np.full(len(ratios), equal_flops.UNIFORM))
+    )  # fmt: skip
+    most = own.flops.max() / uniform.flops.max()
+    return {"bytes": float(own.bytes_up.sum() / uniform.bytes_up.sum()), "most": float(most)}
 
 
 def make_trainer(images: datasets.Dataset, split: str, rounds: int) -> equal_flops.Trainer:
@@ -89,8 +109,15 @@ def make_trainer(images: datasets.Dataset, split: str, rounds: int) -> equal_flo
 
 
 def published() -> list[dict[str, Any]]:
-    """Return the published rows."""
-    return script.read(RESULTS / "costs.json").get("fresh_flops", {}).get("cells", [])
+    """Return the published rows of whole runs."""
+    rows = script.read(RESULTS / "costs.json").get("fresh_flops", {}).get("cells", [])
+    return whole_runs(rows, "fashion_mnist", ROUNDS)
+
+
+def whole_runs(rows: Sequence[Mapping[str, Any]], images: str, rounds: int) -> list[dict[str, Any]]:
+    """Return the rows of a set of images and of so many rounds for each client."""
+    shown = {(images, split, round(rounds / share)) for split, share in SPLITS.items()}
+    return [{**row} for row in rows if (row["dataset"], row["split"], row["rounds"]) in shown]
 
 
 def beyond(rows: Sequence[Mapping[str, Any]], split: str, one: str, other: str, when: str) -> Difference | None:
@@ -108,7 +135,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for split, name in itertools.product(dict.fromkeys(row["split"] for row in rows), CANDIDATES):
         own = [row for row in rows if (row["split"], row["ranks"]) == (split, name)]
         row: harness.Row = {"split": split, "ranks": name, "seeds": len(own)}
-        row |= {"FLOPs %": f"{100 * np.mean([one['flops'] for one in own]):.1f}"}
+        row |= {title: f"{100 * np.mean([one[key] for one in own]):.1f}" for title, key in COSTS.items()}
         row |= {"final": f"{100 * np.mean([one['final'] for one in own]):.1f}"}
         for title, other, when in DIFFERENCES:
             if CANDIDATES.index(name) > CANDIDATES.index(other):
@@ -147,8 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(split, seed, *(f"{row['ranks']} {row['final']:.3f}" for row in found), flush=True)
                 every = [*every, *found]
                 harness.write_json(options.json, known | {"fresh_flops": {"cells": every} | script.about()})
-        shown = {(images.name, split, round(rounds / SPLITS[split])) for split in splits}
-        rows = [row for row in every if (row["dataset"], row["split"], row["rounds"]) in shown]
+        rows = whole_runs(every, images.name, rounds)
     print(table(rows) if rows else "No cell is complete yet.")
 
 
