@@ -55,7 +55,7 @@ def probe(
     these decide alone, take `epochs=5, ratio=1, share=1`.
 
     Args:
-        key: of the batch order and of random layers.
+        key: of the batch order and of random layers; not that of the rounds, whose first would have the same batches.
         local: local training of one client, that of the rounds or any other.
         state: before the first round, or any later one: for server and hyper-parameters. Its ranks do not matter.
         data: all clients' examples.

@@ -34,6 +34,8 @@ MOST_STRANGE = 3
 """Names in a file of options that are none, from more than which on it is another file."""
 BEFORE: Mapping[str, Any] = {"probe_ratio": 1.0, "probe_share": 1.0}
 """What runs did before these options came, which is not their default."""
+WRITTEN = 30
+"""Options from which on a file is one that a run wrote, and no one's own choice of a few."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +202,7 @@ class Experiment:
 
 @checked
 def experiment_from(config: Any) -> Experiment:
-    """Make an experiment of what `config.json` holds; what is not there has its default, or one of `BEFORE`.
+    """Make an experiment of what `config.json` holds; what is not there has its default, in a run's file as of then.
 
     Args:
         config: options by name.
@@ -210,7 +212,7 @@ def experiment_from(config: Any) -> Experiment:
     """
     if not isinstance(config, Mapping):
         raise ConfigurationError([f"config: expected options by name, got {type(config).__name__}"])
-    if "probe_epochs" in config and not BEFORE.keys() & config.keys():
+    if len(config) >= WRITTEN and not BEFORE.keys() & config.keys():
         config = {**config, **BEFORE}
     strange = [str(name) for name in config if name not in Experiment.__dataclass_fields__]
     if len(strange) > MOST_STRANGE:

@@ -1,6 +1,7 @@
 """The probe of an experiment: what it sees and costs at a low rank, and clients that it cannot train."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -94,7 +95,11 @@ def test_files_of_before_keep_the_probe_of_then():
     def probe(one):
         return one.probe_epochs, one.probe_ratio, one.probe_share
 
-    assert probe(experiment_from({"probe_epochs": 5, "rounds": 3})) == (5, 1.0, 1.0)
+    every = {**json.loads(json.dumps(dataclasses.asdict(Experiment()))), "probe_epochs": 5}
+    before = {name: value for name, value in every.items() if name not in ("probe_ratio", "probe_share")}
+    assert probe(experiment_from(before)) == (5, 1.0, 1.0)
+    assert probe(experiment_from(every)) == (5, 0.1, 0.25)
+    assert probe(experiment_from({"probe_epochs": 5, "rounds": 3})) == (5, 0.1, 0.25)  # a few of one's own
     assert probe(experiment_from({"rounds": 3})) == probe(Experiment())
     assert probe(experiment_from({"probe_epochs": 5, "probe_share": 0.5})) == (5, Experiment().probe_ratio, 0.5)
     assert language_options_from({"probe_epochs": 2}).probe_share == 1.0
