@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from autorank_jax.interface import check_least, check_name, check_one, check_share, checked
@@ -49,7 +50,7 @@ def with_budget(
 
     Integer ranks, rounded down, meet the mean to within one rank per layer; with `max_ranks` to within one rank of one
     client in one layer, never above it unless everybody's least costs more, which is `min_ratio`, or one rank where
-    that is more: whoever lost most by the rounding gets it back, as far as the budget goes; of equals the first.
+    that is more: whoever lost most by the rounding gets it back, if the budget still has it; of equals the first.
 
     Args:
         policy: whose ratios are moved, after clipping to [min_ratio, 1].
@@ -123,30 +124,45 @@ def _whole_ranks(ratios: Array, budget: Array, most: Array, shares: Array) -> Ar
     left = jnp.maximum(ratios * most - ranks, 0).ravel()
     order = jnp.argsort(-left)
     price = (shares / most).ravel()[order]
-    spent = jnp.sum(ranks * shares / most) + jnp.cumsum(price)
-    given = ((spent <= budget * (1 + 1e-6)) & (left[order] > 0)).astype(ratios.dtype)
-    return (ranks + jnp.zeros_like(left).at[order].set(given).reshape(ranks.shape)) / most
+    room = budget * (1 + 1e-6) - jnp.sum(ranks * shares / most)
+
+    def affordable(given: Array) -> Array:
+        return ~given & (left[order] > 0) & (price <= room - jnp.sum(jnp.where(given, price, 0)))
+
+    def give(given: Array) -> Array:
+        """Give as many as fit from the first on; who is too dear is passed over the next time."""
+        able, held = affordable(given), jnp.sum(jnp.where(given, price, 0))
+        first = able & (jnp.cumsum(able) == 1)  # whatever rounding says
+        return given | first | (able & (held + jnp.cumsum(jnp.where(able, price, 0)) <= room))
+
+    given = lax.while_loop(lambda given: jnp.any(affordable(given)), give, jnp.zeros(left.shape, bool))
+    return (ranks + jnp.zeros_like(left).at[order].set(given.astype(left.dtype)).reshape(ranks.shape)) / most
 
 
 @checked
-def with_one_ratio(policy: RankPolicy, weight: str = "clients") -> RankPolicy:
+def with_one_ratio(
+    policy: RankPolicy, weight: str = "clients", *, layer_weights: Sequence[float] | None = None
+) -> RankPolicy:
     """Give every client a policy's mean ratio: the control of equal cost without personal ranks.
+
+    Costs are equal up to the rounding to whole ranks, which is up to a rank of everybody: at small maximum ranks look
+    at the bytes and FLOPs themselves.
 
     Args:
         policy: whose mean is taken, with its info.
         weight: "clients" (equal bytes) or "examples" (equal training FLOPs), as in `with_budget`.
+        layer_weights: likewise, for per-layer ratios.
 
     Raises:
-        ValueError: for an unknown `weight`.
+        ValueError: for an unknown `weight`, or bad `layer_weights`.
     """
     check_name("weight", weight, WEIGHTS)
+    _check_layer_weights(layer_weights)
 
     def one_ratio(key: Key, stats: ClientStats) -> tuple[Array, RankInfo]:
         ratios, info = policy(key, stats)
-        mean = jnp.clip(
-            mean_of_ratios(ratios, stats, weight), jnp.min(ratios), jnp.max(ratios)
-        )  # whatever rounding says
-        return jnp.full_like(ratios, mean), info
+        mean = mean_of_ratios(ratios, stats, weight, layer_weights=layer_weights)
+        return jnp.full_like(ratios, jnp.clip(mean, jnp.min(ratios), jnp.max(ratios))), info  # whatever rounding says
 
     return one_ratio
 

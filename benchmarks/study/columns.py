@@ -40,6 +40,8 @@ SPLITS: Mapping[str, Mapping[str, Any]] = {
 }
 STUDIED = STAIRCASE, RANDOM = "staircase", "dirichlet-0.4-10"
 """The two splits that every study has."""
+FEW, MANY = "dirichlet-0.1-10", "dirichlet-0.4-100"
+"""Of few classes a client, and of many clients."""
 
 
 FULL_PROBE: Mapping[str, Any] = {"probe_epochs": 5, "probe_ratio": 1.0, "probe_share": 1.0}

@@ -29,13 +29,13 @@ from autorank_jax.evaluation.costs import client_costs
 from autorank_jax.federated.participation import everyone, sample_uniformly
 from benchmarks import harness, script
 from benchmarks.study import equal_flops, probes
-from benchmarks.study.columns import STUDIED
+from benchmarks.study.columns import FEW, MANY, STUDIED
 from benchmarks.study.options import RESULTS, make_parser
 from benchmarks.study.paired import Difference, difference, in_points
 
 SEEDS = range(200, 210)
 SPLITS: Mapping[str, float] = {
-    **dict.fromkeys(STUDIED, 1.0), "dirichlet-0.1-10": 1.0, "dirichlet-0.4-100": 0.2,
+    **dict.fromkeys(STUDIED, 1.0), FEW: 1.0, MANY: 0.2,
 }  # fmt: skip
 """With the share of clients that takes part in a round; the fewer they are the more rounds there are."""
 RULE, IMAGES, ROUNDS = "raflora", 6000, 20

@@ -84,6 +84,17 @@ def test_whole_ranks_meet_the_budget_within_one_rank_of_one_client(ratios, mean_
     by_layer = policies.manual(np.broadcast_to(ratios.reshape(6, -1), (6, 3)))
     real, _ = with_budget(by_layer, mean_ratio, weight, min_ratio=0.1, layer_weights=prices)(KEY, client_stats(WHERE))
     assert (np.abs(found - real) < 1 / np.array([[160, 37, 12]]) + 1e-6).all()
+    lost = (np.asarray(real) - np.asarray(found)) * np.array([[160, 37, 12]]) > 1e-3
+    price = share[:, None] * np.array([[costs[path] for path in "abc"]])
+    assert (price[lost] > (budget - spent) * (1 - 1e-5)).all()  # nobody who lost could still have it
+
+
+def test_whoever_is_too_dear_is_passed_over():
+    stats = client_stats()._replace(size=jnp.array([10, 1, 1, 1, 1, 1]))
+    ratios = np.array([0.19, 0.18, 0.17, 0.16, 0.15, 0.14])
+    policy = with_budget(policies.manual(ratios), 0.13, "examples", min_ratio=0.1, max_ranks={"a": 10})
+    ranks = 10 * np.asarray(jax.jit(policy)(KEY, stats)[0])[:, 0]  # 19.5 of them, of examples, and 15 are had by one rank each
+    np.testing.assert_allclose(ranks, [1, 2, 2, 2, 2, 1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("mean_ratio", [0.3, 0.45, 0.8])
@@ -126,6 +137,9 @@ def test_one_ratio_for_all_costs_the_same(weight):
     got, _ = with_one_ratio(policies.manual(RATIOS), weight)(KEY, stats)
     mean = np.average(RATIOS, weights=np.where(WHERE, SIZE if weight == "examples" else 1, 0))
     np.testing.assert_allclose(got, np.full(6, mean), rtol=1e-6)
+    shares, prices = np.where(WHERE, SIZE if weight == "examples" else 1, 0), [1.0, 5.0, 2.0]
+    got, _ = with_one_ratio(policies.manual(PER_LAYER), weight, layer_weights=prices)(KEY, stats)
+    np.testing.assert_allclose(got, np.full((6, 3), np.average(PER_LAYER @ prices, weights=shares) / 8), rtol=1e-6)
     with pytest.raises(ValueError, match=r"weight out of clients, examples, got 'bytes'"):
         with_one_ratio(policies.uniform(), "bytes")
 
