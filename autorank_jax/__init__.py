@@ -20,7 +20,7 @@ with a rule of `aggregators` → `evaluation`; `experiment` and `cli` run all of
 | lane | one of the stacked parameter sets that train side by side |
 | rank level | one static adapter width; a client trains in the smallest that holds its ranks |
 | probe | a short local training from the start, at a low rank on a part of the data, thrown away, for the loss criterion; its FLOPs are charged to the policies whose single ranks come from it (not to those that take its mean alone), no bytes, because base weights are there and adapters start from a seed |
-| equal bytes, equal FLOPs | the same mean ratio over clients, over examples |
+| equal bytes, equal FLOPs | the same mean ratio over clients, over examples; costs differ by the rounding to whole ranks |
 | double imbalance | clients differ in label mix and in amount of data |
 
 If you know …
@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 from autorank_jax.interface.lazy import lazy
 
 if TYPE_CHECKING:
-    from autorank_jax import adapters, aggregators, datasets, engine, evaluation, federated, models, ranks
+    from autorank_jax import adapters, aggregators, datasets, engine, evaluation, experiment, federated, models, ranks
     from autorank_jax.adapters import (
         classification_loss,
         export_peft,
@@ -166,6 +166,7 @@ __all__ = [
     "datasets",
     "engine",
     "evaluation",
+    "experiment",
     "export_peft",
     "faults",
     "federated",

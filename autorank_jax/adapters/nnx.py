@@ -129,6 +129,12 @@ def _insert_adapters(
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
         weights[name] = join(name, swapped.weight)
+        parts = sorted(one for one in values if one.startswith(f"{weights[name]}/"))
+        if parts:
+            raise ValueError(
+                f"expected layers whose {swapped.weight} is one array of floats, got {parts[0]!r} as a part of that of "
+                f"{name!r}, probably quantised: adapt what qwix' LoRA gives by task_from_lora_params"
+            )
         if weights[name] not in values:
             raise ValueError(
                 f"expected layers with weights of their own, got {name!r}, whose {swapped.weight} belongs to another "

@@ -13,6 +13,7 @@ import numpy as np
 from autorank_jax.adapters.lora import narrow
 from autorank_jax.adapters.task import check_server
 from autorank_jax.interface import checked, describe
+from autorank_jax.models.causal_checkpoint import causal_name
 from autorank_jax.types import Adapter, Array, Server, Task
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ def export_peft(
         raise ImportError(message) from error
     _check(task, server)
     server = server if ranks is None else _cut(server, ranks)
-    names = _of_text(names or (lambda layer: layer.replace("/", ".")))
+    given, names = names, _of_text(names or (lambda layer: layer.replace("/", ".")))
     modules = _module_names(server, names)
     tensors, pattern, targets = {}, {}, []
     for layer, adapter in server.trainable.adapters.items():
@@ -79,6 +80,7 @@ def export_peft(
     folder.mkdir(parents=True, exist_ok=True)
     base = None if base_model is None else str(base_model)
     config = _config(sorted(targets), pattern, any(name.endswith("bias") for name in dense), base)
+    config |= {"task_type": "CAUSAL_LM"} if given is causal_name else {}  # by which some readers choose a class
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     forms = sorted(set(task.report.quantized.values())) if task.report else []
     metadata = {"format": "pt"} | ({"base_quantization": ",".join(forms)} if forms else {})

@@ -191,4 +191,5 @@ def _reason(layer: Any, known: tuple[type, ...]) -> str:
     base = next((kind.__name__ for kind in known if isinstance(layer, kind)), None)
     if base:
         return f"{name} is a subclass of {base}, whose call may differ"
-    return f"{name} is no layer that can be adapted" if layer is not None else "it is not called as a layer"
+    carried = ": LoRA that a model carries is trained by task_from_lora_params" * ("lora" in name.lower())
+    return f"{name} is no layer that can be adapted{carried}" if layer is not None else "it is not called as a layer"

@@ -79,11 +79,11 @@ def finetune(command: Finetune) -> None:
 def train_in(folder: Path, command: Finetune, console: Console) -> LanguageResults:
     """Train in a folder, and say how to go on where it is stopped."""
     checkpoints = checkpoints_of(folder, every=command.checkpoint_every, keep=command.keep_checkpoints)
-    options = command.training
+    model, data = (path and path.expanduser().absolute() for path in (command.training.model, command.training.data))
+    options = dataclasses.replace(command.training, model=model, data=data)
 
     def note() -> None:
-        model, data = (path and path.expanduser().absolute() for path in (options.model, options.data))
-        write_run(folder, {"training": as_json(dataclasses.replace(options, model=model, data=data))}, checkpoints)
+        write_run(folder, {"training": as_json(options)}, checkpoints)
 
     interruption = Interruption()
     stopped: list[LanguageStopped] = []

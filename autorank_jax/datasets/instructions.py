@@ -85,6 +85,8 @@ def load_instructions(path: str | Path = MINI, *, skip: bool = False) -> Instruc
             raw = file.read_bytes()
         except OSError as error:
             raise DatasetError(f"expected to read {str(file)!r}, got: {error.strerror or error}") from error
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DatasetError(f"expected UTF-8 in {str(path)!r}, got UTF-16: save it as UTF-8")
     examples, others, lines, bad, empty = [], [], [], [], []
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         if not line.strip():
@@ -98,13 +100,13 @@ def load_instructions(path: str | Path = MINI, *, skip: bool = False) -> Instruc
         examples.append(example)
         others.append(other)
         lines.append(number)
+    whole = not examples and raw.lstrip().startswith((b"[", b"{\n", b"{\r"))
+    cause = ", probably one JSON text over all lines: write each example in a line of its own" * whole
     if bad and not skip:
-        raise DatasetError(
-            f"expected instructions in each line of {str(path)!r}, got {few(bad)}; "
-            "skip=True, on the command line --skip-odd-lines, omits them"
-        )
+        advice = cause or "; skip=True, on the command line --skip-odd-lines, omits them"
+        raise DatasetError(f"expected instructions in each line of {str(path)!r}, got {few(bad)}{advice}")
     if not examples:
-        raise DatasetError(f"expected instructions in {str(path)!r}, got none in {len(bad) + len(empty)} lines")
+        raise DatasetError(f"expected instructions in {str(path)!r}, got none in {len(bad) + len(empty)} lines{cause}")
     names = sorted({name for other in others for name in other})
     fields = {name: tuple(other.get(name) for other in others) for name in names}
     return Instructions(tuple(examples), fields, tuple(lines), (*bad, *empty))

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, outside, unknown
 from autorank_jax.experiment.names import GLOBAL_RULES, MERGING
+from autorank_jax.interface.kinds import is_real, is_whole
 
 LANGUAGE_POLICIES = ("autorank", "uniform_bytes", "full")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -20,6 +21,15 @@ _KINDS: Mapping[Any, tuple[type, ...]] = {
     float | None: (int, float, NoneType),
 }  # fmt: skip
 """What JSON may have for a field."""
+_WORDS: Mapping[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    int: ("a whole number", is_whole),
+    float: ("a number", is_real),
+    float | None: ("a number", is_real),
+    str: ("a text", lambda value: isinstance(value, str)),
+    Path | None: ("a path", lambda value: isinstance(value, str | Path)),
+}
+"""What Python may have, in words, and how it is known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +37,7 @@ class LanguageOptions:
     """All options of a federation of language models. Without model and data: a tiny one on embedded instructions.
 
     Attributes:
-        model: folder of a causal decoder as Hugging Face publishes it (Llama, SmolLM2, Mistral, Qwen 2 and 3); a tiny
+        model: folder of a causal decoder as Hugging Face publishes it (Llama, SmolLM2, Mistral without windows, Qwen 2 and 3); a tiny
             random one if not given
         data: file of instructions in JSON lines; 74 that come with the package if not given
         skip_odd_lines: leave lines out that cannot be read, lack the field, or are refused by the chat template
@@ -95,6 +105,14 @@ class LanguageOptions:
         Raises:
             ConfigurationError: naming all mistakes.
         """
+        odd = [
+            f"{field.name.replace('_', '-')}: expected {_WORDS[field.type][0]}, got {value!r}"
+            for field in dataclasses.fields(self)
+            if not ((value := getattr(self, field.name)) is None and "None" in str(field.type))
+            and not _WORDS[field.type][1](value)
+        ]
+        if odd:
+            raise ConfigurationError(odd)
         ranges: dict[str, tuple[int, ...]] = {"rounds": (1,), "max_rank": (1,), "seed": (0,), "clients": (0,)}
         ranges |= {"max_length": (2, 2**16), "batch_size": (1, 2**16), "tokens": (1, 2**12), "lanes": (1, 2**12)}
         ranges |= {"local_epochs": (1, 10_000), "probe_epochs": (0, 10_000)}

@@ -94,10 +94,14 @@ def load(options: LanguageOptions, clock: Clock) -> tuple[CausalLM, TextClients]
     else:
         tokenizer = ByteTokenizer()
         model = init_causal_lm(TINY, seed=options.seed, dtype=dtype or jnp.float32, tokenizer=tokenizer, quantize=form)
-    if options.max_rank > model.config.width:
-        raise ConfigurationError(
-            [f"max-rank: expected at most the model's width, {model.config.width}, got {options.max_rank}"]
-        )
+    most = {"max-rank": ("width", options.max_rank), "max-length": ("length", options.max_length)}
+    problems = [
+        f"{name}: expected at most the model's {what}, {getattr(model.config, what)}, got {given}"
+        for name, (what, given) in most.items()
+        if given > getattr(model.config, what)
+    ]
+    if problems:
+        raise ConfigurationError(problems)
     numbers, size = (sum(getattr(p, what) for p in model.params.values()) for what in ("size", "nbytes"))
     clock.end(f"{numbers / 1e6:.3g} M parameters in {size / 1e6:.3g} MB")
     clock.begin("clients")

@@ -106,6 +106,8 @@ def read_safetensors(file: Path) -> dict[str, np.ndarray]:
         ValueError: for a damaged file, and numbers that are no floats of 16 bits or more.
     """
     try:
+        if not os.path.getsize(file):
+            raise ValueError("an empty one, probably cut short")
         raw = np.memmap(file, np.uint8, "r")
         begin = 8 + int.from_bytes(raw[:8].tobytes(), "little")
         header = json.loads(raw[8:begin].tobytes())

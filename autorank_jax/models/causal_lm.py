@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from autorank_jax.interface import checked
+from autorank_jax.interface import check_least, checked, describe
+from autorank_jax.interface.kinds import is_traced
 from autorank_jax.models.causal_config import CausalConfig, rope_frequencies, rotate
 from autorank_jax.models.quantized import Format, is_quantizable, quantize_stack
 from autorank_jax.types import Array, Scored, Tokens
@@ -33,8 +34,38 @@ class CausalLM(NamedTuple):
     tokenizer: Any = None
 
     def __call__(self, inputs: Any) -> Array:
-        """Return logits `(b, length, vocabulary)` in float32 for ids `(b, length)` or `Tokens`."""
+        """Return logits `(b, length, vocabulary)` in float32 for ids `(b, length)` or `Tokens`.
+
+        Raises:
+            ValueError: for ids that are no whole numbers of the vocabulary, and texts of more tokens than
+                `config.length`.
+        """
+        inputs = inputs if isinstance(inputs, Tokens) else jnp.asarray(inputs)
+        ids = inputs.ids if isinstance(inputs, Tokens) else inputs
+        _check_ids(self.config, ids)
+        if not is_traced(ids) and not 0 <= np.min(ids) <= np.max(ids) < self.config.vocabulary:
+            told = f"{np.min(ids)} to {np.max(ids)}, probably of another tokenizer"
+            raise ValueError(f"expected ids in 0..{self.config.vocabulary - 1}, got {told}")
         return causal_logits(self.config, self.params, inputs)
+
+
+def _check_ids(config: CausalConfig, ids: Array) -> None:
+    if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"expected ids as whole numbers of shape (b, length), got {describe(ids)}")
+    if ids.shape[1] > config.length:
+        raise ValueError(
+            f"expected at most {config.length} tokens a row, as the model is made for (max_position_embeddings), got "
+            f"{ids.shape[1]}"
+        )
+
+
+def _check_config(config: CausalConfig) -> None:
+    for name in ("vocabulary", "width", "depth", "heads", "kv_heads", "head_dim", "hidden", "length"):
+        check_least(name, getattr(config, name))
+    if config.heads % config.kv_heads:
+        raise ValueError(f"expected heads in groups of one size, got {config.heads} for {config.kv_heads} of keys")
+    if config.head_dim % 2:
+        raise ValueError(f"expected an even head_dim, which rotary positions turn in pairs, got {config.head_dim}")
 
 
 def check_dtype(dtype: Any) -> Any:
@@ -93,7 +124,11 @@ def init_causal_lm(
         dtype: of the parameters, and so of the arithmetic: float32, bfloat16 or float16.
         tokenizer: kept with the model.
         quantize: the blocks' matrices, as `load_causal_lm` does; the numbers are those of the same seed without.
+
+    Raises:
+        ValueError: for sizes that no decoder has, or another `dtype`.
     """
+    _check_config(config)
     dtype = check_dtype(dtype)
     rng = np.random.default_rng(seed)  # NumPy: nothing is compiled
     params: Params = {}
@@ -162,6 +197,7 @@ def causal_losses(
 def causal_hidden(config: CausalConfig, params: Params, inputs: Any, *, checkpoint: bool = False) -> Array:
     """Return the normalised features before the logits, `(b, length, width)`; arguments as in `causal_logits`."""
     ids, segments = inputs if isinstance(inputs, Tokens) else (inputs, None)
+    _check_ids(config, ids)
     index = jnp.arange(ids.shape[-1], dtype=jnp.int32)
     seen = (index[:, None] >= index[None, :])[None]
     position = index[None, :]

@@ -210,7 +210,7 @@ def finding(evidence: Evidence, family: Mapping[str, Claim]) -> str:
         for split in STUDIED
         for name in (PRODUCTS, UNIFORM_PRODUCTS)
     ]
-    text = f"""
+    text = """
     """
     return textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False, break_long_words=False)
 

@@ -126,6 +126,15 @@ def of_qwix(**options):
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.filterwarnings("ignore")
+def test_a_quantised_layer_gets_no_adapter():
+    qwix = pytest.importorskip("qwix", reason="qwix is not installed")
+    rule = qwix.QuantizationRule(module_path=".*", weight_qtype=jnp.int8)
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    model = qwix.quantize_model(model, qwix.PtqProvider([rule]), jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match="probably quantised: adapt what qwix' LoRA gives by task_from_lora_params"):
+        ar.task_from_nnx(model, max_rank=2)
+
+
 def test_qwix_adapts_any_product():
     task = ar.task_from_lora_params(of_qwix())
     assert {path: tuple(map(jnp.shape, a)) for path, a in task.server.trainable.adapters.items()} == {

@@ -76,6 +76,7 @@ def test_every_module_has_its_rank_and_scale_one(tmp_path):
     folder = export(tmp_path, task, task.server, names=bert_names, base_model="some/model")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "some/model"
+    assert config["task_type"] is None
     assert config["rank_pattern"] == config["alpha_pattern"]
     assert len(config["rank_pattern"]) == len(config["target_modules"]) == 10
     assert sorted(set(config["rank_pattern"].values())) == [2, 3, 5]

@@ -1,5 +1,7 @@
 """Causal decoders whose base is in 8 or 4 bits: as the same decoder with the same numbers in floats."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,7 @@ def test_what_is_frozen_is_told_and_merged(case, tmp_path):
     with safetensors.safe_open(folder / "adapter_model.safetensors", "numpy") as file:
         assert file.metadata()["base_quantization"] == form
         found = file.get_tensor("base_model.model.model.layers.1.mlp.up_proj.lora_A.weight")
+    assert json.loads((folder / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     np.testing.assert_array_equal(found.T, server.trainable.adapters["layers/mlp/up_proj"].lora_a[1])
 
 

@@ -48,6 +48,19 @@ def test_layers_without_an_adapter_are_told():
     assert set(chosen.report.unadapted) == {"own", "foreign"}
 
 
+def test_adapters_that_a_model_carries_are_told_where_to_go():
+    class Carrying(nnx.Module):
+        def __init__(self):
+            self.first = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+            self.second = nnx.LoRALinear(4, 3, lora_rank=2, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.second(self.first(x))
+
+    with pytest.warns(UserWarning, match="task_from_lora_params"):
+        ar.task_from_nnx(Carrying(), max_rank=2)
+
+
 def test_linen_and_functions_tell_too():
     module = nn.Sequential([nn.Dense(4), nn.ConvTranspose(2, (3,))])
     x = jnp.ones((1, 5, 4))

@@ -169,11 +169,12 @@ def test_policies_of_one_rank(policy):
         (["--learning-rate", "0"], "learning-rate: expected a number above 0"),
         (["--tokens", "1000000"], "tokens: expected a whole number of at least 1 and at most 4096, got 1000000"),
         (["--max-length", "2147483647"], "max-length: expected a whole number of at least 2 and at most 65536"),
+        (["--max-length", "2049"], "max-length: expected at most the model's length, 2048, got 2049"),
         (["--max-rank", "65"], "max-rank: expected at most the model's width, 64, got 65"),
         (["--clients-by", "topic"], "expected a field of the lines to take clients by, one of ['category']"),
         (["--clients", "500"], "data: expected"),
         (["--hold-out", "0.001"], "hold-out: expected a share that leaves some client a text"),
-        (["--model", "nowhere"], "model: expected config.json in 'nowhere'"),
+        (["--model", "nowhere"], "nowhere', got no such folder"),
         (["--data", "nowhere.jsonl"], "expected a file of JSON lines, got none"),
     ],
 )
@@ -183,6 +184,19 @@ def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys, words, said)
     assert said in problems
     assert len(problems.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_other_kinds():
+    with pytest.raises(ConfigurationError) as caught:
+        LanguageOptions(learning_rate="0.1", model=5, rounds=2.5, seed=True, quantize=None).validate()
+    assert list(caught.value.problems) == [
+        "model: expected a path, got 5",
+        "quantize: expected a text, got None",
+        "rounds: expected a whole number, got 2.5",
+        "learning-rate: expected a number, got '0.1'",
+        "seed: expected a whole number, got True",
+    ]
+    LanguageOptions(learning_rate=1, model="folder").validate()
 
 
 def test_all_mistaken_options_are_told_at_once(tmp_path, monkeypatch, capsys):

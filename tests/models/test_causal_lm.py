@@ -36,6 +36,38 @@ def test_losses_in_chunks_are_those_of_whole_logits():
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (np.array([1, 2]), r"shape \(b, length\), got "),
+        (np.zeros((1, 3), np.float32), "expected ids as whole numbers"),
+        (np.zeros((1, 0), np.int32), "expected ids as whole numbers"),
+        (np.zeros((1, 65), np.int32), "at most 64 tokens a row"),
+        ([[1, 61]], r"expected ids in 0\.\.60, got 1 to 61, probably of another tokenizer"),
+        (np.array([[-1, 3]]), r"expected ids in 0\.\.60, got -1 to 3"),
+        (Tokens(jnp.array([[70]]), jnp.array([[1]])), "got 70 to 70"),
+    ],
+)
+def test_ids_that_a_decoder_does_not_know(ids, said):
+    with pytest.raises(ValueError, match=said):
+        tiny(SMALL)(ids)
+
+
+def test_ids_as_lists():
+    model = tiny(SMALL)
+    np.testing.assert_array_equal(model([[3, 4]]), model(jnp.array([[3, 4]], jnp.int32)))
+    with pytest.raises(ValueError, match="at most 64 tokens a row"):
+        jax.eval_shape(model, jnp.zeros((1, 65), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"), [({"heads": 3}, "groups of one size"), ({"head_dim": 7}, "even head_dim"), ({"depth": 0}, "depth")]
+)
+def test_sizes_that_no_decoder_has(odd, said):
+    with pytest.raises(ValueError, match=said):
+        init_causal_lm(SMALL._replace(**odd))
+
+
 def test_no_array_of_all_logits_is_formed():
     model, scored = tiny(), Scored(jnp.zeros((2, 64), jnp.int32), jnp.zeros((2, 64), jnp.int32))
     gradient = jax.grad(lambda p: jnp.sum(causal_losses(TINY, p, scored, checkpoint=True, chunk=8)))
@@ -243,6 +275,7 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
         (_damage("config.json", 20), "expected JSON in"),
         (_damage("model.safetensors", 3000), "probably cut short"),
         (_damage("model.safetensors", 5), "expected a complete file"),
+        (_damage("model.safetensors", 0), "probably cut short"),
         (_damage("tokenizer.json", 20), "expected a tokenizer in"),
         (_about(chat_template=[{"template": "{{ x }}"}]), "expected chat_template in"),
         (_about(chat_template=["{{ x }}"]), "expected chat_template in"),

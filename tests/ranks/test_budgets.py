@@ -93,7 +93,9 @@ def test_whoever_is_too_dear_is_passed_over():
     stats = client_stats()._replace(size=jnp.array([10, 1, 1, 1, 1, 1]))
     ratios = np.array([0.19, 0.18, 0.17, 0.16, 0.15, 0.14])
     policy = with_budget(policies.manual(ratios), 0.13, "examples", min_ratio=0.1, max_ranks={"a": 10})
-    ranks = 10 * np.asarray(jax.jit(policy)(KEY, stats)[0])[:, 0]  # 19.5 of them, of examples, and 15 are had by one rank each
+    ranks = (
+        10 * np.asarray(jax.jit(policy)(KEY, stats)[0])[:, 0]
+    )  # 19.5 of them, of examples, and 15 are had by one rank each
     np.testing.assert_allclose(ranks, [1, 2, 2, 2, 2, 1], rtol=1e-5)
 
 
