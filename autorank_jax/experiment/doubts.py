@@ -119,6 +119,6 @@ def doubts(scores: Scores) -> Iterator[str]:
         "were drawn anew, 50 % is chance"
     )
     yield (
-        f"one rank for all, at ratio {scores.ratios[policy].mean():.2f}, sends about the same bytes and owes nothing to "
-        "chance: --rank-policies uniform_bytes"
+        f"one rank for all, at ratio {scores.ratios[policy].mean():.2f}, sends about the same bytes and owes nothing "
+        "to chance: --rank-policies uniform_bytes"
     )

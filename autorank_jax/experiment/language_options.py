@@ -37,8 +37,8 @@ class LanguageOptions:
     """All options of a federation of language models. Without model and data: a tiny one on embedded instructions.
 
     Attributes:
-        model: folder of a causal decoder as Hugging Face publishes it (Llama, SmolLM2, Mistral without windows, Qwen 2 and 3); a tiny
-            random one if not given
+        model: folder of a causal decoder as Hugging Face publishes it (Llama, SmolLM2, Mistral without
+            sliding windows, Qwen 2 and 3); a tiny random one if not given
         data: file of instructions in JSON lines; 74 that come with the package if not given
         skip_odd_lines: leave lines out that cannot be read, lack the field, or are refused by the chat template
         clients_by: field of the lines whose values are the clients

@@ -20,29 +20,36 @@ def test_the_readme_says_what_the_result_files_say(evidence):
 
 
 @pytest.mark.parametrize(
-    ("says", "interval", "p", "holds"),
+    ("says", "mean", "p", "seeds", "holds"),
     [
-        ("higher", (0.02, 0.01, 0.03), 0.04, True),
-        ("higher", (0.02, 0.01, 0.03), 0.05, False),
-        ("higher", (-0.02, -0.03, -0.01), 0.01, False),
-        ("lower", (-0.02, -0.03, -0.01), 0.01, True),
-        ("level", (0.0, -0.02, 0.02), None, True),
-        ("level", (0.0, -0.021, 0.02), None, False),
-        ("level", (0.01, 0.001, 0.019), None, False),
-        ("level", (0.01, None, None), None, False),
-        ("higher", (0.01, None, None), None, False),
+        ("higher", 0.02, 0.04, 5, True),
+        ("higher", 0.02, 0.05, 5, False),
+        ("higher", -0.02, 0.01, 5, False),
+        ("lower", -0.02, 0.01, 5, True),
+        ("lower", -0.02, 0.01, 4, False),
+        ("open", 0.02, 0.05, 5, True),
+        ("open", 0.02, 0.04, 5, False),
+        ("open", 0.02, None, 5, False),
+        ("open", 0.02, 0.5, 4, False),
     ],
 )
-def test_what_follows(says, interval, p, holds):
-    assert claims.Claim("one", "here", says, Difference(*interval, p, 5)).holds(p) is holds
+def test_what_follows(says, mean, p, seeds, holds):
+    assert claims.Claim("one", "here", says, Difference(mean, 0, 0, p, seeds)).holds(p) is holds
     assert not claims.Claim("one", "here", says, None).holds(p)
 
 
-def test_only_what_is_tested_is_corrected_for():
+def test_all_claims_are_corrected_for():
     one = claims.Claim("one", "here", "higher", Difference(0.02, 0.01, 0.03, 0.02, 5))
-    family = {"a": one, "b": one._replace(says="lower"), "c": one._replace(says="level"), "d": one._replace(found=None)}
-    assert claims.corrected(family) == {"a": 0.04, "b": 0.04, "c": None, "d": None}
-    assert claims.failures(family) == ["one, here: not lower", "one, here: not level", "one, here: not higher"]
+    family = {"a": one, "b": one._replace(says="lower"), "c": one._replace(says="open"), "d": one._replace(found=None)}
+    assert claims.corrected(family) == {"a": 0.06, "b": 0.06, "c": 0.06, "d": None}
+    assert claims.failures(family) == ["one, here: not higher", "one, here: not lower", "one, here: not higher"]
+
+
+def test_a_split_that_is_missing_leaves_nothing_to_claim(evidence):
+    table, splits = evidence.first
+    part = {point: runs for point, runs in table.items() if point.split == splits[0]}
+    assert claims.claims(evidence)["size"].found
+    assert claims.claims(evidence._replace(first=(part, splits)))["size"].found is None
 
 
 def test_a_claim_that_does_not_follow_fails(evidence, monkeypatch, tmp_path, capsys):

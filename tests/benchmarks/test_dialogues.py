@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks.study import dialogues
+from benchmarks.study.paired import in_points
 
 ROWS = [{"perplexity": 40.0}, {"perplexity": 20.0}]
 
@@ -113,7 +114,7 @@ def test_clients_are_compared_with_themselves_under_one_rank(tmp_path, monkeypat
     }
     for client, factor in zip(cells["autorank-rbla-0"]["summary"]["clients"], (1.0, 1.2, None), strict=True):
         client["after"] = client["after"] and client["after"] * factor
-    assert dialogues.beyond("autorank-rbla-0", cells) == "+9.1 (n = 2)"  # half of 100 ln 1.2
+    assert in_points(dialogues.beyond("autorank-rbla-0", cells)) == "+9.5 (n = 2)"  # exp(half of ln 1.2) - 1
     assert dialogues.beyond("uniform_bytes-rbla-0", cells) is None
     assert dialogues.beyond("full-flora-0", cells) is None
     published = tmp_path / "texts.json"

@@ -93,7 +93,7 @@ def test_files_of_another_kind_are_told(tmp_path):
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]
     file = tmp_path / "one.jsonl"
     file.write_bytes("\n".join(map(json.dumps, rows)).encode("utf-16"))
-    with pytest.raises(DatasetError, match="expected UTF-8 in .*, got UTF-16"):
+    with pytest.raises(DatasetError, match=r"expected UTF-8 in .*, got UTF-16"):
         load_instructions(file, skip=True)
     for text in (json.dumps(rows), json.dumps(rows, indent=1), json.dumps(rows[0], indent=1)):
         file.write_text(text)
