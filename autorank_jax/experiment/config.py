@@ -34,8 +34,7 @@ MOST_STRANGE = 3
 """Names in a file of options that are none, from more than which on it is another file."""
 BEFORE: Mapping[str, Any] = {"probe_ratio": 1.0, "probe_share": 1.0}
 """What runs did before these options came, which is not their default."""
-WRITTEN = 30
-"""Options from which on a file is one that a run wrote, and no one's own choice of a few."""
+WRITTEN = 30  # options in a file: from so many on it is one that a run wrote, and no one's own choice of a few
 
 
 @dataclass(frozen=True, kw_only=True)

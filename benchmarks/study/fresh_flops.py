@@ -14,7 +14,7 @@ same after a quarter of the rounds. They are tested in `claims`.
 Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.fresh_flops --json FILE
           python -m benchmarks.study.fresh_flops --quick       (embedded subset, one split and seed, two rounds)
           python -m benchmarks.study.fresh_flops --report      (runs nothing)
-Expect:   20 minutes on one core; what was stopped goes on
+Expect:   half an hour on one core; what was stopped goes on
 """
 
 import itertools

@@ -186,19 +186,6 @@ def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys, words, said)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_options_of_other_kinds():
-    with pytest.raises(ConfigurationError) as caught:
-        LanguageOptions(learning_rate="0.1", model=5, rounds=2.5, seed=True, quantize=None).validate()
-    assert list(caught.value.problems) == [
-        "model: expected a path, got 5",
-        "quantize: expected a text, got None",
-        "rounds: expected a whole number, got 2.5",
-        "learning-rate: expected a number, got '0.1'",
-        "seed: expected a whole number, got True",
-    ]
-    LanguageOptions(learning_rate=1, model="folder").validate()
-
-
 def test_all_mistaken_options_are_told_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert len(fails(capsys, "finetune", "--rounds", "0", "--lanes", "0", "--alpha", "0").splitlines()) == 3
