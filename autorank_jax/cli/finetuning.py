@@ -37,6 +37,7 @@ from autorank_jax.experiment.language_results import (
 )
 from autorank_jax.experiment.mistakes import ConfigurationError
 from autorank_jax.experiment.results import LanguageDivergedError
+from autorank_jax.interface.paths import user_path
 
 
 def finetune(command: Finetune) -> None:
@@ -79,7 +80,7 @@ def finetune(command: Finetune) -> None:
 def train_in(folder: Path, command: Finetune, console: Console) -> LanguageResults:
     """Train in a folder, and say how to go on where it is stopped."""
     checkpoints = checkpoints_of(folder, every=command.checkpoint_every, keep=command.keep_checkpoints)
-    model, data = (path and path.expanduser().absolute() for path in (command.training.model, command.training.data))
+    model, data = (path and user_path(path).absolute() for path in (command.training.model, command.training.data))
     options = dataclasses.replace(command.training, model=model, data=data)
 
     def note() -> None:

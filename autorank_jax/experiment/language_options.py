@@ -40,7 +40,7 @@ class LanguageOptions:
         model: folder of a causal decoder as Hugging Face publishes it (Llama, SmolLM2, Mistral without
             sliding windows, Qwen 2 and 3); a tiny random one if not given
         data: file of instructions in JSON lines; 74 that come with the package if not given
-        skip_odd_lines: leave lines out that cannot be read, lack the field, or are refused by the chat template
+        skip_odd_lines: leave out lines that give no text, and say why
         clients_by: field of the lines whose values are the clients
         clients: make so many clients in place of one for each value, by Dirichlet shares of the values; 0 = do not
         alpha: Dirichlet concentration of the shares, small = uneven

@@ -43,8 +43,9 @@ class CausalLM(NamedTuple):
         inputs = inputs if isinstance(inputs, Tokens) else jnp.asarray(inputs)
         ids = inputs.ids if isinstance(inputs, Tokens) else inputs
         _check_ids(self.config, ids)
-        if not is_traced(ids) and not 0 <= np.min(ids) <= np.max(ids) < self.config.vocabulary:
-            told = f"{np.min(ids)} to {np.max(ids)}, probably of another tokenizer"
+        known = np.zeros(1) if is_traced(ids) else np.asarray(ids)
+        if not 0 <= known.min() <= known.max() < self.config.vocabulary:
+            told = f"{known.min()} to {known.max()}, probably of another tokenizer"
             raise ValueError(f"expected ids in 0..{self.config.vocabulary - 1}, got {told}")
         return causal_logits(self.config, self.params, inputs)
 

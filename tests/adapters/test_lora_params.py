@@ -135,6 +135,9 @@ def test_a_quantised_layer_gets_no_adapter():
         ar.task_from_nnx(model, max_rank=2)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.filterwarnings("ignore")
 def test_qwix_adapts_any_product():
     task = ar.task_from_lora_params(of_qwix())
     assert {path: tuple(map(jnp.shape, a)) for path, a in task.server.trainable.adapters.items()} == {

@@ -113,7 +113,7 @@ def test_options_of_finetune_of_another_kind(training, said, tmp_path, capsys):
 
 @pytest.mark.parametrize("word", [5, None, [1]], ids=str)
 def test_words_that_are_none(word):
-    with pytest.raises(ConfigurationError, match="policy: expected one of"):
+    with pytest.raises(ConfigurationError, match="policy: expected a text"):
         LanguageOptions(policy=word).validate()
     with pytest.raises(ConfigurationError, match="split: expected one of"):
         Experiment(split=word).validate()
