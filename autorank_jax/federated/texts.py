@@ -98,8 +98,8 @@ def text_clients(
 
     Returns:
         The clients, in the order of their names. The report is about the texts to train on, and tells all that were cut
-        or left out. `ar.probe` adds losses
-        to the statistics: `stats._replace(epoch_losses=probed.epoch_losses, epochs=probed.epochs)`.
+        or left out. `ar.probe` adds losses to the statistics:
+        `stats._replace(epoch_losses=probed.epoch_losses, epochs=probed.epochs)`.
 
     Raises:
         ValueError: in one line, for lines without the field or that a template refuses, by number, no lines that are
