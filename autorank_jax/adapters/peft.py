@@ -48,7 +48,7 @@ def export_peft(
             `{path: ranks[client] for path, ranks in state.ranks.items()}`. Whole where None.
         names: module names in PyTorch, such as `models.bert.bert_name`; the path with dots where None. Where it gives
             None for a layer that was trained whole, that is left out. Of stacked layers, the name with `{}` where the
-            number of the layer goes, such as `models.causal_name`.
+            number of the layer goes, such as `models.causal_name`, with which the config says "CAUSAL_LM".
         base_model: name or path of the base model, for the config.
 
     Returns:

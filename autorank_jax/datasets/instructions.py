@@ -22,6 +22,7 @@ _FORMS = (
     (("messages",), ()),
     (("prompt", "completion"), ()),
 )
+SKIPPING = "skip=True, on the command line --skip-odd-lines, omits them"
 _ROLES = ("system", "user", "assistant")
 
 
@@ -100,16 +101,25 @@ def load_instructions(path: str | Path = MINI, *, skip: bool = False) -> Instruc
         examples.append(example)
         others.append(other)
         lines.append(number)
-    whole = not examples and raw.lstrip().startswith((b"[", b"{\n", b"{\r"))
-    cause = ", probably one JSON text over all lines: write each example in a line of its own" * whole
+    one = bad and _is_one_text(raw.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0].strip())
+    cause = ", probably one JSON text over all lines: write each example in a line of its own" if one else ""
     if bad and not skip:
-        advice = cause or "; skip=True, on the command line --skip-odd-lines, omits them"
+        advice = cause or f"; {SKIPPING}"
         raise DatasetError(f"expected instructions in each line of {str(path)!r}, got {few(bad)}{advice}")
     if not examples:
         raise DatasetError(f"expected instructions in {str(path)!r}, got none in {len(bad) + len(empty)} lines{cause}")
     names = sorted({name for other in others for name in other})
     fields = {name: tuple(other.get(name) for other in others) for name in names}
     return Instructions(tuple(examples), fields, tuple(lines), (*bad, *empty))
+
+
+def _is_one_text(first: bytes) -> bool:
+    """Return whether a JSON text over several lines, or a list of objects, begins with this line."""
+    try:
+        told = json.loads(first)
+    except (ValueError, RecursionError):
+        return first in (b"{", b"[") or first.startswith((b"[{", b"[ {"))
+    return isinstance(told, list) and bool(told) and all(isinstance(each, dict) for each in told)
 
 
 def few(problems: Sequence[str], most: int = 5) -> str:

@@ -27,7 +27,7 @@ _WORDS: Mapping[Any, tuple[str, Callable[[Any], bool]]] = {
     float: ("a number", is_real),
     float | None: ("a number", is_real),
     str: ("a text", lambda value: isinstance(value, str)),
-    Path | None: ("a path", lambda value: isinstance(value, str | Path)),
+    Path | None: ("a path", lambda value: isinstance(value, str | Path) and bool(str(value))),
 }
 """What Python may have, in words, and how it is known."""
 
@@ -50,7 +50,7 @@ class LanguageOptions:
         quantize: frozen matrices of the blocks: none, int8, nf4
         max_rank: rank of the most complex client, in every projection
         min_ratio: share of it that the least complex client gets
-        policy: autorank (by the complexity of a client's data), uniform_bytes (AutoRank's mean for all, so equal
+        policy: autorank (by the complexity of a client's data), uniform_bytes (AutoRank's mean for all, about equal
             bytes), full (everybody at the maximum)
         probe_epochs: epochs of the probe behind the criterion loss_entropy, at a tenth of the maximum rank; 0 = leave
             the criterion out

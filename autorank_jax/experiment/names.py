@@ -36,7 +36,7 @@ POLICIES: Mapping[str, str] = {
     "covered": "AutoRank's ratios, the highest cut until clients with half of all examples have them, for rbla",
     "by_size": "ratio grows with the client's number of examples",
     "uniform": "one ratio for all: AutoRank's mean over examples, so equal training FLOPs",
-    "uniform_bytes": "one ratio for all: AutoRank's mean over clients, so equal bytes",
+    "uniform_bytes": "one ratio for all: AutoRank's mean over clients, so about equal bytes",
     "by_size_bytes": "ratio grows with the number of examples, at AutoRank's mean over clients",
     "full": "ratio 1 for all",
     "shuffled": "AutoRank's ratios in random order",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax.datasets.chat import Tokenizer, make_chat
-from autorank_jax.datasets.instructions import Instructions, few
+from autorank_jax.datasets.instructions import SKIPPING, Instructions, few
 from autorank_jax.federated.data import client_stats, from_parts
 from autorank_jax.federated.held_out import held_counts
 from autorank_jax.federated.partition import dirichlet
@@ -113,20 +113,21 @@ def text_clients(
         raise ValueError(f"expected a field of the lines to take clients by, one of {known}, got {clients_by!r}")
     chat = make_chat(tokenizer, template)
     owned = [n for n, value in enumerate(instructions.fields[clients_by]) if value is not None]
-    lines = sorted(set(instructions.lines) - {instructions.lines[n] for n in owned})
+    given = zip(instructions.lines, instructions.fields[clients_by], strict=True)
+    lines = [f"line {line}" for line, value in given if value is None]
     if lines and not skip:
-        raise ValueError(
-            f"expected the field {clients_by!r} in every line, got none in {few([f'line {line}' for line in lines])}"
-        )
+        raise ValueError(f"expected the field {clients_by!r} in every line, got none in {few(lines)}; {SKIPPING}")
     numbered, refused = _tokenize(instructions.take(owned), chat, length)
     if refused and not (skip and numbered):
-        raise ValueError(f"expected conversations that the template takes, got {few(refused)}")
-    left_out = (*(f"line {line}: no field {clients_by!r}" for line in lines), *refused)
+        advice = "" if skip else f"; {SKIPPING}"
+        raise ValueError(f"expected conversations that the template takes, got {few(refused)}{advice}")
+    left_out = (*(f"{line}: no field {clients_by!r}" for line in lines), *refused)
     texts = list(numbered.values())
     values = [instructions.fields[clients_by][owned[n]] for n in numbered]
     if not texts:
         raise ValueError(f"expected lines with the field {clients_by!r}, got {few(left_out)}")
-    kinds, label = np.unique([str(value) for value in values], return_inverse=True)
+    printable = [str(value).encode(errors="replace").decode() for value in values]
+    kinds, label = np.unique(printable, return_inverse=True)
     owner, names = label, tuple(kinds.tolist())
     if clients is not None:
         owner = np.empty(len(label), np.int64)

@@ -186,6 +186,8 @@ def is_traced(value: Any) -> bool:
         np.asarray(value)
     except TypeError:
         return True
+    except ValueError:  # rows of several lengths
+        return False
     return False
 
 

@@ -31,7 +31,7 @@ def load_causal_lm(folder: str | Path, *, dtype: Any = None, quantize: Format | 
         folder: with `config.json`, `model.safetensors` or several files with their index, `tokenizer.json` and, where
             there is one, `tokenizer_config.json` with the chat template.
         dtype: of the weights, and so of the arithmetic: float32, bfloat16 or float16; where None as the files have it,
-            or most of their numbers where these differ.
+            or most of their numbers where these differ; 64 bits become 32.
         quantize: hold the matrices inside the blocks as "int8" or "nf4" (`autorank_jax.models.quantized`), made of the
             files' numbers one by one, so that the whole model is never in memory. Where they are used they are `dtype`
             again, block by block. Embeddings, output layer, biases and norms stay. Nothing is quantised where None.
@@ -110,6 +110,8 @@ def read_safetensors(file: Path) -> dict[str, np.ndarray]:
             raise ValueError("an empty one, probably cut short")
         raw = np.memmap(file, np.uint8, "r")
         begin = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+        if raw.size < 8 or raw.size < begin:
+            raise ValueError(f"{raw.size} bytes, of which a header needs {begin}, probably cut short")
         header = json.loads(raw[8:begin].tobytes())
         tensors = {}
         for name, told in header.items():
@@ -137,7 +139,8 @@ def _common_dtype(tensors: Mapping[str, np.ndarray]) -> Any:
     sizes: Counter[Any] = Counter()
     for tensor in tensors.values():
         sizes[tensor.dtype] += tensor.size
-    return sizes.most_common(1)[0][0] if sizes else np.float32
+    most = sizes.most_common(1)[0][0] if sizes else np.float32
+    return np.dtype(np.float32) if most == np.float64 else most
 
 
 Named = list[tuple[str, np.ndarray]]
@@ -287,7 +290,7 @@ def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
             raise ValueError(f"expected text in UTF-8 in {str(file)!r}, got {error!s:.100}") from error
     told = about.get("chat_template")
     if isinstance(told, list) and all(isinstance(each, dict) for each in told):  # several by name
-        told = {each.get("name"): each.get("template") for each in told}
+        told = {str(each.get("name")): each.get("template") for each in told}
     template = told.get("default") if isinstance(told, dict) else told
     if told is not None and not isinstance(template, str):
         raise ValueError(

@@ -108,6 +108,7 @@ def parse_config(told: Mapping[str, Any], *, where: str = "config.json") -> Caus
     if heads % kv_heads:
         raise ValueError(f"{where}: expected heads in groups of one size, got {heads} for {kv_heads} of keys")
     bias = _switch(told, "attention_bias", where)
+    rope = _rope(told, where)
     return CausalConfig(
         vocabulary=_count(told, "vocab_size", where),
         width=width,
@@ -116,9 +117,9 @@ def parse_config(told: Mapping[str, Any], *, where: str = "config.json") -> Caus
         kv_heads=kv_heads,
         head_dim=head_dim,
         hidden=_count(told, "intermediate_size", where),
-        length=_count(told, "max_position_embeddings", where),
+        length=_length(told, where),
         norm_eps=_number(told, "rms_norm_eps", where),
-        rope=_rope(told, where),
+        rope=rope,
         tied=_switch(told, "tie_word_embeddings", where),
         qkv_bias=bias or family == "qwen2",
         out_bias=bias and family != "qwen2",
@@ -157,7 +158,7 @@ def _refuse_settings(told: Mapping[str, Any], family: str, where: str) -> None:
     used = family == "mistral" or _switch(told, "use_sliding_window", where)
     if used and told.get("sliding_window") is not None:
         window = _count(told, "sliding_window", where)
-        if window < _count(told, "max_position_embeddings", where):
+        if window < _length(told, where):
             refuse("sliding_window", "attention without sliding windows")
 
 
@@ -173,18 +174,15 @@ def _head_dim(told: Mapping[str, Any], family: str, usual: int, where: str) -> i
 
 def _rope(told: Mapping[str, Any], where: str) -> Rope:
     """Read rotary positions: `rope_parameters` of today, `rope_theta` and `rope_scaling` of before."""
-    parts = {name: told[name] for name in ("rope_parameters", "rope_scaling") if told.get(name) is not None}
-    for name, part in parts.items():
-        if not isinstance(part, Mapping):
-            raise ValueError(f"{where}: expected {name} as an object or null, got {part!r:.60}")
-    if len(parts) == 2 and parts["rope_parameters"] != parts["rope_scaling"]:
+    parts = [part for name in ("rope_parameters", "rope_scaling") if (part := _scaling(told, name, where))]
+    thetas = [part.pop("rope_theta", None) for part in parts]
+    if len(parts) == 2 and parts[0] != parts[1]:
         raise ValueError(f"{where}: expected one of rope_parameters and rope_scaling, got both, and they differ")
-    scaling = dict(next(iter(parts.values()), {}))
-    given = [one for one in (scaling.pop("rope_theta", None), told.get("rope_theta")) if one is not None]
-    if len(given) == 2 and given[0] != given[1]:
-        raise ValueError(f"{where}: expected one rope_theta, got {given[0]!r} and {given[1]!r}")
-    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-    scaling.pop("type", None)
+    scaling = parts[0] if parts else {}
+    given = [theta for theta in (*thetas, told.get("rope_theta")) if theta is not None]
+    if any(theta != given[0] for theta in given[1:]):
+        raise ValueError(f"{where}: expected one rope_theta, got {' and '.join(map(repr, given))}")
+    kind = scaling.pop("rope_type", "default")
     if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ValueError(
             f"{where}: expected rotary positions of one of the kinds {', '.join(_SCALINGS)}, got {kind!r}, which is "
@@ -206,12 +204,30 @@ def _rope(told: Mapping[str, Any], where: str) -> Rope:
     return rope
 
 
+def _scaling(told: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """Return what is told of rotary positions, without what is null; the kind is `rope_type`, as it is called today."""
+    part = told.get(name)
+    if part is not None and not isinstance(part, Mapping):
+        raise ValueError(f"{where}: expected {name} as an object or null, got {part!r:.60}")
+    found = {key: value for key, value in (part or {}).items() if value is not None}
+    kind = found.pop("type", None)
+    return ({} if kind is None else {"rope_type": kind}) | found
+
+
+def _length(told: Mapping[str, Any], where: str) -> int:
+    """Return the positions that a model is made for: with linear scaling so many times those of before."""
+    rope = _rope(told, where)
+    positions = _count(told, "max_position_embeddings", where)
+    return max(positions, math.floor(positions * rope.factor)) if rope.kind == "linear" else positions
+
+
 def _end(told: Mapping[str, Any], where: str) -> tuple[int, ...]:
     """Return the tokens that end a text; there may be none."""
     eos = told.get("eos_token_id")
     ends = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(type(one) is int for one in ends):
-        raise ValueError(f"{where}: expected eos_token_id as a whole number or a list of some, got {eos!r:.60}")
+    most = _count(told, "vocab_size", where) - 1
+    if not all(type(one) is int and 0 <= one <= most for one in ends):
+        raise ValueError(f"{where}: expected eos_token_id as a whole number in 0..{most} or some, got {eos!r:.60}")
     return tuple(ends)
 
 
@@ -231,7 +247,7 @@ def _count(told: Mapping[str, Any], name: str, where: str) -> int:
 
 def _number(told: Mapping[str, Any], name: str, where: str) -> float:
     value = told.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e300:
         raise ValueError(f"{where}: expected {name} as a number > 0, got {value!r:.60}")
     return float(value)
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from autorank_jax.interface import check_least, checked, describe
-from autorank_jax.interface.kinds import is_traced
+from autorank_jax.interface.kinds import is_traced, is_whole
 from autorank_jax.models.causal_config import CausalConfig, rope_frequencies, rotate
 from autorank_jax.models.quantized import Format, is_quantizable, quantize_stack
 from autorank_jax.types import Array, Scored, Tokens
@@ -38,30 +38,43 @@ class CausalLM(NamedTuple):
 
         Raises:
             ValueError: for ids that are no whole numbers of the vocabulary, and texts of more tokens than
-                `config.length`.
+                `config.length` (rows of `Tokens`, where positions begin anew, may have more).
         """
-        inputs = inputs if isinstance(inputs, Tokens) else jnp.asarray(inputs)
-        ids = inputs.ids if isinstance(inputs, Tokens) else inputs
-        _check_ids(self.config, ids)
-        known = np.zeros(1) if is_traced(ids) else np.asarray(ids)
-        if not 0 <= known.min() <= known.max() < self.config.vocabulary:
-            told = f"{known.min()} to {known.max()}, probably of another tokenizer"
-            raise ValueError(f"expected ids in 0..{self.config.vocabulary - 1}, got {told}")
+        packed = isinstance(inputs, Tokens)
+        ids = inputs.ids if packed else inputs
+        if not is_traced(ids):
+            _check_values(self.config, ids)
+        if not packed:
+            inputs = jnp.asarray(inputs)
+            _check_ids(inputs)
+            if inputs.shape[1] > self.config.length:
+                raise ValueError(
+                    f"expected at most {self.config.length} tokens a text, as the model is made for "
+                    f"(max_position_embeddings), got {inputs.shape[1]}"
+                )
         return causal_logits(self.config, self.params, inputs)
 
 
-def _check_ids(config: CausalConfig, ids: Array) -> None:
+def _check_values(config: CausalConfig, ids: Any) -> None:
+    try:
+        known = np.asarray(ids)
+    except (ValueError, OverflowError):  # rows of several lengths
+        known = np.zeros(0)
+    _check_ids(known)
+    if not 0 <= known.min() <= known.max() < config.vocabulary:
+        told = f"{known.min()} to {known.max()}, probably of another tokenizer"
+        raise ValueError(f"expected ids in 0..{config.vocabulary - 1}, got {told}")
+
+
+def _check_ids(ids: Any) -> None:
     if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"expected ids as whole numbers of shape (b, length), got {describe(ids)}")
-    if ids.shape[1] > config.length:
-        raise ValueError(
-            f"expected at most {config.length} tokens a row, as the model is made for (max_position_embeddings), got "
-            f"{ids.shape[1]}"
-        )
 
 
 def _check_config(config: CausalConfig) -> None:
     for name in ("vocabulary", "width", "depth", "heads", "kv_heads", "head_dim", "hidden", "length"):
+        if not is_whole(getattr(config, name)):
+            raise ValueError(f"expected {name} as a whole number, got {getattr(config, name)!r:.60}")
         check_least(name, getattr(config, name))
     if config.heads % config.kv_heads:
         raise ValueError(f"expected heads in groups of one size, got {config.heads} for {config.kv_heads} of keys")
@@ -74,7 +87,7 @@ def check_dtype(dtype: Any) -> Any:
     known = [np.dtype(each) for each in (jnp.float32, jnp.bfloat16, jnp.float16)]
     try:
         found = np.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         found = None
     if found not in known:
         raise ValueError(f"expected dtype as one of {', '.join(map(str, known))}, got {dtype!r:.60}")
@@ -198,7 +211,7 @@ def causal_losses(
 def causal_hidden(config: CausalConfig, params: Params, inputs: Any, *, checkpoint: bool = False) -> Array:
     """Return the normalised features before the logits, `(b, length, width)`; arguments as in `causal_logits`."""
     ids, segments = inputs if isinstance(inputs, Tokens) else (inputs, None)
-    _check_ids(config, ids)
+    _check_ids(ids)
     index = jnp.arange(ids.shape[-1], dtype=jnp.int32)
     seen = (index[:, None] >= index[None, :])[None]
     position = index[None, :]

@@ -125,18 +125,31 @@ def _whole_ranks(ratios: Array, budget: Array, most: Array, shares: Array) -> Ar
     order = jnp.argsort(-left)
     price = (shares / most).ravel()[order]
     room = budget * (1 + 1e-6) - jnp.sum(ranks * shares / most)
-
-    def affordable(given: Array) -> Array:
-        return ~given & (left[order] > 0) & (price <= room - jnp.sum(jnp.where(given, price, 0)))
-
-    def give(given: Array) -> Array:
-        """Give as many as fit from the first on; who is too dear is passed over the next time."""
-        able, held = affordable(given), jnp.sum(jnp.where(given, price, 0))
-        first = able & (jnp.cumsum(able) == 1)  # whatever rounding says
-        return given | first | (able & (held + jnp.cumsum(jnp.where(able, price, 0)) <= room))
-
-    given = lax.while_loop(lambda given: jnp.any(affordable(given)), give, jnp.zeros(left.shape, bool))
+    start = jnp.zeros(left.shape, bool), left[order] > 0, price, room
+    given = lax.while_loop(_anybody, _give, start)[0]
     return (ranks + jnp.zeros_like(left).at[order].set(given.astype(left.dtype)).reshape(ranks.shape)) / most
+
+
+Giving = tuple[Array, Array, Array, Array]
+"""Who has got a rank back, who wants one, its price, all in their order; and the room in the budget."""
+
+
+def _affordable(giving: Giving) -> Array:
+    given, wanted, price, room = giving
+    return ~given & wanted & (price <= room - jnp.sum(jnp.where(given, price, 0)))
+
+
+def _anybody(giving: Giving) -> Array:
+    return jnp.any(_affordable(giving))
+
+
+def _give(giving: Giving) -> Giving:
+    """Give as many ranks as fit from the first on; who is too dear is passed over the next time."""
+    given, wanted, price, room = giving
+    able, held = _affordable(giving), jnp.sum(jnp.where(given, price, 0))
+    first = able & (jnp.cumsum(able) == 1)  # whatever rounding says
+    more = able & (held + jnp.cumsum(jnp.where(able, price, 0)) <= room)
+    return given | first | more, wanted, price, room
 
 
 @checked

@@ -28,7 +28,7 @@ from autorank_jax import datasets
 from autorank_jax.evaluation.costs import client_costs
 from autorank_jax.federated.participation import everyone, sample_uniformly
 from benchmarks import harness, script
-from benchmarks.study import equal_flops, probes
+from benchmarks.study import columns, equal_flops, probes
 from benchmarks.study.columns import FEW, MANY, STUDIED
 from benchmarks.study.options import RESULTS, make_parser
 from benchmarks.study.paired import Difference, difference, in_points
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
         images = images._replace(x_train=images.x_train[:IMAGES], y_train=images.y_train[:IMAGES])
         rounds = 2 if options.quick else ROUNDS
         seeds, splits = (SEEDS[:1], list(SPLITS)[:1]) if options.quick else (SEEDS, list(SPLITS))
-        trainers = {SPLITS[split]: make_trainer(images, split, rounds) for split in splits}
+        trainers: dict[tuple[float, Any], equal_flops.Trainer] = {}
         there = {tuple(row[key] for key in KEYS) for row in every}
         with harness.shared_programs():
             for seed, split in itertools.product(seeds, splits):
@@ -168,7 +168,10 @@ def main(arguments: list[str] | None = None) -> None:
                 cell = dict(zip(KEYS, (images.name, len(images.y_train), all_rounds, split, seed), strict=True))
                 if tuple(cell.values()) in there:
                     continue
-                trainer = trainers[SPLITS[split]]
+                alike = SPLITS[split], columns.SPLITS[split]["clients"]  # one program for these
+                if alike not in trainers:
+                    trainers[alike] = make_trainer(images, split, rounds)
+                trainer = trainers[alike]
                 trainer.federation = equal_flops.make_federation(images, split, seed)
                 found = [cell | row for row in run_seed(trainer, seed, rounds)]
                 print(split, seed, *(f"{row['ranks']} {row['final']:.3f}" for row in found), flush=True)

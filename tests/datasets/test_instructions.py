@@ -95,9 +95,12 @@ def test_files_of_another_kind_are_told(tmp_path):
     file.write_bytes("\n".join(map(json.dumps, rows)).encode("utf-16"))
     with pytest.raises(DatasetError, match=r"expected UTF-8 in .*, got UTF-16"):
         load_instructions(file, skip=True)
-    for text in (json.dumps(rows), json.dumps(rows, indent=1), json.dumps(rows[0], indent=1)):
-        file.write_text(text)
+    by_line = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]"
+    for text in (json.dumps(rows), json.dumps(rows, indent=1), json.dumps(rows[0], indent=1), by_line):
+        file.write_text(text, encoding="utf-8-sig")
         for skip in (True, False):
+            if skip and text == by_line:  # its last line is one
+                continue
             with pytest.raises(DatasetError, match="probably one JSON text over all lines"):
                 load_instructions(file, skip=skip)
 

@@ -87,12 +87,17 @@ def test_lines_that_are_no_texts_of_a_client_are_left_out_and_told():
         text_clients(lines, tokenizer, length=8, clients_by="kind")
     with pytest.raises(ValueError, match=r"got line 5: .* refuses \(not this\)"):
         text_clients(lines.take([0, 1, 2]), tokenizer, length=8, clients_by="kind")
+    twice = lines._replace(lines=(1, 2, 3, 1))  # of two files
+    with pytest.raises(ValueError, match="got none in line 1; skip=True"):
+        text_clients(twice, tokenizer, length=8, clients_by="kind")
     made = text_clients(lines, tokenizer, length=8, clients_by="kind", skip=True)
     assert made.names == ("a", "b")
     assert made.data.size.tolist() == [1, 1]
     assert [line.partition(":")[0] for line in made.report.left_out] == ["line 9", "line 5"]
     assert made.report.cut == ("line 6: 41 tokens cut to 8",)
     assert {*made.report.cut, *made.report.left_out} < set(str(made.report).splitlines())
+    odd = text_clients(texts(("a", "b"), kind=("\ud800",)), BYTES, length=8, clients_by="kind")
+    assert odd.names == ("?",)
     with pytest.raises(ValueError, match="got line 5: a conversation"):
         text_clients(lines.take([1]), tokenizer, length=8, clients_by="kind", skip=True)
 

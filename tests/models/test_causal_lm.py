@@ -42,7 +42,7 @@ def test_losses_in_chunks_are_those_of_whole_logits():
         (np.array([1, 2]), r"shape \(b, length\), got "),
         (np.zeros((1, 3), np.float32), "expected ids as whole numbers"),
         (np.zeros((1, 0), np.int32), "expected ids as whole numbers"),
-        (np.zeros((1, 65), np.int32), "at most 64 tokens a row"),
+        (np.zeros((1, 65), np.int32), "at most 64 tokens a text"),
         ([[1, 61]], r"expected ids in 0\.\.60, got 1 to 61, probably of another tokenizer"),
         (np.array([[-1, 3]]), r"expected ids in 0\.\.60, got -1 to 3"),
         (Tokens(jnp.array([[70]]), jnp.array([[1]])), "got 70 to 70"),
@@ -55,13 +55,24 @@ def test_ids_that_a_decoder_does_not_know(ids, said):
 
 def test_ids_as_lists():
     model = tiny(SMALL)
+    for odd in ([[1, 2], [3]], [[2**70]], [[2**40]]):
+        with pytest.raises(ValueError, match="expected ids"):
+            model(odd)
+    ids = jnp.zeros((1, 80), jnp.int32)
+    assert model(Tokens(ids, jnp.repeat(jnp.array([[1, 2]]), 40, axis=1))).shape == (1, 80, 61)  # positions begin anew
     np.testing.assert_array_equal(model([[3, 4]]), model(jnp.array([[3, 4]], jnp.int32)))
-    with pytest.raises(ValueError, match="at most 64 tokens a row"):
+    with pytest.raises(ValueError, match="at most 64 tokens a text"):
         jax.eval_shape(model, jnp.zeros((1, 65), jnp.int32))
 
 
 @pytest.mark.parametrize(
-    ("odd", "said"), [({"heads": 3}, "groups of one size"), ({"head_dim": 7}, "even head_dim"), ({"depth": 0}, "depth")]
+    ("odd", "said"),
+    [
+        ({"heads": 3}, "groups of one size"),
+        ({"head_dim": 7}, "even head_dim"),
+        ({"depth": 0}, "depth"),
+        ({"width": 2.5}, "width"),
+    ],
 )
 def test_sizes_that_no_decoder_has(odd, said):
     with pytest.raises(ValueError, match=said):
@@ -156,8 +167,10 @@ def test_types_that_a_decoder_does_not_have(tmp_path, dtype):
         ({"model_type": "qwen2", "use_sliding_window": "no"}, "use_sliding_window as true or false"),
         ({"model_type": "mistral", "sliding_window": "64"}, "sliding_window as a whole number"),
         ({"layer_types": "full_attention"}, "full attention in every layer"),
-        ({"eos_token_id": "</s>"}, "eos_token_id as a whole number or a list"),
-        ({"eos_token_id": [1, "</s>"]}, "eos_token_id as a whole number or a list"),
+        ({"eos_token_id": "</s>"}, "eos_token_id as a whole number in 0..60"),
+        ({"eos_token_id": -1}, "eos_token_id as a whole number in 0..60"),
+        ({"rope_theta": 10**400}, "rope_theta as a number > 0"),
+        ({"eos_token_id": [1, "</s>"]}, "eos_token_id as a whole number in 0..60"),
     ],
 )
 def test_settings_that_are_not_honoured_are_refused(changed, said):
@@ -175,6 +188,10 @@ def test_what_changes_nothing_is_accepted():
         "quantization_config": None,
     }
     assert parse_config(told) == SMALL._replace(qkv_bias=True, family="qwen2")
+    both = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+    both |= {"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": None}}
+    assert parse_config(CONFIG | both) == SMALL._replace(rope=Rope(kind="linear", factor=2.0), length=128)
+    assert parse_config(CONFIG | {"rope_scaling": {}, "rope_parameters": {"rope_type": "default"}}) == SMALL
     assert parse_config(CONFIG | {"model_type": "mistral", "sliding_window": 64}).family == "mistral"
 
 
@@ -274,7 +291,8 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
         (_without("tokenizer.json"), "expected tokenizer.json in"),
         (_damage("config.json", 20), "expected JSON in"),
         (_damage("model.safetensors", 3000), "probably cut short"),
-        (_damage("model.safetensors", 5), "expected a complete file"),
+        (_damage("model.safetensors", 5), "probably cut short"),
+        (_damage("model.safetensors", 50), "probably cut short"),
         (_damage("model.safetensors", 0), "probably cut short"),
         (_damage("tokenizer.json", 20), "expected a tokenizer in"),
         (_about(chat_template=[{"template": "{{ x }}"}]), "expected chat_template in"),
