@@ -123,14 +123,21 @@ def of_qwix(**options):
     return qwix.apply_lora_to_model(Einsum(), provider, jnp.ones((2, 4)), rngs=nnx.Rngs(0))
 
 
+class Inner(nnx.Module):
+    def __init__(self):
+        self.a = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.a(x)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.filterwarnings("ignore")
 def test_a_quantised_layer_gets_no_adapter():
     qwix = pytest.importorskip("qwix", reason="qwix is not installed")
     rule = qwix.QuantizationRule(module_path=".*", weight_qtype=jnp.int8)
-    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-    model = qwix.quantize_model(model, qwix.PtqProvider([rule]), jnp.ones((2, 4)))
+    model = qwix.quantize_model(Inner(), qwix.PtqProvider([rule]), jnp.ones((2, 4)))
     with pytest.raises(ValueError, match="probably quantised: adapt what qwix' LoRA gives by task_from_lora_params"):
         ar.task_from_nnx(model, max_rank=2)
 
