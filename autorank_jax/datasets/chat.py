@@ -6,8 +6,9 @@ A model brings its template, Jinja source in `tokenizer_config.json`. Where ther
     User: ...
     Assistant: ...<eos>
 
-with a line for each turn; what the assistant says, and the token that ends it, is what is learnt. Templates have what
-`transformers` gives them but for `strftime_now`: with the date of today every day's run would be another.
+with a line for each turn; what the assistant says, and the token that ends it, is what is learnt. A
+template gets what `transformers` gives it but for additional special tokens and `strftime_now`: with the date of today
+every day's run would be another.
 """
 
 import json

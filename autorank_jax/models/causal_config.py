@@ -105,11 +105,9 @@ def parse_config(told: Mapping[str, Any], *, where: str = "config.json") -> Caus
     kv_heads = heads
     if told.get("num_key_value_heads") is not None or family != "llama":
         kv_heads = _count(told, "num_key_value_heads", where)
-    if heads % kv_heads:
-        raise ValueError(f"{where}: expected heads in groups of one size, got {heads} for {kv_heads} of keys")
     bias = _switch(told, "attention_bias", where)
     rope = _rope(told, where)
-    return CausalConfig(
+    config = CausalConfig(
         vocabulary=_count(told, "vocab_size", where),
         width=width,
         depth=_count(told, "num_hidden_layers", where),
@@ -128,6 +126,18 @@ def parse_config(told: Mapping[str, Any], *, where: str = "config.json") -> Caus
         family=family,
         end=_end(told, where),
     )
+    check_heads(config, f"{where}: ")
+    return config
+
+
+def check_heads(config: CausalConfig, where: str = "") -> None:
+    """Refuse heads that do not share keys evenly, or whose features make no pairs; errors begin with `where`."""
+    if config.heads % config.kv_heads:
+        told = f"{config.heads} for {config.kv_heads} of keys"
+        raise ValueError(f"{where}expected heads in groups of one size, got {told}")
+    if config.head_dim < 2 or config.head_dim % 2:  # 0 where there are more heads than features
+        told = f"which rotary positions turn in pairs, got {config.head_dim}"
+        raise ValueError(f"{where}expected an even head_dim, {told}")
 
 
 def _refuse_unknown(told: Mapping[str, Any], where: str) -> None:
@@ -164,12 +174,8 @@ def _refuse_settings(told: Mapping[str, Any], family: str, where: str) -> None:
 
 def _head_dim(told: Mapping[str, Any], family: str, usual: int, where: str) -> int:
     if told.get("head_dim") is not None:
-        head_dim = _count(told, "head_dim", where)
-    else:
-        head_dim = 128 if family == "qwen3" else usual
-    if head_dim % 2:
-        raise ValueError(f"{where}: expected an even head_dim, which rotary positions turn in pairs, got {head_dim}")
-    return head_dim
+        return _count(told, "head_dim", where)
+    return 128 if family == "qwen3" else usual
 
 
 def _rope(told: Mapping[str, Any], where: str) -> Rope:

@@ -15,7 +15,7 @@ from jax import lax
 
 from autorank_jax.interface import check_least, checked, describe
 from autorank_jax.interface.kinds import is_traced, is_whole
-from autorank_jax.models.causal_config import CausalConfig, rope_frequencies, rotate
+from autorank_jax.models.causal_config import CausalConfig, check_heads, rope_frequencies, rotate
 from autorank_jax.models.quantized import Format, is_quantizable, quantize_stack
 from autorank_jax.types import Array, Scored, Tokens
 
@@ -76,10 +76,7 @@ def _check_config(config: CausalConfig) -> None:
         if not is_whole(getattr(config, name)):
             raise ValueError(f"expected {name} as a whole number, got {getattr(config, name)!r:.60}")
         check_least(name, getattr(config, name))
-    if config.heads % config.kv_heads:
-        raise ValueError(f"expected heads in groups of one size, got {config.heads} for {config.kv_heads} of keys")
-    if config.head_dim % 2:
-        raise ValueError(f"expected an even head_dim, which rotary positions turn in pairs, got {config.head_dim}")
+    check_heads(config)
 
 
 def check_dtype(dtype: Any) -> Any:

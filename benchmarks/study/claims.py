@@ -230,10 +230,9 @@ def finding(evidence: Evidence, family: Mapping[str, Claim]) -> str:
         for {dearer} times the FLOPs with a full probe; by FLOPs they start behind ({said("stopped")}). **At the same
         FLOPs ranks that grow with a client's data pay,** for {sent} % of the bytes and {most} % of the slowest client's
         work. In proportion to its size and AutoRank's they end beyond one rank by {beyond[0]} (staircase) and
-        {beyond[1]}
-        (100 clients, 20 a round); not shown: {beyond[2]} (random splits), {beyond[3]} (few classes each). **Not with
-        RBLA**, the rule of the paper's author: {said("rbla")}. Whole weights (FedAvg): {said("whole")} beyond
-        AutoRank's. **Pretrained:** MiniLM {said("texts")}; SmolLM2's perplexity {said("dialogues")} % (one seed).
+        {beyond[1]} (100 clients, 20 a round); not shown: {beyond[2]} (random splits), {beyond[3]} (few classes each).
+        **Not with RBLA**, the rule of the paper's author: {said("rbla")}. Whole weights (FedAvg): {said("whole")}
+        beyond AutoRank's. **Pretrained:** MiniLM {said("texts")}; SmolLM2's perplexity {said("dialogues")} % (one seed).
     """
     return textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False, break_long_words=False)
 

@@ -145,6 +145,7 @@ def test_types_that_a_decoder_does_not_have(tmp_path, dtype):
         ({"rms_norm_eps": None}, "rms_norm_eps as a number"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers as a whole number"),
         ({"head_dim": 5}, "even head_dim"),
+        ({"num_attention_heads": 32}, "even head_dim, which rotary positions turn in pairs, got 0"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}, "differ"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "one rope_theta, got 500000.0 and 10000.0"),
         ({"rope_parameters": [1]}, "rope_parameters as an object or null, got [1]"),
