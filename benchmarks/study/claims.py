@@ -232,7 +232,8 @@ def finding(evidence: Evidence, family: Mapping[str, Claim]) -> str:
         work. In proportion to its size and AutoRank's they end beyond one rank by {beyond[0]} (staircase) and
         {beyond[1]} (100 clients, 20 a round); not shown: {beyond[2]} (random splits), {beyond[3]} (few classes each).
         **Not with RBLA**, the rule of the paper's author: {said("rbla")}. Whole weights (FedAvg): {said("whole")}
-        beyond AutoRank's. **Pretrained:** MiniLM {said("texts")}; SmolLM2's perplexity {said("dialogues")} % (one seed).
+        beyond AutoRank's. **Pretrained:** MiniLM {said("texts")}; SmolLM2's perplexity {said("dialogues")} %
+        (one seed).
     """
     return textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False, break_long_words=False)
 
