@@ -47,7 +47,7 @@ class Instructions(NamedTuple):
     examples: tuple[Example, ...]
     fields: dict[str, tuple[Any, ...]]  # by name, of each example; None where its line has none
     lines: tuple[int, ...]  # the number of each example's line, from 1 on
-    problems: tuple[str, ...] = ()  # lines that gave no example, and why
+    problems: tuple[str, ...] = ()  # lines that gave no example, in their order, and why
 
     def take(self, numbers: Sequence[int]) -> "Instructions":
         """Return the examples of these numbers."""
@@ -110,7 +110,7 @@ def load_instructions(path: str | Path = MINI, *, skip: bool = False) -> Instruc
         raise DatasetError(f"expected instructions in {str(path)!r}, got none in {len(bad) + len(empty)} lines{cause}")
     names = sorted({name for other in others for name in other})
     fields = {name: tuple(other.get(name) for other in others) for name in names}
-    return Instructions(tuple(examples), fields, tuple(lines), (*bad, *empty))
+    return Instructions(tuple(examples), fields, tuple(lines), by_line(*bad, *empty))
 
 
 def _is_one_text(first: bytes) -> bool:
@@ -120,6 +120,11 @@ def _is_one_text(first: bytes) -> bool:
     except (ValueError, RecursionError):
         return first in (b"{", b"[") or first.startswith((b"[{", b"[ {"))
     return isinstance(told, list) and bool(told) and all(isinstance(each, dict) for each in told)
+
+
+def by_line(*problems: str) -> tuple[str, ...]:
+    """Return problems in the order of their lines; each begins with `line N`."""
+    return tuple(sorted(problems, key=lambda each: int(each.split()[1].rstrip(":"))))
 
 
 def few(problems: Sequence[str], most: int = 5) -> str:

@@ -10,7 +10,7 @@ import optax
 
 from autorank_jax.adapters import task_from_causal_lm
 from autorank_jax.aggregators import make_rule
-from autorank_jax.datasets.instructions import few, load_instructions
+from autorank_jax.datasets.instructions import by_line, few, load_instructions
 from autorank_jax.engine.flops import FlopModel
 from autorank_jax.engine.local import make_local_training
 from autorank_jax.engine.simulation import init_state
@@ -123,7 +123,8 @@ def load(options: LanguageOptions, clock: Clock) -> tuple[CausalLM, TextClients]
     report = clients.report
     told = [*_told("cut", report.cut), *_told("left out", report.left_out)]
     clock.end("; ".join([f"{len(clients.names)} of {report.counts()}", *told]))
-    return model, clients._replace(report=report._replace(left_out=(*instructions.problems, *report.left_out)))
+    left_out = by_line(*instructions.problems, *report.left_out)
+    return model, clients._replace(report=report._replace(left_out=left_out))
 
 
 def _told(what: str, lines: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax.datasets.chat import Tokenizer, make_chat
-from autorank_jax.datasets.instructions import SKIPPING, Instructions, few
+from autorank_jax.datasets.instructions import SKIPPING, Instructions, by_line, few
 from autorank_jax.federated.data import client_stats, from_parts
 from autorank_jax.federated.held_out import held_counts
 from autorank_jax.federated.partition import dirichlet
@@ -121,7 +121,7 @@ def text_clients(
     if refused and not (skip and numbered):
         advice = "" if skip else f"; {SKIPPING}"
         raise ValueError(f"expected conversations that the template takes, got {few(refused)}{advice}")
-    left_out = (*(f"{line}: no field {clients_by!r}" for line in lines), *refused)
+    left_out = by_line(*(f"{line}: no field {clients_by!r}" for line in lines), *refused)
     texts = list(numbered.values())
     values = [instructions.fields[clients_by][owned[n]] for n in numbered]
     if not texts:

@@ -79,7 +79,7 @@ def test_odd_lines_are_named_by_number(tmp_path, line, said):
     assert "\n" not in str(caught.value)
     found = load_instructions(file, skip=True)
     assert found.lines == (1, 4)
-    assert [problem.partition(":")[0] for problem in found.problems] == ["line 3", "line 2"]
+    assert [problem.partition(":")[0] for problem in found.problems] == ["line 2", "line 3"]
 
 
 def test_files_without_examples_are_refused(tmp_path):
