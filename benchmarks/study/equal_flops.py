@@ -121,10 +121,17 @@ def first_candidates(federation: Federation) -> dict[str, np.ndarray]:
 class Trainer:
     """Trains one split under one rule: any ranks and seeds with one program."""
 
-    def __init__(self, federation: Federation, rule: str, rounds: int, participation: Participation = everyone) -> None:
+    def __init__(
+        self,
+        federation: Federation,
+        rule: str,
+        rounds: int,
+        participation: Participation = everyone,
+        learning_rate: float = 0.03,
+    ) -> None:
         self.federation, self.rule = federation, ar.aggregators.make_rule(rule)
         self.quarter = max(1, rounds // 4)
-        local = ar.make_local_training(make_task(0), optax.sgd(0.03, momentum=0.9), batch_size=64)
+        local = ar.make_local_training(make_task(0), optax.sgd(learning_rate, momentum=0.9), batch_size=64)
         one_round = ar.make_round(local, self.rule, lanes=1, participation=participation)
         x, y = federation.images.x_test, federation.images.y_test
         half = len(y) // 2  # validation first, then test

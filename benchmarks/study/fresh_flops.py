@@ -1,22 +1,25 @@
 """Do ranks that differ pay at equal training FLOPs? What `equal_flops` found, on splits and seeds that it never saw.
 
-Its federation of ten clients (6,000 images of Fashion-MNIST, 20 rounds of one local epoch, batch 64, SGD 0.03 with
-momentum, maximum ranks 160, 160, 100) under `raflora`, splits of fewer classes a client, and a hundred clients of whom
-a fifth takes part in each of 100 rounds; every seed has its own split, weights and batches (the adapters' start stays).
+Its federation of ten clients (6,000 images of Fashion-MNIST, 20 rounds of one local epoch, batch 64, SGD with momentum,
+maximum ranks 160, 160, 100) under `raflora`, splits of fewer classes a client, and a hundred clients of whom a fifth
+takes part in each of 100 rounds; every seed has its own split, weights and batches (the adapters' start stays).
 Compared with everybody's ratio at 0.4 are the two that looked best there, of at most the same FLOPs:
 
 - `n^1`: ratios in proportion to a client's number of examples;
 - `AutoRank`: in proportion to the ratios of the default policy, whose probe is paid from the same FLOPs.
 
-Final accuracy in % on all test images, differences in points, paired over seeds, with 95 % t intervals; `early` is the
-same after a quarter of the rounds. They are tested in `claims`.
+Each has its own learning rate on each split: of 0.01, 0.03, 0.1 and 0.3 the best on one half of the test images under
+two seeds used nowhere else. Final accuracy in % on the other half, differences in points, paired over seeds, with 95 %
+t intervals; `early` is the same after a quarter of the rounds, `same rate` at that of the uniform rank. `claims` tests
+the first.
 
 Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.fresh_flops --json FILE
           python -m benchmarks.study.fresh_flops --quick       (embedded subset, one split and seed, two rounds)
           python -m benchmarks.study.fresh_flops --report      (runs nothing)
-Expect:   half an hour on one core; what was stopped goes on
+Expect:   an hour or two on one core; what was stopped goes on
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,12 +31,13 @@ from autorank_jax import datasets
 from autorank_jax.evaluation.costs import client_costs
 from autorank_jax.federated.participation import everyone, sample_uniformly
 from benchmarks import harness, script
-from benchmarks.study import columns, equal_flops, probes
+from benchmarks.study import equal_flops, probes
 from benchmarks.study.columns import FEW, MANY, STUDIED
 from benchmarks.study.options import RESULTS, make_parser
 from benchmarks.study.paired import Difference, difference, in_points
 
-SEEDS = range(200, 210)
+TUNING, SEEDS = range(190, 192), range(200, 210)
+RATES = (0.01, 0.03, 0.1, 0.3)
 SPLITS: Mapping[str, float] = {
     **dict.fromkeys(STUDIED, 1.0), FEW: 1.0, MANY: 0.2,
 }  # fmt: skip
@@ -44,15 +48,15 @@ APART = 1000
 DEFAULT = probes.Probe(epochs=2, ratio=0.1, share=0.25)
 """As `ar.probe` has it."""
 CANDIDATES = ("uniform", "AutoRank", "n^1")
-KEYS = ("dataset", "images", "rounds", "split", "seed")
 DIFFERENCES = (
     ("minus uniform", "uniform", "final"),
     ("minus AutoRank", "AutoRank", "final"),
     ("early, minus uniform", "uniform", "early"),
 )
+SAME = "same rate, minus uniform"
 COSTS = {"FLOPs %": "flops", "bytes %": "bytes", "slowest client's FLOPs %": "most"}
 """Of the uniform rank's."""
-COLUMNS = ("split", "ranks", "seeds", *COSTS, "final", *(title for title, _, _ in DIFFERENCES))
+COLUMNS = ("split", "ranks", "rate", "seeds", *COSTS, "final", *(title for title, _, _ in DIFFERENCES), SAME)
 
 
 def candidates(federation: equal_flops.Federation, seed: int, rounds: int) -> dict[str, tuple[np.ndarray, float]]:
@@ -69,21 +73,22 @@ def candidates(federation: equal_flops.Federation, seed: int, rounds: int) -> di
     }
 
 
-def run_seed(trainer: equal_flops.Trainer, seed: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Yield what each candidate reaches with the split and the weights of a seed.
+def run_one(trainer: equal_flops.Trainer, seed: int, rounds: int, ratios: np.ndarray, paid: float) -> dict[str, float]:
+    """Return what a candidate reaches with the split and the weights of a seed, and what it costs.
 
     Args:
         trainer: of the split.
         seed: of weights and batches.
         rounds: as many as each client is expected to take part in.
+        ratios: of the candidate.
+        paid: FLOPs before the first round.
     """
     federation = trainer.federation
     uniform = rounds * equal_flops.spent(federation, np.full(len(federation.size), equal_flops.UNIFORM))
-    for name, (ratios, paid) in candidates(federation, seed, rounds).items():
-        early, final = trainer.train(ratios, seed).mean(axis=1)  # over both halves of the test images
-        flops = (paid + rounds * equal_flops.spent(federation, ratios)) / uniform
-        cost = {"flops": flops, **beside_uniform(trainer, ratios)}
-        yield {"ranks": name, **cost, "early": float(early), "final": float(final)}
+    (_, early), (validation, final) = trainer.train(ratios, seed)
+    flops = (paid + rounds * equal_flops.spent(federation, ratios)) / uniform
+    reached = {"validation": float(validation), "early": float(early), "final": float(final)}
+    return {"flops": flops, **beside_uniform(trainer, ratios), **reached}
 
 
 def beside_uniform(trainer: equal_flops.Trainer, ratios: np.ndarray) -> dict[str, float]:
@@ -100,12 +105,26 @@ def beside_uniform(trainer: equal_flops.Trainer, ratios: np.ndarray) -> dict[str
     return {"bytes": float(own.bytes_up.sum() / uniform.bytes_up.sum()), "most": float(most)}
 
 
-def make_trainer(images: datasets.Dataset, split: str, rounds: int) -> equal_flops.Trainer:
-    """Make what trains the clients of a split and all others of as many clients."""
-    federation = equal_flops.make_federation(images, split)
-    share = SPLITS[split]
-    chosen = everyone if share == 1 else sample_uniformly(round(share * len(federation.size)))
-    return equal_flops.Trainer(federation, RULE, round(rounds / share), chosen)
+class Trainers:
+    """Makes what trains the clients of a split: one program for all splits of as many clients, at each rate."""
+
+    def __init__(self, images: datasets.Dataset, rounds: int) -> None:
+        self.images, self.rounds = images, rounds
+        self.made: dict[tuple[Any, ...], equal_flops.Trainer] = {}
+        self.candidates = functools.cache(self._candidates)
+
+    def of(self, split: str, seed: int, rate: float) -> equal_flops.Trainer:
+        """Return the trainer at a rate, with the clients of a seed."""
+        federation, share = equal_flops.make_federation(self.images, split, seed), SPLITS[split]
+        alike = share, len(federation.size), rate
+        if alike not in self.made:
+            chosen = everyone if share == 1 else sample_uniformly(round(share * len(federation.size)))
+            self.made[alike] = equal_flops.Trainer(federation, RULE, round(self.rounds / share), chosen, rate)
+        self.made[alike].federation = federation
+        return self.made[alike]
+
+    def _candidates(self, split: str, seed: int) -> dict[str, tuple[np.ndarray, float]]:
+        return candidates(equal_flops.make_federation(self.images, split, seed), seed, self.rounds)
 
 
 def published() -> list[dict[str, Any]]:
@@ -120,12 +139,44 @@ def whole_runs(rows: Sequence[Mapping[str, Any]], images: str, rounds: int) -> l
     return [{**row} for row in rows if (row["dataset"], row["split"], row["rounds"]) in shown]
 
 
-def beyond(rows: Sequence[Mapping[str, Any]], split: str, one: str, other: str, when: str) -> Difference | None:
-    """Return what one candidate has beyond another on a split, `when` "early" or "final"."""
-    sides = [
-        {row["seed"]: row[when] for row in rows if (row["split"], row["ranks"]) == (split, name)}
-        for name in (one, other)
-    ]
+def best_rate(rows: Sequence[Mapping[str, Any]], split: str, ranks: str) -> float | None:
+    """Return the rate of the best validation, the mean over the seeds to tune with; of equals the smaller."""
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        if (row["split"], row["ranks"]) == (split, ranks) and row["seed"] in TUNING:
+            found.setdefault(row["rate"], []).append(row["validation"])
+    return max(sorted(found), key=lambda rate: np.mean(found[rate]), default=None)
+
+
+def jobs(
+    rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], tuning: Sequence[int], rates: Sequence[float], split: str
+) -> Iterator[tuple[int, str, float]]:
+    """Yield seed, candidate and rate of all runs on a split; `rows` grows meanwhile."""
+    for seed, rate, name in itertools.product(tuning, rates, CANDIDATES):
+        yield seed, name, rate
+    uniform = best_rate(rows, split, "uniform")
+    for seed, name in itertools.product(seeds, CANDIDATES):
+        for rate in sorted({best_rate(rows, split, name) or rates[0], uniform or rates[0]}):
+            yield seed, name, rate
+
+
+def of_rate(
+    rows: Sequence[Mapping[str, Any]], split: str, ranks: str, rate: float | None = None
+) -> list[Mapping[str, Any]]:
+    """Return the rows of a candidate at a rate, or its best one, for the seeds that it was not tuned with."""
+    place = split, ranks, best_rate(rows, split, ranks) if rate is None else rate
+    return [row for row in rows if (row["split"], row["ranks"], row["rate"]) == place and row["seed"] in SEEDS]
+
+
+def beyond(
+    rows: Sequence[Mapping[str, Any]], split: str, one: str, other: str, when: str, *, same: bool = False
+) -> Difference | None:
+    """Return what one candidate has beyond another on a split, `when` "early" or "final".
+
+    Each at its own rate, or the `same` one, that of the other.
+    """
+    rates = {name: best_rate(rows, split, other if same else name) for name in (one, other)}
+    sides = [{row["seed"]: row[when] for row in of_rate(rows, split, name, rates[name])} for name in (one, other)]
     return difference(*sides)
 
 
@@ -133,13 +184,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a row for every candidate and split, in Markdown."""
     found: list[harness.Row] = []
     for split, name in itertools.product(dict.fromkeys(row["split"] for row in rows), CANDIDATES):
-        own = [row for row in rows if (row["split"], row["ranks"]) == (split, name)]
-        row: harness.Row = {"split": split, "ranks": name, "seeds": len(own)}
+        own = of_rate(rows, split, name)
+        if not own:
+            continue
+        row: harness.Row = {"split": split, "ranks": name, "rate": own[0]["rate"], "seeds": len(own)}
         row |= {title: f"{100 * np.mean([one[key] for one in own]):.1f}" for title, key in COSTS.items()}
         row |= {"final": f"{100 * np.mean([one['final'] for one in own]):.1f}"}
         for title, other, when in DIFFERENCES:
             if CANDIDATES.index(name) > CANDIDATES.index(other):
                 row[title] = in_points(beyond(rows, split, name, other, when))
+        if name != "uniform":
+            row[SAME] = in_points(beyond(rows, split, name, "uniform", "final", same=True))
         found.append(row)
     return harness.markdown_table(found, COLUMNS)
 
@@ -159,24 +214,24 @@ def main(arguments: list[str] | None = None) -> None:
         images = datasets.load_dataset("fashion_mnist_mini" if options.quick else "fashion_mnist")
         images = images._replace(x_train=images.x_train[:IMAGES], y_train=images.y_train[:IMAGES])
         rounds = 2 if options.quick else ROUNDS
-        seeds, splits = (SEEDS[:1], list(SPLITS)[:1]) if options.quick else (SEEDS, list(SPLITS))
-        trainers: dict[tuple[float, Any], equal_flops.Trainer] = {}
-        there = {tuple(row[key] for key in KEYS) for row in every}
+        seeds, tuning, rates, splits = SEEDS, TUNING, RATES, tuple(SPLITS)
+        if options.quick:
+            seeds, tuning, rates, splits = SEEDS[:1], TUNING[:1], RATES[1:3], splits[:1]
+        trainers = Trainers(images, rounds)
         with harness.shared_programs():
-            for seed, split in itertools.product(seeds, splits):
-                all_rounds = round(rounds / SPLITS[split])
-                cell = dict(zip(KEYS, (images.name, len(images.y_train), all_rounds, split, seed), strict=True))
-                if tuple(cell.values()) in there:
-                    continue
-                alike = SPLITS[split], columns.SPLITS[split]["clients"]  # one program for these
-                if alike not in trainers:
-                    trainers[alike] = make_trainer(images, split, rounds)
-                trainer = trainers[alike]
-                trainer.federation = equal_flops.make_federation(images, split, seed)
-                found = [cell | row for row in run_seed(trainer, seed, rounds)]
-                print(split, seed, *(f"{row['ranks']} {row['final']:.3f}" for row in found), flush=True)
-                every = [*every, *found]
-                harness.write_json(options.json, known | {"fresh_flops": {"cells": every} | script.about()})
+            for split in splits:
+                here = {"dataset": images.name, "images": len(images.y_train), "rounds": round(rounds / SPLITS[split])}
+                mine = [row for row in every if here.items() <= row.items() and row["split"] == split]
+                for seed, name, rate in jobs(mine, seeds, tuning, rates, split):
+                    cell = here | {"split": split, "seed": seed, "ranks": name, "rate": rate}
+                    if any(cell.items() <= row.items() for row in mine):
+                        continue
+                    trainer = trainers.of(split, seed, rate)
+                    row = cell | run_one(trainer, seed, rounds, *trainers.candidates(split, seed)[name])
+                    print(f"{split}, seed {seed}, {name}, rate {rate}: {row['final']:.3f}", flush=True)
+                    mine.append(row)
+                    every.append(row)
+                    harness.write_json(options.json, known | {"fresh_flops": {"cells": every} | script.about()})
         rows = whole_runs(every, images.name, rounds)
     print(table(rows) if rows else "No cell is complete yet.")
 

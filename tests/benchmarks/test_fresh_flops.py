@@ -1,6 +1,7 @@
 """Equal FLOPs on fresh splits: what is compared costs the same, probe included; resuming; the table."""
 
 import inspect
+import itertools
 import json
 
 import jax
@@ -30,38 +31,49 @@ def test_autorank_pays_for_its_probe(monkeypatch):
     assert fresh_flops.DEFAULT[:3] == tuple(arguments[name].default for name in ("epochs", "ratio", "share"))
 
 
-def test_seeds_go_on_where_they_were_stopped_and_the_table_pairs_them(tmp_path, monkeypatch, capsys):
+def test_runs_go_on_where_they_were_stopped_and_each_has_its_own_rate(tmp_path, monkeypatch, capsys):
     seen, file = [], tmp_path / "one.json"
+    best = {"uniform": 0.03, "AutoRank": 0.03, "n^1": 0.1}
 
     class Fake:
-        def __init__(self, federation, _rule, rounds, participation):
-            self.federation = federation
+        def __init__(self, federation, _rule, rounds, participation, learning_rate):
+            self.federation, self.rate = federation, learning_rate
             cohort = participation(jax.random.key(0), federation.data).row
             assert rounds * len(cohort) == 20 * len(federation.size)  # each client is expected in as many rounds
 
-    def run_seed(_trainer, seed, _rounds):
-        seen.append(seed)
+    def run_one(trainer, seed, rounds, name, paid):
+        assert (rounds, paid) == (20, 0)
+        seen.append((seed, name, trainer.rate))
         if len(seen) == 4:
             raise KeyboardInterrupt
-        for name, gain in (("uniform", 0.0), ("AutoRank", 0.001 * (seed - 200)), ("n^1", 0.02)):
-            cost = {"flops": 0.999, "bytes": 0.6, "most": 1.8}
-            yield {"ranks": name, **cost, "early": 0.3, "final": 0.5 + seed / 1000 + gain}
+        gain = {"uniform": 0.0, "AutoRank": 0.001 * (seed - 200), "n^1": 0.02}[name] - 0.1 * (
+            trainer.rate != best[name]
+        )
+        reached = {"validation": 0.4 + gain, "early": 0.3, "final": 0.5 + seed / 1000 + gain}
+        return {"flops": 0.999, "bytes": 0.6, "most": 1.8, **reached}
 
     monkeypatch.setattr(equal_flops, "Trainer", Fake)
-    monkeypatch.setattr(fresh_flops, "run_seed", run_seed)
+    monkeypatch.setattr(fresh_flops, "run_one", run_one)
+    monkeypatch.setattr(fresh_flops, "candidates", lambda *_: {name: (name, 0) for name in best})
     monkeypatch.setattr(fresh_flops.datasets, "load_dataset", lambda _: load_dataset("fashion_mnist_mini"))
     with pytest.raises(SystemExit, match="what is finished is kept"):
         fresh_flops.main(["--json", str(file)])
-    assert len(json.loads(file.read_text())["fresh_flops"]["cells"]) == 9
+    assert len(json.loads(file.read_text())["fresh_flops"]["cells"]) == 3
     fresh_flops.main(["--json", str(file)])
-    assert sorted(seen[:3] + seen[4:]) == sorted(len(fresh_flops.SPLITS) * [*fresh_flops.SEEDS])
+    splits = len(fresh_flops.SPLITS)
+    tuned = list(itertools.product(fresh_flops.TUNING, fresh_flops.RATES, best))
+    tested = [(seed, name, rate) for seed in fresh_flops.SEEDS for name in best for rate in sorted({0.03, best[name]})]
+    ran = splits * [*((seed, name, rate) for seed, rate, name in tuned), *tested]
+    assert sorted(seen[:3] + seen[4:]) == sorted(ran)
     said = capsys.readouterr().out
-    assert "| staircase | uniform | 10 | 99.9 | 60.0 | 180.0 | 70.5 | – | – | – |" in said
+    assert "| staircase | uniform | 0.03 | 10 | 99.9 | 60.0 | 180.0 | 70.5 | – | – | – | – |" in said
     cost = "10 | 99.9 | 60.0 | 180.0"
-    assert f"| staircase | n^1 | {cost} | 72.5 | +2.0 [+2.0, +2.0] | +1.6 [+1.3, +1.8] | +0.0 [+0.0, +0.0] |" in said
-    assert f"| dirichlet-0.4-10 | AutoRank | {cost} | 70.9 | +0.5 [+0.2, +0.7] | – | +0.0 [+0.0, +0.0] |" in said
+    sized = f"| staircase | n^1 | 0.1 | {cost} | 72.5 | +2.0 [+2.0, +2.0] | +1.6 [+1.3, +1.8] | +0.0 [+0.0, +0.0] | "
+    assert sized + "-8.0 [-8.0, -8.0] |" in said
+    ours = f"| dirichlet-0.4-10 | AutoRank | 0.03 | {cost} | 70.9 | +0.5 [+0.2, +0.7] | – | +0.0 [+0.0, +0.0] | "
+    assert ours + "+0.5 [+0.2, +0.7] |" in said
     cells = json.loads(file.read_text())
-    quick = [row | {"rounds": 2, "final": 0.0} for row in cells["fresh_flops"]["cells"]]
+    quick = [row | {"rounds": 2, "final": 0.0, "validation": 1.0} for row in cells["fresh_flops"]["cells"]]
     file.write_text(json.dumps({"fresh_flops": {"cells": quick + cells["fresh_flops"]["cells"]}}))
     fresh_flops.main(["--json", str(file)])  # what was run quickly is no part of it
     assert capsys.readouterr().out == said[said.index("| split") :]
@@ -71,9 +83,12 @@ def test_seeds_go_on_where_they_were_stopped_and_the_table_pairs_them(tmp_path, 
 def test_a_quick_run_trains(tmp_path):
     fresh_flops.main(["--quick", "--json", str(tmp_path / "one.json")])
     rows = json.loads((tmp_path / "one.json").read_text())["fresh_flops"]["cells"]
-    assert [row["ranks"] for row in rows] == ["uniform", "AutoRank", "n^1"]
-    assert len({row["final"] for row in rows}) == 3
-    assert [row["bytes"] for row in rows[:1]] == [row["most"] for row in rows[:1]] == [1]
-    assert all(row["bytes"] < 0.7 for row in rows[1:])
-    assert rows[2]["most"] > 1.2  # the largest client has most rank
+    assert [row["ranks"] for row in rows[:6]] == 2 * ["uniform", "AutoRank", "n^1"]
+    assert [row["rate"] for row in rows[:6]] == 3 * [0.03] + 3 * [0.1]
+    assert len({row["final"] for row in rows[:6]}) == 6  # rates and ranks are those that are trained with
+    own = [row for row in rows if row["ranks"] == "uniform"]
+    assert {(row["bytes"], row["most"]) for row in own} == {(1, 1)}
+    assert all(row["bytes"] < 0.7 for row in rows if row["ranks"] != "uniform")
+    assert all(row["most"] > 1.2 for row in rows if row["ranks"] == "n^1")  # the largest client has most rank
     assert all(0.1 < row["early"] < row["final"] < 1 and 0.97 < row["flops"] <= 1 for row in rows)
+    assert len({row["validation"] for row in rows} & {row["final"] for row in rows}) <= 1  # other images
