@@ -208,7 +208,7 @@ def draw(family: Mapping[str, Claim]) -> Figure:
 def costs(rows: Sequence[Mapping[str, Any]], what: str) -> str:
     """Return what personal ranks cost beside the uniform one, in %: least and most mean over seeds."""
     places = itertools.product(WHERE, ("n^1", "AutoRank"))
-    own = [[row[what] for row in rows if (row["split"], row["ranks"]) == place] for place in places]
+    own = [[row[what] for row in fresh_flops.of_rate(rows, *place)] for place in places]
     means = [np.mean(values) for values in own if values] or [np.nan]
     return f"{100 * min(means):.0f} to {100 * max(means):.0f}"
 

@@ -46,12 +46,14 @@ def test_runs_go_on_where_they_were_stopped_and_each_has_its_own_rate(tmp_path, 
         seen.append((seed, name, trainer.rate))
         if len(seen) == 4:
             raise KeyboardInterrupt
-        gain = {"uniform": 0.0, "AutoRank": 0.001 * (seed - 200), "n^1": 0.02}[name] - 0.1 * (
-            trainer.rate != best[name]
-        )
-        reached = {"validation": 0.4 + gain, "early": 0.3, "final": 0.5 + seed / 1000 + gain}
+        gain = {"uniform": 0.0, "AutoRank": 0.001 * (seed - 200), "n^1": 0.02}[name]
+        gain -= 0.1 * (trainer.rate != best[name])
+        validation = {("uniform", 0.2): 0.9, ("AutoRank", 0.2): 0.1}.get((name, trainer.rate), 0.5 + gain)
+        reached = {"validation": validation, "early": 0.3, "final": 0.5 + seed / 1000 + gain}
         return {"flops": 0.999, "bytes": 0.6, "most": 1.8, **reached}
 
+    monkeypatch.setattr(fresh_flops, "TUNING", range(190, 192))
+    monkeypatch.setattr(fresh_flops, "SPLITS", {"staircase": 1.0, "dirichlet-0.4-100": 0.2})
     monkeypatch.setattr(equal_flops, "Trainer", Fake)
     monkeypatch.setattr(fresh_flops, "run_one", run_one)
     monkeypatch.setattr(fresh_flops, "candidates", lambda *_: {name: (name, 0) for name in best})
@@ -60,17 +62,16 @@ def test_runs_go_on_where_they_were_stopped_and_each_has_its_own_rate(tmp_path, 
         fresh_flops.main(["--json", str(file)])
     assert len(json.loads(file.read_text())["fresh_flops"]["cells"]) == 3
     fresh_flops.main(["--json", str(file)])
-    splits = len(fresh_flops.SPLITS)
-    tuned = list(itertools.product(fresh_flops.TUNING, fresh_flops.RATES, best))
+    tuned = itertools.product(range(190, 192), best, (0.01, 0.03, 0.06, 0.1, 0.2))
     tested = [(seed, name, rate) for seed in fresh_flops.SEEDS for name in best for rate in sorted({0.03, best[name]})]
-    ran = splits * [*((seed, name, rate) for seed, rate, name in tuned), *tested]
+    ran = 2 * [*tuned, *tested]
     assert sorted(seen[:3] + seen[4:]) == sorted(ran)
     said = capsys.readouterr().out
     assert "| staircase | uniform | 0.03 | 10 | 99.9 | 60.0 | 180.0 | 70.5 | – | – | – | – |" in said
     cost = "10 | 99.9 | 60.0 | 180.0"
     sized = f"| staircase | n^1 | 0.1 | {cost} | 72.5 | +2.0 [+2.0, +2.0] | +1.6 [+1.3, +1.8] | +0.0 [+0.0, +0.0] | "
     assert sized + "-8.0 [-8.0, -8.0] |" in said
-    ours = f"| dirichlet-0.4-10 | AutoRank | 0.03 | {cost} | 70.9 | +0.5 [+0.2, +0.7] | – | +0.0 [+0.0, +0.0] | "
+    ours = f"| dirichlet-0.4-100 | AutoRank | 0.03 | {cost} | 70.9 | +0.5 [+0.2, +0.7] | – | +0.0 [+0.0, +0.0] | "
     assert ours + "+0.5 [+0.2, +0.7] |" in said
     cells = json.loads(file.read_text())
     quick = [row | {"rounds": 2, "final": 0.0, "validation": 1.0} for row in cells["fresh_flops"]["cells"]]
