@@ -38,8 +38,8 @@ from benchmarks.study.paired import Difference, difference, in_points
 
 TUNING, SEEDS = range(190, 194), range(200, 210)
 RATES = (0.01, 0.03, 0.06, 0.1, 0.2, 0.4)
-DIVERGED = 0.2
-"""A run that ends below has diverged."""
+LEARNT = 0.2
+"""A run that ends below has learnt nothing, or has diverged where it ended above at a smaller rate."""
 SPLITS: Mapping[str, float] = {
     STAIRCASE: 1.0, MANY: 0.2, RANDOM: 1.0, FEW: 1.0,
 }  # fmt: skip
@@ -151,8 +151,10 @@ def best_rate(rows: Sequence[Mapping[str, Any]], split: str, ranks: str) -> floa
 
 def diverges(rows: Sequence[Mapping[str, Any]], split: str, rate: float) -> bool:
     """Return whether a run to tune with diverges, whosever it is."""
-    tuned = [row for row in rows if (row["split"], row["rate"]) == (split, rate) and row["seed"] in TUNING]
-    return any(row["validation"] < DIVERGED for row in tuned)
+    tuned = [row for row in rows if row["split"] == split and row["seed"] in TUNING]
+    learnt = {(row["ranks"], row["seed"]) for row in tuned if row["rate"] < rate and row["validation"] >= LEARNT}
+    ended = {(row["ranks"], row["seed"]) for row in tuned if row["rate"] == rate and row["validation"] < LEARNT}
+    return bool(learnt & ended)
 
 
 def jobs(

@@ -49,6 +49,7 @@ def test_runs_go_on_where_they_were_stopped_and_each_has_its_own_rate(tmp_path, 
         gain = {"uniform": 0.0, "AutoRank": 0.001 * (seed - 200), "n^1": 0.02}[name]
         gain -= 0.1 * (trainer.rate != best[name])
         validation = {("uniform", 0.2): 0.9, ("AutoRank", 0.2): 0.1}.get((name, trainer.rate), 0.5 + gain)
+        validation = 0.15 if (name, trainer.rate) == ("n^1", 0.01) else validation  # it has hardly begun to learn
         reached = {"validation": validation, "early": 0.3, "final": 0.5 + seed / 1000 + gain}
         return {"flops": 0.999, "bytes": 0.6, "most": 1.8, **reached}
 
