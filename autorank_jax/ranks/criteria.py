@@ -261,9 +261,14 @@ def check_criteria(criteria: Sequence[str | Criterion]) -> None:
 
 
 def _shares(counts: Array) -> Array:
-    """Return `p = n / Σ n` along the last axis, 0 where there is nothing to share."""
+    """Return `p = n / Σ n` along the last axis, 0 where there is nothing to share, exactly 1 where one has it all.
+
+    XLA may multiply by a reciprocal, so that `n / n` is a little less than 1 for some n, and the entropy of one class
+    would differ between clients.
+    """
     total = jnp.sum(counts, axis=-1, keepdims=True)
-    return jnp.where(total > 0, counts / jnp.where(total > 0, total, 1), 0)
+    shares = counts / jnp.where(total > 0, total, 1)
+    return jnp.where(total > 0, jnp.where(counts == total, 1, shares), 0)
 
 
 def _counts(label_counts: ArrayLike) -> Array:

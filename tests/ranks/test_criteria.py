@@ -12,6 +12,8 @@ from autorank_jax.ranks.criteria import (
     label_entropy,
     loss_entropy,
 )
+from autorank_jax.ranks.mcda import min_max
+from autorank_jax.ranks.policies import autorank_ranks
 from autorank_jax.types import ClientStats
 
 COUNTS = np.array([[10, 0, 0], [5, 5, 0], [30, 10, 20], [0, 0, 0]], np.int32)
@@ -163,3 +165,32 @@ def test_loss_entropy_names_wrong_shapes():
 def test_counts_that_are_none_are_refused(equation, counts, got):
     with pytest.raises(ValueError, match=f"label_counts as finite numbers >= 0, got {got}"):
         equation(counts)
+
+
+@pytest.mark.parametrize("criterion", [label_entropy, gini_simpson])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_class_has_no_complexity_whatever_its_size(criterion, compiled):
+    counts = jnp.diag(jnp.arange(1, 1051))  # n / n is a little less than 1 for some of these n where XLA computes it
+    assert not jnp.any((jax.jit(criterion) if compiled else criterion)(counts))
+
+
+def test_a_loss_that_is_gone_after_an_epoch_has_no_entropy_whatever_it_was():
+    first = jnp.linspace(0.01, 9, 1000)[:, None]
+    assert not jnp.any(loss_entropy(jnp.concatenate([first, 0 * first, 0 * first], axis=1)))
+
+
+def test_clients_of_one_class_each_differ_by_size_alone():
+    for sizes in ([300, 200, 41, 30, 20], [1050, 347, 207, 184, 106, 82, 61, 55, 47]):
+        ranks, of_one_class = (
+            np.asarray(autorank_ranks(counts, max_rank=16)[0]) for counts in (np.diag(sizes), np.array(sizes)[:, None])
+        )
+        assert ranks[0] == 16
+        assert (np.diff(ranks) <= 0).all()
+        assert ranks.tolist() == of_one_class.tolist()
+
+
+@pytest.mark.parametrize("mix", [(1, 1), (1, 2), (3, 7, 11), tuple(range(1, 41))])
+def test_clients_of_one_mix_do_not_differ_by_it(mix):
+    counts = np.outer(np.arange(1, 400), mix)
+    matrix = jnp.stack([label_entropy(counts), gini_simpson(counts)], axis=1)
+    assert not jnp.any(min_max(matrix)[1])
