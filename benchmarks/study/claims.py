@@ -24,6 +24,7 @@ from benchmarks.study import dialogues, fresh_flops, paper, policies_by_rules, t
 from benchmarks.study.cells import NOTHING
 from benchmarks.study.columns import FEW, MANY, RANDOM, STAIRCASE, STUDIED
 from benchmarks.study.forest import Forest, Mark, draw_forest
+from benchmarks.study.fresh_flops import EDGE
 from benchmarks.study.options import make_parser
 from benchmarks.study.paired import Difference, difference, holm, in_points
 from benchmarks.study.panels import CAPPED, FIRST, PRODUCTS, UNIFORM
@@ -34,12 +35,13 @@ README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "## What the study says\n\n", "\n\n!["
 """What stands around the finding."""
 WHERE = {STAIRCASE: "staircase", MANY: "100 clients, 20 a round", RANDOM: "random splits", FEW: "few classes a client"}
-SCALED: Mapping[tuple[str, str], str] = {
-    (STAIRCASE, "AutoRank"): "higher", (STAIRCASE, "n^1"): "higher", (RANDOM, "AutoRank"): "open",
-    (RANDOM, "n^1"): "open", (FEW, "AutoRank"): "open", (FEW, "n^1"): "open", (MANY, "AutoRank"): "higher",
-    (MANY, "n^1"): "higher",
+SCALED: Mapping[str, tuple[str, str, float | None, str]] = {
+    "": (STAIRCASE, "final", None, "open"), "many": (MANY, "final", None, "higher"),
+    "many early": (MANY, "early", None, "higher"), "many edge": (MANY, "final", EDGE[MANY], "open"),
+    "random": (RANDOM, "final", None, "open"), "few": (FEW, "final", None, "open"),
 }  # fmt: skip
-"""What `fresh_flops` says, by split and ranks."""
+"""What `fresh_flops` says of ranks by size and of AutoRank's: split, when, the rate if not the best, the word."""
+PERSONAL = {"n^1": "ranks in proportion to size", "AutoRank": "AutoRank"}
 UNIFORM_PRODUCTS, WHOLE = "uniform rank, AutoRank's bytes + raFLoRA", "whole weights + FedAvg"
 
 
@@ -150,12 +152,12 @@ def claims(evidence: Evidence) -> dict[str, Claim]:
             dialogues.beyond("autorank-raflora-0", evidence.dialogues), drawn=False,
         ),
     }  # fmt: skip
-    for (split, ranks), says in SCALED.items():
-        name = {"AutoRank": "AutoRank", "n^1": "ranks in proportion to size"}[ranks]
-        found = fresh_flops.beyond(evidence.flops, split, ranks, "uniform", "final")
+    for (name, (split, when, rate, says)), ranks in itertools.product(SCALED.items(), PERSONAL):
+        found = fresh_flops.beyond(evidence.flops, split, ranks, "uniform", when, rate=rate)
         where = f"6,000 images of Fashion-MNIST, {WHERE[split]}, 20 passes"
-        words = f"{name} minus one rank, scaled to the same FLOPs, raFLoRA"
-        family[f"{ranks} {split}"] = Claim(words, where, says, found, pairs=10)
+        more = ", a quarter of the way" * (when == "early") + (f", at the rate {rate}" if rate else "")
+        words = f"{PERSONAL[ranks]} minus one rank, scaled to the same FLOPs, raFLoRA{more}"
+        family[f"{ranks} {name}"] = Claim(words, where, says, found, pairs=10)
     return family
 
 
@@ -206,17 +208,15 @@ def draw(family: Mapping[str, Claim]) -> Figure:
 
 
 def costs(rows: Sequence[Mapping[str, Any]], what: str) -> str:
-    """Return what personal ranks cost beside the uniform one, in %: least and most mean over seeds."""
-    places = itertools.product(WHERE, ("n^1", "AutoRank"))
-    own = [[row[what] for row in fresh_flops.of_rate(rows, *place)] for place in places]
-    means = [np.mean(values) for values in own if values] or [np.nan]
-    return f"{100 * min(means):.0f} to {100 * max(means):.0f}"
+    """Return what personal ranks of many clients cost beside the uniform one, in %, means over seeds."""
+    own = [[row[what] for row in fresh_flops.of_rate(rows, MANY, ranks)] or [np.nan] for ranks in PERSONAL]
+    return " and ".join(f"{100 * np.mean(values):.0f}" for values in own)
 
 
 def finding(evidence: Evidence, family: Mapping[str, Claim]) -> str:
     """Write what the README says."""
     said: Callable[[str], str] = lambda name: in_points(family[name].found)  # noqa: E731
-    beyond = [f"{said(f'n^1 {split}')} and {said(f'AutoRank {split}')}" for split in WHERE]
+    beyond = {name: " and ".join(said(f"{ranks} {name}") for ranks in PERSONAL) for name in SCALED}
     sent, most = (costs(evidence.flops, what) for what in ("bytes", "most"))
     ours, others = (
         [np.mean([run.spent for run in evidence.columns["fashion_mnist", s][name].values()]) for s in STUDIED]
@@ -227,11 +227,12 @@ def finding(evidence: Evidence, family: Mapping[str, Claim]) -> str:
         On one small network (Fashion-MNIST): **Use a rule that averages products (`raflora`, the default).** Beside one
         rank for all of the same bytes AutoRank's ranks learn faster (staircase, mean of the first 20 of 100 rounds
         {said("early")} points), at the end no difference is shown ({said("end")}, random split {said("end random")}),
-        for {dearer} times the FLOPs with a full probe; by FLOPs they start behind ({said("stopped")}). **At the same
-        FLOPs ranks that grow with a client's data pay,** for {sent} % of the bytes and {most} % of the slowest client's
-        work. In proportion to its size and AutoRank's they end beyond one rank by {beyond[0]} (staircase) and
-        {beyond[1]} (100 clients, 20 a round); not shown: {beyond[2]} (random splits), {beyond[3]} (few classes each).
-        **Not with RBLA**, the rule of the paper's author: {said("rbla")}. Whole weights (FedAvg): {said("whole")}
+        for {dearer} times the FLOPs; by FLOPs they start behind ({said("stopped")}). **At the same FLOPs ranks that
+        grow with a client's data pay where few of many take part,** each at its own learning rate: 100 clients, 20 a
+        round, in proportion to size and AutoRank's {beyond["many early"]} after a quarter of the rounds,
+        {beyond["many"]} at the end, for {sent} % of the bytes and {most} % of the slowest client's work; not at a rate
+        at which a few runs diverge ({beyond["many edge"]}), nor is it shown with ten clients ({beyond[""]}).
+        **Not with RBLA,** the author's rule: {said("rbla")}. FedAvg's whole weights: {said("whole")}
         beyond AutoRank's. **Pretrained:** MiniLM {said("texts")}; SmolLM2's perplexity {said("dialogues")} %
         (one seed).
     """

@@ -38,6 +38,8 @@ from benchmarks.study.paired import Difference, difference, in_points
 
 TUNING, SEEDS = range(190, 194), range(200, 210)
 RATES = (0.01, 0.03, 0.06, 0.1, 0.2, 0.4)
+EDGE: Mapping[str, float] = {MANY: 0.1}
+"""A rate to compare at besides, where one of twelve runs to tune with diverges, but none of those to test."""
 LEARNT = 0.2
 """A run that ends below has learnt nothing, or has diverged where it ended above at a smaller rate."""
 SPLITS: Mapping[str, float] = {
@@ -168,8 +170,13 @@ def jobs(
             break
     uniform = best_rate(rows, split, "uniform")
     for seed, name in itertools.product(seeds, CANDIDATES):
-        for rate in sorted({best_rate(rows, split, name) or rates[0], uniform or rates[0]}):
+        for rate in sorted({best_rate(rows, split, name) or rates[0], uniform or rates[0], *edge(split)}):
             yield seed, name, rate
+
+
+def edge(split: str) -> list[float]:
+    """Return the rate to compare at besides, if any."""
+    return [EDGE[split]] if split in EDGE else []
 
 
 def of_rate(
@@ -181,33 +188,34 @@ def of_rate(
 
 
 def beyond(
-    rows: Sequence[Mapping[str, Any]], split: str, one: str, other: str, when: str, *, same: bool = False
+    rows: Sequence[Mapping[str, Any]], split: str, one: str, other: str, when: str, *, rate: float | None = None
 ) -> Difference | None:
     """Return what one candidate has beyond another on a split, `when` "early" or "final".
 
-    Each at its own rate, or the `same` one, that of the other.
+    Both at a rate, or each at its best one.
     """
-    rates = {name: best_rate(rows, split, other if same else name) for name in (one, other)}
-    sides = [{row["seed"]: row[when] for row in of_rate(rows, split, name, rates[name])} for name in (one, other)]
+    sides = [{row["seed"]: row[when] for row in of_rate(rows, split, name, rate)} for name in (one, other)]
     return difference(*sides)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a row for every candidate and split, in Markdown."""
+    """Return a row for every candidate, split and rate, in Markdown."""
     found: list[harness.Row] = []
-    for split, name in itertools.product(dict.fromkeys(row["split"] for row in rows), CANDIDATES):
-        own = of_rate(rows, split, name)
-        if not own:
-            continue
-        row: harness.Row = {"split": split, "ranks": name, "rate": own[0]["rate"], "seeds": len(own)}
-        row |= {title: f"{100 * np.mean([one[key] for one in own]):.1f}" for title, key in COSTS.items()}
-        row |= {"final": f"{100 * np.mean([one['final'] for one in own]):.1f}"}
-        for title, other, when in DIFFERENCES:
-            if CANDIDATES.index(name) > CANDIDATES.index(other):
-                row[title] = in_points(beyond(rows, split, name, other, when))
-        if name != "uniform":
-            row[SAME] = in_points(beyond(rows, split, name, "uniform", "final", same=True))
-        found.append(row)
+    for split in dict.fromkeys(row["split"] for row in rows):
+        uniform = best_rate(rows, split, "uniform")
+        for rate, name in itertools.product((None, *edge(split)), CANDIDATES):
+            own = of_rate(rows, split, name, rate)
+            if not own:
+                continue
+            row: harness.Row = {"split": split, "ranks": name, "rate": own[0]["rate"], "seeds": len(own)}
+            row |= {title: f"{100 * np.mean([one[key] for one in own]):.1f}" for title, key in COSTS.items()}
+            row |= {"final": f"{100 * np.mean([one['final'] for one in own]):.1f}"}
+            for title, other, when in DIFFERENCES:
+                if CANDIDATES.index(name) > CANDIDATES.index(other):
+                    row[title] = in_points(beyond(rows, split, name, other, when, rate=rate))
+            if rate is None and name != "uniform":
+                row[SAME] = in_points(beyond(rows, split, name, "uniform", "final", rate=uniform))
+            found.append(row)
     return harness.markdown_table(found, COLUMNS)
 
 

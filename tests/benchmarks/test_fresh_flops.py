@@ -65,7 +65,8 @@ def test_runs_go_on_where_they_were_stopped_and_each_has_its_own_rate(tmp_path, 
     fresh_flops.main(["--json", str(file)])
     tuned = itertools.product(range(190, 192), best, (0.01, 0.03, 0.06, 0.1, 0.2))
     tested = [(seed, name, rate) for seed in fresh_flops.SEEDS for name in best for rate in sorted({0.03, best[name]})]
-    ran = 2 * [*tuned, *tested]
+    at_edge = [(seed, name, 0.1) for seed in fresh_flops.SEEDS for name in ("uniform", "AutoRank")]
+    ran = [*2 * [*tuned, *tested], *at_edge]
     assert sorted(seen[:3] + seen[4:]) == sorted(ran)
     said = capsys.readouterr().out
     assert "| staircase | uniform | 0.03 | 10 | 99.9 | 60.0 | 180.0 | 70.5 | – | – | – | – |" in said
@@ -74,6 +75,7 @@ def test_runs_go_on_where_they_were_stopped_and_each_has_its_own_rate(tmp_path, 
     assert sized + "-8.0 [-8.0, -8.0] |" in said
     ours = f"| dirichlet-0.4-100 | AutoRank | 0.03 | {cost} | 70.9 | +0.5 [+0.2, +0.7] | – | +0.0 [+0.0, +0.0] | "
     assert ours + "+0.5 [+0.2, +0.7] |" in said
+    assert f"| dirichlet-0.4-100 | n^1 | 0.1 | {cost} | 72.5 | +12.0 [+12.0, +12.0] |" in said  # at the edge
     cells = json.loads(file.read_text())
     quick = [row | {"rounds": 2, "final": 0.0, "validation": 1.0} for row in cells["fresh_flops"]["cells"]]
     file.write_text(json.dumps({"fresh_flops": {"cells": quick + cells["fresh_flops"]["cells"]}}))
