@@ -154,9 +154,9 @@ def claims(evidence: Evidence) -> dict[str, Claim]:
     }  # fmt: skip
     for (name, (split, when, rate, says)), ranks in itertools.product(SCALED.items(), PERSONAL):
         found = fresh_flops.beyond(evidence.flops, split, ranks, "uniform", when, rate=rate)
-        where = f"6,000 images of Fashion-MNIST, {WHERE[split]}, 20 passes"
-        more = ", a quarter of the way" * (when == "early") + (f", at the rate {rate}" if rate else "")
-        words = f"{PERSONAL[ranks]} minus one rank, scaled to the same FLOPs, raFLoRA{more}"
+        where = f"6,000 images of Fashion-MNIST, {WHERE[split]}, {'5 of ' * (when == 'early')}20 passes"
+        where += f", rate {rate}" * (rate is not None)
+        words = f"{PERSONAL[ranks]} minus one rank, scaled to the same FLOPs, raFLoRA"
         family[f"{ranks} {name}"] = Claim(words, where, says, found, pairs=10)
     return family
 
