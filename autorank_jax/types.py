@@ -87,6 +87,7 @@ class Task(NamedTuple):
     predict: Callable[..., Array]  # frozen, trainable, inputs[, key] -> outputs; with a key as in training (dropout)
     origin: Origin | None = None  # None where the task was built by hand
     report: TaskReport | None = None  # likewise
+    check: Callable[[PyTree], None] | None = None  # raises ValueError for known inputs that the model does not take
 
 
 class Batch(NamedTuple):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from autorank_jax.adapters.low_rank import LowRank, linear_form
 from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks
 from autorank_jax.adapters.task import Flat, Model, Reading, cast, make_task
-from autorank_jax.interface import checked
-from autorank_jax.models.causal_lm import CausalLM, causal_logits, causal_losses
+from autorank_jax.interface import check_least, checked
+from autorank_jax.models.causal_lm import CausalLM, causal_logits, causal_losses, check_inputs
 from autorank_jax.models.quantized import Quantized
 from autorank_jax.types import Adapter, Array, Batch, Key, PyTree, Scored, Task, Trainable
 
@@ -52,6 +52,7 @@ def task_from_causal_lm(
     Raises:
         ValueError: if a pattern matches no projection or no parameter, or what is trained whole is quantised.
     """
+    check_least("chunk", chunk)
     key = jax.random.key(key) if isinstance(key, int) else key
     kernels = {name.removesuffix("/kernel"): value for name, value in model.params.items() if name.endswith("/kernel")}
     others = {name.rpartition("/")[0]: value for name, value in model.params.items() if not name.endswith("/kernel")}
@@ -68,6 +69,7 @@ def task_from_causal_lm(
     dtype = model.params["embed_tokens/embedding"].dtype
 
     def run(training: bool, values: Flat, adapters: dict[str, Adapter], inputs: PyTree, key: Key | None) -> PyTree:  # noqa: ARG001
+        check_inputs(model.config, inputs.inputs if isinstance(inputs, Scored) else inputs)
         params: dict[str, Any] = {n: v if n in quantized else cast(v, dtype) for n, v in values.items()}
         for path, adapter in cast(adapters, dtype).items():
             params[weights[path]] = LowRank(params[weights[path]], *adapter)
@@ -84,7 +86,7 @@ def task_from_causal_lm(
         nats = task.predict(frozen, trainable, Scored(batch.inputs, batch.targets), key)
         return token_weighted(nats, batch)
 
-    return task._replace(loss=loss)
+    return task._replace(loss=loss, check=lambda inputs: check_inputs(model.config, inputs))
 
 
 @checked

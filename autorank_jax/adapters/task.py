@@ -162,8 +162,9 @@ def _built(server: Server) -> tuple:
 def _refusal(inputs: PyTree, targets: PyTree, error: Exception) -> str:
     """Say that a model does not take its inputs, and why it may be so."""
     leaves = jax.tree.leaves(inputs)
-    labels = len(leaves) == 1 and leaves[0].ndim == 1 and jnp.issubdtype(leaves[0].dtype, jnp.integer)
-    swapped = labels and any(leaf.ndim > 1 for leaf in jax.tree.leaves(targets))
+    arrays = all(hasattr(leaf, "dtype") for leaf in leaves)
+    labels = arrays and len(leaves) == 1 and leaves[0].ndim == 1 and jnp.issubdtype(leaves[0].dtype, jnp.integer)
+    swapped = labels and any(jnp.ndim(leaf) > 1 for leaf in jax.tree.leaves(targets))
     cause = ", probably inputs and targets swapped" if swapped else ", probably labels in place of inputs" * labels
     got = ", ".join(map(describe, leaves))
     said = (str(error).strip().splitlines() or [""])[0][:200]

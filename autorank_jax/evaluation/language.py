@@ -10,7 +10,7 @@ from jax import lax
 from autorank_jax.adapters.lora import cut, max_ranks, rank_masks
 from autorank_jax.engine.flops import FlopModel
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
-from autorank_jax.interface import checked
+from autorank_jax.interface import check_least, checked
 from autorank_jax.models.causal_config import CausalConfig
 from autorank_jax.types import Array, EvaluateFn, FederatedData, PyTree, Scored, Server, State, Task
 
@@ -29,12 +29,14 @@ def make_evaluate_language(task: Task, inputs: PyTree, targets: PyTree, *, batch
         `state -> {"loss": nats per counted token, "perplexity": its exponential}`.
 
     Raises:
-        ValueError: if inputs and targets differ in length, or no token is counted.
+        ValueError: if inputs and targets differ in length, no token is counted, or the model does not take the inputs.
     """
+    check_least("batch_size", batch_size)
     inputs, targets = jax.tree.map(jnp.asarray, (inputs, targets))
     rows = {leaf.shape[0] for leaf in jax.tree.leaves((inputs, targets))}
     if len(rows) != 1 or 0 in rows:
         raise ValueError(f"expected inputs and targets of one length >= 1, got {sorted(rows)}")
+    _check(task, inputs)
     total = jnp.sum(targets >= 0)
     if not isinstance(total, jax.core.Tracer) and total == 0:
         raise ValueError("expected targets that count some token, got negative ones alone")
@@ -65,8 +67,10 @@ def client_perplexities(task: Task, state: State, data: FederatedData, *, batch_
         `(clients,)`; 1 for clients without a counted token.
 
     Raises:
-        ValueError: for data of other clients than the state's.
+        ValueError: for data of other clients than the state's, or that the model does not take.
     """
+    check_least("batch_size", batch_size)
+    _check(task, data.inputs)
     clients = data.size.shape[0]
     if state.epochs.shape != (clients,):
         raise ValueError(f"expected data of the state's {state.epochs.shape[0]} clients, got {clients}")
@@ -103,7 +107,7 @@ def continue_text(task: Task, server: Server, prompt: Array, *, tokens: int) -> 
         `(tokens,)` int32: each is the largest logit after all before it.
 
     Raises:
-        ValueError: for an empty prompt, or no tokens to add.
+        ValueError: for an empty prompt, no tokens to add, or more of both than the model takes.
     """
     if prompt.ndim != 1 or prompt.shape[0] < 1 or tokens < 1:
         raise ValueError(f"expected a prompt of shape (length >= 1,) and tokens >= 1, got {prompt.shape} and {tokens}")
@@ -113,8 +117,14 @@ def continue_text(task: Task, server: Server, prompt: Array, *, tokens: int) -> 
         logits = task.predict(server.frozen, server.trainable, ids[None])[0]  # what follows is not seen
         return ids.at[step].set(jnp.argmax(logits[step - 1]).astype(jnp.int32))
 
-    room = jnp.concatenate([prompt.astype(jnp.int32), jnp.zeros(tokens, jnp.int32)])
+    room = jnp.pad(prompt.astype(jnp.int32), (0, tokens), mode="edge")
+    _check(task, room[None])
     return lax.fori_loop(length, length + tokens, add, room)[length:]
+
+
+def _check(task: Task, inputs: PyTree) -> None:
+    if task.check is not None:
+        task.check(inputs)
 
 
 def _nats(task: Task, server: Server) -> Callable[[Scored], Array]:

@@ -113,6 +113,7 @@ def make_tools(options: LanguageOptions, parts: Parts, clock: Clock) -> Tools:
     """Compile the evaluation; the other functions are compiled when first called."""
     task, held = parts.task, parts.held_out
     prompt, answer = shortest_prompt(held)
+    tokens = min(options.tokens, parts.positions - len(prompt))  # an answer's first token fits, and so one does
     clock.begin("compilation of the evaluation")
     evaluate = jax.jit(make_evaluate_language(task, held.inputs, held.targets))
     compiled = evaluate.lower(begin(options, parts, None)).compile()
@@ -120,7 +121,7 @@ def make_tools(options: LanguageOptions, parts: Parts, clock: Clock) -> Tools:
     return Tools(
         compiled,
         jax.jit(lambda state: client_perplexities(task, state, held)),
-        jax.jit(lambda server: continue_text(task, server, jnp.asarray(prompt), tokens=options.tokens)),
+        jax.jit(lambda server: continue_text(task, server, jnp.asarray(prompt), tokens=tokens)),
         prompt,
         answer,
     )

@@ -41,6 +41,7 @@ class Parts(NamedTuple):
     stats: ClientStats
     texts: TextReport
     decode: Callable[..., str]
+    positions: int  # that the model was made for
 
 
 def make_parts(options: LanguageOptions, clock: Clock) -> Parts:
@@ -68,6 +69,7 @@ def make_parts(options: LanguageOptions, clock: Clock) -> Parts:
         stats=clients.stats,
         texts=clients.report,
         decode=_decoder(model.tokenizer),
+        positions=model.config.length,
     )
 
 

@@ -40,34 +40,44 @@ class CausalLM(NamedTuple):
             ValueError: for ids that are no whole numbers of the vocabulary, and texts of more tokens than
                 `config.length` (rows of `Tokens`, where positions begin anew, may have more).
         """
-        packed = isinstance(inputs, Tokens)
-        ids = inputs.ids if packed else inputs
-        if not is_traced(ids):
-            _check_values(self.config, ids)
-        if not packed:
-            inputs = jnp.asarray(inputs)
-            _check_ids(inputs)
-            if inputs.shape[1] > self.config.length:
-                raise ValueError(
-                    f"expected at most {self.config.length} tokens a text, as the model is made for "
-                    f"(max_position_embeddings), got {inputs.shape[1]}"
-                )
+        check_inputs(self.config, inputs)
+        inputs = inputs if isinstance(inputs, Tokens) else jnp.asarray(inputs)
         return causal_logits(self.config, self.params, inputs)
 
 
-def _check_values(config: CausalConfig, ids: Any) -> None:
-    try:
-        known = np.asarray(ids)
-    except (ValueError, OverflowError):  # rows of several lengths
-        known = np.zeros(0)
-    _check_ids(known)
-    if not 0 <= known.min() <= known.max() < config.vocabulary:
-        told = f"{known.min()} to {known.max()}, probably of another tokenizer"
+def check_inputs(config: CausalConfig, inputs: Any) -> None:
+    """Raise `ValueError` for ids `(b, length)` or `Tokens` that a decoder does not take, as far as they are known.
+
+    In compiled code values are not known: losses and logits of ids beyond the vocabulary are NaN there.
+    """
+    ids, segments = inputs if isinstance(inputs, Tokens) else (inputs, None)
+    if not is_traced(ids):
+        try:
+            ids = np.asarray(ids)
+        except (ValueError, OverflowError):  # rows of several lengths
+            ids = np.zeros(0)
+    _check_ids(ids)
+    if not is_traced(ids) and not 0 <= ids.min() <= ids.max() < config.vocabulary:
+        told = f"{ids.min()} to {ids.max()}, probably of another tokenizer"
         raise ValueError(f"expected ids in 0..{config.vocabulary - 1}, got {told}")
+    longest = ids.shape[1] if segments is None or ids.shape[1] <= config.length else _longest(segments)
+    if longest > config.length:
+        raise ValueError(
+            f"expected at most {config.length} tokens a text, as the model is made for (max_position_embeddings), "
+            f"got {longest}"
+        )
+
+
+def _longest(segments: Any) -> int:
+    """Return the tokens of the longest text in rows of several, 0 where that is not known yet."""
+    if is_traced(segments):
+        return 0
+    return max(int(np.bincount(row[row > 0], minlength=1).max()) for row in np.asarray(segments))
 
 
 def _check_ids(ids: Any) -> None:
-    if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
+    known = hasattr(ids, "dtype") and ids.ndim == 2 and ids.size
+    if not known or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"expected ids as whole numbers of shape (b, length), got {describe(ids)}")
 
 
@@ -197,7 +207,7 @@ def causal_losses(
     def one(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
         hidden, targets = part
         logits = _unembed(params, hidden).astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+        chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]  # NaN beyond the last
         return None, jnp.where(targets >= 0, jax.nn.logsumexp(logits, axis=-1) - chosen, 0)
 
     parts = jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets.reshape(batch, chunks, -1), 1, 0)
@@ -227,7 +237,9 @@ def causal_hidden(config: CausalConfig, params: Params, inputs: Any, *, checkpoi
         return x + _linear(weights, "mlp/down_proj", gated), None
 
     run: Callable[..., Any] = jax.checkpoint(block) if checkpoint else block
-    x = lax.scan(run, params["embed_tokens/embedding"][ids], layers)[0]
+    x = params["embed_tokens/embedding"][ids]
+    x = jnp.where(((ids >= 0) & (ids < config.vocabulary))[..., None], x, jnp.asarray(jnp.nan, x.dtype))
+    x = lax.scan(run, x, layers)[0]
     return rms_norm(x, params["norm/scale"], config.norm_eps)
 
 
