@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, Protocol
 
 from autorank_jax.datasets.instructions import Example, Message
+from autorank_jax.interface import describe
 
 Piece = tuple[str, bool]  # a text, and whether it is learnt
 
@@ -45,8 +46,9 @@ def make_chat(
 
     Raises:
         ImportError: without the package jinja2, where a chat template needs it.
-        ValueError: for another `template`, or one that is no Jinja.
+        ValueError: for another `template`, or one that is no Jinja, and what is no such tokenizer.
     """
+    _check_tokenizer(tokenizer)
     if template not in ("own", "plain"):
         raise ValueError(f"expected the template 'own' or 'plain', got {template!r}")
     render = None
@@ -72,6 +74,18 @@ def make_chat(
         return ids, learnt
 
     return tokenize
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what lacks anything of a `Tokenizer`."""
+    if all(hasattr(tokenizer, name) for name in ("bos", "eos", "chat_template", "encode")):
+        return
+    cause = ", probably of a model without one: load_causal_lm brings its own" if tokenizer is None else ""
+    if hasattr(tokenizer, "tokenizer"):
+        cause = ", probably the model in place of its .tokenizer"
+    if hasattr(tokenizer, "bos_token") or hasattr(tokenizer, "no_padding"):
+        cause = ", probably of another library: load_causal_lm(folder).tokenizer is one"
+    raise ValueError(f"expected a tokenizer with bos, eos, chat_template and encode, got {describe(tokenizer)}{cause}")
 
 
 def _plain(example: Example, tokenizer: Tokenizer) -> list[Piece]:

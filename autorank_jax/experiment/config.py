@@ -19,7 +19,7 @@ from autorank_jax.experiment.names import (
     SPLITS,
     WHOLE_RULES,
 )
-from autorank_jax.interface import checked
+from autorank_jax.interface import checked, describe
 
 MODELS: Mapping[str, str] = {
     "mlp": "multi-layer perceptron, 784-200-200-10 on Fashion-MNIST",
@@ -226,17 +226,17 @@ def experiment_from(config: Any) -> Experiment:
         if isinstance(default, tuple):
             kind = str if "str" in str(field.type) else (int, float)
             if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
-                problems.append(f"{name.replace('_', '-')}: expected a list of {_words(kind)}, got {value!r}")
+                problems.append(f"{name.replace('_', '-')}: expected a list of {_words(kind)}, got {describe(value)}")
                 continue
             value = tuple(float(item) if "float" in str(field.type) else item for item in value)
         elif isinstance(default, str) and name not in ("lanes", "rank_levels") and not isinstance(value, str):
-            problems.append(f"{name.replace('_', '-')}: expected a name, got {value!r}")
+            problems.append(f"{name.replace('_', '-')}: expected a name, got {describe(value)}")
             continue
         elif isinstance(default, bool) and not isinstance(value, bool):
-            problems.append(f"{name.replace('_', '-')}: expected true or false, got {value!r}")
+            problems.append(f"{name.replace('_', '-')}: expected true or false, got {describe(value)}")
             continue
         elif isinstance(default, (int, float)) and not isinstance(value, (int, float)):
-            problems.append(f"{name.replace('_', '-')}: expected a number, got {value!r}")
+            problems.append(f"{name.replace('_', '-')}: expected a number, got {describe(value)}")
             continue
         elif isinstance(default, float) and type(value) is int:
             value = float(value) if abs(value) < 1e300 else math.inf

@@ -9,6 +9,7 @@ from typing import Any
 
 from autorank_jax.experiment.mistakes import ConfigurationError, not_in_float32, outside, unknown
 from autorank_jax.experiment.names import GLOBAL_RULES, MERGING
+from autorank_jax.interface import describe
 from autorank_jax.interface.kinds import is_real, is_whole
 
 LANGUAGE_POLICIES = ("autorank", "uniform_bytes", "full")
@@ -106,7 +107,7 @@ class LanguageOptions:
             ConfigurationError: naming all mistakes.
         """
         odd = [
-            f"{field.name.replace('_', '-')}: expected {_WORDS[field.type][0]}, got {value!r}"
+            f"{field.name.replace('_', '-')}: expected {_WORDS[field.type][0]}, got {describe(value)}"
             for field in dataclasses.fields(self)
             if not ((value := getattr(self, field.name)) is None and "None" in str(field.type))
             and not _WORDS[field.type][1](value)

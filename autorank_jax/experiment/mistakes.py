@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from autorank_jax.interface import describe
+
 MOST = 2**31 - 1
 """The largest whole number of int32."""
 
@@ -40,9 +42,11 @@ def unknown(option: str, words: Iterable[Any], allowed: Iterable[str], *, listed
             longer = [name for name in names if text and name.startswith(text)]
             close = longer or difflib.get_close_matches(text.lower(), names, n=1)
             hint = f", probably {' or '.join(map(repr, close[:3]))}" if close else ""
+            if option == "model" and "/" in text:
+                hint = ", probably the folder of a language model: the command finetune trains it"
             known = f"{len(names)} names" if listed or (hint and len(names) > MANY) else ", ".join(names)
             where = f" ({listed})" if listed and not hint else ""
-            yield f"{option}: expected one of {known}, got {word!r}{hint}{where}"
+            yield f"{option}: expected one of {known}, got {describe(word)}{hint}{where}"
 
 
 def outside(
@@ -70,7 +74,7 @@ def outside(
     probably = f", probably {cause}" if cause and right_type and value > high else ""
     if probably and cause == "a percentage" and value <= 100 * high:
         probably += f": {value / 100:g}"
-    yield f"{option.replace('_', '-')}: expected {kind} {bounds}, got {value!r}{probably}"
+    yield f"{option.replace('_', '-')}: expected {kind} {bounds}, got {describe(value)}{probably}"
 
 
 def not_in_float32(option: str, value: float) -> Iterable[str]:
@@ -79,11 +83,11 @@ def not_in_float32(option: str, value: float) -> Iterable[str]:
     if 0 < value < math.inf and not float(limits.tiny) <= value <= float(limits.max):
         yield (
             f"{option.replace('_', '-')}: expected a number that float32 holds, {limits.tiny:.2g} to {limits.max:.2g}, "
-            f"got {value!r}"
+            f"got {describe(value)}"
         )
 
 
 def one_in_float32(option: str, value: float) -> Iterable[str]:
     """Yield a line if a number below 1 is 1 in float32."""
     if isinstance(value, float) and 1 - 2**-25 <= value < 1:
-        yield f"{option.replace('_', '-')}: expected a number that is below 1 in float32, got {value!r}"
+        yield f"{option.replace('_', '-')}: expected a number that is below 1 in float32, got {describe(value)}"

@@ -168,9 +168,24 @@ def _parameter(found: Named, name: str, dtype: Any, quantize: Format | None) -> 
     if quantize and is_quantizable(name):
         return quantize_stack(found, quantize, dtype)
     whole = np.empty((len(found), *found[0][1].shape), dtype)
-    for number, (_, tensor) in enumerate(found):
-        whole[number] = tensor
-    return jnp.asarray(whole if name.startswith("layers/") else whole[0])
+    with np.errstate(over="ignore"):  # told below
+        for number, (_, tensor) in enumerate(found):
+            whole[number] = tensor
+    made = jnp.asarray(whole if name.startswith("layers/") else whole[0])
+    if not bool(jnp.isfinite(made).all()):
+        _refuse_infinite(found, dtype)
+    return made
+
+
+def _refuse_infinite(found: Named, dtype: Any) -> None:
+    """Name the first matrix that has numbers that are not finite in a type, and say why it may have."""
+    for name, tensor in found:
+        with np.errstate(over="ignore"):
+            cast = tensor.astype(dtype).astype(np.float32)
+        if not np.isfinite(cast).all():
+            held = np.isfinite(tensor.astype(np.float32)).all()
+            cause = f"too large for {jnp.dtype(dtype).name}: bfloat16 holds them" if held else "a damaged checkpoint"
+            raise ValueError(f"expected finite weights, got NaN or infinity in {name!r}, probably {cause}")
 
 
 def _refuse_others(tensors: Mapping[str, np.ndarray], config: CausalConfig, folder: Path) -> None:

@@ -72,6 +72,10 @@ SEE = "(see autorank-jax {} --help)"
                 f"criteria: expected --criteria PATH, got none {SEE.format('ranks')}",
             ],
         ),
+        (
+            ["run", "--data", "a"],
+            [f"run: expected an option, got --data, probably --dataset, or finetune, which has it {SEE.format('run')}"],
+        ),
         (["compare", "a", "--out", "x"], [f"compare: expected an option, got --out, probably --output "
                                           f"{SEE.format('compare')}"]),
         (["data", "lst"], [f"expected one of list, fetch, got 'lst', probably list {SEE.format('data')}"]),

@@ -1,5 +1,7 @@
 """Clients of instructions: rows of tokens, targets of completions, packing, cutting."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ import autorank_jax as ar
 from autorank_jax.datasets.instructions import Example, Instructions, Message, load_instructions
 from autorank_jax.federated.texts import text_clients, text_rows
 from autorank_jax.models.causal_lm import ByteTokenizer
+from tests.models.causal_cases import tiny
 
 BYTES = ByteTokenizer()
 
@@ -139,3 +142,22 @@ def test_odd_requests_are_refused(options, said):
     assert said in str(caught.value)
     with pytest.raises(ValueError, match="rows of at least 2 tokens"):
         text_rows(texts(("a", "b")), BYTES, length=1)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "said"),
+    [
+        (None, "got None, probably of a model without one: load_causal_lm brings its own"),
+        (tiny()._replace(tokenizer=ByteTokenizer()), "got a CausalLM, probably the model in place of its .tokenizer"),
+        (
+            SimpleNamespace(bos_token="<s>", encode=list),
+            "probably of another library: load_causal_lm(folder).tokenizer is one",
+        ),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(tokenizer, said):
+    with pytest.raises(
+        ValueError, match="expected a tokenizer with bos, eos, chat_template and encode, got "
+    ) as caught:
+        text_clients(load_instructions(), tokenizer, length=64, clients_by="category")
+    assert said in str(caught.value)

@@ -117,6 +117,14 @@ def test_numbers_of_several_types_become_those_of_most(tmp_path):
     assert jnp.isfinite(loaded(jnp.zeros((1, 4), jnp.int32))).all()
 
 
+def test_weights_that_a_type_does_not_hold_are_named(tmp_path):
+    write_folder(tmp_path, tiny(SMALL), CONFIG)
+    _tensors(**{LAYER: np.full((24, 16), 1e6, np.float32)})(tmp_path)
+    with pytest.raises(ValueError, match=f"in '{LAYER}', probably too large for float16: bfloat16 holds them"):
+        load_causal_lm(tmp_path, dtype=jnp.float16)
+    load_causal_lm(tmp_path, dtype=jnp.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [jnp.int8, "foo", jnp.complex64, jnp.float64, object()])
 def test_types_that_a_decoder_does_not_have(tmp_path, dtype):
     write_folder(tmp_path, tiny(SMALL), CONFIG)
@@ -307,6 +315,11 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
         (_tensors(**{LAYER: None}), f"expected the tensor '{LAYER}'"),
         (_tensors(**{LAYER: np.zeros((16, 24), np.float32)}), "of shape (24, 16)"),
         (_tensors(**{LAYER: np.zeros((24, 16), np.int8)}), "probably a quantised checkpoint"),
+        (_tensors(**{LAYER: np.full((24, 16), np.nan, np.float32)}), f"in '{LAYER}', probably a damaged checkpoint"),
+        (
+            _tensors(**{"model.norm.weight": np.full(16, np.inf, np.float32)}),
+            "in 'model.norm.weight', probably a damaged",
+        ),
         (_tensors(**{"model.layers.0.self_attn.q_norm.weight": np.zeros(4, np.float32)}), "q_norm.weight besides"),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../x"}}'),
