@@ -30,6 +30,7 @@ def export_peft(
     ranks: Mapping[str, int | Array] | None = None,
     names: Names | None = None,
     base_model: str | Path | None = None,
+    scale: float | None = None,
 ) -> Path:
     """Write the adapters as `adapter_model.safetensors` and `adapter_config.json`, as Hugging Face PEFT reads them.
 
@@ -50,6 +51,9 @@ def export_peft(
             None for a layer that was trained whole, that is left out. Of stacked layers, the name with `{}` where the
             number of the layer goes, such as `models.causal_name`, with which the config says "CAUSAL_LM".
         base_model: name or path of the base model, for the config.
+        scale: needed for models that carry their own adapters, and for them alone: the factor by which they multiply
+            `A B` (1 in `nnx.LoRA`, alpha / rank in qwix); `lora_B` is written times it. Their factors are read as
+            matrices, inputs first.
 
     Returns:
         The folder.
@@ -58,7 +62,8 @@ def export_peft(
         ImportError: without the package safetensors.
         TypeError: for names that are no text.
         ValueError: if the task was built by hand, if the rule has changed the base weights, if two layers get one name,
-            if a parameter trained whole has no counterpart, or for ranks of other layers or out of range.
+            if a parameter trained whole has no counterpart, for ranks of other layers or out of range, and without
+            `scale` where it is needed.
     """
     try:
         from safetensors.numpy import save  # noqa: PLC0415  optional
@@ -66,8 +71,8 @@ def export_peft(
         message = "expected the package 'safetensors' for this, got none: pip install 'autorank-jax[text]'"
         raise ImportError(message) from error
     _check(task, server)
-    server = server if ranks is None else _cut(server, ranks)
-    given, names = names, _of_text(names or (lambda layer: layer.replace("/", ".")))
+    server = _scaled(server if ranks is None else _cut(server, ranks), task, scale)
+    given, names = names, _of_text(names or _paths_of(task))
     modules = _module_names(server, names)
     tensors, pattern, targets = {}, {}, []
     for layer, adapter in server.trainable.adapters.items():
@@ -99,6 +104,34 @@ def _check(task: Task, server: Server) -> None:
             f"expected the base weights that the task began with, got others for {changed}: where a rule merges into "
             "the base, the adapters alone are not the model, use merge"
         )
+
+
+def _scaled(server: Server, task: Task, scale: float | None) -> Server:
+    """Return the adapters of a model that carries its own in units of its weights."""
+    carried = _carries(task)
+    if not carried and scale is not None:
+        raise ValueError(f"expected no scale, as updates here are in units of the weights, got {describe(scale)}")
+    if not carried:
+        return server
+    if scale is None or not 0 < abs(scale) < np.inf:
+        raise ValueError(
+            "expected scale=, the factor by which the model multiplies the adapters that it carries (1 in nnx.LoRA, "
+            f"alpha / rank in qwix), got {describe(scale)}"
+        )
+    adapters = {path: Adapter(a, b * scale) for path, (a, b) in server.trainable.adapters.items()}
+    return server._replace(trainable=server.trainable._replace(adapters=adapters))
+
+
+def _carries(task: Task) -> bool:
+    """Return whether the model carries its own adapters."""
+    return task.origin is not None and "own" in task.origin.kinds.values()
+
+
+def _paths_of(task: Task) -> Names:
+    """Return the names that are paths with dots; the layer that carries an adapter is the one around it."""
+    if _carries(task):
+        return lambda path: path.removesuffix("/kernel").removesuffix("/lora").replace("/", ".")
+    return lambda path: path.replace("/", ".")
 
 
 def _of_text(names: Names) -> Names:

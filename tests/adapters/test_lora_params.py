@@ -1,11 +1,14 @@
 """Models that carry their adapters: as ours on the same model, whatever put them there."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 import autorank_jax as ar
 from autorank_jax.types import Adapter
@@ -170,3 +173,50 @@ def test_a_quantised_base_takes_its_bytes():
     assert saved == 4 * 64 - 64 - 4 * 16  # a scale for each of 16 channels
     state = after_a_round(small, ar.aggregators.rbla())
     assert jnp.any(state.trainable.adapters["w"].lora_b != 0)
+
+
+class Scaled(nnx.Module):
+    """Adapters as qwix names them, with a factor of their own."""
+
+    def __init__(self, rngs):
+        self.kernel = nnx.Param(rngs.params.normal((4, 3)))
+        self.kernel_lora_a = nnx.LoRAParam(rngs.params.normal((4, 2)))
+        self.kernel_lora_b = nnx.LoRAParam(rngs.params.normal((2, 3)))
+
+    def __call__(self, x):
+        return x @ self.kernel[...] + 5.0 * (x @ self.kernel_lora_a[...] @ self.kernel_lora_b[...])
+
+
+class Around(nnx.Module):
+    def __init__(self, rngs):
+        self.head = Scaled(rngs)
+
+    def __call__(self, x):
+        return self.head(x)
+
+
+def test_exported_factors_give_what_the_model_computes(tmp_path):
+    model = Around(nnx.Rngs(0))
+    task = ar.task_from_lora_params(model)
+    with pytest.raises(ValueError, match=r"^expected scale=, the factor by which the model multiplies .*, got None$"):
+        ar.export_peft(tmp_path, task, task.server)
+    for odd in (0.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="expected scale=, the factor"):
+            ar.export_peft(tmp_path, task, task.server, scale=odd)
+    tensors = load_file(ar.export_peft(tmp_path, task, task.server, scale=5.0) / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["head"]
+    a, b = (tensors[f"base_model.model.head.lora_{side}.weight"] for side in "AB")
+    update = config["lora_alpha"] / config["r"] * (b @ a)
+    theirs = np.asarray(model(np.eye(4, dtype=np.float32)) - model.head.kernel[...])
+    np.testing.assert_allclose(update.T, theirs, rtol=1e-5, atol=1e-5)
+    ours = ar.task_from_nnx(Plain(nnx.Linear), max_rank=2)
+    with pytest.raises(ValueError, match=r"expected no scale, .*, got 2"):
+        ar.export_peft(tmp_path, ours, ours.server, scale=2)
+
+
+def test_carried_adapters_are_exported_under_the_names_of_their_layers(tmp_path):
+    _, task, _ = pair()
+    tensors = load_file(ar.export_peft(tmp_path, task, task.server, scale=1.0) / "adapter_model.safetensors")
+    assert {name.split(".")[2] for name in tensors} == {"first", "second"}
+    assert sorted(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]) == ["first", "second"]
