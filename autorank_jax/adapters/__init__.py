@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from autorank_jax.adapters.functions import task_from_function
     from autorank_jax.adapters.linen import task_from_linen
     from autorank_jax.adapters.lora import max_ranks
-    from autorank_jax.adapters.lora_params import task_from_lora_params
+    from autorank_jax.adapters.lora_params import task_from_lora_params, with_qwix
     from autorank_jax.adapters.losses import classification_loss, regression_loss, token_loss
     from autorank_jax.adapters.nnx import task_from_nnx
     from autorank_jax.adapters.peft import export_peft
@@ -68,4 +68,5 @@ __all__ = [
     "task_from_nnx",
     "token_loss",
     "token_weighted",
+    "with_qwix",
 ]

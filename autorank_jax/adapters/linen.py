@@ -29,7 +29,7 @@ from autorank_jax.adapters.low_rank import (
     linear_update,
     make_window,
 )
-from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, why_unadapted
+from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, kind_of, why_unadapted
 from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task
 from autorank_jax.interface import FOREIGN_FAILURES, checked
 from autorank_jax.types import Adapter, Array, Key, PyTree, Task
@@ -96,9 +96,10 @@ def task_from_linen(
     values = traverse_util.flatten_dict(dict(variables), sep="/")
     abstract = functools.partial(_call_abstractly, module, inputs=preprocess(inputs), flags=flags[False])
     layers, shapes = _find_layers(abstract, variables)
-    fit = {path: layer for path, layer in layers.items() if type(layer) in WEIGHTS}
+    kinds = {path: kind for path, layer in layers.items() if (kind := kind_of(layer, WEIGHTS))}
+    fit = {path: layers[path] for path in kinds}
     ranks = choose_ranks(fit, {p: layer for p, layer in layers.items() if p not in fit}, max_rank, where)
-    weights = {path: join("params", join(path, WEIGHTS[type(fit[path])])) for path in ranks}
+    weights = {path: join("params", join(path, WEIGHTS[kinds[path]])) for path in ranks}
     forms = {path: _form(path, fit[path], values[weights[path]].shape, shapes[path]) for path in ranks}
     _check_stacks(abstract, values, {path: form.layers for path, form in forms.items() if form.layers})
     names = {n.removeprefix("params/"): n for n in values if n.startswith("params/") and n not in weights.values()}
@@ -149,8 +150,8 @@ def _find_layers(
         if context.method_name in ("__call__", "attend"):
             layer, path = context.module, "/".join(context.module.path)
             layers[path] = layer.clone(parent=None)
-            if type(layer) in WEIGHTS:
-                shapes[path] = jnp.shape(layer.get_variable("params", WEIGHTS[type(layer)]))
+            if kind := kind_of(layer, WEIGHTS):
+                shapes[path] = jnp.shape(layer.get_variable("params", WEIGHTS[kind]))
         return call(*args, **kwargs)
 
     abstract(note, variables)

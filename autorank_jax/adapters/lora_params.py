@@ -1,8 +1,9 @@
 """Tasks from models that carry adapters already: `nnx.LoRA`, `nnx.LoRALinear`, or what qwix put into any NNX module."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -10,7 +11,7 @@ from autorank_jax.adapters.losses import as_float, classification_loss
 from autorank_jax.adapters.nnx import check_statistics, fresh_randomness, graph_of, name_of
 from autorank_jax.adapters.selection import choose_parameters
 from autorank_jax.adapters.task import without_values
-from autorank_jax.interface import checked
+from autorank_jax.interface import FOREIGN_FAILURES, check_least, checked
 from autorank_jax.types import Adapter, Array, Base, Batch, Key, Origin, PyTree, Server, Task, TaskReport, Trainable
 
 
@@ -87,6 +88,57 @@ def task_from_lora_params(
     ranks = {path: adapter.lora_a.shape[-1] for path, adapter in adapters.items()}
     report = TaskReport(ranks, tuple(sorted(dense)), tuple(sorted(rest)), {})
     return Task(server, task_loss, predict, Origin(merge, dict.fromkeys(adapters, "own"), {}), report)
+
+
+@checked
+def with_qwix(
+    model: nnx.Module,
+    inputs: PyTree,
+    *,
+    rank: int,
+    where: str = ".*",
+    key: Key | int = 0,
+    quantize: Literal["int8", "nf4"] | None = None,
+) -> nnx.Module:
+    """Give an NNX model an adapter for every matrix that it multiplies by, whatever the class of the layer.
+
+    For models whose layers `task_from_nnx` does not know: qwix runs the model once, finds its products, and puts
+    `nnx.LoRAParam`s beside their parameters, `A` He-uniform and `B` zero, with scale 1. The rest is
+    `task_from_lora_params(with_qwix(model, inputs, rank=8))` and, in `export_peft`, `scale=1`.
+
+    Args:
+        model: any NNX module; it is not changed.
+        inputs: what the model is called with, of any batch size.
+        rank: the maximum rank of all adapters.
+        where: a regular expression that the whole path of a module has to match, such as `layers/.*`.
+        key: random key of the adapters' start values.
+        quantize: hold the matrices that are adapted in few bits.
+
+    Returns:
+        The model with its adapters.
+
+    Raises:
+        ImportError: without the package qwix.
+        ValueError: if nothing matches, or the model does not take the inputs.
+    """
+    check_least("rank", rank)
+    try:
+        import qwix  # noqa: PLC0415  optional
+    except ImportError as error:
+        raise ImportError("expected the package 'qwix' for this, got none: pip install 'autorank-jax[qwix]'") from error
+    key = jax.random.key(key) if isinstance(key, int) else key
+    provider = qwix.LoraProvider(module_path=where, rank=rank, alpha=float(rank), weight_qtype=quantize)
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            carrying = qwix.apply_lora_to_model(model, provider, inputs, rngs=nnx.Rngs(key))
+    except FOREIGN_FAILURES as error:
+        said = (str(error).strip().splitlines() or [""])[0][:200]
+        raise ValueError(
+            f"expected inputs that the model takes, and products that qwix knows, got {type(error).__name__}: {said}"
+        ) from error
+    if not jax.tree.leaves(nnx.state(carrying, nnx.LoRAParam)):
+        raise ValueError(f"expected where as a regular expression for the path of some module, got {where!r}")
+    return carrying
 
 
 def _pairs(names: list[str]) -> dict[str, tuple[str, str]]:

@@ -13,8 +13,8 @@ from flax import nnx
 
 from autorank_jax.adapters.losses import as_float, classification_loss
 from autorank_jax.adapters.low_rank import Form
-from autorank_jax.adapters.nnx_layers import ADAPTED, Factor
-from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, why_unadapted
+from autorank_jax.adapters.nnx_layers import ADAPTED, Factor, adapted_class
+from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, kind_of, why_unadapted
 from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task, without_values
 from autorank_jax.interface import checked, describe
 from autorank_jax.types import Adapter, Array, Key, PyTree, Task
@@ -107,7 +107,7 @@ def _value(path: tuple, variable: Any) -> Any:
 def match_layers(model: nnx.Module, max_rank: MaxRank, where: Where = "*") -> dict[str, int]:
     """Return the maximum rank by path of the supported layers that match, first pattern first."""
     modules = {name_of(path): module for path, module in nnx.iter_modules(model)}
-    layers = {path: module for path, module in modules.items() if type(module) in ADAPTED}
+    layers = {path: module for path, module in modules.items() if kind_of(module, ADAPTED)}
     others = {path: module for path, module in modules.items() if path not in layers}
     return choose_ranks(layers, others, max_rank, where)
 
@@ -121,7 +121,7 @@ def _insert_adapters(
         name = name_of(path)
         if name not in ranks:
             continue
-        swapped = ADAPTED[type(module)]
+        swapped = adapted_class(type(module), kind_of(module, ADAPTED))
         shape = getattr(module, swapped.weight).shape
         layers = shape[: len(shape) - _own_axes(module)]
         try:

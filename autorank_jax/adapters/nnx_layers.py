@@ -5,6 +5,7 @@ that is read as a matrix. Swapping the class of a layer keeps its path, its attr
 would not.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -172,3 +173,9 @@ ADAPTED: dict[type, Any] = {
     nnx.Conv: AdaptedConv,
     nnx.Embed: AdaptedEmbed,
 }
+
+
+@functools.cache
+def adapted_class(kind: type, base: type) -> Any:
+    """Return the class that a layer's is swapped for: that of its base, with whatever else a subclass has."""
+    return ADAPTED[base] if kind is base else type(f"Adapted{kind.__name__}", (ADAPTED[base], kind), {})

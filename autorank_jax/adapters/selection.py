@@ -73,7 +73,8 @@ def _check_match(argument: str, pattern: str, paths: Collection[str], others: Ma
     if unfit:
         raise ValueError(
             f"expected {argument} patterns of layers that can be adapted, got {pattern!r}, which matches "
-            f"{_listed(unfit)}: train these whole through train_dense; the candidates are {sorted(paths)}"
+            f"{_listed(unfit)}: train these whole through train_dense, or give an NNX model adapters for them by "
+            f"adapters.with_qwix; the candidates are {sorted(paths)}"
         )
     raise ValueError(
         f"expected {argument} patterns that match a layer, got {pattern!r}: the candidates are {sorted(paths)}"
@@ -149,6 +150,18 @@ def leave_out(trainable: Trainable, patterns: tuple[str, ...], *, invert: bool =
     )
 
 
+def kind_of(layer: Any, known: Collection[type]) -> type | None:
+    """Return the known type that a layer is, or that it derives from without another call; None for all others.
+
+    Args:
+        layer: any.
+        known: types of layers that can be adapted.
+    """
+    base = next((one for one in type(layer).__mro__ if one in known), None)
+    alike = all(getattr(type(layer), name, None) is getattr(base, name, None) for name in ("__call__", "attend"))
+    return base if alike else None
+
+
 def why_unadapted(
     layers: Mapping[str, Any], matrices: Collection[str], known: tuple[type, ...], *, wanted: tuple[MaxRank, Where]
 ) -> dict[str, str]:
@@ -167,7 +180,7 @@ def why_unadapted(
     for path in sorted({name.rpartition("/")[0] for name in matrices}):
         layer = layers.get(path)
         taken = all(any(matches(path, glob) for glob in choice) for choice in (patterns, globs))
-        if type(layer) in known:
+        if kind_of(layer, known):
             reasons[path] = "no pattern takes it"
             continue
         reasons[path] = _reason(layer, known)
@@ -178,7 +191,8 @@ def why_unadapted(
         more = f" and {len(surprising) - 5} more" if len(surprising) > 5 else ""
         warnings.warn(
             f"layers that hold matrices are frozen without an adapter: {said}{more}; leave them out of `where`, or "
-            "train them whole through train_dense (print(task.report) shows every layer)",
+            "train them whole through train_dense, or give an NNX model adapters for them by adapters.with_qwix; "
+            "print(task.report) shows every layer",
             stacklevel=3,
         )
     return reasons
@@ -190,6 +204,6 @@ def _reason(layer: Any, known: tuple[type, ...]) -> str:
     name = type(layer).__name__
     base = next((kind.__name__ for kind in known if isinstance(layer, kind)), None)
     if base:
-        return f"{name} is a subclass of {base}, whose call may differ"
+        return f"{name} is a subclass of {base} with a call of its own"
     carried = ": LoRA that a model carries is trained by task_from_lora_params" * ("lora" in name.lower())
     return f"{name} is no layer that can be adapted{carried}" if layer is not None else "it is not called as a layer"

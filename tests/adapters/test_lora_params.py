@@ -220,3 +220,41 @@ def test_carried_adapters_are_exported_under_the_names_of_their_layers(tmp_path)
     tensors = load_file(ar.export_peft(tmp_path, task, task.server, scale=1.0) / "adapter_model.safetensors")
     assert {name.split(".")[2] for name in tensors} == {"first", "second"}
     assert sorted(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]) == ["first", "second"]
+
+
+class Foreign(nnx.Module):
+    """Layers of three kinds that are no layers of Flax."""
+
+    def __init__(self):
+        self.einsum, self.named = Einsum(), type("Named", (nnx.Linear,), {})(16, 6, rngs=nnx.Rngs(0))
+        self.out = nnx.Param(jnp.asarray(RNG.normal(size=(6, 3)), jnp.float32))
+
+    def __call__(self, x):
+        return jnp.dot(jnp.tanh(self.named(self.einsum(x))), self.out[...])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.filterwarnings("ignore")
+def test_layers_of_any_class_are_adapted_and_train():
+    pytest.importorskip("qwix", reason="qwix is not installed")
+    model = Foreign()
+    task = ar.task_from_lora_params(ar.adapters.with_qwix(model, jnp.ones((1, 4)), rank=3))
+    assert set(task.report.adapted) == {"einsum/w", "named/kernel", "out"}
+    x = jnp.asarray(INPUTS)
+    np.testing.assert_allclose(task.predict(task.server.frozen, task.server.trainable, x), model(x), rtol=1e-5)
+    trained = after_a_round(task, ar.aggregators.rbla()).trainable
+    assert all(bool(jnp.any(adapter.lora_b != 0)) for adapter in trained.adapters.values())
+    moved = Adapter(*(jnp.asarray(RNG.normal(size=f.shape), f.dtype) for f in trained.adapters["out"]))
+    server = task.server.trainable._replace(adapters=task.server.trainable.adapters | {"out": moved})
+    hidden = np.tanh(model.named(model.einsum(x)))
+    expected = hidden @ (model.out[...] + moved.lora_a @ moved.lora_b)  # the scale is 1
+    np.testing.assert_allclose(task.predict(task.server.frozen, server, x), expected, atol=1e-4)
+    chosen = ar.task_from_lora_params(ar.adapters.with_qwix(model, jnp.ones((1, 4)), rank=3, where="named"))
+    assert set(chosen.report.adapted) == {"named/kernel"}
+    with pytest.raises(
+        ValueError, match=r"^expected where as a regular expression for the path of some module, got 'x'"
+    ):
+        ar.adapters.with_qwix(model, jnp.ones((1, 4)), rank=3, where="x")
+    with pytest.raises(ValueError, match=r"^expected inputs that the model takes"):
+        ar.adapters.with_qwix(model, jnp.ones((1, 5)), rank=3)

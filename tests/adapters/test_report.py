@@ -13,7 +13,10 @@ from autorank_jax.types import Batch
 
 
 class Own(nnx.Linear):
-    """A subclass, whose call might be anything."""
+    """A subclass with a call of its own."""
+
+    def __call__(self, x):
+        return super().__call__(2 * x)
 
 
 class Foreign(nnx.Module):
@@ -36,14 +39,15 @@ class Mixed(nnx.Module):
 
 def test_layers_without_an_adapter_are_told():
     with pytest.warns(
-        UserWarning, match="'foreign' because Foreign is no layer.*'own' because Own is a subclass of Lin"
+        UserWarning,
+        match="'foreign' because Foreign is no layer.*'own' because Own is a subclass.*by adapters.with_qwix",
     ):
         task = ar.task_from_nnx(Mixed(), max_rank=2)
     report = task.report
     assert report.adapted == {"known": 2}
     assert set(report.dense) == {"known/bias", "own/bias"}
     assert {"own/kernel", "foreign/w"} <= set(report.frozen)
-    assert "not adapted: own, because Own is a subclass of Linear, whose call may differ" in str(report)
+    assert "not adapted: own, because Own is a subclass of Linear with a call of its own" in str(report)
     chosen = ar.task_from_nnx(Mixed(), max_rank={"known": 2})  # asked for, so nothing is warned about
     assert set(chosen.report.unadapted) == {"own", "foreign"}
 
@@ -104,3 +108,42 @@ def test_ranks_that_gain_nothing_are_told():
     assert "adapted: layers/0, maximum rank 5 (beyond 4 nothing is gained)" in str(task.report)
     with pytest.warns(UserWarning, match=r"above both sides of the layers 'layers/0' \(4 × 6\), 'layers/1' \(6 × 2\)"):
         ar.task_from_nnx(model, max_rank=7)
+
+
+class Named(nnx.Linear):
+    """A subclass without a call of its own, such as libraries make to say how weights are sharded."""
+
+    def size(self):
+        return self.kernel[...].size
+
+
+class OfNamed(nnx.Module):
+    def __init__(self, kind):
+        self.layer = kind(4, 3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.layer(x) + (0 * self.layer.size() if hasattr(self.layer, "size") else 0)
+
+
+class NamedDense(nn.Dense):
+    pass
+
+
+def updated(task):
+    """Return what the model says where its adapters do something, and its report."""
+    moved = jax.tree.map(lambda leaf: leaf + 0.5, task.server.trainable)
+    return task.predict(task.server.frozen, moved, jnp.ones((2, 4))), task.report.adapted
+
+
+def test_subclasses_without_a_call_of_their_own_are_the_layers_they_derive_from():
+    ours, theirs = (ar.task_from_nnx(OfNamed(kind), max_rank=2) for kind in (Named, nnx.Linear))
+    for one, other in zip(updated(ours), updated(theirs), strict=True):
+        assert jnp.array_equal(one, other) if isinstance(one, jax.Array) else one == other == {"layer": 2}
+    assert type(ar.merge(ours, ours.server).layer) is Named
+    linen = []
+    for kind in (NamedDense, nn.Dense):
+        module = nn.Sequential([kind(3)])
+        variables = module.init(jax.random.key(0), jnp.ones((2, 4)))
+        linen.append(updated(ar.task_from_linen(module, variables, jnp.ones((2, 4)), max_rank=2)))
+    assert jnp.array_equal(linen[0][0], linen[1][0])
+    assert linen[0][1] == linen[1][1] == {"layers_0": 2}
