@@ -52,8 +52,8 @@ RUN_GROUPS = (
 )  # fmt: skip
 
 FINETUNE_GROUPS = (
-    Group("model and texts", ("model", "dtype", "quantize", "data", "skip_odd_lines", "max_length")),
-    Group("clients", ("clients_by", "clients", "alpha", "hold_out")),
+    Group("model and texts", ("model", "dtype", "quantize", "data", "template", "skip_odd_lines", "max_length")),
+    Group("clients", ("clients_by", "groups_by", "clients", "alpha", "hold_out")),
     Group("ranks", ("policy", "max_rank", "min_ratio", "probe_epochs", "probe_share")),
     Group("training", ("aggregator", "rounds", "local_epochs", "batch_size", "learning_rate", "lanes", "seed")),
     Group(

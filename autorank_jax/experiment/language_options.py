@@ -13,13 +13,14 @@ from autorank_jax.interface import describe
 from autorank_jax.interface.kinds import is_real, is_whole
 
 LANGUAGE_POLICIES = ("autorank", "uniform_bytes", "full")
+TEMPLATES = ("own", "plain")
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZED = ("none", "int8", "nf4")
 LANGUAGE_BEFORE: Mapping[str, Any] = {"probe_share": 1.0}
 """What runs did before this option came, which is not its default."""
 _KINDS: Mapping[Any, tuple[type, ...]] = {
-    bool: (bool,), int: (int,), float: (int, float), str: (str,), Path | None: (str, NoneType),
-    float | None: (int, float, NoneType),
+    bool: (bool,), int: (int,), float: (int, float), str: (str,), str | None: (str, NoneType),
+    Path | None: (str, NoneType), float | None: (int, float, NoneType),
 }  # fmt: skip
 """What JSON may have for a field."""
 _WORDS: Mapping[Any, tuple[str, Callable[[Any], bool]]] = {
@@ -28,6 +29,7 @@ _WORDS: Mapping[Any, tuple[str, Callable[[Any], bool]]] = {
     float: ("a number", is_real),
     float | None: ("a number", is_real),
     str: ("a text", lambda value: isinstance(value, str)),
+    str | None: ("a text", lambda value: isinstance(value, str)),
     Path | None: ("a path", lambda value: isinstance(value, str | Path) and bool(str(value))),
 }
 """What Python may have, in words, and how it is known."""
@@ -42,19 +44,20 @@ class LanguageOptions:
             sliding windows, Qwen 2 and 3); a tiny random one if not given
         data: file of instructions in JSON lines; 74 that come with the package if not given
         skip_odd_lines: leave out lines that give no text, and say why
-        clients_by: field of the lines whose values are the clients
+        clients_by: field whose values are the clients
+        groups_by: field whose values the criteria count; default that of the clients
         clients: make so many clients in place of one for each value, by Dirichlet shares of the values; 0 = do not
         alpha: Dirichlet concentration of the shares, small = uneven
         hold_out: share of each client's texts that is kept from training, to measure with
+        template: of chats: own (as the tokenizer has it), plain
         max_length: tokens of a row, longer texts are cut
         dtype: of the weights: auto (as the files have it), float32, bfloat16
         quantize: frozen matrices of the blocks: none, int8, nf4
-        max_rank: rank of the most complex client, in every projection
+        max_rank: rank of the most complex client, by projection
         min_ratio: share of it that the least complex client gets
         policy: autorank (by the complexity of a client's data), uniform_bytes (AutoRank's mean for all, about equal
             bytes), full (everybody at the maximum)
-        probe_epochs: epochs of the probe behind the criterion loss_entropy, at a tenth of the maximum rank; 0 = leave
-            the criterion out
+        probe_epochs: epochs of the probe for loss_entropy, at a tenth of the maximum rank; 0 = without
         probe_share: share of its rows for it, 32 rows at least
         aggregator: aggregation rule
         rounds: rounds of federated training
@@ -70,9 +73,11 @@ class LanguageOptions:
     data: Path | None = None
     skip_odd_lines: bool = False
     clients_by: str = "category"
+    groups_by: str | None = None
     clients: int = 0
     alpha: float = 0.3
     hold_out: float = 0.2
+    template: str = "own"
     max_length: int = 256
     dtype: str = "auto"
     quantize: str = "none"
@@ -131,6 +136,7 @@ class LanguageOptions:
             *outside("learning_rate", self.rate, 0, open_start=True),
             *not_in_float32("learning_rate", self.rate),
             *unknown("policy", [self.policy], LANGUAGE_POLICIES),
+            *unknown("template", [self.template], TEMPLATES),
             *unknown("dtype", [self.dtype], DTYPES),
             *unknown("quantize", [self.quantize], QUANTIZED),
             *unknown("aggregator", [self.aggregator], GLOBAL_RULES),

@@ -107,9 +107,11 @@ def load(options: LanguageOptions, clock: Clock) -> tuple[CausalLM, TextClients]
     numbers, size = (sum(getattr(p, what) for p in model.params.values()) for what in ("size", "nbytes"))
     clock.end(f"{numbers / 1e6:.3g} M parameters in {size / 1e6:.3g} MB")
     clock.begin("clients")
+    template: Any = options.template
     with mistakes_of("data"):
         clients = text_clients(
             instructions, model.tokenizer, length=options.max_length, clients_by=options.clients_by,
+            groups_by=options.groups_by, template=template,
             clients=options.clients or None, alpha=options.alpha, seed=options.seed, hold_out=options.hold_out,
             skip=options.skip_odd_lines,
         )  # fmt: skip

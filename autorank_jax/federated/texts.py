@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +71,7 @@ def text_clients(
     *,
     length: int,
     clients_by: str,
+    groups_by: str | None = None,
     clients: int | None = None,
     alpha: float = 0.3,
     seed: int = 0,
@@ -87,13 +88,15 @@ def text_clients(
         length: tokens per row. A longer text is cut, and told: its completion to what the prompt leaves, but no less
             than half a row, its prompt to its end.
         clients_by: a field of every line, such as "category".
+        groups_by: the field whose values the criteria count as classes; `clients_by` where None. Clients that are one
+            value each have then one class each, and differ by size and losses alone.
         clients: how many clients share each value in Dirichlet proportions; a client is a value where None.
         alpha: concentration of these proportions; small is uneven.
         seed: of the split.
         template: as in `make_chat`.
         pack: put several texts of a client into one row, where none sees another; one text a row where False.
         hold_out: share of each client's texts, rounded down, that is kept from training, in [0, 1).
-        skip: leave lines out that lack the field or that a template refuses, and tell them in the report; they are an
+        skip: leave lines out that lack a field or that a template refuses, and tell them in the report; they are an
             error where False.
 
     Returns:
@@ -102,32 +105,38 @@ def text_clients(
         `stats._replace(epoch_losses=probed.epoch_losses, epochs=probed.epochs)`.
 
     Raises:
-        ValueError: in one line, for lines without the field or that a template refuses, by number, no lines that are
+        ValueError: in one line, for lines without a field or that a template refuses, by number, no lines that are
             left, a length below 2, or another share to hold out.
     """
     _check_length(length)
     if not 0 <= hold_out < 1:
         raise ValueError(f"expected hold_out in [0, 1), got {hold_out}")
-    if clients_by not in instructions.fields:
-        known = sorted(instructions.fields)
-        raise ValueError(f"expected a field of the lines to take clients by, one of {known}, got {clients_by!r}")
+    fields = dict.fromkeys((clients_by, groups_by or clients_by))
+    for name, what in zip(fields, ("clients", "groups"), strict=False):
+        if name not in instructions.fields:
+            known = sorted(instructions.fields)
+            raise ValueError(f"expected a field of the lines to take {what} by, one of {known}, got {name!r}")
     chat = make_chat(tokenizer, template)
-    owned = [n for n, value in enumerate(instructions.fields[clients_by]) if value is not None]
-    given = zip(instructions.lines, instructions.fields[clients_by], strict=True)
-    lines = [f"line {line}" for line, value in given if value is None]
-    if lines and not skip:
-        raise ValueError(f"expected the field {clients_by!r} in every line, got none in {few(lines)}; {SKIPPING}")
+    lacking = {
+        n: name for name in reversed(fields) for n, value in enumerate(instructions.fields[name]) if value is None
+    }
+    owned = [n for n in range(len(instructions.lines)) if n not in lacking]
+    if lacking and not skip:
+        name = min(lacking.values(), key=list(fields).index)
+        lines = [f"line {instructions.lines[n]}" for n in sorted(lacking) if lacking[n] == name]
+        raise ValueError(f"expected the field {name!r} in every line, got none in {few(lines)}; {SKIPPING}")
     numbered, refused = _tokenize(instructions.take(owned), chat, length)
     if refused and not (skip and numbered):
         advice = "" if skip else f"; {SKIPPING}"
         raise ValueError(f"expected conversations that the template takes, got {few(refused)}{advice}")
-    left_out = by_line(*(f"{line}: no field {clients_by!r}" for line in lines), *refused)
+    told = (f"line {instructions.lines[n]}: no field {name!r}" for n, name in lacking.items())
+    left_out = by_line(*told, *refused)
     texts = list(numbered.values())
-    values = [instructions.fields[clients_by][owned[n]] for n in numbered]
     if not texts:
         raise ValueError(f"expected lines with the field {clients_by!r}, got {few(left_out)}")
-    printable = [str(value).encode(errors="replace").decode() for value in values]
-    kinds, label = np.unique(printable, return_inverse=True)
+    kept_fields = instructions.take([owned[n] for n in numbered]).fields
+    (kinds, label), *others = (_kinds(name, kept_fields[name]) for name in fields)
+    group_of = others[0][1] if others else label
     owner, names = label, tuple(kinds.tolist())
     if clients is not None:
         owner = np.empty(len(label), np.int64)
@@ -143,11 +152,20 @@ def text_clients(
     held = _held_out(owner, hold_out, seed)
     kept = np.flatnonzero(~held)
     data, report = rows_of(kept)
-    counts = np.zeros((len(names), len(kinds)), np.int32)
-    np.add.at(counts, (owner[kept], label[kept]), 1)
+    counts = np.zeros((len(names), int(group_of.max()) + 1), np.int32)
+    np.add.at(counts, (owner[kept], group_of[kept]), 1)
     stats = client_stats(data, groups=np.zeros(len(data.order), np.int32))._replace(label_counts=jnp.asarray(counts))
     report = report._replace(cut=tuple(text.cut for text in texts if text.cut), left_out=left_out)
     return TextClients(data, names, stats, report, rows_of(np.flatnonzero(held))[0] if held.any() else None)
+
+
+def _kinds(name: str, values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the different values as text, in order, and which one each value is."""
+    known: dict[str, str] = {}
+    for value in values:
+        if known.setdefault(str(value), repr(value)) != repr(value):
+            raise ValueError(f"expected the field {name!r} of one type, got {known[str(value)]} and {value!r}")
+    return np.unique([str(value).encode(errors="replace").decode() for value in values], return_inverse=True)
 
 
 def _held_out(owner: np.ndarray, share: float, seed: int) -> np.ndarray:

@@ -172,6 +172,8 @@ def test_policies_of_one_rank(policy):
         (["--max-length", "2049"], "max-length: expected at most the model's length, 2048, got 2049"),
         (["--max-rank", "65"], "max-rank: expected at most the model's width, 64, got 65"),
         (["--clients-by", "topic"], "expected a field of the lines to take clients by, one of ['category']"),
+        (["--groups-by", "topic"], "expected a field of the lines to take groups by, one of ['category']"),
+        (["--template", "odd"], "template: expected one of own, plain, got 'odd'"),
         (["--clients", "500"], "data: expected"),
         (["--hold-out", "0.001"], "hold-out: expected a share that leaves some client a text"),
         (["--model", "nowhere"], "nowhere', got no such folder"),

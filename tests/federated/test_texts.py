@@ -161,3 +161,29 @@ def test_what_is_no_tokenizer_is_refused(tokenizer, said):
     ) as caught:
         text_clients(load_instructions(), tokenizer, length=64, clients_by="category")
     assert said in str(caught.value)
+
+
+def test_criteria_count_the_groups_that_are_asked_for():
+    lines = texts(*[("q", "r")] * 6, site=tuple("aabbbb"), topic=tuple("xyxxxz"))
+    plain = text_clients(lines, BYTES, length=8, clients_by="site")
+    assert plain.stats.label_counts.tolist() == [[2, 0], [0, 4]]
+    made = text_clients(lines, BYTES, length=8, clients_by="site", groups_by="topic")
+    assert made.names == ("a", "b")
+    assert made.stats.label_counts.tolist() == [[1, 1, 0], [3, 0, 1]]
+    assert made.stats.size.tolist() == plain.stats.size.tolist()
+    lacking = texts(*[("q", "r")] * 3, site=("a", None, "b"), topic=(None, None, "x"))
+    with pytest.raises(ValueError, match="the field 'site' in every line, got none in line 2;"):
+        text_clients(lacking, BYTES, length=8, clients_by="site", groups_by="topic")
+    with pytest.raises(ValueError, match="the field 'topic' in every line, got none in line 1;"):
+        text_clients(lacking.take([0, 2]), BYTES, length=8, clients_by="site", groups_by="topic")
+    kept = text_clients(lacking, BYTES, length=8, clients_by="site", groups_by="topic", skip=True)
+    assert kept.report.left_out == ("line 1: no field 'topic'", "line 2: no field 'site'")
+    with pytest.raises(
+        ValueError, match=r"a field of the lines to take groups by, one of \['site', 'topic'\], got 'x'"
+    ):
+        text_clients(lines, BYTES, length=8, clients_by="site", groups_by="x")
+
+
+def test_values_that_only_look_alike_are_refused():
+    with pytest.raises(ValueError, match="expected the field 'kind' of one type, got 1 and '1'"):
+        text_clients(texts(*[("q", "r")] * 3, kind=(1, 2, "1")), BYTES, length=8, clients_by="kind")
