@@ -46,7 +46,7 @@ EFFECTS_ELSEWHERE = {
     "aggregators.testing": "compiles the rounds by which it checks a rule",
 }
 ENGINE_KNOWS_NOTHING_OF = {"aggregators", "evaluation", "models", "ranks"}
-OPTIONAL = {"dp_accounting", "jinja2", "matplotlib", "PIL", "rich", "safetensors", "tensorboardX", "tokenizers"}
+OPTIONAL = {"dp_accounting", "jinja2", "matplotlib", "PIL", "qwix", "rich", "safetensors", "tensorboardX", "tokenizers"}
 OPTIONAL |= {"requests", "tensorflow", "tensorflow_datasets", "tqdm"}  # of the extra tfds
 LOADED_BY_NAME = {
     "interface.lazy": "what packages export",

@@ -221,8 +221,7 @@ def _no_option(command: str, flag: str, options: Mapping[str, Option]) -> str:
     near = nearby(flag, options)
     others = " and ".join(name for name in COMMANDS if _option(flag, options_of(COMMANDS[name])))
     meant = f", probably {near}" if near else f", which belongs to {others}" if others else ""
-    apart = near and difflib.SequenceMatcher(None, flag, near).ratio() < 0.9
-    meant += f", or {others}, which has it" if apart and others and " and " not in others else ""
+    meant += f", or {others}, which has it" if near.startswith(flag) and others and " and " not in others else ""
     shown = flag if len(flag) <= 40 else f"{flag[:37]}..."
     what = "an option" if options else "no option"
     return f"{command}: expected {what}, got {shown}{meant} (see {PROGRAM} {command} --help)"

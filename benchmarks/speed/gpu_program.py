@@ -97,14 +97,19 @@ def prepare_for_h100() -> None:
 
 
 def compile_for_h100(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Compile a function for one H100.
+    """Compile a function for one H100: the program is to be read, not run; arguments as `lower_for_h100` takes them."""
+    return lower_for_h100(function, *arguments).compile()
+
+
+def lower_for_h100(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Trace a function for one H100.
 
     Args:
         function: what `jax.jit` takes.
         arguments: arrays, or `jax.ShapeDtypeStruct`s.
 
     Returns:
-        The compiled program, to be read, not run.
+        What `compile()` makes a program of.
 
     Raises:
         SystemExit: without the CUDA plugin.
@@ -118,7 +123,7 @@ def compile_for_h100(function: Callable[..., Any], *arguments: Any) -> Any:
     mesh = topologies.make_mesh(device, (1,), ("device",))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments)
-    return jax.jit(function).lower(*shapes).compile()
+    return jax.jit(function).lower(*shapes)
 
 
 def instructions_of(text: str) -> tuple[str, dict[str, list[str]]]:
