@@ -12,7 +12,16 @@ from types import ModuleType
 
 from benchmarks import harness, script
 from benchmarks.robustness import devices, faults
-from benchmarks.speed import gpu_program, imbalance, language_memory, rank_cost, rounds_report, scale, startup
+from benchmarks.speed import (
+    gpu_program,
+    imbalance,
+    language_memory,
+    language_rounds,
+    rank_cost,
+    rounds_report,
+    scale,
+    startup,
+)
 
 FOLDER = Path(__file__).parent
 RESULTS: dict[str, dict[str, tuple[ModuleType, ...]]] = {
@@ -23,7 +32,7 @@ RESULTS: dict[str, dict[str, tuple[ModuleType, ...]]] = {
         "rank_cost": (rank_cost,),
     },
     "speed/startup.md": {"startup": (startup,)},
-    "speed/gpu.md": {"gpu_program": (gpu_program, language_memory)},
+    "speed/gpu.md": {"gpu_program": (gpu_program, language_memory, language_rounds)},
     "robustness/README.md": {"devices": (devices,), "faults": (faults,)},
 }
 """The stored results that each document shows, and whose `tables`, and `draw` if any, they are for."""

@@ -76,4 +76,4 @@ def test_a_claim_that_does_not_follow_fails(evidence, monkeypatch, tmp_path, cap
     monkeypatch.setattr(claims, "read", lambda: evidence)
     claims.main(["--write"])
     assert claims.in_readme() == capsys.readouterr().out.partition("\n\n")[2].rstrip("\n")
-    assert readme.read_text(encoding="utf-8").startswith("# a\n\n## What the study says\n\nOn one")
+    assert readme.read_text(encoding="utf-8").startswith("# a\n\n## What the study says\n\nOn Fashion")
