@@ -1,12 +1,17 @@
 """`transformers` as an oracle: logits and gradients of tiny random decoders of every family that is read."""
 
 import copy
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from autorank_jax.datasets.chat import make_chat
+from autorank_jax.datasets.instructions import Example, Message
 from autorank_jax.models.causal_checkpoint import causal_name, read_safetensors
 from autorank_jax.models.causal_lm import causal_losses
 from autorank_jax.types import Scored, Tokens
@@ -134,3 +139,80 @@ def test_half_precision_is_read_as_it_is(tmp_path):
     np.testing.assert_array_equal(
         kernel.astype(np.float32), theirs.model.layers[1].mlp.up_proj.weight.detach().float().numpy()
     )
+
+
+def test_a_round_of_two_clients_is_two_trainings_with_peft(tmp_path):
+    """Client by client with PEFT and torch's SGD, of ranks 2 and 4, and RBLA in NumPy."""
+    import autorank_jax as ar  # noqa: PLC0415
+
+    peft = pytest.importorskip("peft", reason=reason)
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).eval()
+    theirs.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    task = ar.task_from_causal_lm(ar.models.load_causal_lm(tmp_path), max_rank=4, chunk=5)
+    start = task.server.trainable.adapters
+    rng = np.random.default_rng(1)
+    ids = rng.integers(0, 61, (5, 9)).astype(np.int32)
+    targets = np.where(rng.random(ids.shape) < 0.6, np.roll(ids, -1, axis=1), -1).astype(np.int32)
+    targets[:, -1] = -1
+    rows, ranks, rate = [np.arange(2), np.arange(2, 5)], (2, 4), 0.2
+    data = ar.from_parts(jnp.asarray(ids), jnp.asarray(targets), rows)
+    rule, local = ar.aggregators.rbla(), ar.make_local_training(task, optax.sgd(rate), batch_size=3)
+    state = ar.init_state(task.server, rule, {path: jnp.asarray(ranks) for path in start}, local_epochs=3)
+    found = jax.jit(ar.make_round(local, rule))(jax.random.key(0), state, data)[0].server.trainable.adapters
+
+    trained = []
+    for part, rank in zip(rows, ranks, strict=True):
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(copy.deepcopy(theirs), config)
+        factors = {}
+        for path in start:
+            for number in range(TINY["num_hidden_layers"]):
+                layer = model.get_submodule(f"base_model.model.{causal_name(path).format(number)}")
+                factors[path, number] = layer.lora_A.default.weight, layer.lora_B.default.weight
+                with torch.no_grad():
+                    layer.lora_A.default.weight.copy_(torch.tensor(np.asarray(start[path].lora_a[number, :, :rank]).T))
+                    layer.lora_B.default.weight.copy_(torch.tensor(np.asarray(start[path].lora_b[number, :rank]).T))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+        for _ in range(3):
+            logits = model(torch.tensor(ids[part], dtype=torch.long)).logits
+            wanted = torch.tensor(targets[part], dtype=torch.long)
+            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=-1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        trained.append({key: [f.detach().numpy().T for f in pair] for key, pair in factors.items()})
+
+    moved = 0.0
+    for path, number in trained[0]:
+        low, high = (client[path, number] for client in trained)
+        for side, axis in ((0, 1), (1, 0)):  # rank positions of A are columns, of B rows
+            ours = np.moveaxis(np.asarray(found[path][side][number]), axis, 0)
+            small, large = (np.moveaxis(client[side], axis, 0) for client in (low, high))
+            expected = np.concatenate([(2 * small + 3 * large[:2]) / 5, large[2:]])
+            np.testing.assert_allclose(ours, expected, atol=2e-5)
+            moved = max(
+                moved, float(np.max(np.abs(ours - np.moveaxis(np.asarray(start[path][side][number]), axis, 0))))
+            )
+    assert moved > 1e-2
+
+
+def test_smollm2_gives_the_logits_and_the_chats_of_transformers():
+    """With $AUTORANK_JAX_DATA/smollm2, as Hugging Face publishes SmolLM2-135M-Instruct."""
+    import autorank_jax as ar  # noqa: PLC0415
+
+    folder = Path(os.environ.get("AUTORANK_JAX_DATA", "")) / "smollm2"
+    if not folder.is_dir():
+        pytest.skip("AUTORANK_JAX_DATA holds no folder smollm2")
+    ours = ar.models.load_causal_lm(folder, dtype=jnp.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    example = Example((Message("user", "What is a cat?"), Message("assistant", "An animal.")))
+    ids, learnt = make_chat(ours.tokenizer)(example)
+    expected = tokenizer.apply_chat_template([m._asdict() for m in example.messages], tokenize=False)
+    assert ours.tokenizer.decode(ids) == expected
+    assert ours.tokenizer.decode(np.array(ids)[learnt]).strip() == "An animal.<|im_end|>"
+    with torch.no_grad():
+        logits = theirs(torch.tensor([ids])).logits.numpy()
+    np.testing.assert_allclose(ours(jnp.asarray([ids])), logits, atol=1e-4 * np.abs(logits).max())
