@@ -18,12 +18,14 @@ from autorank_jax.evaluation.language import language_flops
 from autorank_jax.experiment.language_options import LanguageOptions
 from autorank_jax.experiment.language_results import Clock
 from autorank_jax.experiment.mistakes import ConfigurationError
-from autorank_jax.federated.texts import TextClients, TextReport, text_clients
+from autorank_jax.federated.texts import TextClients, TextReport, padding_in_batches, text_clients
 from autorank_jax.models.causal_checkpoint import load_causal_lm
 from autorank_jax.models.causal_config import CausalConfig
 from autorank_jax.models.causal_lm import ByteTokenizer, CausalLM, init_causal_lm
 from autorank_jax.types import Aggregator, Array, ClientStats, FederatedData, LocalTraining, State, Task
 
+MUCH_PADDING = 0.25
+"""Share of what is computed from which on it is told how to compute less."""
 TINY = CausalConfig(vocabulary=258, width=64, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=128)
 """Of the model that needs no files."""
 
@@ -126,9 +128,21 @@ def load(options: LanguageOptions, clock: Clock) -> tuple[CausalLM, TextClients]
         )
     report = clients.report
     told = [*_told("cut", report.cut), *_told("left out", report.left_out)]
-    clock.end("; ".join([f"{len(clients.names)} of {report.counts()}", *told]))
+    clock.end("; ".join([f"{len(clients.names)} of {report.counts()}{_in_batches(clients, options)}", *told]))
     left_out = by_line(*instructions.problems, *report.left_out)
     return model, clients._replace(report=report._replace(left_out=left_out))
+
+
+def _in_batches(clients: TextClients, options: LanguageOptions) -> str:
+    """Tell the padding that steps compute where much of it comes from batches that are not full, and what to do."""
+    padding = padding_in_batches(clients, options.batch_size)
+    if padding < MUCH_PADDING or options.batch_size == 1:
+        return ""
+    least = min(range(1, options.batch_size + 1), key=lambda size: (padding_in_batches(clients, size), -size))
+    advice = (
+        "" if least == options.batch_size else f", {padding_in_batches(clients, least):.1%} by --batch-size {least}"
+    )
+    return f", {padding:.1%} in batches of {options.batch_size}{advice}"
 
 
 def _told(what: str, lines: Sequence[str]) -> list[str]:

@@ -9,10 +9,11 @@ import numpy as np
 
 from autorank_jax.datasets.chat import Tokenizer, make_chat
 from autorank_jax.datasets.instructions import SKIPPING, Instructions, by_line, few
+from autorank_jax.federated.batches import steps_per_epoch
 from autorank_jax.federated.data import client_stats, from_parts
 from autorank_jax.federated.held_out import held_counts
 from autorank_jax.federated.partition import dirichlet
-from autorank_jax.interface import checked
+from autorank_jax.interface import check_least, checked
 from autorank_jax.types import ClientStats, FederatedData, Tokens
 
 
@@ -157,6 +158,19 @@ def text_clients(
     stats = client_stats(data, groups=np.zeros(len(data.order), np.int32))._replace(label_counts=jnp.asarray(counts))
     report = report._replace(cut=tuple(text.cut for text in texts if text.cut), left_out=left_out)
     return TextClients(data, names, stats, report, rows_of(np.flatnonzero(held))[0] if held.any() else None)
+
+
+@checked
+def padding_in_batches(clients: TextClients, batch_size: int) -> float:
+    """Return the share of what training computes that holds no text, in [0, 1): of rows, and of rows that fill batches.
+
+    Args:
+        clients: made by `text_clients`.
+        batch_size: rows of a step; the last batch of each client is as large, whatever it has left.
+    """
+    check_least("batch_size", batch_size)
+    steps = int(jnp.sum(steps_per_epoch(clients.data.size, batch_size)))
+    return 1 - clients.report.tokens / (steps * batch_size * clients.data.targets.shape[1])
 
 
 def _kinds(name: str, values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

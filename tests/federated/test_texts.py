@@ -7,7 +7,7 @@ import pytest
 
 import autorank_jax as ar
 from autorank_jax.datasets.instructions import Example, Instructions, Message, load_instructions
-from autorank_jax.federated.texts import text_clients, text_rows
+from autorank_jax.federated.texts import padding_in_batches, text_clients, text_rows
 from autorank_jax.models.causal_lm import ByteTokenizer
 from tests.models.causal_cases import tiny
 
@@ -187,3 +187,16 @@ def test_criteria_count_the_groups_that_are_asked_for():
 def test_values_that_only_look_alike_are_refused():
     with pytest.raises(ValueError, match="expected the field 'kind' of one type, got 1 and '1'"):
         text_clients(texts(*[("q", "r")] * 3, kind=(1, 2, "1")), BYTES, length=8, clients_by="kind")
+
+
+def test_padding_counts_the_rows_that_fill_batches():
+    made = text_clients(
+        texts(*[("a", "b")] * 8, kind=tuple("xyyzzzzz")), BYTES, length=5, clients_by="kind", pack=False
+    )
+    assert made.data.size.tolist() == [1, 2, 5]
+    tokens = made.report.tokens / (8 * 5)
+    assert made.report.padding == pytest.approx(1 - tokens)
+    for size, rows in ((1, 8), (2, 2 + 2 + 6), (4, 4 + 4 + 8)):
+        assert padding_in_batches(made, size) == pytest.approx(1 - tokens * 8 / rows)
+    with pytest.raises(ValueError, match="expected batch_size >= 1, got 0"):
+        padding_in_batches(made, 0)
