@@ -1,5 +1,6 @@
 """Tasks from models that carry adapters already: `nnx.LoRA`, `nnx.LoRALinear`, or what qwix put into any NNX module."""
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -127,6 +128,10 @@ def with_qwix(
     except ImportError as error:
         raise ImportError("expected the package 'qwix' for this, got none: pip install 'autorank-jax[qwix]'") from error
     key = jax.random.key(key) if isinstance(key, int) else key
+    try:
+        re.compile(where)
+    except re.error as error:
+        raise ValueError(f"expected where as a regular expression, got {where!r}: {error}") from error
     provider = qwix.LoraProvider(module_path=where, rank=rank, alpha=float(rank), weight_qtype=quantize)
     try:
         with jax.numpy_dtype_promotion("standard"):

@@ -256,5 +256,7 @@ def test_layers_of_any_class_are_adapted_and_train():
         ValueError, match=r"^expected where as a regular expression for the path of some module, got 'x'"
     ):
         ar.adapters.with_qwix(model, jnp.ones((1, 4)), rank=3, where="x")
+    with pytest.raises(ValueError, match=r"^expected where as a regular expression, got '\('"):
+        ar.adapters.with_qwix(model, jnp.ones((1, 4)), rank=3, where="(")
     with pytest.raises(ValueError, match=r"^expected inputs that the model takes"):
         ar.adapters.with_qwix(model, jnp.ones((1, 5)), rank=3)
