@@ -60,7 +60,8 @@ class Instructions(NamedTuple):
 def load_instructions(path: str | Path = MINI, *, skip: bool = False) -> Instructions:
     r"""Read instructions from a file of JSON lines, each an object in one of these forms.
 
-    - `{"instruction": ..., "input": ..., "output": ...}`, `input` may be missing; or `instruction, context, response`
+    - `{"instruction": ..., "input": ..., "output": ...}`, `input` may be missing; or `instruction, context, response`;
+      beside them `system`, what a conversation begins with
     - `{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}`, any number of turns
     - `{"prompt": ..., "completion": ...}`: texts that no template goes around, or lists of messages
 
@@ -153,10 +154,12 @@ def parse_line(line: bytes) -> tuple[Example, dict[str, Any]]:
         raise ValueError("nested too deeply") from None
     if not isinstance(told, dict):
         raise ValueError(f"a {type(told).__name__} in place of an object")
-    for needed, optional in _FORMS:
-        if all(name in told for name in needed):
-            other = {name: value for name, value in told.items() if name not in (*needed, *optional)}
-            return _example(told, needed, optional), other
+    forms = [(needed, optional) for needed, optional in _FORMS if all(name in told for name in needed)]
+    if len(forms) > 1:
+        raise ValueError(f"fields of two forms, {' and '.join('/'.join(needed) for needed, _ in forms[:2])}")
+    for needed, optional in forms:
+        other = {name: value for name, value in told.items() if name not in (*needed, *optional)}
+        return _example(told, needed, optional), other
     raise ValueError(f"fields {sorted(told)!s:.80} in place of instruction/output, messages or prompt/completion")
 
 
@@ -174,7 +177,9 @@ def _example(told: Mapping[str, Any], needed: tuple[str, ...], optional: tuple[s
     more = told.get(optional[0])
     none = more is None or (isinstance(more, str) and not more.strip())
     question = asked if none else f"{asked}\n\n{_text(more, optional[0])}"
-    return Example((Message("user", question), Message("assistant", answer)))
+    system = told.get("system")
+    first = (Message("system", _text(system, "system")),) if isinstance(system, str) and system.strip() else ()
+    return Example((*first, Message("user", question), Message("assistant", answer)))
 
 
 def _messages(told: Any, name: str) -> tuple[Message, ...]:

@@ -38,6 +38,11 @@ def user(question, answer):
         ({"prompt": [TURNS[0]._asdict()], "completion": [TURNS[1]._asdict()]}, Example(TURNS[:2], asked=1)),
         ({"prompt": [m._asdict() for m in TURNS[:3]], "completion": [TURNS[3]._asdict()]}, Example(TURNS, asked=3)),
         ({"instruction": "a", "input": " ", "output": "b"}, user("a", "b")),
+        (
+            {"instruction": "a", "system": "s", "output": "b"},
+            Example((Message("system", "s"), *user("a", "b").messages)),
+        ),
+        ({"instruction": "a", "system": " ", "output": "b"}, user("a", "b")),
         ({"instruction": "a", "input": None, "output": "b"}, user("a", "b")),
         ({"instruction": "नमस्ते", "output": "👋🏽 สวัสดี"}, user("नमस्ते", "👋🏽 สวัสดี")),
         ({"instruction": "x" * 500_000, "output": "b"}, user("x" * 500_000, "b")),
@@ -46,7 +51,8 @@ def user(question, answer):
 def test_every_form_is_read_and_nothing_is_lost(tmp_path, line, example):
     found = load_instructions(write(tmp_path, {"instruction": "q", "output": "r"}, line | {"category": 7, "id": "z"}))
     assert found.examples == (user("q", "r"), example)
-    assert found.fields == {"category": (None, 7), "id": (None, "z")}
+    assert {name: found.fields[name] for name in ("category", "id")} == {"category": (None, 7), "id": (None, "z")}
+    assert found.fields.keys() - {"category", "id"} == line.keys() & {"system"}  # by which clients can be told apart
     assert found.lines == (1, 2)
 
 
@@ -69,6 +75,7 @@ def test_every_form_is_read_and_nothing_is_lost(tmp_path, line, example):
         ({"messages": [{"role": "tool", "content": "a"}]}, "role 'tool'"),
         ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]}, "['tool_calls']"),
         (b"[" * 100_000, "nested too deeply"),
+        ({"instruction": "a", "output": "b", "messages": []}, "fields of two forms, instruction/output and messages"),
     ],
 )
 def test_odd_lines_are_named_by_number(tmp_path, line, said):
