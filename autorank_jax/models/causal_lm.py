@@ -207,8 +207,9 @@ def causal_losses(
     def one(_: None, part: tuple[Array, Array]) -> tuple[None, Array]:
         hidden, targets = part
         logits = _unembed(params, hidden).astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]  # NaN beyond the last
-        return None, jnp.where(targets >= 0, jax.nn.logsumexp(logits, axis=-1) - chosen, 0)
+        chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+        known = jnp.where(targets < config.vocabulary, 1, jnp.nan)  # so that gradients are NaN as well
+        return None, jnp.where(targets >= 0, known * (jax.nn.logsumexp(logits, axis=-1) - chosen), 0)
 
     parts = jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets.reshape(batch, chunks, -1), 1, 0)
     losses = lax.scan(one, None, parts)[1]

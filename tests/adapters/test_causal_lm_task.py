@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import autorank_jax as ar
@@ -118,3 +119,18 @@ def test_flops_are_those_that_xla_counts_block_by_block():
     logits = 4 * 32 * 64 * 128
     assert deeper.base - logits == pytest.approx(5 * (ours.base - logits))
     assert deeper.per_rank == {path: 5 * each for path, each in ours.per_rank.items()}
+
+
+def test_the_base_is_never_stacked_over_lanes(task):
+    lanes, rule = 3, ar.aggregators.rbla()
+    data = ar.from_parts(jnp.zeros((6, 5), jnp.int32), jnp.zeros((6, 5), jnp.int32), np.split(np.arange(6), 3))
+    state = ar.init_state(task.server, rule, None, clients=3)
+    local = ar.make_local_training(task, optax.sgd(0.1), batch_size=2)
+    text = str(jax.make_jaxpr(ar.make_round(local, rule, lanes=lanes))(jax.random.key(0), state, data))
+    factors = task.server.trainable.adapters["layers/mlp/up_proj"].lora_a.shape
+    assert f"f32[{','.join(map(str, (lanes, *factors)))}]" in text  # adapters are
+    for name, kernel in task.server.frozen.kernels.items():
+        assert f"[{','.join(map(str, (lanes, *kernel.shape)))}]" not in text, name
+        assert f"[{','.join(map(str, (lanes, *kernel.shape[1:])))}]" not in text, name  # nor a block of it
+    embedding = task.server.frozen.rest["embed_tokens/embedding"].shape
+    assert f"[{','.join(map(str, (lanes, *embedding)))}]" not in text

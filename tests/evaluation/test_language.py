@@ -61,12 +61,13 @@ def test_ids_beyond_the_vocabulary_are_refused_before_anything_is_computed(task)
 
 
 def test_a_client_whose_ids_the_model_does_not_know_is_excluded(task):
-    ids = jnp.array([[3, 4, 5], [3, 61, 5], [-1, 4, 5], [6, 7, 8]], jnp.int32)
-    data = ar.from_parts(ids, ids % 61, [np.array([n]) for n in range(4)])
-    state = ar.init_state(task.server, ar.aggregators.rbla(), None, clients=4)
+    ids = jnp.array([[3, 4, 5], [3, 61, 5], [-1, 4, 5], [6, 7, 8], [6, 7, 8]], jnp.int32)
+    targets = (ids % 61).at[4, 2].set(99)
+    data = ar.from_parts(ids, targets, [np.array([n]) for n in range(5)])
+    state = ar.init_state(task.server, ar.aggregators.rbla(), None, clients=5)
     local = ar.make_local_training(task, optax.sgd(0.1), batch_size=1)
     trained, info = jax.jit(ar.make_round(local, ar.aggregators.rbla()))(jax.random.key(0), state, data)
-    assert int(info.excluded) == 2
+    assert int(info.excluded) == 3
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(trained.server.trainable))
     nats = task.predict(task.server.frozen, task.server.trainable, Scored(ids[:1], jnp.array([[4, 5, 99]])))
     assert np.isnan(np.asarray(nats)).tolist() == [[False, False, True]]  # a target that there is not
