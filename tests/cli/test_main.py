@@ -129,6 +129,7 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
         ("--rounds ten", "rounds: expected a whole number, got 'ten'"),
         ("--round 3", "run: expected an option, got --round, probably --rounds (see autorank-jax run --help)"),
         ("--lr 0.1", "got --lr, probably --learning-rate (see autorank-jax run --help)"),
+        ("--model a/b", "probably the folder of a language model: the command finetune trains it"),
         ("--policy full", "got --policy, probably --rank-policies (see"),
         ("--dataset fashion", "got 'fashion', probably 'fashion_mnist_mini' or 'fashion_mnist'"),
         ("--rounds 3 word", "run: expected an option, got 'word' (see autorank-jax run --help)"),
