@@ -154,7 +154,8 @@ def parse_line(line: bytes) -> tuple[Example, dict[str, Any]]:
         raise ValueError("nested too deeply") from None
     if not isinstance(told, dict):
         raise ValueError(f"a {type(told).__name__} in place of an object")
-    forms = [(needed, optional) for needed, optional in _FORMS if all(name in told for name in needed)]
+    forms = [(needed, optional) for needed, optional in _FORMS if all(told.get(name) is not None for name in needed)]
+    forms = forms or [form for form in _FORMS if all(name in told for name in form[0])]
     if len(forms) > 1:
         raise ValueError(f"fields of two forms, {' and '.join('/'.join(needed) for needed, _ in forms[:2])}")
     for needed, optional in forms:

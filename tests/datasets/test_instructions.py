@@ -43,6 +43,7 @@ def user(question, answer):
             Example((Message("system", "s"), *user("a", "b").messages)),
         ),
         ({"instruction": "a", "system": " ", "output": "b"}, user("a", "b")),
+        ({"instruction": "a", "output": "b", "messages": None, "response": None}, user("a", "b")),
         ({"instruction": "a", "input": None, "output": "b"}, user("a", "b")),
         ({"instruction": "नमस्ते", "output": "👋🏽 สวัสดี"}, user("नमस्ते", "👋🏽 สวัสดี")),
         ({"instruction": "x" * 500_000, "output": "b"}, user("x" * 500_000, "b")),
@@ -52,7 +53,7 @@ def test_every_form_is_read_and_nothing_is_lost(tmp_path, line, example):
     found = load_instructions(write(tmp_path, {"instruction": "q", "output": "r"}, line | {"category": 7, "id": "z"}))
     assert found.examples == (user("q", "r"), example)
     assert {name: found.fields[name] for name in ("category", "id")} == {"category": (None, 7), "id": (None, "z")}
-    assert found.fields.keys() - {"category", "id"} == line.keys() & {"system"}  # by which clients can be told apart
+    assert ("system" in found.fields) == ("system" in line)  # by which clients can be told apart
     assert found.lines == (1, 2)
 
 

@@ -215,4 +215,4 @@ def test_smollm2_gives_the_logits_and_the_chats_of_transformers():
     assert ours.tokenizer.decode(np.array(ids)[learnt]).strip() == "An animal.<|im_end|>"
     with torch.no_grad():
         logits = theirs(torch.tensor([ids])).logits.numpy()
-    np.testing.assert_allclose(ours(jnp.asarray([ids])), logits, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(ours(jnp.asarray([ids])), logits, rtol=0, atol=2e-4)  # of up to 36
