@@ -37,7 +37,7 @@ def label_entropy(label_counts: ArrayLike) -> Array:
         >>> print(label_entropy(jnp.array([[10, 0], [5, 5], [30, 10]])))
         [0.     0.6931 0.5623]
     """
-    return _entropy(_shares(_counts(label_counts)))
+    return _entropy(*_shares(_counts(label_counts)))
 
 
 @checked
@@ -58,8 +58,8 @@ def gini_simpson(label_counts: ArrayLike) -> Array:
         >>> print(gini_simpson(jnp.array([[10, 0], [5, 5], [30, 10]])))
         [0.    0.5   0.375]
     """
-    p = _shares(_counts(label_counts))
-    return jnp.sum(p, axis=-1) - jnp.sum(jnp.square(p), axis=-1)  # Σ p is 1, and 0 for an empty client
+    p, rest = _shares(_counts(label_counts))
+    return jnp.sum(p * rest, axis=-1)  # as Σ p is 1; nothing cancels where one class has nearly all
 
 
 @checked
@@ -104,7 +104,7 @@ def loss_entropy(epoch_losses: ArrayLike, epochs: ArrayLike | None = None) -> Ar
     check_values("epoch_losses", losses)
     defined = known & (T > 1) & (jnp.sum(losses, axis=-1) > 0)
     ln_T = jnp.log(jnp.where(defined, T, 2).astype(losses.dtype))
-    value = jnp.where(defined, _entropy(_shares(losses)) / ln_T, 1)
+    value = jnp.where(defined, _entropy(*_shares(losses)) / ln_T, 1)
     curves = jnp.sum(defined).astype(losses.dtype)
     mean = jnp.where(curves > 0, jnp.sum(value, where=defined) / jnp.maximum(curves, 1), 1)
     return jnp.where(defined, value, mean)
@@ -260,15 +260,16 @@ def check_criteria(criteria: Sequence[str | Criterion]) -> None:
             raise ValueError(f"expected every criterion once, got {criterion!r} twice")
 
 
-def _shares(counts: Array) -> Array:
-    """Return `p = n / Σ n` along the last axis, 0 where there is nothing to share, exactly 1 where one has it all.
+def _shares(counts: Array) -> tuple[Array, Array]:
+    """Return `p = n / Σ n` along the last axis, 0 where there is nothing to share, and `1 - p` without cancellation.
 
-    XLA may multiply by a reciprocal, so that `n / n` is a little less than 1 for some n, and the entropy of one class
-    would differ between clients.
+    Where one has it all they are exactly 1 and 0: XLA may multiply by a reciprocal, so that `n / n` is a little less
+    than 1 for some n, and the entropy of one class would differ between clients.
     """
     total = jnp.sum(counts, axis=-1, keepdims=True)
-    shares = counts / jnp.where(total > 0, total, 1)
-    return jnp.where(total > 0, jnp.where(counts == total, 1, shares), 0)
+    some = jnp.where(total > 0, total, 1)
+    shares = jnp.where(total > 0, jnp.where(counts == total, 1, counts / some), 0)
+    return shares, (total - counts) / some
 
 
 def _counts(label_counts: ArrayLike) -> Array:
@@ -279,9 +280,11 @@ def _counts(label_counts: ArrayLike) -> Array:
     return counts
 
 
-def _entropy(p: Array) -> Array:
-    """Return `-Σ p ln p` along the last axis with `0 ln 0 = 0`, and gradient 0 there."""
-    return jnp.sum(jnp.where(p > 0, -p * jnp.log(jnp.where(p > 0, p, 1)), 0), axis=-1)
+def _entropy(p: Array, rest: Array) -> Array:
+    """Return `-Σ p ln p` along the last axis with `0 ln 0 = 0`, and gradient 0 there, given `1 - p` as well."""
+    much = p > 0.5
+    logs = jnp.where(much, jnp.log1p(-jnp.where(much, rest, 0)), jnp.log(jnp.where((p > 0) & ~much, p, 1)))
+    return jnp.sum(jnp.where(p > 0, -p * logs, 0), axis=-1)
 
 
 def _as_float(x: ArrayLike) -> Array:

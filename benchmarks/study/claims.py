@@ -234,7 +234,8 @@ def finding(evidence: Evidence, family: Mapping[str, Claim]) -> str:
         grow with a client's data pay where few of many take part,** each at its own rate: 100 clients, 20 a
         round, in proportion to size and AutoRank's {beyond["many early"]} after a quarter of the rounds,
         {beyond["many"]} at the end, for {sent} % of the bytes and {most} % of the slowest client's work; not at a
-        higher rate, where a tuning run diverged ({beyond["many edge"]}), nor is it shown with ten clients ({beyond[""]}).
+        higher rate, where a tuning run diverged ({beyond["many edge"]}), nor is it shown with ten clients
+        ({beyond[""]}).
         **Not with RBLA:** {said("rbla")}. Whole weights: {said("whole")}
         beyond AutoRank's. **Pretrained:** MiniLM {said("texts")}; SmolLM2's perplexity {said("dialogues 0")} and
         {said("dialogues 1")} % (a seed each).

@@ -189,7 +189,7 @@ def test_clients_of_one_class_each_differ_by_size_alone():
         assert ranks.tolist() == of_one_class.tolist()
 
 
-@pytest.mark.parametrize("mix", [(1, 1), (1, 2), (3, 7, 11), tuple(range(1, 41))])
+@pytest.mark.parametrize("mix", [(1, 1), (1, 2), (1, 50), (1, 1000), (1, 10_000), (3, 7, 11), tuple(range(1, 41))])
 def test_clients_of_one_mix_do_not_differ_by_it(mix):
     counts = np.outer(np.arange(1, 400), mix)
     matrix = jnp.stack([label_entropy(counts), gini_simpson(counts)], axis=1)
