@@ -129,9 +129,14 @@ def _carries(task: Task) -> bool:
 
 def _paths_of(task: Task) -> Names:
     """Return the names that are paths with dots; the layer that carries an adapter is the one around it."""
-    if _carries(task):
-        return lambda path: path.removesuffix("/kernel").removesuffix("/lora").replace("/", ".")
-    return lambda path: path.replace("/", ".")
+
+    def around(path: str) -> str:
+        layer, _, own = path.rpartition("/")
+        if own not in ("kernel", "lora") or not layer:
+            raise ValueError(f"expected names=, as no module in PyTorch is known for the parameter {path!r}, got none")
+        return layer.replace("/", ".")
+
+    return around if _carries(task) else lambda path: path.replace("/", ".")
 
 
 def _of_text(names: Names) -> Names:

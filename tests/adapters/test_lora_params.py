@@ -236,7 +236,7 @@ class Foreign(nnx.Module):
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.filterwarnings("ignore")
-def test_layers_of_any_class_are_adapted_and_train():
+def test_layers_of_any_class_are_adapted_and_train(tmp_path):
     pytest.importorskip("qwix", reason="qwix is not installed")
     model = Foreign()
     task = ar.task_from_lora_params(ar.adapters.with_qwix(model, jnp.ones((1, 4)), rank=3))
@@ -250,6 +250,9 @@ def test_layers_of_any_class_are_adapted_and_train():
     hidden = np.tanh(model.named(model.einsum(x)))
     expected = hidden @ (model.out[...] + moved.lora_a @ moved.lora_b)  # the scale is 1
     np.testing.assert_allclose(task.predict(task.server.frozen, server, x), expected, atol=1e-4)
+    with pytest.raises(ValueError, match=r"^expected names=, as no module in PyTorch is known for .* 'einsum/w', got"):
+        ar.export_peft(tmp_path, task, task.server, scale=1.0)
+    ar.export_peft(tmp_path, task, task.server, scale=1.0, names=lambda path: path.replace("/", "_"))
     chosen = ar.task_from_lora_params(ar.adapters.with_qwix(model, jnp.ones((1, 4)), rank=3, where="named"))
     assert set(chosen.report.adapted) == {"named/kernel"}
     with pytest.raises(
