@@ -134,3 +134,16 @@ def test_the_base_is_never_stacked_over_lanes(task):
         assert f"[{','.join(map(str, (lanes, *kernel.shape[1:])))}]" not in text, name  # nor a block of it
     embedding = task.server.frozen.rest["embed_tokens/embedding"].shape
     assert f"[{','.join(map(str, (lanes, *embedding)))}]" not in text
+
+
+def test_programs_do_not_grow_with_depth():
+    def lines(depth):
+        task = ar.task_from_causal_lm(tiny(TINY._replace(depth=depth)), max_rank=3, chunk=4)
+        batch = Batch(IDS, TARGETS, jnp.ones(5))
+
+        def loss(trainable):
+            return jnp.mean(task.loss(task.server.frozen, trainable, batch, jax.random.key(0)))
+
+        return str(jax.make_jaxpr(jax.grad(loss))(task.server.trainable)).count("\n")
+
+    assert lines(4) == lines(32) > 100
