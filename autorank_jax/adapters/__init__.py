@@ -5,7 +5,8 @@
   `make_local_training(scale=...)`.
 - `Task`: a model as the engine sees it, functions and start values: `task_from_nnx`, `task_from_linen`,
   `task_from_function`, `task_from_causal_lm`, and `task_from_lora_params` for models that carry their adapters;
-  anything else by building a `Task`. `max_rank` names the layers, by pattern if you like.
+  anything else by building a `Task`. `max_rank` names the layers, by pattern if you like; `scan_blocks` runs a list of
+  equal blocks as one scan.
 - losses: `classification_loss`, `regression_loss`, `token_loss`, or any function of outputs and targets to `(batch,)`.
 - `merge` gives the trained model back, `export_peft` a folder for Hugging Face PEFT.
 

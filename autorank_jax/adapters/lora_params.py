@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from autorank_jax.adapters.losses import as_float, classification_loss
-from autorank_jax.adapters.nnx import check_statistics, fresh_randomness, graph_of, name_of
+from autorank_jax.adapters.nnx import check_statistics, fresh_randomness, graph_of
+from autorank_jax.adapters.nnx_scan import STACK, check_scans, name_of, scan_lists, unstacked
 from autorank_jax.adapters.selection import choose_parameters
 from autorank_jax.adapters.task import without_values
 from autorank_jax.interface import FOREIGN_FAILURES, check_least, checked
@@ -24,6 +25,7 @@ def task_from_lora_params(
     loss: Callable[[Any, Any], Array] = classification_loss,
     preprocess: Callable[[PyTree], PyTree] = as_float,
     frozen_statistics: bool = False,
+    scan_blocks: str | tuple[str, ...] = (),
 ) -> Task:
     """Make a task of an NNX model that carries its adapters, as pairs of `nnx.LoRAParam`s `*lora_a` and `*lora_b`.
 
@@ -37,6 +39,7 @@ def task_from_lora_params(
         loss: `(outputs, targets) -> (b,)`.
         preprocess: applied to the inputs of every batch.
         frozen_statistics: as in `task_from_nnx`.
+        scan_blocks: as in `task_from_nnx`.
 
     Returns:
         The task; the adapter of `layer/kernel_lora_a` is `layer/kernel`, that of `layer/lora_a` is `layer`, and their
@@ -49,6 +52,9 @@ def task_from_lora_params(
     """
     graph, state = nnx.split(model)
     check_statistics(state, frozen_statistics)
+    blank = without_values(state)
+    model = scan_lists(model, scan_blocks)
+    state = nnx.split(model)[1]
     variables = {name_of(path): variable for path, variable in nnx.to_flat_state(state)}
     paths = {name_of(path): path for path, _ in nnx.to_flat_state(state)}
     values = {name: variable.get_value() for name, variable in variables.items()}
@@ -61,7 +67,6 @@ def task_from_lora_params(
     server = Server(Trainable(adapters, {name: values[name] for name in sorted(dense)}), Base({}, rest))
     graphs = {training: graph_of(model, training, frozen_statistics) for training in (True, False)}
     shapes = {name: values[name].shape for name in factors}
-    blank = without_values(state)
 
     def flat(server: Server) -> dict[str, Any]:
         given = {**server.frozen.rest, **server.trainable.dense}
@@ -73,7 +78,10 @@ def task_from_lora_params(
     def apply(training: bool, server: Server, inputs: PyTree, key: Key | None) -> PyTree:
         given = fresh_randomness(flat(server), key)
         state = nnx.from_flat_state([(paths[name], value) for name, value in given.items()])
-        return nnx.merge(graphs[training], state)(preprocess(inputs))
+        merged = nnx.merge(graphs[training], state)
+        outputs = merged(preprocess(inputs))
+        check_scans(merged)
+        return outputs
 
     def task_loss(frozen: Base, trainable: Trainable, batch: Batch, key: Key) -> Array:
         return loss(apply(True, Server(trainable, frozen), batch.inputs, key), batch.targets)
@@ -82,9 +90,9 @@ def task_from_lora_params(
         return apply(key is not None, Server(trainable, frozen), inputs, key)
 
     def merge(server: Server) -> nnx.Module:
-        given = flat(server)
-        whole = [(path, v.replace(given[name_of(path)])) for path, v in nnx.to_flat_state(blank)]
-        return nnx.merge(graph, nnx.from_flat_state(whole))
+        given = unstacked(flat(server))
+        state = [(path, v.replace(given[name_of(path)])) for path, v in nnx.to_flat_state(blank)]
+        return nnx.merge(graph, nnx.from_flat_state(state))
 
     ranks = {path: adapter.lora_a.shape[-1] for path, adapter in adapters.items()}
     report = TaskReport(ranks, tuple(sorted(dense)), tuple(sorted(rest)), {})
@@ -166,6 +174,10 @@ def _pairs(names: list[str]) -> dict[str, tuple[str, str]]:
 
 def _adapter(path: str, lora_a: Array, lora_b: Array) -> Adapter:
     """Read both factors as matrices, or as stacks of them."""
+    depth = path.split("/").count(STACK)
+    if depth:
+        one = jax.eval_shape(lambda a, b: _adapter("", a, b), *(f[(0,) * depth] for f in (lora_a, lora_b)))
+        return Adapter(*(f.reshape(f.shape[:depth] + o.shape) for f, o in zip((lora_a, lora_b), one, strict=True)))
     rank, layers = lora_a.shape[-1], lora_a.shape[:-2]
     plain = lora_b.shape[0] == rank
     stacked = lora_a.ndim == lora_b.ndim > 2 and lora_b.shape[:-2] == layers and lora_b.shape[-2] == rank

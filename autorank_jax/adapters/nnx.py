@@ -14,6 +14,7 @@ from flax import nnx
 from autorank_jax.adapters.losses import as_float, classification_loss
 from autorank_jax.adapters.low_rank import Form
 from autorank_jax.adapters.nnx_layers import ADAPTED, Factor, adapted_class
+from autorank_jax.adapters.nnx_scan import STACK, check_scans, name_of, scan_lists, unstacked
 from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, kind_of, why_unadapted
 from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task, without_values
 from autorank_jax.interface import checked, describe
@@ -33,6 +34,7 @@ def task_from_nnx(
     compute_dtype: Any = None,
     checkpoint: str | tuple[str, ...] = (),
     frozen_statistics: bool = False,
+    scan_blocks: str | tuple[str, ...] = (),
 ) -> Task:
     """Make a task of an unmodified NNX model: adapters on matching layers, the rest frozen or trained whole.
 
@@ -56,32 +58,40 @@ def task_from_nnx(
         checkpoint: path patterns of modules whose activations are computed again in the backward pass instead of being
             kept, such as `"blocks/*"`.
         frozen_statistics: accept `nnx.BatchNorm`, with its statistics as they are, in training as in evaluation.
+        scan_blocks: path patterns of lists of equal blocks that shall run as one scan, such as `"blocks"`: a program
+            is then as long as for one of them. Each layer in them gets one stacked adapter, `blocks/{}/attn/query`,
+            which patterns such as `blocks/*/attn/*` take. The model has to hand each block what the one before
+            returned, and all of them the same other arguments.
 
     Returns:
         The task. Its `server.frozen` is a `Base`, so rules may merge into it.
 
     Raises:
-        ValueError: if a pattern matches no supported layer or no parameter, if a layer cannot be adapted or shares its
-            weight with another, or if the model keeps statistics.
+        ValueError: if a pattern matches no supported layer, list or parameter, if a layer cannot be adapted or shares
+            its weight with another, if blocks of a list are not equally built, or if the model keeps statistics. In a
+            run: if it treats blocks of a scan differently.
     """
     key = jax.random.key(key) if isinstance(key, int) else key
+    graph, state = nnx.split(model)
+    check_statistics(state, frozen_statistics)
+    shapes = without_values(state)  # functions of the task hold no second copy of the values
+    model = scan_lists(model, scan_blocks)
     adapted = nnx.clone(model)
-    plain = nnx.split(adapted)
-    check_statistics(plain[1], frozen_statistics)
+    plain = nnx.split(adapted)[1]
     ranks = match_layers(adapted, max_rank, where)
-    values = {name_of(path): _value(path, v) for path, v in nnx.to_flat_state(plain[1])}
+    values = {name_of(path): _value(path, v) for path, v in nnx.to_flat_state(plain)}
     used: set[str] = set()
     weights, forms = _insert_adapters(adapted, ranks, values, used)
-    names = [name_of(p) for p, v in nnx.to_flat_state(plain[1]) if isinstance(v, nnx.Param)]
+    names = [name_of(p) for p, v in nnx.to_flat_state(plain) if isinstance(v, nnx.Param)]
     dense = choose_parameters([n for n in names if n not in weights.values()], train_dense)
     if compute_dtype is not None:
         _compute_in(adapted, compute_dtype)
     _checkpoint(adapted, checkpoint)
     run = _runner(adapted, frozen_statistics, used)
-    shapes = without_values(plain[1])
-    built = Model(values, weights, forms, run, lambda flat: nnx.merge(plain[0], _state(shapes, flat)))
+    built = Model(values, weights, forms, run, lambda flat: nnx.merge(graph, _state(shapes, unstacked(flat))))
     vectors = ("bias", "scale")  # of stacked layers these have two axes as well
-    matrices = [n for n in names if values[n].ndim > 1 and n not in weights.values() and n not in dense]
+    matrices = [n for n in names if values[n].ndim > 1 + n.split("/").count(STACK)]
+    matrices = [n for n in matrices if n not in weights.values() and n not in dense]
     matrices = [n for n in matrices if n.rpartition("/")[2] not in vectors]
     modules = {name_of(path): module for path, module in nnx.iter_modules(model)}
     unadapted = why_unadapted(modules, matrices, tuple(ADAPTED), wanted=(max_rank, where))
@@ -188,7 +198,9 @@ def _runner(model: nnx.Module, frozen_statistics: bool, used: set[str]) -> Calla
         for path, adapter in adapters.items():
             for factor, value in adapter._asdict().items():
                 flat[join(path, factor)] = value
-        outputs = nnx.merge(graphs[training], nnx.from_flat_state([(paths[n], v) for n, v in flat.items()]))(inputs)
+        merged = nnx.merge(graphs[training], nnx.from_flat_state([(paths[n], v) for n, v in flat.items()]))
+        outputs = merged(inputs)
+        check_scans(merged)
         if training:
             _warn_of_unused(adapters, used)
         return outputs
@@ -276,8 +288,3 @@ def fresh_randomness(flat: Flat, key: Key | None) -> Flat:
         return dict(flat)
     own = {name: jax.random.fold_in(key, number) for number, name in enumerate(streams)}
     return flat | {n: jax.random.split(one, flat[n].shape) if flat[n].shape else one for n, one in own.items()}
-
-
-def name_of(path: tuple) -> str:
-    """Return the path of a variable as text."""
-    return "/".join(map(str, path))

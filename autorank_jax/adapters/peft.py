@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ def export_peft(
     ranks: Mapping[str, int | Array] | None = None,
     names: Names | None = None,
     base_model: str | Path | None = None,
-    scale: float | None = None,
+    scale: float | Mapping[str, float] | None = None,
 ) -> Path:
     """Write the adapters as `adapter_model.safetensors` and `adapter_config.json`, as Hugging Face PEFT reads them.
 
@@ -52,8 +53,8 @@ def export_peft(
             number of the layer goes, such as `models.causal_name`, with which the config says "CAUSAL_LM".
         base_model: name or path of the base model, for the config.
         scale: needed for models that carry their own adapters, and for them alone: the factor by which they multiply
-            `A B` (1 in `nnx.LoRA`, alpha / rank in qwix); `lora_B` is written times it. Their factors are read as
-            matrices, inputs first.
+            `A B` (1 in `nnx.LoRA`, alpha / rank in qwix), one for all or by adapter path; `lora_B` is written times
+            it. Their factors are read as matrices, inputs first.
 
     Returns:
         The folder.
@@ -106,19 +107,24 @@ def _check(task: Task, server: Server) -> None:
         )
 
 
-def _scaled(server: Server, task: Task, scale: float | None) -> Server:
+def _scaled(server: Server, task: Task, scale: float | Mapping[str, float] | None) -> Server:
     """Return the adapters of a model that carries its own in units of its weights."""
     carried = _carries(task)
     if not carried and scale is not None:
         raise ValueError(f"expected no scale, as updates here are in units of the weights, got {describe(scale)}")
     if not carried:
         return server
-    if scale is None or not 0 < abs(scale) < np.inf:
-        raise ValueError(
-            "expected scale=, the factor by which the model multiplies the adapters that it carries (1 in nnx.LoRA, "
-            f"alpha / rank in qwix), got {describe(scale)}"
-        )
-    adapters = {path: Adapter(a, b * scale) for path, (a, b) in server.trainable.adapters.items()}
+    paths = server.trainable.adapters.keys()
+    scales = scale if isinstance(scale, Mapping) else dict.fromkeys(paths, scale)
+    if scales.keys() != paths:
+        raise ValueError(f"scale: expected one for each of {sorted(paths)}, got {sorted(scales)}")
+    for one in scales.values():
+        if not isinstance(one, Real) or not 0 < abs(one) < np.inf:
+            raise ValueError(
+                "expected scale=, the factor by which the model multiplies the adapters that it carries (1 in "
+                f"nnx.LoRA, alpha / rank in qwix), got {describe(one)}"
+            )
+    adapters = {path: Adapter(a, b * scales[path]) for path, (a, b) in server.trainable.adapters.items()}
     return server._replace(trainable=server.trainable._replace(adapters=adapters))
 
 

@@ -203,7 +203,10 @@ def test_exported_factors_give_what_the_model_computes(tmp_path):
     for odd in (0.0, np.nan, np.inf):
         with pytest.raises(ValueError, match="expected scale=, the factor"):
             ar.export_peft(tmp_path, task, task.server, scale=odd)
-    tensors = load_file(ar.export_peft(tmp_path, task, task.server, scale=5.0) / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"scale: expected one for each of \['head/kernel'\], got \['head'\]"):
+        ar.export_peft(tmp_path, task, task.server, scale={"head": 5.0})
+    folder = ar.export_peft(tmp_path, task, task.server, scale={"head/kernel": np.float32(5.0)})
+    tensors = load_file(folder / "adapter_model.safetensors")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["head"]
     a, b = (tensors[f"base_model.model.head.lora_{side}.weight"] for side in "AB")
