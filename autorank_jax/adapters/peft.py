@@ -118,14 +118,17 @@ def _scaled(server: Server, task: Task, scale: float | Mapping[str, float] | Non
     scales = scale if isinstance(scale, Mapping) else dict.fromkeys(paths, scale)
     if scales.keys() != paths:
         raise ValueError(f"scale: expected one for each of {sorted(paths)}, got {sorted(scales)}")
-    for one in scales.values():
-        if not isinstance(one, Real) or not 0 < abs(one) < np.inf:
-            raise ValueError(
-                "expected scale=, the factor by which the model multiplies the adapters that it carries (1 in "
-                f"nnx.LoRA, alpha / rank in qwix), got {describe(one)}"
-            )
-    adapters = {path: Adapter(a, b * scales[path]) for path, (a, b) in server.trainable.adapters.items()}
+    adapters = {p: Adapter(a, b * _factor(scales[p])) for p, (a, b) in server.trainable.adapters.items()}
     return server._replace(trainable=server.trainable._replace(adapters=adapters))
+
+
+def _factor(scale: Any) -> float:
+    if not isinstance(scale, Real) or not 0 < abs(float(scale)) < np.inf:
+        raise ValueError(
+            "expected scale=, the factor by which the model multiplies the adapters that it carries (1 in nnx.LoRA, "
+            f"alpha / rank in qwix), got {describe(scale)}"
+        )
+    return float(scale)
 
 
 def _carries(task: Task) -> bool:
