@@ -53,7 +53,7 @@ RUN_GROUPS = (
 
 FINETUNE_GROUPS = (
     Group("model and texts", ("model", "dtype", "quantize", "data", "template", "skip_odd_lines", "max_length")),
-    Group("clients", ("clients_by", "groups_by", "clients", "alpha", "hold_out")),
+    Group("clients", ("clients_by", "groups_by", "clients", "alpha", "size", "hold_out")),
     Group("ranks", ("policy", "max_rank", "min_ratio", "probe_epochs", "probe_share")),
     Group("training", ("aggregator", "rounds", "local_epochs", "batch_size", "learning_rate", "lanes", "seed")),
     Group(

@@ -60,12 +60,12 @@ class Instructions(NamedTuple):
 def load_instructions(path: str | Path = MINI, *, skip: bool = False) -> Instructions:
     r"""Read instructions from a file of JSON lines, each an object in one of these forms.
 
-    - `{"instruction": ..., "input": ..., "output": ...}`, `input` may be missing; or `instruction, context, response`;
-      beside them `system`, what a conversation begins with
+    - `{"instruction": ..., "input": ..., "output": ...}`, `input` may be missing; or `instruction, context, response`
     - `{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}`, any number of turns
     - `{"prompt": ..., "completion": ...}`: texts that no template goes around, or lists of messages
 
-    Further fields are kept, such as `category`: clients can be made of them.
+    Beside all but texts that no template goes around, `system` is what the conversation begins with. Further fields are
+    kept, such as `category`: clients can be made of them.
 
     Args:
         path: of the file, or "instructions_mini", which comes with the package.
@@ -166,21 +166,32 @@ def parse_line(line: bytes) -> tuple[Example, dict[str, Any]]:
 
 def _example(told: Mapping[str, Any], needed: tuple[str, ...], optional: tuple[str, ...]) -> Example:
     if needed == ("messages",):
-        return Example(_messages(told["messages"], "messages"))
+        return Example(_with_system(_messages(told["messages"], "messages"), told))
     first, last = (told[name] for name in needed)
     if isinstance(first, list) and isinstance(last, list):
         if not last:
             raise ValueError(f"{needed[1]} without messages")
-        return Example(_messages([*first, *last], needed[1]), asked=len(first))
+        messages = _messages([*first, *last], needed[1])
+        begun = _with_system(messages, told)
+        return Example(begun, asked=len(first) + len(begun) - len(messages))
     asked, answer = _text(first, needed[0]), _text(last, needed[1])
     if needed == ("prompt", "completion"):
         return Example((Message("user", asked), Message("assistant", answer)), raw=True)
     more = told.get(optional[0])
     none = more is None or (isinstance(more, str) and not more.strip())
     question = asked if none else f"{asked}\n\n{_text(more, optional[0])}"
+    return Example(_with_system((Message("user", question), Message("assistant", answer)), told))
+
+
+def _with_system(messages: tuple[Message, ...], told: Mapping[str, Any]) -> tuple[Message, ...]:
+    """Let a conversation begin with what a line has as `system`."""
     system = told.get("system")
-    first = (Message("system", _text(system, "system")),) if isinstance(system, str) and system.strip() else ()
-    return Example((*first, Message("user", question), Message("assistant", answer)))
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return messages
+    first = Message("system", _text(system, "system"))
+    if messages[0].role == "system" and messages[0] != first:
+        raise ValueError("a system field beside another system message")
+    return messages if messages[0] == first else (first, *messages)
 
 
 def _messages(told: Any, name: str) -> tuple[Message, ...]:

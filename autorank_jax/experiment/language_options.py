@@ -14,6 +14,7 @@ from autorank_jax.interface.kinds import is_real, is_whole
 
 LANGUAGE_POLICIES = ("autorank", "uniform_bytes", "full")
 TEMPLATES = ("own", "plain")
+SIZES = ("rows", "tokens", "examples")
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTIZED = ("none", "int8", "nf4")
 LANGUAGE_BEFORE: Mapping[str, Any] = {"probe_share": 1.0}
@@ -48,6 +49,7 @@ class LanguageOptions:
         groups_by: field whose values the criteria count; default that of the clients
         clients: make so many clients in place of one for each value, by Dirichlet shares of the values; 0 = do not
         alpha: Dirichlet concentration of the shares, small = uneven
+        size: of a client: rows, tokens, examples
         hold_out: share of each client's texts that is kept from training, to measure with
         template: of chats: own (as the tokenizer has it), plain
         max_length: tokens of a row, longer texts are cut
@@ -66,7 +68,7 @@ class LanguageOptions:
         learning_rate: of Adam, which every client begins anew each round; default 0.001, 0.01 for the tiny model
         lanes: clients trained side by side
         tokens: length of the generated samples
-        seed: of the split, the adapters, and the order of batches
+        seed: of split, adapters and order of batches
     """
 
     model: Path | None = None
@@ -76,6 +78,7 @@ class LanguageOptions:
     groups_by: str | None = None
     clients: int = 0
     alpha: float = 0.3
+    size: str = "rows"
     hold_out: float = 0.2
     template: str = "own"
     max_length: int = 256
@@ -137,6 +140,7 @@ class LanguageOptions:
             *not_in_float32("learning_rate", self.rate),
             *unknown("policy", [self.policy], LANGUAGE_POLICIES),
             *unknown("template", [self.template], TEMPLATES),
+            *unknown("size", [self.size], SIZES),
             *unknown("dtype", [self.dtype], DTYPES),
             *unknown("quantize", [self.quantize], QUANTIZED),
             *unknown("aggregator", [self.aggregator], GLOBAL_RULES),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from autorank_jax.experiment.events import Resumed
 from autorank_jax.experiment.results import LanguageDivergedError
-from autorank_jax.federated.texts import TextReport
+from autorank_jax.federated.texts import TextReport, padding_in_batches
 from autorank_jax.types import RoundInfo, State, Task
 
 
@@ -132,7 +132,12 @@ def summarize_language(results: LanguageResults) -> dict[str, Any]:
         "probe_flops": results.probe_flops,
         "excluded": sum(row.excluded for row in results.rows),
         "seconds": total("seconds"),
-        "texts": results.texts.counts(),
+        "texts": {
+            **{name: value for name, value in results.texts._asdict().items() if name not in ("cut", "left_out")},
+            "padding_in_batches": padding_in_batches(
+                results.texts, [client.rows for client in results.clients], results.options["batch_size"]
+            ),
+        },
         "cut": list(results.texts.cut),
         "left_out": list(results.texts.left_out),
         "criteria_weights": results.weights,

@@ -110,10 +110,11 @@ def load(options: LanguageOptions, clock: Clock) -> tuple[CausalLM, TextClients]
     clock.end(f"{numbers / 1e6:.3g} M parameters in {size / 1e6:.3g} MB")
     clock.begin("clients")
     template: Any = options.template
+    size_of: Any = options.size
     with mistakes_of("data"):
         clients = text_clients(
             instructions, model.tokenizer, length=options.max_length, clients_by=options.clients_by,
-            groups_by=options.groups_by, template=template,
+            groups_by=options.groups_by, template=template, size=size_of,
             clients=options.clients or None, alpha=options.alpha, seed=options.seed, hold_out=options.hold_out,
             skip=options.skip_odd_lines,
         )  # fmt: skip
@@ -135,13 +136,13 @@ def load(options: LanguageOptions, clock: Clock) -> tuple[CausalLM, TextClients]
 
 def _in_batches(clients: TextClients, options: LanguageOptions) -> str:
     """Tell the padding that steps compute where much of it comes from batches that are not full, and what to do."""
-    padding = padding_in_batches(clients, options.batch_size)
-    if padding < MUCH_PADDING or options.batch_size == 1:
+    if options.batch_size == 1:
         return ""
-    least = min(range(1, options.batch_size + 1), key=lambda size: (padding_in_batches(clients, size), -size))
-    advice = (
-        "" if least == options.batch_size else f", {padding_in_batches(clients, least):.1%} by --batch-size {least}"
-    )
+    paddings = {n: padding_in_batches(clients.report, clients.data.size, n) for n in range(1, options.batch_size + 1)}
+    padding, least = paddings[options.batch_size], min(paddings, key=lambda n: (paddings[n], -n))
+    if padding < MUCH_PADDING:
+        return ""
+    advice = "" if least == options.batch_size else f", {paddings[least]:.1%} by --batch-size {least}"
     return f", {padding:.1%} in batches of {options.batch_size}{advice}"
 
 

@@ -24,6 +24,7 @@ class TextReport(NamedTuple):
     rows: int
     tokens: int  # of all texts, as far as they are kept
     learnt: int  # of them, in completions
+    length: int  # of a row
     padding: float  # share of the rows that holds no text
     cut: tuple[str, ...]  # lines longer than a row, and how long they were
     left_out: tuple[str, ...] = ()  # lines that are no texts of a client, and why
@@ -45,7 +46,7 @@ class TextClients(NamedTuple):
 
     data: FederatedData  # inputs are `Tokens`, targets the tokens that follow in completions, else -1
     names: tuple[str, ...]  # of the clients
-    stats: ClientStats  # sizes in rows, label counts in texts of each value of the field
+    stats: ClientStats  # sizes as asked for, label counts in texts of each value of the field
     report: TextReport
     held_out: FederatedData | None = None  # of the same clients, some perhaps empty; None where nothing is held out
 
@@ -77,6 +78,7 @@ def text_clients(
     alpha: float = 0.3,
     seed: int = 0,
     template: Literal["own", "plain"] = "own",
+    size: Literal["rows", "tokens", "examples"] = "rows",
     pack: bool = True,
     hold_out: float = 0.0,
     skip: bool = False,
@@ -95,6 +97,8 @@ def text_clients(
         alpha: concentration of these proportions; small is uneven.
         seed: of the split.
         template: as in `make_chat`.
+        size: what criteria and rank policies take as the size of a client: its rows, which is what training takes, its
+            tokens as far as they are kept, or its texts.
         pack: put several texts of a client into one row, where none sees another; one text a row where False.
         hold_out: share of each client's texts, rounded down, that is kept from training, in [0, 1).
         skip: leave lines out that lack a field or that a template refuses, and tell them in the report; they are an
@@ -155,30 +159,39 @@ def text_clients(
     data, report = rows_of(kept)
     counts = np.zeros((len(names), int(group_of.max()) + 1), np.int32)
     np.add.at(counts, (owner[kept], group_of[kept]), 1)
-    stats = client_stats(data, groups=np.zeros(len(data.order), np.int32))._replace(label_counts=jnp.asarray(counts))
+    sizes = {
+        "rows": np.asarray(data.size),
+        "tokens": np.bincount(owner[kept], [len(texts[n].ids) for n in kept], len(names)).astype(np.int32),
+        "examples": np.bincount(owner[kept], minlength=len(names)).astype(np.int32),
+    }
+    stats = client_stats(data, groups=np.zeros(len(data.order), np.int32))._replace(
+        size=jnp.asarray(sizes[size]), label_counts=jnp.asarray(counts)
+    )
     report = report._replace(cut=tuple(text.cut for text in texts if text.cut), left_out=left_out)
     return TextClients(data, names, stats, report, rows_of(np.flatnonzero(held))[0] if held.any() else None)
 
 
 @checked
-def padding_in_batches(clients: TextClients, batch_size: int) -> float:
+def padding_in_batches(report: TextReport, size: Any, batch_size: int) -> float:
     """Return the share of what training computes that holds no text, in [0, 1): of rows, and of rows that fill batches.
 
     Args:
-        clients: made by `text_clients`.
+        report: of `text_clients`.
+        size: `(clients,)` rows of each client, such as `clients.data.size`.
         batch_size: rows of a step; the last batch of each client is as large, whatever it has left.
     """
     check_least("batch_size", batch_size)
-    steps = int(jnp.sum(steps_per_epoch(clients.data.size, batch_size)))
-    return 1 - clients.report.tokens / (steps * batch_size * clients.data.targets.shape[1])
+    steps = int(jnp.sum(steps_per_epoch(jnp.asarray(size), batch_size)))
+    return 1 - report.tokens / (steps * batch_size * report.length)
 
 
 def _kinds(name: str, values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return the different values as text, in order, and which one each value is."""
-    known: dict[str, str] = {}
+    known: dict[Any, str] = {}
     for value in values:
-        if known.setdefault(str(value), repr(value)) != repr(value):
-            raise ValueError(f"expected the field {name!r} of one type, got {known[str(value)]} and {value!r}")
+        for one in {str(value), value} if isinstance(value, int | float) else {str(value)}:
+            if known.setdefault(one, repr(value)) != repr(value):
+                raise ValueError(f"expected the field {name!r} of one type, got {known[one]} and {value!r}")
     return np.unique([str(value).encode(errors="replace").decode() for value in values], return_inverse=True)
 
 
@@ -256,6 +269,7 @@ def _rows(
         len(rows),
         total,
         int((targets >= 0).sum()),
+        length,
         1 - total / max(1, len(rows) * length),
         tuple(text.cut for text in texts if text.cut),
     )

@@ -22,6 +22,9 @@ def write(folder, *lines):
     return file
 
 
+SYSTEM = (Message("system", "s"), Message("user", "a"), Message("assistant", "b"))
+
+
 def user(question, answer):
     return Example((Message("user", question), Message("assistant", answer)))
 
@@ -43,6 +46,16 @@ def user(question, answer):
             Example((Message("system", "s"), *user("a", "b").messages)),
         ),
         ({"instruction": "a", "system": " ", "output": "b"}, user("a", "b")),
+        (
+            {"messages": [m._asdict() for m in user("a", "b").messages], "system": "s"},
+            Example((Message("system", "s"), *user("a", "b").messages)),
+        ),
+        (
+            {"prompt": [TURNS[0]._asdict()], "completion": [TURNS[1]._asdict()], "system": "s"},
+            Example((Message("system", "s"), *TURNS[:2]), asked=2),
+        ),
+        ({"messages": [m._asdict() for m in TURNS], "system": None}, Example(TURNS)),
+        ({"prompt": "a", "completion": "b", "system": "linux"}, user("a", "b")._replace(raw=True)),
         ({"instruction": "a", "output": "b", "messages": None, "response": None}, user("a", "b")),
         ({"instruction": "a", "input": None, "output": "b"}, user("a", "b")),
         ({"instruction": "नमस्ते", "output": "👋🏽 สวัสดี"}, user("नमस्ते", "👋🏽 สวัสดี")),
@@ -70,6 +83,8 @@ def test_every_form_is_read_and_nothing_is_lost(tmp_path, line, example):
         ({"instruction": "a", "input": [], "output": "b"}, "input of type list"),
         (b'{"instruction": "a\\ud800", "output": "b"}', "instruction with half a surrogate pair"),
         ({"prompt": [m._asdict() for m in TURNS], "completion": []}, "completion without messages"),
+        ({"instruction": "a", "output": "b", "system": 3}, "system of type int"),
+        ({"messages": [m._asdict() for m in SYSTEM], "system": "other"}, "a system field beside another system"),
         ({"messages": "hello"}, "messages that are no list"),
         ({"messages": []}, "do not end with the assistant's answer"),
         ({"messages": [{"role": "user", "content": "a"}]}, "do not end with the assistant's answer"),

@@ -128,6 +128,15 @@ def test_a_realistic_mix_is_hardly_padded():
     assert text_clients(mix, BYTES, length=256, clients_by="kind", pack=False).report.padding > 0.7
 
 
+def test_steps_over_uneven_clients_compute_little_padding():
+    rng = np.random.default_rng(0)
+    kinds = np.repeat(np.arange(21), np.geomspace(8, 1050, 21).astype(int))
+    sizes = np.minimum(rng.lognormal(4.2, 0.8, len(kinds)).astype(int) + 1, 250)
+    mix = texts(*(("q", "a" * size) for size in sizes), kind=tuple(kinds.tolist()))
+    made = text_clients(mix, BYTES, length=256, clients_by="kind")
+    assert padding_in_batches(made.report, made.data.size, 4) < 0.15
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -185,8 +194,22 @@ def test_criteria_count_the_groups_that_are_asked_for():
 
 
 def test_values_that_only_look_alike_are_refused():
-    with pytest.raises(ValueError, match="expected the field 'kind' of one type, got 1 and '1'"):
-        text_clients(texts(*[("q", "r")] * 3, kind=(1, 2, "1")), BYTES, length=8, clients_by="kind")
+    for kinds, said in (((1, 2, "1"), "1 and '1'"), ((1.0, 2, 1), "1.0 and 1"), ((True, 1, 2), "True and 1")):
+        with pytest.raises(ValueError, match=f"expected the field 'kind' of one type, got {said}"):
+            text_clients(texts(*[("q", "r")] * 3, kind=kinds), BYTES, length=8, clients_by="kind")
+
+
+def test_sizes_are_what_is_asked_for():
+    lines = texts(("a", "b"), ("a", "bcd"), ("a", "b" * 90), ("a", "b"), kind=tuple("xxyy"))
+    sizes = {
+        size: text_clients(lines, BYTES, length=10, clients_by="kind", size=size).stats.size.tolist()
+        for size in ("rows", "tokens", "examples")
+    }
+    assert sizes == {"rows": [1, 2], "tokens": [4 + 6, 10 + 4], "examples": [2, 2]}
+    held = text_clients(load_instructions(), BYTES, length=128, clients_by="category", hold_out=0.5, size="examples")
+    np.testing.assert_array_equal(held.stats.size, np.asarray(held.stats.label_counts).sum(axis=1))
+    with pytest.raises(ValueError, match="expected size as one of rows, tokens, examples, got 'texts'"):
+        text_clients(lines, BYTES, length=10, clients_by="kind", size="texts")
 
 
 def test_padding_counts_the_rows_that_fill_batches():
@@ -197,6 +220,6 @@ def test_padding_counts_the_rows_that_fill_batches():
     tokens = made.report.tokens / (8 * 5)
     assert made.report.padding == pytest.approx(1 - tokens)
     for size, rows in ((1, 8), (2, 2 + 2 + 6), (4, 4 + 4 + 8)):
-        assert padding_in_batches(made, size) == pytest.approx(1 - tokens * 8 / rows)
+        assert padding_in_batches(made.report, made.data.size, size) == pytest.approx(1 - tokens * 8 / rows)
     with pytest.raises(ValueError, match="expected batch_size >= 1, got 0"):
-        padding_in_batches(made, 0)
+        padding_in_batches(made.report, made.data.size, 0)
