@@ -11,6 +11,7 @@ Rank levels run the loop once per static adapter width, so that cost follows ran
   `α/r`, or `alpha_over_sqrt_rank(α)` = `α/√r`.
 - `make_round(local, rule, lanes=...)`: `(key, state, data) -> (state, info)`, a pure function; `choose_lanes` counts lanes,
   `choose_levels` finds rank levels that pay for their compilation.
+- `compile_ahead(round_fn, key, state, data)`: the round, compiled; unlike a jitted one it does not copy the frozen weights that it returns.
 - `init_state`, `simulate`: the state before the first round, and a `lax.scan` over rounds.
 - `sharding`: many devices and hosts. `training_flops`: what training costs by rank.
 
@@ -46,6 +47,7 @@ print(int(info.participants), int(state.round))
 ```
 """  # noqa: E501
 
+from autorank_jax.engine.ahead import compile_ahead
 from autorank_jax.engine.flops import FlopModel, training_flops
 from autorank_jax.engine.lane_count import choose_lanes
 from autorank_jax.engine.levels import LevelChoice, Workload, choose_levels
@@ -70,6 +72,7 @@ __all__ = [
     "alpha_over_sqrt_rank",
     "choose_lanes",
     "choose_levels",
+    "compile_ahead",
     "init_state",
     "make_local_training",
     "make_round",

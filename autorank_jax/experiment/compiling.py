@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from autorank_jax.engine import make_local_training, make_round
+from autorank_jax.engine import compile_ahead, make_local_training, make_round
 from autorank_jax.engine.lane_count import free_memory
 from autorank_jax.engine.sharding import replicate
 from autorank_jax.experiment.config import Experiment
@@ -114,7 +114,7 @@ def compile_round(round_fn: RoundFn, mesh: Mesh | None, key: Key, state: State, 
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         raise ConfigurationError(["expected JAX to compile, got JAX_DISABLE_JIT=1: unset it, runs are compiled ahead"])
     if mesh is None:
-        return jax.jit(round_fn).lower(key, state, data).compile()
+        return compile_ahead(round_fn, key, state, data)
     placed: dict[int, tuple[Array, Array]] = {}  # by identity of the array: the array, and its copy on all devices
     left: dict[int, tuple[Array, Array]] = {}  # likewise
 

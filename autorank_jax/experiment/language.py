@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from autorank_jax.adapters.lora import equal_ranks, max_ranks
+from autorank_jax.engine.ahead import compile_ahead
 from autorank_jax.engine.probe import part_sizes, probe
 from autorank_jax.engine.round import make_round
 from autorank_jax.evaluation.costs import client_costs
@@ -241,7 +242,7 @@ def run_rounds(
         return position
     clock.begin("compilation")
     round_fn = make_round(parts.local, parts.rule, lanes=min(options.lanes, len(parts.names)))
-    compiled = jax.jit(round_fn).lower(key, position.state, parts.data).compile()
+    compiled = compile_ahead(round_fn, key, position.state, parts.data)
     clock.end()
     try:
         while position.round < options.rounds:

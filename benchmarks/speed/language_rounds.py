@@ -25,6 +25,7 @@ import optax
 
 from autorank_jax import aggregators, federated
 from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.engine.ahead import without_copies
 from autorank_jax.engine.local import make_local_training
 from autorank_jax.engine.round import make_round
 from autorank_jax.engine.simulation import init_state
@@ -44,8 +45,10 @@ COLUMNS = {
     "rank": "rank",
     "GB of arguments": "arguments_gb",
     "GB of temporaries": "temporaries_gb",
+    "GB of results": "results_gb",
     "both": "both_gb",
     "both / plain by hand": "memory_ratio",
+    "with results / plain by hand": "whole_ratio",
     "launches a step": "step",
     "launches / plain by hand": "step_ratio",
     "a turn": "turn",
@@ -63,7 +66,10 @@ DEPTH_COLUMNS = {
 
 
 def round_of(training: Training, rule_name: str, *, pack: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Make a round and the shapes of its arguments: a client for each lane, 1 to 4 batches of texts, mixed ranks."""
+    """Make a round and the shapes of its arguments: a client for each lane, 1 to 4 batches of texts, mixed ranks.
+
+    What the round hands on as it came, the base above all, is no result of it, as `compile_ahead` has it.
+    """
     task, server = task_of(training, "none")
     task, lanes, rank = task._replace(server=server), training.lanes, training.rank
     sizes = [training.texts * (1 + client % 4) for client in range(lanes)]
@@ -75,7 +81,7 @@ def round_of(training: Training, rule_name: str, *, pack: bool) -> tuple[Callabl
     ranks = dict.fromkeys(max_ranks(server), mixed)
     state = jax.eval_shape(lambda server: init_state(server, rule, ranks, learning_rate=0.01), server)
     round_fn = make_round(local, rule, lanes=lanes, rank_levels=1, pack=pack)
-    return round_fn, (jax.random.key(0), state, data)
+    return without_copies(round_fn)[0], (jax.random.key(0), state, data)
 
 
 def by_hand_of(training: Training, *, rotary: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -144,8 +150,8 @@ def tables(content: script.Content) -> Mapping[str, str]:
     floors = {row["model"]: row for row in rows if row["program"] == PLAIN}
 
     def told(row: harness.Row) -> harness.Row:
-        gigabytes = {f"{what}s_gb": row[f"{what}_bytes"] / 1e9 for what in ("argument", "temporary")}
-        gigabytes["temporaries_gb"] = gigabytes.pop("temporarys_gb")
+        parts = {"arguments_gb": "argument", "temporaries_gb": "temporary", "results_gb": "output"}
+        gigabytes = {column: row[f"{name}_bytes"] / 1e9 for column, name in parts.items()}
         found = row | gigabytes | {"both_gb": both(row) / 1e9, "batch": batch_of(row)}
         floor = floors.get(row["model"])
         return found if floor is None else found | ratios(row, floor)
@@ -170,7 +176,12 @@ def batch_of(row: harness.Row) -> str:
 
 def ratios(row: harness.Row, floor: harness.Row) -> harness.Row:
     """Return memory and launches of a step beside those of another program."""
-    return {"memory_ratio": both(row) / both(floor), "step_ratio": row["step"] / floor["step"]}
+    whole, whole_floor = (both(one) + one["output_bytes"] for one in (row, floor))
+    return {
+        "memory_ratio": both(row) / both(floor),
+        "whole_ratio": whole / whole_floor,
+        "step_ratio": row["step"] / floor["step"],
+    }
 
 
 def seconds_of(row: harness.Row) -> float:
