@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
 import sys
 import time
 from collections import Counter
@@ -261,6 +262,19 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
+def logarithms(cell: Mapping[str, Any]) -> dict[str, float]:
+    """Return the logarithm of each client's last perplexity by its name."""
+    return {one["name"]: math.log(one["after"]) for one in cell["summary"]["clients"] if one["after"]}
+
+
+def as_shares(found: Difference | None) -> Difference | None:
+    """Turn a difference of logarithms `x` into shares `exp(x) - 1`."""
+    if found is None:
+        return None
+    mean, low, high = (None if x is None else math.expm1(x) for x in found[:3])
+    return found._replace(mean=mean, low=low, high=high)
+
+
 def beyond(name: str, found: Mapping[str, Any]) -> Difference | None:
     """Return by how much clients' perplexities exceed those under one rank of the same rule and seed, as a share.
 
@@ -269,15 +283,20 @@ def beyond(name: str, found: Mapping[str, Any]) -> Difference | None:
     other = "-".join(["uniform_bytes", *name.split("-")[1:]])
     if name == other or other not in found:
         return None
-    sides = [
-        {client["name"]: math.log(client["after"]) for client in found[cell]["summary"]["clients"] if client["after"]}
-        for cell in (name, other)
+    return as_shares(difference(logarithms(found[name]), logarithms(found[other])))
+
+
+def over_seeds(policy: str, rule: str, found: Mapping[str, Any]) -> Difference | None:
+    """Return the same over seeds, of their means over clients."""
+    means = [
+        {
+            name.rpartition("-")[2]: statistics.fmean(logarithms(cell).values())
+            for name, cell in found.items()
+            if name.rpartition("-")[0] == f"{one}-{rule}"
+        }
+        for one in (policy, "uniform_bytes")
     ]
-    found_in_logs = difference(*sides)
-    if found_in_logs is None:
-        return None
-    mean, low, high = (None if x is None else math.expm1(x) for x in found_in_logs[:3])
-    return found_in_logs._replace(mean=mean, low=low, high=high)
+    return as_shares(difference(*means))
 
 
 def table(found: Mapping[str, Any]) -> str:

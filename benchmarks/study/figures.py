@@ -116,7 +116,8 @@ def figures() -> dict[str, Callable[[], Figure]]:
     about = f"{grid.options['rounds']} rounds; 10 clients; 95 % intervals, paired over {len(grid.seeds)} seeds"
     rules = f"Fashion-MNIST if nothing else is said; {about}; FLOPs are counted, the probe's among them"
     every = (
-        f"Fashion-MNIST; {all_rules.ROUNDS} rounds; 10 clients; means of {all_rules.SEEDS} seeds; ranks of equal bytes"
+        f"Fashion-MNIST; {all_rules.ROUNDS} rounds; 10 clients; means of {all_rules.SEEDS} seeds; ranks of equal bytes;"
+        " grey: from the least to the best of the four; panels have scales of their own"
     )
     return {
         "mixed_ranks": partial(draw_mixed_ranks, mixed_ranks.mixed_runs(found), seeds),

@@ -104,6 +104,7 @@ def draw(found: Found, about: str) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     seeds = max(len(runs) for policies in found.values() for runs in policies.values())
+    figure.suptitle("What privacy costs under RBLA, by ranks", x=0.01, ha="left", fontsize=11.5, weight="bold")
     axes.set_title(f"{about}; bars: worst to best of {seeds} seeds", fontsize=9, loc="left")
     return figure
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks.study import dialogues
@@ -105,6 +106,22 @@ def test_a_share_leaves_clients_as_uneven(tmp_path):
         dialogues.parse([*arguments, "--share", "0"])
     with pytest.raises(SystemExit, match="--quick: expected neither"):
         dialogues.parse(["--quick", "--out", str(tmp_path), "--probe-epochs", "0"])
+
+
+def test_seeds_are_compared_by_the_means_of_their_clients():
+    cells = {}
+    for seed, factor in enumerate((1.0, 1.2, 1.5)):
+        for name in ("autorank", "uniform_bytes"):
+            made = summary(20.0)
+            for client in made["clients"]:
+                client["after"] = client["after"] and client["after"] * (factor if name == "autorank" else 1)
+            cells[f"{name}-raflora-{seed}"] = {"rows": ROWS, "summary": made}
+    found = dialogues.over_seeds("autorank", "raflora", cells | {"autorank-raflora-3": cells["autorank-raflora-0"]})
+    logs = np.log([1.0, 1.2, 1.5])
+    assert found.seeds == 3
+    assert found.mean == pytest.approx(np.expm1(logs.mean()))
+    assert found.high == pytest.approx(np.expm1(logs.mean() + 4.303 * logs.std(ddof=1) / np.sqrt(3)), rel=1e-3)
+    assert dialogues.over_seeds("autorank", "rbla", cells) is None
 
 
 def test_clients_are_compared_with_themselves_under_one_rank(tmp_path, monkeypatch, capsys):
