@@ -269,7 +269,10 @@ def _shares(counts: Array) -> tuple[Array, Array]:
     total = jnp.sum(counts, axis=-1, keepdims=True)
     some = jnp.where(total > 0, total, 1)
     shares = jnp.where(total > 0, jnp.where(counts == total, 1, counts / some), 0)
-    return shares, (total - counts) / some
+    kinds = lax.broadcasted_iota(jnp.int32, counts.shape, counts.ndim - 1)
+    most = kinds == jnp.argmax(counts, axis=-1, keepdims=True).astype(jnp.int32)
+    others = jnp.sum(jnp.where(most, 0, counts), axis=-1, keepdims=True)
+    return shares, jnp.where(most, others, total - counts) / some
 
 
 def _counts(label_counts: ArrayLike) -> Array:

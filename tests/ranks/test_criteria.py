@@ -194,3 +194,13 @@ def test_clients_of_one_mix_do_not_differ_by_it(mix):
     counts = np.outer(np.arange(1, 400), mix)
     matrix = jnp.stack([label_entropy(counts), gini_simpson(counts)], axis=1)
     assert not jnp.any(min_max(matrix)[1])
+
+
+@pytest.mark.parametrize("curve", [(5, 1e-3), (2.3, 1e-4, 1e-5), (1, 1e-6), (1e-6, 1), (5, 1, 0.3)])
+def test_curves_of_one_shape_do_not_differ_by_it(curve):
+    curves = np.outer([1, 1.3, 2.7, 3.1, 7.7, 9.99, 0.123], curve).astype(np.float32)
+    for entropies in (loss_entropy(curves), jax.jit(loss_entropy)(curves)):
+        assert not jnp.any(min_max(entropies[:, None])[1])
+    shares = np.asarray(curve, np.float64) / sum(curve)
+    expected = -np.sum(shares * np.log(shares)) / np.log(len(curve))
+    np.testing.assert_allclose(loss_entropy(curves), np.full(7, expected), rtol=1e-5)
