@@ -233,7 +233,8 @@ def finding(evidence: Evidence, family: Mapping[str, Claim]) -> str:
         {beyond["many"]} at the end (after a quarter {beyond["many early"]}; 100 clients, 20 a round), for {sent} % of
         the bytes and {most} % of the slowest client's work; at a higher rate no difference is shown
         ({beyond["many edge"]}), nor with ten clients ({beyond[""]}). **Whole weights** (FedAvg) are better
-        ({said("whole")}). **Pretrained:** MiniLM {said("texts")}; clients' perplexity of SmolLM2 {said("dialogues")} %.
+        ({said("whole")}). **Pretrained:** MiniLM {said("texts")}; clients' perplexity of SmolLM2 {said("dialogues")} %
+        (more is worse).
     """
     return textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False, break_long_words=False)
 

@@ -313,7 +313,13 @@ def table(found: Mapping[str, Any]) -> str:
             summary["probe_flops"] / 1e12, summary["seconds"] / 3600,
         )  # fmt: skip
         rows.append(dict(zip(COLUMNS, values, strict=True)))
-    return harness.markdown_table(rows, COLUMNS)
+    over = []
+    for policy, rule in dict.fromkeys(tuple(name.split("-")[:2]) for name in found):
+        between = over_seeds(policy, rule, found)
+        if policy != "uniform_bytes" and between and between.seeds > 1:
+            over.append({"ranks": policy, "rule": rule, "seeds": between.seeds, COLUMNS[5]: in_points(between)})
+    every = f"\n\nOver seeds:\n\n{harness.markdown_table(over, list(over[0]))}" if over else ""
+    return harness.markdown_table(rows, COLUMNS) + every
 
 
 if __name__ == "__main__":
