@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from autorank_jax.adapters.lora import per_layer
@@ -204,10 +205,16 @@ def _product_rule(
 
     def update(key: Key, sums: ClientSums, state: AggState, server: Server) -> tuple[Server, AggState]:
         sketched = any(isinstance(total, Sketch) for total in sums.products.values())
-        maps = prepare(key, state, server) if sketched else {}
+        maps = prepare(_after(sums, key), state, server) if sketched else {}
         return update_with(steps(maps))(key, sums, state, server)
 
     return compose_rule(summand, steps({}), prepare=prepare, **options)._replace(update=update)
+
+
+def _after(sums: ClientSums, key: Key) -> Key:
+    """Return a key that is there no sooner than the sums: what is drawn of it again is not kept while clients train."""
+    words, _ = lax.optimization_barrier((jax.random.key_data(key), sums))
+    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
 
 
 def _correction(a: Array, gap: Array, ridge: float) -> Array:
