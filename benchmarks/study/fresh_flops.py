@@ -60,6 +60,7 @@ DIFFERENCES = (
 SAME = "same rate, minus uniform"
 COSTS = {"FLOPs %": "flops", "bytes %": "bytes", "slowest client's FLOPs %": "most"}
 """Of the uniform rank's."""
+LEGEND = "n^1: ranks in proportion to size; early: after a quarter of the rounds; costs: of the uniform rank's."
 COLUMNS = ("split", "ranks", "rate", "seeds", *COSTS, "final", *(title for title, _, _ in DIFFERENCES), SAME)
 
 
@@ -253,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
                     every.append(row)
                     harness.write_json(options.json, known | {"fresh_flops": {"cells": every} | script.about()})
         rows = whole_runs(every, images.name, rounds)
-    print(table(rows) if rows else "No cell is complete yet.")
+    print(f"{table(rows)}\n\n{LEGEND}" if rows else "No cell is complete yet.")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,8 @@ def main(arguments: list[str] | None = None) -> None:
         print("No cell is complete yet.")
         return
     print(table(found))
-    draw(found, caption(cells)).savefig(file.path.with_suffix(".png"), dpi=120)
+    if not options.report:
+        draw(found, caption(cells)).savefig(file.path.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

@@ -71,5 +71,5 @@ def test_a_claim_that_does_not_follow_fails(evidence, monkeypatch, tmp_path, cap
     capsys.readouterr()
     monkeypatch.setattr(claims, "read", lambda: evidence)
     claims.main(["--write"])
-    assert claims.in_readme() == capsys.readouterr().out.partition("\n\n")[2].rstrip("\n")
+    assert claims.in_readme() == capsys.readouterr().out.rpartition("\n\n")[2].rstrip("\n")
     assert readme.read_text(encoding="utf-8").startswith("# a\n\n## What the study says\n\nOn Fashion")
