@@ -37,6 +37,7 @@ HOST = {"checkpoint", "cli", "datasets", "experiment", "manual"}
 """Packages of the host: jit, logging and files. All others are pure functions of arrays, but for:"""
 EFFECTS_ELSEWHERE = {
     "adapters.peft": "writes files for Hugging Face",
+    "engine.ahead": "compiles",
     "engine.flops": "asks the compiler for FLOPs",
     "engine.probe": "compiles the one round that it runs",
     "models.bert": "reads pretrained weights",

@@ -8,7 +8,7 @@ Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.all_rules    (full Fa
           python -m benchmarks.study.all_rules --quick                  (embedded subset)
           python -m benchmarks.study.all_rules --report                 (runs nothing)
 Writes:   a line per cell in benchmarks/study/results/all_rules.jsonl
-Expect:   see benchmarks/study/README.md
+Expect:   see benchmarks/study/rules.md
 """
 
 from collections.abc import Mapping, Sequence

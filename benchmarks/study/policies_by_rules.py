@@ -14,7 +14,7 @@ Command:  AUTORANK_JAX_DATA=DIR python -m benchmarks.study.policies_by_rules    
           (the best pairs on fresh seeds, and on MNIST)
           python -m benchmarks.study.policies_by_rules --quick    (embedded subset, two minutes on two cores)
 Writes:   a line per cell in benchmarks/study/results/policies_by_rules.jsonl
-Expect:   see benchmarks/study/README.md
+Expect:   see benchmarks/study/rules.md
 """
 
 import argparse

@@ -16,7 +16,7 @@ Command:  python -m benchmarks.study.sketch_error [--json FILE]     (--quick: on
           AUTORANK_JAX_DATA=DIR python -m benchmarks.study.sketch_error --accuracy [--images 60000] [--json FILE]
           python -m benchmarks.study.sketch_error --report    (runs nothing: prints the published rows)
 Hardware: two CPU cores
-Time and numbers to expect: a minute a setting, most of it compilation; see benchmarks/study/README.md
+Time and numbers to expect: a minute a setting, most of it compilation; see benchmarks/study/rules.md
 """
 
 import argparse

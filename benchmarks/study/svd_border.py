@@ -11,7 +11,7 @@ or stacks that grow with it. Both must give the same truncated product to 1e-4 b
 Command:  python -m benchmarks.study.svd_border --json benchmarks/study/results/svds.json
           python -m benchmarks.study.svd_border --report    (runs nothing: prints the published rows)
 Hardware: two CPU cores
-Time and numbers to expect: see benchmarks/study/README.md
+Time and numbers to expect: see benchmarks/study/rules.md
 """
 
 from collections.abc import Callable
