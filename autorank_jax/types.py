@@ -139,7 +139,7 @@ class FederatedData(NamedTuple):
 class ClientStats(NamedTuple):
     """What a rank policy may look at, one row per client."""
 
-    size: Array  # (clients,) examples
+    size: Array  # (clients,) examples; of texts rows, or what else was asked for
     label_counts: Array  # (clients, classes) or (clients, groups)
     epoch_losses: Array | None  # (clients, epochs) mean training loss per local epoch
     epochs: Array | None  # (clients,) how many of those epochs were run; 0 = no curve yet; None = all of them

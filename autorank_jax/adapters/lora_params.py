@@ -10,7 +10,8 @@ from flax import nnx
 
 from autorank_jax.adapters.losses import as_float, classification_loss
 from autorank_jax.adapters.nnx import check_statistics, fresh_randomness, graph_of
-from autorank_jax.adapters.nnx_scan import STACK, check_scans, name_of, scan_lists, unstacked
+from autorank_jax.adapters.nnx_blocks import STACK, check_outputs, name_of
+from autorank_jax.adapters.nnx_scan import scan_lists, unstacked, value_of, with_value
 from autorank_jax.adapters.selection import choose_parameters
 from autorank_jax.adapters.task import without_values
 from autorank_jax.interface import FOREIGN_FAILURES, check_least, checked
@@ -57,7 +58,7 @@ def task_from_lora_params(
     state = nnx.split(model)[1]
     variables = {name_of(path): variable for path, variable in nnx.to_flat_state(state)}
     paths = {name_of(path): path for path, _ in nnx.to_flat_state(state)}
-    values = {name: variable.get_value() for name, variable in variables.items()}
+    values = {name: value_of(variable) for name, variable in variables.items()}
     pairs = _pairs([name for name, variable in variables.items() if isinstance(variable, nnx.LoRAParam)])
     adapters = {path: _adapter(path, *(values[name] for name in names)) for path, names in pairs.items()}
     factors = {name: path for path, names in pairs.items() for name in names}
@@ -80,7 +81,7 @@ def task_from_lora_params(
         state = nnx.from_flat_state([(paths[name], value) for name, value in given.items()])
         merged = nnx.merge(graphs[training], state)
         outputs = merged(preprocess(inputs))
-        check_scans(merged)
+        check_outputs(outputs)
         return outputs
 
     def task_loss(frozen: Base, trainable: Trainable, batch: Batch, key: Key) -> Array:
@@ -91,7 +92,7 @@ def task_from_lora_params(
 
     def merge(server: Server) -> nnx.Module:
         given = unstacked(flat(server))
-        state = [(path, v.replace(given[name_of(path)])) for path, v in nnx.to_flat_state(blank)]
+        state = [(path, with_value(v, given[name_of(path)])) for path, v in nnx.to_flat_state(blank)]
         return nnx.merge(graph, nnx.from_flat_state(state))
 
     ranks = {path: adapter.lora_a.shape[-1] for path, adapter in adapters.items()}

@@ -13,8 +13,9 @@ from flax import nnx
 
 from autorank_jax.adapters.losses import as_float, classification_loss
 from autorank_jax.adapters.low_rank import Form
+from autorank_jax.adapters.nnx_blocks import STACK, check_outputs, leaves_of, name_of, written_since
 from autorank_jax.adapters.nnx_layers import ADAPTED, Factor, adapted_class
-from autorank_jax.adapters.nnx_scan import STACK, check_scans, name_of, scan_lists, unstacked
+from autorank_jax.adapters.nnx_scan import scan_lists, unstacked, value_of, with_value
 from autorank_jax.adapters.selection import MaxRank, Where, choose_parameters, choose_ranks, kind_of, why_unadapted
 from autorank_jax.adapters.task import Flat, Model, Reading, join, make_task, without_values
 from autorank_jax.interface import checked, describe
@@ -101,7 +102,7 @@ def task_from_nnx(
 
 def _value(path: tuple, variable: Any) -> Any:
     """Return the array of a variable."""
-    value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+    value = value_of(variable)
     if not isinstance(value, jax.Array | np.ndarray):
         raise ValueError(
             f"expected a model of arrays, got {describe(value)} at {name_of(path)!r}"
@@ -200,7 +201,7 @@ def _runner(model: nnx.Module, frozen_statistics: bool, used: set[str]) -> Calla
                 flat[join(path, factor)] = value
         merged = nnx.merge(graphs[training], nnx.from_flat_state([(paths[n], v) for n, v in flat.items()]))
         outputs = merged(inputs)
-        check_scans(merged)
+        check_outputs(outputs)
         if training:
             _warn_of_unused(adapters, used)
         return outputs
@@ -219,7 +220,7 @@ def graph_of(model: nnx.Module, training: bool, frozen_statistics: bool) -> Any:
 
 
 def _state(state: Any, flat: Flat) -> Any:
-    return nnx.from_flat_state([(path, v.replace(flat[name_of(path)])) for path, v in nnx.to_flat_state(state)])
+    return nnx.from_flat_state([(path, with_value(v, flat[name_of(path)])) for path, v in nnx.to_flat_state(state)])
 
 
 def _compute_in(model: nnx.Module, dtype: Any) -> None:
@@ -252,8 +253,11 @@ def _checkpointed(kind: type) -> type:
 
         def pure(state: Any, arrays: dict[int, Array]) -> Any:
             module = nnx.merge(graph, state)
+            before = leaves_of(module)
             given, named = jax.tree.unflatten(structure, [arrays.get(n, leaf) for n, leaf in enumerate(leaves)])
-            return kind.__call__(module, *given, **named), nnx.state(module)
+            outputs = kind.__call__(module, *given, **named)
+            written = [(p, v) for p, v in nnx.to_flat_state(nnx.state(module)) if p in written_since(before, module)]
+            return outputs, nnx.from_flat_state(written)
 
         arrays = {number: leaf for number, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
         outputs, state = jax.checkpoint(pure)(state, arrays)

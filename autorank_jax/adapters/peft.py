@@ -53,8 +53,8 @@ def export_peft(
             number of the layer goes, such as `models.causal_name`, with which the config says "CAUSAL_LM".
         base_model: name or path of the base model, for the config.
         scale: needed for models that carry their own adapters, and for them alone: the factor by which they multiply
-            `A B` (1 in `nnx.LoRA`, alpha / rank in qwix), one for all or by adapter path; `lora_B` is written times
-            it. Their factors are read as matrices, inputs first.
+            `A B` (1 in `nnx.LoRA`, alpha / rank in qwix), one for all, or one for each adapter by its path;
+            `lora_B` is written times it. Their factors are read as matrices, inputs first.
 
     Returns:
         The folder.
@@ -117,16 +117,19 @@ def _scaled(server: Server, task: Task, scale: float | Mapping[str, float] | Non
     paths = server.trainable.adapters.keys()
     scales = scale if isinstance(scale, Mapping) else dict.fromkeys(paths, scale)
     if scales.keys() != paths:
-        raise ValueError(f"scale: expected one for each of {sorted(paths)}, got {sorted(scales)}")
-    adapters = {p: Adapter(a, b * _factor(scales[p])) for p, (a, b) in server.trainable.adapters.items()}
+        raise ValueError(f"scale: expected one for each of {sorted(paths)}, got {sorted(scales, key=str)}")
+    adapters = {
+        p: Adapter(a, b * _factor(scales[p], f" of {p!r}" * isinstance(scale, Mapping)))
+        for p, (a, b) in server.trainable.adapters.items()
+    }
     return server._replace(trainable=server.trainable._replace(adapters=adapters))
 
 
-def _factor(scale: Any) -> float:
+def _factor(scale: Any, whose: str) -> float:
     if not isinstance(scale, Real) or not 0 < abs(float(scale)) < np.inf:
         raise ValueError(
             "expected scale=, the factor by which the model multiplies the adapters that it carries (1 in nnx.LoRA, "
-            f"alpha / rank in qwix), got {describe(scale)}"
+            f"alpha / rank in qwix), got {describe(scale)}{whose}"
         )
     return float(scale)
 

@@ -64,8 +64,8 @@ def load_instructions(path: str | Path = MINI, *, skip: bool = False) -> Instruc
     - `{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}`, any number of turns
     - `{"prompt": ..., "completion": ...}`: texts that no template goes around, or lists of messages
 
-    Beside all but texts that no template goes around, `system` is what the conversation begins with. Further fields are
-    kept, such as `category`: clients can be made of them.
+    A field `system`, a text, becomes the first message, except beside a `prompt` that is a bare text. It stays a field,
+    as further ones do, such as `category`: clients can be made of them.
 
     Args:
         path: of the file, or "instructions_mini", which comes with the package.
@@ -189,9 +189,10 @@ def _with_system(messages: tuple[Message, ...], told: Mapping[str, Any]) -> tupl
     if system is None or (isinstance(system, str) and not system.strip()):
         return messages
     first = Message("system", _text(system, "system"))
-    if messages[0].role == "system" and messages[0] != first:
+    others = [message.content.strip() for message in messages if message.role == "system"]
+    if others and others != [first.content.strip()]:
         raise ValueError("a system field beside another system message")
-    return messages if messages[0] == first else (first, *messages)
+    return messages if others else (first, *messages)
 
 
 def _messages(told: Any, name: str) -> tuple[Message, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from autorank_jax.interface import checked
 
@@ -20,6 +21,7 @@ class Ahead(Generic[T]):
 
     def __call__(self, *arguments: Any) -> T:
         """Run it."""
+        arguments = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), arguments)
         return self._whole(arguments, self._compiled(*arguments))
 
     def memory_analysis(self) -> Any:
@@ -28,19 +30,27 @@ class Ahead(Generic[T]):
 
 
 @checked
-def compile_ahead(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+def compile_ahead(function: Callable[..., Any], *arguments: Any) -> "Ahead[Any]":
     """Compile a function, such as a round, for arguments like these.
 
     A jitted function copies arrays that it returns as they came, unless they are donated: a round of an 8B model its
-    base of 16 GB. This one hands on the arrays themselves.
+    base of 16 GB. This one hands on the arrays themselves, so neither arguments nor results may be donated or deleted
+    while the others are used.
 
     Args:
-        function: of pytrees of arrays, to pytrees of arrays.
+        function: of pytrees of arrays, to pytrees of arrays. One that is jitted is taken without its `jit`, and that
+            with its options.
         *arguments: arrays, or `jax.ShapeDtypeStruct`s.
 
     Returns:
-        The compiled function, which takes arguments of these shapes alone.
+        The compiled function, of positional arguments in these shapes, types and structure; its `memory_analysis()`
+        tells the bytes of its program. It runs outside of other transformations.
+
+    Raises:
+        TypeError: by JAX, when it is called with other arguments.
     """
+    if hasattr(function, "lower") and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
     return Ahead(function, *arguments)
 
 

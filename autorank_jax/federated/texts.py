@@ -179,8 +179,13 @@ def padding_in_batches(report: TextReport, size: Any, batch_size: int) -> float:
         report: of `text_clients`.
         size: `(clients,)` rows of each client, such as `clients.data.size`.
         batch_size: rows of a step; the last batch of each client is as large, whatever it has left.
+
+    Raises:
+        ValueError: if the sizes are not those of the rows, or for a batch size below 1.
     """
     check_least("batch_size", batch_size)
+    if not report.rows or int(np.sum(np.asarray(size))) != report.rows or np.min(size) < 0:
+        raise ValueError(f"size: expected the rows of each client, {report.rows} in all, got {np.sum(size)}")
     steps = int(jnp.sum(steps_per_epoch(jnp.asarray(size), batch_size)))
     return 1 - report.tokens / (steps * batch_size * report.length)
 

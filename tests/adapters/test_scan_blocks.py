@@ -198,9 +198,9 @@ def test_lists_inside_of_lists():
 @pytest.mark.parametrize(
     ("loop", "message"),
     [
-        ("some", "calls all 3 blocks, got 2 calls in 'blocks'"),
-        ("backwards", "calls its blocks in order, each once, got number 2 after no other"),
-        ("doubled", "hands each block what the one before returned, got something else, probably changed"),
+        ("some", "hands what a block returns to the next one alone, got another use of it in 'blocks'"),
+        ("backwards", "hands each block what the one before returned, got something else for number 2"),
+        ("doubled", "hands what a block returns to the next one alone, got another use of it in 'blocks'"),
         ("scaled", "hands all blocks the same other arguments, got some that differ"),
         ("in parts", "only calls its blocks, got 'down' of block 0"),
     ],
@@ -228,18 +228,17 @@ def test_what_is_no_list_of_equal_blocks_is_refused():
     tied = Block(rngs)
     tied.up.kernel = one.up.kernel
     refused([one, Block(rngs)], r"of lists of blocks, got 'layers': there are \['blocks'\]", "layers")
-    refused([one], r"of lists of blocks, got 'blocks': there are \[\]")
     refused([one, nnx.Linear(WIDTH, WIDTH, rngs=rngs)], "equal blocks in 'blocks', got block 1 with Linear for Block")
     refused([one, other], r"got block 1 with nothing for float32 \(6,\) at 'up/bias'")
     refused([one, wide], r"got block 1 with float32 \(7, 4\) for float32 \(6, 4\) at 'down/kernel'")
     refused([one, Block(rngs, number=5)], "got block 1 with number = 5 for 0")
-    refused([one, tied], "parameters of their own, got shared ones in 'blocks'")
+    refused([one, tied], "parameters and random streams of their own, got shared ones in 'blocks'")
 
 
 def test_a_parameter_shared_with_the_rest_of_the_model_is_refused():
     model = Model()
     model.tied = model.blocks[1].up.kernel
-    with pytest.raises(ValueError, match="parameters of their own"):
+    with pytest.raises(ValueError, match="parameters and random streams of their own"):
         make(model)
 
 

@@ -27,6 +27,19 @@ def test_what_comes_as_it_was_is_handed_on():
         ahead(given, jnp.zeros(3))
 
 
+def test_arguments_of_other_kinds_become_arrays():
+    ahead = compile_ahead(jax.jit(lambda a, b: (a, b + 1)), jnp.ones(3), jnp.ones(2))
+    given = np.ones(3)
+    same, new = ahead(given, np.ones(2, np.float32))
+    given[0] = 9
+    assert isinstance(same, jax.Array)
+    assert same.dtype == jnp.float32
+    np.testing.assert_array_equal(same, np.ones(3))
+    np.testing.assert_array_equal(new, np.full(2, 2.0))
+    array = jnp.ones(3)
+    assert ahead(array, jnp.ones(2))[0] is array  # a jitted function is unwrapped
+
+
 @pytest.mark.parametrize("rule", ["rbla", "raflora", "flora"])
 def test_a_round_copies_no_base(rule):
     model = tiny()

@@ -221,5 +221,7 @@ def test_padding_counts_the_rows_that_fill_batches():
     assert made.report.padding == pytest.approx(1 - tokens)
     for size, rows in ((1, 8), (2, 2 + 2 + 6), (4, 4 + 4 + 8)):
         assert padding_in_batches(made.report, made.data.size, size) == pytest.approx(1 - tokens * 8 / rows)
+    with pytest.raises(ValueError, match="size: expected the rows of each client, 8 in all, got 40"):
+        padding_in_batches(made.report, made.data.size * 5, 2)
     with pytest.raises(ValueError, match="expected batch_size >= 1, got 0"):
         padding_in_batches(made.report, made.data.size, 0)
