@@ -210,7 +210,7 @@ def test_a_list_that_runs_twice_drops_something_else_the_second_time():
 
 def test_lists_of_functions_and_dicts_are_no_lists_of_blocks():
     rngs = nnx.Rngs(0)
-    with pytest.raises(ValueError, match="equal blocks in 'layers', got block 1 with .*relu"):
+    with pytest.raises(ValueError, match=r"equal blocks in 'layers', got block 1 with .*relu"):
         ar.task_from_nnx(nnx.Sequential(Part(rngs), nnx.relu, Part(rngs)), max_rank=1, scan_blocks="layers")
     model = in_loop(plainly)
     model.blocks = nnx.data({0: Part(rngs), 1: Part(rngs)})
