@@ -61,8 +61,8 @@ def task_from_nnx(
         frozen_statistics: accept `nnx.BatchNorm`, with its statistics as they are, in training as in evaluation.
         scan_blocks: path patterns of lists of equal blocks that shall run as one scan, such as `"blocks"`: a program
             is then as long as for one of them. Each layer in them gets one stacked adapter, `blocks/{}/attn/query`,
-            which patterns such as `blocks/*/attn/*` take. The model has to hand each block what the one before
-            returned, and all of them the same other arguments.
+            which patterns such as `blocks/*/attn/*` take. The model has to hand what a block returns to the next one
+            alone (it keeps no hidden states), and all of them the same other arguments.
 
     Returns:
         The task. Its `server.frozen` is a `Base`, so rules may merge into it.
