@@ -41,7 +41,7 @@ from autorank_jax.types import Base, RoundInfo, Server, State, Task, Trainable
 from tests.cli.cases import fails
 from tests.models.causal_cases import CONFIG
 
-REPORT = TextReport(42, 21, 900, 400, 64, 0.33, ("line 7: 99 tokens cut to 64",), ("line 2: empty",))
+REPORT = TextReport(42, 42, 1800, 400, 64, 0.33, ("line 7: 99 tokens cut to 64",), ("line 2: empty",))
 
 
 def lines_of(path, *values, **more):
@@ -93,9 +93,9 @@ def test_what_is_shown_and_written_is_worked_by_hand(tmp_path, capsys, monkeypat
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["cut"], summary["left_out"]) == ([*REPORT.cut], [*REPORT.left_out])
     assert {name: summary["texts"][name] for name in ("tokens", "length", "padding")} == {
-        "tokens": 900, "length": 64, "padding": 0.33,
+        "tokens": 1800, "length": 64, "padding": 0.33,
     }  # fmt: skip
-    assert summary["texts"]["padding_in_batches"] == pytest.approx(1 - 900 / ((8 + 3 + 1) * 4 * 64))
+    assert summary["texts"]["padding_in_batches"] == pytest.approx(1 - 1800 / ((8 + 3 + 1) * 4 * 64))
     assert summary["perplexity"] == {"before": 40.0, "after": 10.0}
     assert summary["clients_perplexity"] == {
         "before": {"mean": 40.0, "worst": 50.0}, "after": {"mean": 15.0, "worst": 18.0},
