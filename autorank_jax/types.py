@@ -169,7 +169,7 @@ class Client(NamedTuple):
     """One client as an aggregation rule sees it."""
 
     row: Array  # () row of the client in `FederatedData`
-    masks: dict[str, Array]  # by adapter path, (width of the rank level,): 1 where the client owns the position
+    masks: dict[str, Array]  # by adapter path, (..., width of the rank level): 1 where the client owns the position
     weight: Array  # () its share in sums; 0 where it counts nowhere
     state: PyTree  # what the client kept from earlier rounds; () where the rule keeps nothing
 
@@ -224,7 +224,7 @@ class ClientUpdate(NamedTuple):
 class Plan(NamedTuple):
     """What is known before anyone trains; `owners` are cut to the width of the client's rank level in `summand`."""
 
-    owners: dict[str, Array]  # by adapter path, (max_rank,) summed weight of those that own the position
+    owners: dict[str, Array]  # by adapter path, (..., max_rank) summed weight of those that own the position
     weight: Array  # () summed weight of all participants
     total: Array  # () summed weight of all clients, present or not
     prepared: PyTree = ()  # what the rule's `prepare` made
@@ -337,7 +337,7 @@ class State(NamedTuple):
 
     server: Server
     aggregator: AggState
-    ranks: dict[str, Array]  # by adapter path, (clients,) int32
+    ranks: dict[str, Array]  # by adapter path, (clients,) int32; (clients, *layers) where those of a stack differ
     round: Array  # () int32 rounds done
     hparams: dict[str, Any]  # scalars, or schedules of the round: "learning_rate", "local_epochs", the user's own
     epoch_losses: Array  # (clients, max_epochs) of each client's latest round

@@ -93,31 +93,50 @@ def rank_level(ranks: Mapping[str, Array], levels: Sequence[Mapping[str, int]], 
     level = jnp.zeros(clients, jnp.int32)
     for path, rank in ranks.items():
         edges = jnp.array([widths[path] for widths in levels[:-1]], jnp.int32)
-        level = jnp.maximum(level, jnp.searchsorted(edges, rank, side="left").astype(jnp.int32))
+        own = jnp.searchsorted(edges, most_of_layers(rank), side="left")
+        level = jnp.maximum(level, own.astype(jnp.int32))
     return level
+
+
+def layers_of(adapter: Adapter) -> tuple[int, ...]:
+    """Return the leading axes of an adapter of stacked layers, `()` for one layer's."""
+    return adapter.lora_a.shape[:-2]
+
+
+def most_of_layers(ranks: Array) -> Array:
+    """Return the largest rank of each client in a stack of layers, `(clients,)`."""
+    return jnp.max(ranks, axis=tuple(range(1, ranks.ndim))) if ranks.ndim > 1 else ranks
 
 
 def rank_masks(ranks: Mapping[str, Array], widths: Mapping[str, int]) -> dict[str, Array]:
     """Return `m[j] = 1[j < rank]` for each adapter.
 
     Args:
-        ranks: by path, integer scalars.
+        ranks: by path, integer scalars, or `(*layers,)` where those of a stack differ.
         widths: by path, the length of the mask.
 
     Returns:
-        By path, `(width,)` in the default float type.
+        By path, `(width,)` or `(*layers, width)` in the default float type.
     """
-    return {p: (jnp.arange(widths[p], dtype=jnp.int32) < ranks[p]).astype(jnp.result_type(float)) for p in ranks}
+    return {p: below(ranks[p], widths[p]).astype(jnp.result_type(float)) for p in ranks}
+
+
+def below(ranks: Array, width: int) -> Array:
+    """Return which of so many rank positions lie below ranks of any shape, `(..., width)` bools."""
+    positions = jax.lax.broadcasted_iota(jnp.int32, (*jnp.shape(ranks), width), jnp.ndim(ranks))
+    return positions < jnp.expand_dims(ranks, -1)
 
 
 def over_columns(values: Array, lora_a: Array) -> Array:
-    """Shape a number per rank position, `(r,)`, to broadcast over the columns of `lora_a`, `(..., d_in, r)`."""
-    return values.reshape((1,) * (lora_a.ndim - 1) + values.shape)
+    """Shape a number per rank position, `(r,)` or `(*layers, r)`, to broadcast over the columns of `lora_a`."""
+    *layers, r = values.shape
+    return values.reshape((*layers, *(1,) * (lora_a.ndim - 1 - len(layers)), r))
 
 
 def over_rows(values: Array, lora_b: Array) -> Array:
-    """Shape a number per rank position, `(r,)`, to broadcast over the rows of `lora_b`, `(..., r, d_out)`."""
-    return values.reshape((1,) * (lora_b.ndim - 2) + (*values.shape, 1))
+    """Shape a number per rank position, `(r,)` or `(*layers, r)`, to broadcast over the rows of `lora_b`."""
+    *layers, r = values.shape
+    return values.reshape((*layers, *(1,) * (lora_b.ndim - 2 - len(layers)), r, 1))
 
 
 def per_layer(function: Callable[..., T], *operands: PyTree) -> T:
@@ -164,10 +183,8 @@ def product(adapter: Adapter) -> Array:
 
 
 def nonzero_positions(adapter: Adapter) -> Array:
-    """Return at which rank positions any number of either factor is not 0, `(r,)` bools."""
-    others = tuple(range(adapter.lora_a.ndim - 2))
-    of_a = jnp.any(adapter.lora_a != 0, axis=(*others, -2))
-    return of_a | jnp.any(adapter.lora_b != 0, axis=(*others, -1))
+    """Return at which rank positions any number of either factor is not 0, `(..., r)` bools."""
+    return jnp.any(adapter.lora_a != 0, axis=-2) | jnp.any(adapter.lora_b != 0, axis=-1)
 
 
 def check_mergeable(server: Server, rule: str) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from autorank_jax.adapters.lora import narrow
+from autorank_jax.adapters.lora import layers_of, max_ranks
 from autorank_jax.adapters.task import check_server
 from autorank_jax.interface import checked, describe
 from autorank_jax.models.causal_checkpoint import causal_name
@@ -47,7 +47,8 @@ def export_peft(
         server: the global model, such as `state.server`; for a model of a client's own, `state.server` with its
             `trainable`.
         ranks: by adapter path, the rank in 1..max_rank to which the factors are cut, as a client trains them:
-            `{path: ranks[client] for path, ranks in state.ranks.items()}`. Whole where None.
+            `{path: ranks[client] for path, ranks in state.ranks.items()}`; of a stack one number, or one for each
+            layer. Whole where None.
         names: module names in PyTorch, such as `models.bert.bert_name`; the path with dots where None. Where it gives
             None for a layer that was trained whole, that is left out. Of stacked layers, the name with `{}` where the
             number of the layer goes, such as `models.causal_name`, with which the config says "CAUSAL_LM".
@@ -72,15 +73,17 @@ def export_peft(
         message = "expected the package 'safetensors' for this, got none: pip install 'autorank-jax[text]'"
         raise ImportError(message) from error
     _check(task, server)
-    server = _scaled(server if ranks is None else _cut(server, ranks), task, scale)
+    widths = _widths(server, ranks)
+    server = _scaled(server, task, scale)
     given, names = names, _of_text(names or _paths_of(task))
     modules = _module_names(server, names)
     tensors, pattern, targets = {}, {}, []
     for layer, adapter in server.trainable.adapters.items():
-        for module, one in _unstack(modules[layer], adapter):
+        for module, (one, width) in _unstack(modules[layer], (adapter, widths[layer])):
             targets.append(module)
-            tensors.update(_factors(f"base_model.model.{module}", one, task.origin, layer))
-            pattern[f"^{re.escape(module)}"] = adapter.lora_a.shape[-1]
+            pattern[f"^{re.escape(module)}"] = rank = int(width)
+            own = Adapter(one.lora_a[:, :rank], one.lora_b[:rank])
+            tensors.update(_factors(f"base_model.model.{module}", own, task.origin, layer))
     dense = _dense(server, names)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,21 +166,24 @@ def _of_text(names: Names) -> Names:
     return name
 
 
-def _cut(server: Server, ranks: Mapping[str, int | Array]) -> Server:
-    """Leave the first rank positions of every adapter."""
+def _widths(server: Server, ranks: Mapping[str, int | Array] | None) -> dict[str, np.ndarray]:
+    """Return how many rank positions of every adapter are written, `(*layers,)`: all where no ranks are given."""
     adapters = server.trainable.adapters
+    ranks = max_ranks(server) if ranks is None else ranks
     if ranks.keys() != adapters.keys():
         raise ValueError(f"ranks: expected one for each of {sorted(adapters)}, got {sorted(ranks)}")
     widths = {}
-    for layer, adapter in adapters.items():
-        rank, largest = np.asarray(ranks[layer]), adapter.lora_a.shape[-1]
-        if rank.shape or not np.issubdtype(rank.dtype, np.integer) or not 1 <= rank <= largest:
-            cause = ", probably the ranks of all clients" if rank.ndim == 1 else ""
+    for path, adapter in adapters.items():
+        rank, largest, layers = np.asarray(ranks[path]), adapter.lora_a.shape[-1], layers_of(adapter)
+        whole = rank.shape in ((), layers) and np.issubdtype(rank.dtype, np.integer)
+        if not whole or not np.all((rank >= 1) & (rank <= largest)):
+            cause = ", probably the ranks of all clients" if rank.ndim == len(layers) + 1 else ""
+            several = f", or {layers[0]} of them" if layers else ""
             raise ValueError(
-                f"ranks[{layer!r}]: expected a whole number in 1..{largest}, got {describe(ranks[layer])}{cause}"
+                f"ranks[{path!r}]: expected a whole number in 1..{largest}{several}, got {describe(ranks[path])}{cause}"
             )
-        widths[layer] = int(rank)
-    return server._replace(trainable=narrow(server.trainable, widths))
+        widths[path] = np.broadcast_to(rank, layers)
+    return widths
 
 
 def _module_names(server: Server, names: Names) -> dict[str, str]:

@@ -40,7 +40,7 @@ class ClientSums(NamedTuple):
 
     weight: Array  # () Σ w_k
     dense: PyTree  # Σ w_k (dense_k - start)
-    owners: dict[str, Array]  # by path, (r,) Σ w_k m_kj
+    owners: dict[str, Array]  # by path, (..., r) Σ w_k m_kj
     adapters: dict[str, Adapter]  # Σ w_k (A_k - A_start), likewise B
     products: dict[str, Any]  # Σ w_k A_k B_k, a matrix or its `Sketch`
 

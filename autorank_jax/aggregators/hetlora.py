@@ -5,7 +5,16 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from autorank_jax.adapters.lora import cut, max_ranks, nonzero_positions, over_columns, over_rows, rank_masks
+from autorank_jax.adapters.lora import (
+    below,
+    cut,
+    layers_of,
+    max_ranks,
+    nonzero_positions,
+    over_columns,
+    over_rows,
+    rank_masks,
+)
 from autorank_jax.aggregators.base import (
     Values,
     compose_rule,
@@ -45,7 +54,7 @@ class PathSums(NamedTuple):
     """Sums of one adapter under one choice of weights."""
 
     weight: Array  # () Σ s_k
-    owners: Array  # (r,) Σ s_k m_kj
+    owners: Array  # (..., r) Σ s_k m_kj
     factors: Adapter  # Σ s_k (A_k - A_start), likewise B
 
 
@@ -95,10 +104,11 @@ def hetlora(*, per: Literal["model", "layer"] = "model", prune: float | None = N
         return {path: jnp.where(after[path] < before[path], after[path], fresh[path]) for path in fresh}
 
     def full(server: Server) -> dict[str, Array]:
-        return {path: jnp.array(rank, jnp.int32) for path, rank in max_ranks(server.trainable).items()}
+        adapters = server.trainable.adapters
+        return {p: jnp.full(layers_of(a), a.lora_a.shape[-1], jnp.int32) for p, a in adapters.items()}
 
     def own(ranks: dict[str, Array], clients: PyTree) -> dict[str, Array]:
-        return {path: jnp.minimum(rank, clients[path]) for path, rank in ranks.items()}
+        return {path: jnp.minimum(_over_layers(rank, clients[path]), clients[path]) for path, rank in ranks.items()}
 
     return compose_rule(summand, _step(), start=start, client_init=full, client_keep=keep, client_ranks=own)
 
@@ -122,8 +132,8 @@ def with_tail_penalty(loss: LocalLoss, shrink: float, strength: float) -> LocalL
     def penalised(frozen: PyTree, trainable: Trainable, start: Trainable, batch: Batch, key: Key) -> Penalised:
         value = with_penalty(loss(frozen, trainable, start, batch, key), jnp.zeros(()))
         for path, (a, b) in start.adapters.items():
-            rank = jnp.sum(nonzero_positions(Adapter(a, b)), dtype=jnp.int32)
-            value = with_penalty(value, strength * _tail_score(trainable.adapters[path], rank, shrink))
+            rank = jnp.sum(nonzero_positions(Adapter(a, b)), axis=-1, dtype=jnp.int32)
+            value = with_penalty(value, strength * jnp.sum(_tail_score(trainable.adapters[path], rank, shrink)))
         return value
 
     return penalised
@@ -140,16 +150,16 @@ def _tail_start(rank: Array, shrink: float) -> Array:
 
 
 def _tail_score(adapter: Adapter, rank: Array, shrink: float) -> Array:
-    """Return `‖A[:, t:r]‖_F ‖B[t:r]‖_F` with `t = max(1, ⌊γ r⌋)`, summed over stacked layers.
+    """Return `‖A[:, t:r]‖_F ‖B[t:r]‖_F` with `t = max(1, ⌊γ r⌋)` of each layer, `(*layers,)`.
 
     Its gradient is 0 where a norm is.
     """
-    position = jnp.arange(adapter.lora_a.shape[-1], dtype=jnp.int32)
-    tail = (position >= _tail_start(rank, shrink)) & (position < rank)
+    width = adapter.lora_a.shape[-1]
+    tail = below(rank, width) & ~below(_tail_start(rank, shrink), width)
     a = jnp.where(over_columns(tail, adapter.lora_a), adapter.lora_a, 0)
     b = jnp.where(over_rows(tail, adapter.lora_b), adapter.lora_b, 0)
     norm_a, norm_b = (_norm(jnp.sum(jnp.square(factor), axis=(-2, -1))) for factor in (a, b))
-    return jnp.sum(norm_a * norm_b)
+    return norm_a * norm_b
 
 
 def _norm(squares: Array) -> Array:
@@ -157,17 +167,18 @@ def _norm(squares: Array) -> Array:
 
 
 def _ranks(client: Client) -> dict[str, Array]:
-    """Return the ranks at which a client trains: its own, or less where it has pruned."""
-    return {
-        path: jnp.minimum(client.state[path], jnp.sum(mask > 0, dtype=jnp.int32)) for path, mask in client.masks.items()
-    }
+    """Return the ranks at which a client trains, `(*layers,)`: its own, or less where it has pruned."""
+    handed = {path: jnp.sum(mask > 0, axis=-1, dtype=jnp.int32) for path, mask in client.masks.items()}
+    return {path: jnp.minimum(rank, _over_layers(handed[path], rank)) for path, rank in client.state.items()}
+
+
+def _over_layers(ranks: Array, like: Array) -> Array:
+    """Shape ranks, whose last axes may be missing, to broadcast over layers."""
+    return ranks.reshape((*ranks.shape, *(1,) * (like.ndim - ranks.ndim)))
 
 
 def _masks(ranks: dict[str, Array], masks: dict[str, Array]) -> dict[str, Array]:
-    return {
-        path: jnp.where(jnp.arange(mask.shape[0], dtype=jnp.int32) < ranks[path], mask, 0)
-        for path, mask in masks.items()
-    }
+    return {path: below(rank, masks[path].shape[-1]).astype(masks[path].dtype) for path, rank in ranks.items()}
 
 
 def _pruned(update: ClientUpdate, shrink: float) -> dict[str, Array]:

@@ -59,9 +59,9 @@ def make_owner_summand(levels: Levels) -> Callable[[ClientUpdate, Server, Plan],
         owners, shares, weight = {}, {}, update.client.weight
         for path, mask in update.client.masks.items():
             widest = server.trainable.adapters[path].lora_a.shape[-1]
-            last = _band_ends(levels, path, widest)[: mask.shape[0]] - 1
-            covered = jnp.take(mask, last, mode="fill", fill_value=0)
-            total = jnp.take(plan.owners[path], last, mode="fill", fill_value=0)
+            last = _band_ends(levels, path, widest)[: mask.shape[-1]] - 1
+            covered = jnp.take(mask, last, axis=-1, mode="fill", fill_value=0)
+            total = jnp.take(plan.owners[path], last, axis=-1, mode="fill", fill_value=0)
             owners[path] = weight.astype(covered.dtype) * covered
             shares[path] = divide(covered, total)
         return ClientSums(weight, sum_dense(update), owners, {}, sum_products(update, server, plan, shares))

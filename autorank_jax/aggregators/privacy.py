@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from autorank_jax.adapters.lora import max_ranks, over_columns, over_rows
+from autorank_jax.adapters.lora import below, layers_of, max_ranks, over_columns, over_rows
 from autorank_jax.aggregators.base import ClientSums, make_summand
 from autorank_jax.interface import check_share, check_values, checked
 from autorank_jax.types import (
@@ -39,7 +39,7 @@ class PrivateState(NamedTuple):
     """What a private rule remembers: what the rule does, and the fixed denominators, which are data."""
 
     rule: AggState
-    owners: dict[str, Array]  # by adapter path, (max_rank,)
+    owners: dict[str, Array]  # by adapter path, (*layers, max_rank)
     clip: Array  # () the norm to which a client is clipped next, where it adapts; else that of the rule, and not read
 
 
@@ -102,8 +102,9 @@ def with_differential_privacy(
         clip: `C` > 0, the largest norm of what a client adds; that of the first round where it adapts.
         noise_multiplier: `σ` ≥ 0; 0 adds nothing and protects nobody.
         denominator: `N` > 0, the number of clients expected in a round.
-        owners: by adapter path, `(max_rank,)`, the number of clients expected in a round that own each position, as
-            `expected_owners` counts it from public ranks, for rules that average over owners; `denominator` where None.
+        owners: by adapter path, `(max_rank,)` or `(*layers, max_rank)`, the number of clients expected in a round that
+            own each position, as `expected_owners` counts it from public ranks, for rules that average over owners;
+            `denominator` where None.
             `set_expected_owners` sets it later, in a state.
         adaptive: how the norm adapts; it stays where None.
 
@@ -145,8 +146,8 @@ def with_differential_privacy(
         return PrivateSums(clipped, present * jnp.where(norm <= bound, 0.5, -0.5).astype(present.dtype))
 
     def init(server: Server) -> PrivateState:
-        widths = max_ranks(server.trainable)
-        fixed = {path: _owners_of(path, widest, owners, denominator) for path, widest in widths.items()}
+        adapters = server.trainable.adapters
+        fixed = {path: _owners_of(path, adapters[path], owners, denominator) for path in sorted(adapters)}
         return PrivateState(rule.init(server), fixed, jnp.asarray(clip, jnp.result_type(float)))
 
     def start(server: Server, state: PrivateState, client: Client) -> Trainable:
@@ -244,7 +245,8 @@ def set_expected_owners(state: State, rate: float) -> State:
     if not isinstance(held, PrivateState):
         raise TypeError("expected the state of a rule made by with_differential_privacy, got that of another rule")
     owners = expected_owners(state.ranks, max_ranks(state.server.trainable), rate)
-    held = held._replace(owners={path: owners[path].astype(old.dtype) for path, old in held.owners.items()})
+    fixed = {p: jnp.broadcast_to(owners[p], old.shape).astype(old.dtype) for p, old in held.owners.items()}
+    held = held._replace(owners=fixed)
     return state._replace(aggregator=(held, *whole[1:]) if type(whole) is tuple else held)
 
 
@@ -253,28 +255,31 @@ def expected_owners(ranks: Mapping[str, ArrayLike], max_ranks: Mapping[str, int]
     """Count the clients expected in a round that own each rank position.
 
     Args:
-        ranks: by adapter path, `(clients,)` public ranks.
+        ranks: by adapter path, `(clients,)` or `(clients, *layers)` public ranks.
         max_ranks: by adapter path.
         rate: share of the clients expected in a round, above 0 and at most 1.
 
     Returns:
-        By adapter path, `(max_rank,)`; 0 at positions that no client owns, which then stay as they are.
+        By adapter path, `(max_rank,)` or `(*layers, max_rank)`; 0 at positions that no client owns, which then stay as
+        they are.
     """
     check_share("rate", rate)
     return {
-        path: rate * jnp.sum(jnp.arange(widest)[None, :] < jnp.asarray(ranks[path])[:, None], axis=0, dtype=jnp.float32)
+        path: rate * jnp.sum(below(jnp.asarray(ranks[path]), widest), axis=0, dtype=jnp.float32)
         for path, widest in max_ranks.items()
     }
 
 
-def _owners_of(path: str, widest: int, owners: Mapping[str, ArrayLike] | None, denominator: float) -> Array:
+def _owners_of(path: str, adapter: Adapter, owners: Mapping[str, ArrayLike] | None, denominator: float) -> Array:
+    widest = adapter.lora_a.shape[-1]
+    whole = (*layers_of(adapter), widest)
     if owners is None:
-        return jnp.full(widest, denominator, jnp.result_type(float))
-    if path not in owners or jnp.shape(owners[path]) != (widest,):
+        return jnp.full(whole, denominator, jnp.result_type(float))
+    if path not in owners or jnp.shape(owners[path]) not in ((widest,), whole):
         got = jnp.shape(owners[path]) if path in owners else "none"
         raise ValueError(f"owners: expected {(widest,)} numbers for {path!r}, got {got}")
     check_values(f"owners of {path!r}", owners[path])
-    return jnp.asarray(owners[path], jnp.result_type(float))
+    return jnp.broadcast_to(jnp.asarray(owners[path], jnp.result_type(float)), whole)
 
 
 def _nothing(sums: Any, before: Server, after: Server) -> dict[str, Array]:  # noqa: ARG001

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from autorank_jax.adapters.lora import layers_of
 from autorank_jax.interface import check_key, check_kind, describe
 from autorank_jax.interface.kinds import kinds_of
 from autorank_jax.types import Aggregator, Array, FederatedData, PyTree, State, Trains
@@ -59,6 +60,9 @@ def _check_clients(state: State, data: FederatedData) -> None:
     for path, rank in state.ranks.items():
         if not jnp.issubdtype(rank.dtype, jnp.integer):
             raise ValueError(f"expected integer ranks, got {rank.dtype} for {path!r}{why_no_ranks(rank)}")
+        whole = (clients, *layers_of(adapters[path]))
+        if rank.shape not in ((clients,), whole):
+            raise ValueError(f"expected ranks of {path!r} of shape {(clients,)} or {whole}, got {rank.shape}")
         check_within(path, rank, adapters[path].lora_a.shape[-1])
 
 

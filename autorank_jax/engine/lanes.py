@@ -169,7 +169,7 @@ def _whole_level(level: Level) -> Level:
 
 
 def _make_level(program: Program, round_: Round, widths: Widths) -> Level:
-    owners = {path: owners[: widths[path]] for path, owners in round_.plan.owners.items()}
+    owners = {path: owners[..., : widths[path]] for path, owners in round_.plan.owners.items()}
     level = Level(program, round_._replace(plan=round_.plan._replace(owners=owners)), widths)
 
     def one(place: Array) -> tuple[Sums, LocalState]:

@@ -22,7 +22,7 @@ _MOST_WIDTHS = 32  # that are looked at
 class Workload(NamedTuple):
     """What one run asks of its clients, over all its rounds."""
 
-    ranks: Mapping[str, ArrayLike]  # by path, (clients,)
+    ranks: Mapping[str, ArrayLike]  # by path, (clients,) or (clients, *layers)
     steps: ArrayLike  # (clients,) local steps
 
 
@@ -110,7 +110,8 @@ def _lane_steps(workloads: Sequence[Workload], paths: Sequence[str], lanes: int)
     The second, `(n + 1, n)`, holds at `[i, j]` those of a level that begins behind the first `i` widths and ends at the
     `j`-th, of all workloads together.
     """
-    stacked = [np.stack([np.asarray(work.ranks[path], np.int64) for path in paths], axis=1) for work in workloads]
+    own = [[np.asarray(work.ranks[path], np.int64) for path in paths] for work in workloads]
+    stacked = [np.stack([rank.reshape(len(rank), -1).max(axis=1) for rank in ranks], axis=1) for ranks in own]
     distinct = np.unique(np.concatenate(stacked), axis=0)
     distinct = distinct[np.argsort(distinct.sum(axis=1), kind="stable")]
     widths = np.maximum.accumulate(distinct)  # whoever is before fits in

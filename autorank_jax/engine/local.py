@@ -44,7 +44,7 @@ A loss with a penalty returns it apart, in a `Penalised` (see `with_penalty`): o
 """
 
 Scale = Callable[[Array], Array]
-"""LoRA scale of a client by its rank."""
+"""LoRA scale of a client by its rank; where ranks differ within a stack, by that of each layer."""
 
 
 @checked
@@ -192,12 +192,20 @@ def _rescale(params: Trainable, client: Client, scale: Scale | None, *, inverse:
         return params
     adapters = {}
     for path, adapter in params.adapters.items():
-        factor = scale(jnp.sum(client.masks[path]))
-        if jnp.shape(factor) or (is_real(factor) and not 0 < abs(factor) < float("inf")):
-            raise ValueError(f"expected a LoRA scale of one finite number, not 0, by rank, got {describe(factor)}")
-        factor = jnp.asarray(factor, adapter.lora_b.dtype)
+        factor = _number_by_rank(scale, jnp.sum(client.masks[path], axis=-1)).astype(adapter.lora_b.dtype)
+        factor = factor.reshape((*factor.shape, *(1,) * (adapter.lora_b.ndim - factor.ndim)))
         adapters[path] = adapter._replace(lora_b=adapter.lora_b / factor if inverse else adapter.lora_b * factor)
     return params._replace(adapters=adapters)
+
+
+def _number_by_rank(scale: Scale, rank: Array) -> Array:
+    """Return the scale of a rank, or of each layer's in a stack."""
+    if jnp.ndim(rank):
+        return jax.vmap(lambda layer: _number_by_rank(scale, layer))(rank)
+    factor = scale(rank)
+    if jnp.shape(factor) or (is_real(factor) and not 0 < abs(factor) < float("inf")):
+        raise ValueError(f"expected a LoRA scale of one finite number, not 0, by rank, got {describe(factor)}")
+    return jnp.asarray(factor)
 
 
 def _stop(params: Trainable, trains: Trains) -> Trainable:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from autorank_jax.adapters.lora import max_ranks
+from autorank_jax.adapters.lora import max_ranks, most_of_layers
 from autorank_jax.engine.checks import check_round, check_rule, check_update
 from autorank_jax.engine.lanes import Program, Round, make_queue, no_totals, run_queue, steps_of_epochs
 from autorank_jax.engine.levels import RankLevels, resolve_levels
@@ -93,7 +93,7 @@ def make_round(
             raise ValueError(f"expected one weight of every client, {data.size.shape}, got shape {weights.shape}")
         weights = jnp.where((data.size > 0) & (weights > 0) & jnp.isfinite(weights), weights, 0)
         if program.levels[-1] != widest:
-            fits = [state.ranks[path] <= width for path, width in program.levels[-1].items()]
+            fits = [most_of_layers(state.ranks[path]) <= width for path, width in program.levels[-1].items()]
             weights = jnp.where(jnp.all(jnp.stack(fits), axis=0), weights, 0)
         weight = jnp.where(cohort.present, weights[cohort.row], 0)
         maps = aggregator.prepare(server_step, state.aggregator, state.server)
@@ -136,12 +136,16 @@ def make_round(
 
 def make_plan(state: State, cohort: Cohort, weight: Array, total: Array) -> Plan:
     """Sum the participants' weights per rank position."""
-    owners = {}
-    for path, width in max_ranks(state.server.trainable).items():
-        rank = jnp.clip(state.ranks[path][cohort.row], 0, width)  # as masks see one outside, which jit hides
+
+    def owners(ranks: Array, width: int) -> Array:
+        if ranks.ndim > 1:
+            return jax.vmap(lambda layer: owners(layer, width), 1)(ranks)
+        rank = jnp.clip(ranks[cohort.row], 0, width)  # as masks see one outside, which jit hides
         by_rank = jnp.zeros(width + 1, weight.dtype).at[rank].add(weight)
-        owners[path] = jnp.cumsum(by_rank[::-1])[::-1][1:]
-    return Plan(owners, jnp.sum(weight), total)
+        return jnp.cumsum(by_rank[::-1])[::-1][1:]
+
+    widest = max_ranks(state.server.trainable)
+    return Plan({path: owners(state.ranks[path], widest[path]) for path in widest}, jnp.sum(weight), total)
 
 
 def _train_exactly(train: Callable[[Array], Totals], cohort: Cohort, weight: Array, shapes: Totals) -> Totals:

@@ -10,7 +10,7 @@ from jax import lax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from autorank_jax.adapters.lora import equal_ranks, max_ranks
+from autorank_jax.adapters.lora import equal_ranks, layers_of, max_ranks
 from autorank_jax.engine.checks import check_goes_on, check_within, strong, why_no_ranks
 from autorank_jax.interface import check_least, check_values, checked
 from autorank_jax.types import (
@@ -53,7 +53,8 @@ def init_state(
     Args:
         server: the start, usually `task.server`.
         aggregator: the rule, for what it remembers.
-        ranks: by adapter path, `(clients,)` integers in `1..max_rank`; None: everybody's are the maximum.
+        ranks: by adapter path, `(clients,)` integers in `1..max_rank`, or `(clients, *layers)` for the layers of a
+            stack; None: everybody's are the maximum.
         learning_rate: for an optimiser made of `hparams`, 0.01 where None; or a schedule, a function of the number of
             the round from 0, such as `optax.cosine_decay_schedule(0.1, 100)`. Another number compiles nothing, another
             schedule does.
@@ -108,10 +109,13 @@ def _check_ranks(server: Server, ranks: Mapping[str, Array], clients: int | None
     if clients is None:
         if not ranks:
             raise ValueError("expected clients=, got none: there are no ranks to count them by")
-        clients = jnp.size(next(iter(ranks.values())))
+        clients = (*jnp.shape(next(iter(ranks.values()))), 1)[0]
     shapes = {path: jnp.shape(rank) for path, rank in ranks.items()}
-    if any(shape != (clients,) for shape in shapes.values()):
-        raise ValueError(f"expected ranks of shape (clients,) = ({clients},) for every adapter, got {shapes}")
+    if any(shape != (clients,) and shape != (clients, *layers_of(adapters[path])) for path, shape in shapes.items()):
+        raise ValueError(
+            f"expected ranks of shape (clients,) = ({clients},) for every adapter, or (clients, *layers) for a stack, "
+            f"got {shapes}"
+        )
     check_least("clients", clients)
     for path, rank in ranks.items():
         widest = adapters[path].lora_a.shape[-1]

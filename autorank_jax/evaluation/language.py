@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from autorank_jax.adapters.lora import cut, max_ranks, rank_masks
+from autorank_jax.adapters.lora import cut, layers_of, max_ranks, rank_masks
 from autorank_jax.engine.flops import FlopModel
 from autorank_jax.federated.batches import steps_per_epoch, take_batch
 from autorank_jax.interface import check_least, checked
@@ -160,7 +160,7 @@ def language_flops(config: CausalConfig, task: Task, *, length: int) -> FlopMode
     attention = 12 * config.depth * length**2 * config.heads * config.head_dim
     base = 4.0 * (blocks * matrices + length * config.width * config.vocabulary) + attention
     per_rank = {
-        path: 6.0 * length * math.prod(a.lora_a.shape[:-2]) * (a.lora_a.shape[-2] + a.lora_b.shape[-1])
+        path: 6.0 * length * math.prod(layers_of(a)) * (a.lora_a.shape[-2] + a.lora_b.shape[-1])
         for path, a in task.server.trainable.adapters.items()
     }
     return FlopModel(base, per_rank)

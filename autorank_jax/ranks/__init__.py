@@ -39,8 +39,9 @@ from autorank_jax.interface.lazy import lazy
 if TYPE_CHECKING:
     from autorank_jax.ranks.criteria import complexity_matrix, gini_simpson, label_entropy, loss_entropy
     from autorank_jax.ranks.mcda import critic_weights, topsis
-    from autorank_jax.ranks.policies import autorank_ranks, ranks_from_ratios, with_reranking
+    from autorank_jax.ranks.policies import autorank_ranks, ranks_from_ratios
     from autorank_jax.ranks.private import private_counts
+    from autorank_jax.ranks.reranking import with_reranking
 else:
     __getattr__, __dir__ = lazy(__name__)
 

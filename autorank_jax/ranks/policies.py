@@ -15,10 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
-from autorank_jax.adapters import lora
 from autorank_jax.interface import check_least, check_name, check_share, check_values, checked, describe
 from autorank_jax.ranks import mcda
 from autorank_jax.ranks.criteria import (
@@ -30,21 +28,9 @@ from autorank_jax.ranks.criteria import (
     criterion_names,
     tell_equals,
 )
-from autorank_jax.types import (
-    Array,
-    ClientStats,
-    FederatedData,
-    Key,
-    Names,
-    RankInfo,
-    RankPolicy,
-    RoundFn,
-    RoundInfo,
-    State,
-)
+from autorank_jax.types import Array, ClientStats, Key, Names, RankInfo, RankPolicy
 
 _RANK = "a percentage or a rank"  # what may be above 1 in place of a ratio
-_RERANK = 0x72616E6B  # fold_in tag: keys of re-ranking never meet those of a round, whose identities are round numbers
 
 
 @checked
@@ -207,7 +193,7 @@ def ratios_from_scores(scores: ArrayLike, *, min_ratio: float = 0.1, where: Arra
 
 
 @checked
-def ranks_from_ratios(ratios: ArrayLike, max_ranks: Mapping[str, int]) -> dict[str, Array]:
+def ranks_from_ratios(ratios: ArrayLike | Mapping[str, ArrayLike], max_ranks: Mapping[str, int]) -> dict[str, Array]:
     """Return integer ranks, `r_il = max(1, ⌊ρ_i R_l⌋)`, rounded so that a ratio of 0.7 of 10 is 7.
 
     Float32 holds 0.7 as a little less; a factor of `1 + 1e-6` before the floor is right for every ratio of hundredths
@@ -215,11 +201,12 @@ def ranks_from_ratios(ratios: ArrayLike, max_ranks: Mapping[str, int]) -> dict[s
 
     Args:
         ratios: `(clients,)`, or `(clients, layers)` with the layers in sorted order of their paths (as jax walks a dict
-            and `lora.max_ranks` lists them), in (0, 1]; within `jit` they are clipped to it.
+            and `max_ranks` lists them), in (0, 1]; within `jit` they are clipped to it. Or by path, `(clients,)`
+            or `(clients, *layers)` for the layers of a stack.
         max_ranks: by path, `R_l ≥ 1`.
 
     Returns:
-        By path, `(clients,)` int32 in 1..R_l.
+        By path, int32 in 1..R_l, `(clients,)` or the shape of its ratios.
 
     Raises:
         ValueError: for ratios of wrong shape or outside (0, 1], or a maximum rank that is not a whole number ≥ 1.
@@ -229,59 +216,40 @@ def ranks_from_ratios(ratios: ArrayLike, max_ranks: Mapping[str, int]) -> dict[s
         >>> print(ranks["hidden"], ranks["out"])
         [  1 112 160] [ 1  7 10]
     """
-    ratios = jnp.asarray(ratios).astype(jnp.float32)
-    if not isinstance(ratios, jax.core.Tracer):  # rounding above 1 is no mistake
-        check_share("ratios", np.where(ratios <= 1 + 1e-6, np.minimum(ratios, 1), ratios), cause=_RANK)
-    if ratios.ndim == 1:
-        ratios = jnp.broadcast_to(ratios[:, None], (ratios.shape[0], len(max_ranks)))
-    if ratios.ndim != 2 or ratios.shape[1] != len(max_ranks):
-        raise ValueError(
-            f"ratios: expected shape (clients,) or (clients, {len(max_ranks)}), got {ratios.shape}"
-            + ", probably transposed" * (ratios.ndim == 2 and ratios.shape[0] == len(max_ranks))
-        )
     ranks = {}
-    for layer, path in enumerate(sorted(max_ranks)):
+    for path, own in _by_path(ratios, sorted(max_ranks)).items():
         R = max_ranks[path]
         check_least(f"max_ranks[{path!r}]", R)
-        floor = jnp.floor(ratios[:, layer] * jnp.float32(R) * jnp.float32(1 + 1e-6))
+        floor = jnp.floor(own * jnp.float32(R) * jnp.float32(1 + 1e-6))
         ranks[path] = jnp.where(floor >= 1, jnp.minimum(floor, R), 1).astype(jnp.int32)  # 1 for NaN too
     return ranks
 
 
-@checked
-def with_reranking(round_fn: RoundFn, policy: RankPolicy, stats: ClientStats, *, every: int) -> RoundFn:
-    """Set the ranks anew after every `every`-th round, from the loss curves that training records anyway.
+def _by_path(ratios: ArrayLike | Mapping[str, ArrayLike], paths: Sequence[str]) -> dict[str, Array]:
+    """Return checked float32 ratios of every path, the clients first."""
 
-    Args:
-        round_fn: the round to wrap.
-        policy: of the new ranks.
-        stats: of the clients; its losses are replaced with those of each client's latest round.
-        every: rounds, ≥ 1, from one ranking to the next, counted from the first round of all.
+    def known(own: ArrayLike, name: str) -> Array:
+        own = jnp.asarray(own).astype(jnp.float32)
+        if not isinstance(own, jax.core.Tracer):  # rounding above 1 is no mistake
+            check_share(name, np.where(own <= 1 + 1e-6, np.minimum(own, 1), own), cause=_RANK)
+        return own
 
-    Returns:
-        A round function whose state has the same structure and types as before.
-
-    Raises:
-        ValueError: for a bad `every`; when called, for stats of another number of clients.
-    """
-    check_least("every", every)
-
-    def round_then_rank(key: Key, state: State, data: FederatedData) -> tuple[State, RoundInfo]:
-        if state.epochs.shape[0] != _clients(stats):
-            raise ValueError(
-                f"with_reranking: expected stats of {state.epochs.shape[0]} clients, got those of {_clients(stats)}"
-            )
-        state, info = round_fn(key, state, data)
-
-        def rank_anew() -> dict[str, Array]:
-            curves = stats._replace(epoch_losses=state.epoch_losses, epochs=state.epochs)
-            ratios, _ = policy(jax.random.fold_in(jax.random.fold_in(key, _RERANK), state.round), curves)
-            return ranks_from_ratios(ratios, lora.max_ranks(state.server.trainable))
-
-        ranks = lax.cond(state.round % every == 0, rank_anew, lambda: state.ranks)
-        return state._replace(ranks=ranks), info
-
-    return round_then_rank
+    if isinstance(ratios, Mapping):
+        found = {path: known(own, f"ratios[{path!r}]") for path, own in ratios.items()}
+        shapes = {path: own.shape for path, own in found.items()}
+        clients = {shape[:1] for shape in shapes.values()}
+        if found.keys() != {*paths} or len(clients) > 1 or () in clients:
+            raise ValueError(f"ratios: expected those of the same clients for each of {[*paths]}, got {shapes}")
+        return {path: found[path] for path in paths}
+    whole = known(ratios, "ratios")
+    if whole.ndim == 1:
+        whole = jnp.broadcast_to(whole[:, None], (whole.shape[0], len(paths)))
+    if whole.ndim != 2 or whole.shape[1] != len(paths):
+        raise ValueError(
+            f"ratios: expected shape (clients,) or (clients, {len(paths)}), got {whole.shape}"
+            + ", probably transposed" * (whole.ndim == 2 and whole.shape[0] == len(paths))
+        )
+    return {path: whole[:, layer] for layer, path in enumerate(paths)}
 
 
 @checked

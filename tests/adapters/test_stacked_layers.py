@@ -1,8 +1,11 @@
 """Layers stacked along a leading axis, by `nnx.vmap` or in a function that scans: one adapter, a matrix for each."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax import lax
@@ -102,6 +105,27 @@ def test_stacks_are_exported_layer_by_layer(tmp_path):
         ar.export_peft(tmp_path, task, server, names={"layers/w": "w"}.get)
 
 
+def test_layers_are_exported_at_ranks_of_their_own(tmp_path):
+    load_file = pytest.importorskip("safetensors.numpy").load_file
+    task = ar.task_from_function(function, function_params(), max_rank={"layers/*": 3}, stacked="layers/*")
+    server, names = moved(task), {"layers/w": "model.{}.w"}.get
+    ranks = np.array([2, 1, 3])
+    folder = ar.export_peft(tmp_path, task, server, ranks={"layers/w": ranks}, names=names)
+    tensors, (a, b) = load_file(folder / "adapter_model.safetensors"), server.trainable.adapters["layers/w"]
+    for number, rank in enumerate(ranks):
+        lora_a, lora_b = (tensors[f"base_model.model.model.{number}.w.lora_{factor}.weight"] for factor in "AB")
+        np.testing.assert_array_equal(lora_a.T, a[number, :, :rank])
+        np.testing.assert_array_equal(lora_b.T, b[number, :rank])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    pattern = {rf"^model\.{number}\.w": rank for number, rank in enumerate(ranks.tolist())}
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (3, pattern, pattern)
+    for wrong in ([2, 1, 4], [2, 1], [[2, 1, 3]], [2.0, 1.0, 3.0]):
+        with pytest.raises(
+            ValueError, match=r"ranks\['layers/w'\]: expected a whole number in 1..3, or 3 of them, got"
+        ):
+            ar.export_peft(tmp_path, task, server, ranks={"layers/w": np.array(wrong)}, names=names)
+
+
 def test_stacks_cost_what_their_layers_cost():
     task = ar.task_from_function(function, function_params(), max_rank={"layers/*": 2}, stacked="layers/*")
     server, ranks = moved(task), {"layers/w": jnp.asarray([1, 2])}
@@ -112,3 +136,26 @@ def test_stacks_cost_what_their_layers_cost():
     np.testing.assert_array_equal(costs.parameters, [3 * 8, 2 * 3 * 8])
     np.testing.assert_array_equal(costs.bytes_up, [4 * 24, 4 * 48])
     np.testing.assert_array_equal(costs.bytes_down, [4 * 24, 4 * 8 * 5])
+    by_layer = {"layers/w": jnp.asarray([[1, 2, 1], [2, 2, 2]])}
+    mixed = client_costs(server, by_layer, [5, 5], FlopModel(0, {"layers/w": 1}), local_epochs=1, traffic=traffic)
+    np.testing.assert_array_equal(mixed.parameters, [4 * 8, 2 * 3 * 8])
+    np.testing.assert_array_equal(mixed.bytes_up, [4 * 32, 4 * 48])
+    np.testing.assert_array_equal(mixed.bytes_down, [4 * 8 * 3, 4 * 8 * 5])
+    np.testing.assert_allclose(mixed.flops, [5 * 4 / 3, 5 * 2])
+    with pytest.raises(ValueError, match="or for each layer of a stack"):
+        client_costs(server, {"layers/w": jnp.ones((1, 2))}, [5], FlopModel(0, {"layers/w": 1}), local_epochs=1)
+
+
+def test_ranks_of_other_layers_are_refused():
+    task = ar.task_from_function(function, function_params(), max_rank={"layers/*": 2}, stacked="layers/*")
+    rule, data = ar.aggregators.rbla(), ar.from_parts(X, np.zeros(2, int), [[0], [1]])
+    for wrong in ([[1, 2], [2, 1]], [[1, 2, 1]] * 3, 1):
+        with pytest.raises(ValueError, match=r"ranks of shape \(clients,\) = .* or \(clients, \*layers\) for a stack"):
+            ar.init_state(task.server, rule, {"layers/w": jnp.asarray(wrong)}, clients=2)
+    with pytest.raises(ValueError, match=r"ranks of 'layers/w' in 1..2, got 1..3"):
+        ar.init_state(task.server, rule, {"layers/w": jnp.asarray([[1, 3, 1]])})
+    state = ar.init_state(task.server, rule, {"layers/w": jnp.asarray([[1, 2, 1], [2, 1, 1]])})
+    one = ar.make_round(ar.make_local_training(task, optax.sgd(0.1), batch_size=1), rule)
+    assert int(one(jax.random.key(0), state, data)[1].steps) == 2
+    with pytest.raises(ValueError, match=r"ranks of 'layers/w' of shape \(2,\) or \(2, 3\), got \(2, 2\)"):
+        one(jax.random.key(0), state._replace(ranks={"layers/w": jnp.ones((2, 2), int)}), data)

@@ -25,8 +25,8 @@ def unrolled(params, x):
     return x @ params["head"]
 
 
-@pytest.mark.parametrize("rule", ["rbla", "raflora", "florist", "fedex_lora", "hetlora"])
-def test_a_round_with_a_stack_is_the_round_with_its_layers(rule):
+def tasks():
+    """Return a model with its layers in a stack, the same with its layers apart, and three clients."""
     rng = np.random.default_rng(0)
     weights, head = jnp.asarray(rng.normal(size=(DEPTH, WIDTH, WIDTH))), jnp.asarray(rng.normal(size=(WIDTH, 3)))
     options = {"max_rank": 4, "where": "layer*", "materialize": False, "preprocess": lambda x: x}
@@ -38,17 +38,43 @@ def test_a_round_with_a_stack_is_the_round_with_its_layers(rule):
     together.server.trainable.adapters["layers"] = Adapter(a, b)
     for number in range(DEPTH):
         separate.server.trainable.adapters[f"layer{number}"] = Adapter(a[number], b[number])
-    data = ar.from_parts(rng.normal(size=(30, WIDTH)), rng.integers(0, 3, 30), [range(4), range(4, 18), range(18, 30)])
-    made, products = ar.aggregators.make_rule(rule), []
+    parts = [range(4), range(4, 18), range(18, 30)]
+    return together, separate, ar.from_parts(rng.normal(size=(30, WIDTH)), rng.integers(0, 3, 30), parts)
+
+
+def private_rbla():
+    rule = ar.aggregators.rbla()
+    return ar.aggregators.with_differential_privacy(rule, clip=0.1, noise_multiplier=0.0, denominator=3)
+
+
+RULES = {name: ar.aggregators.make_rule(name) for name in ("rbla", "raflora", "florist", "fedex_lora", "hetlora")} | {
+    "hetlora, pruned": ar.aggregators.hetlora(prune=0.5),
+    "private": private_rbla(),
+}
+RANKS = {"one for the stack": np.array([1, 4, 2]), "by layer": np.array([[1, 1, 2], [1, 4, 3], [2, 2, 1]])}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("ranks", RANKS.values(), ids=RANKS)
+def test_rounds_with_a_stack_are_those_with_its_layers(rule, ranks):
+    together, separate, data = tasks()
+    merged, costs = [], []
     for task, lanes, levels in ((together, 2, 2), (separate, 1, 1)):
-        state = ar.init_state(task.server, made, {path: jnp.asarray([1, 4, 2]) for path in ar.max_ranks(task)})
+        apart = dict(zip(sorted(ar.max_ranks(task)), np.broadcast_to(ranks.T, (DEPTH, 3)), strict=False))
+        state = ar.init_state(task.server, rule, {"layers": ranks} if task is together else apart)
+        state = ar.aggregators.set_expected_owners(state, 0.5) if rule is RULES["private"] else state
         local = ar.make_local_training(task, optax.sgd(0.1), batch_size=4, scale=ar.engine.local.alpha_over_rank(2.0))
-        server = jax.jit(ar.make_round(local, made, lanes=lanes, rank_levels=levels))(jax.random.key(1), state, data)[
-            0
-        ].server
-        merged = ar.merge(task, server)
-        products.append(
-            merged["layers"] if task is together else jnp.stack([merged[f"layer{n}"] for n in range(DEPTH)])
+        one = jax.jit(ar.make_round(local, rule, lanes=lanes, rank_levels=levels))
+        for _ in range(2):
+            state, _ = one(jax.random.key(1), state, data)
+        model = ar.merge(task, state.server)
+        merged.append(model["layers"] if task is together else jnp.stack([model[f"layer{n}"] for n in range(DEPTH)]))
+        flops = ar.engine.flops.FlopModel(1.0, {path: 6.0 * DEPTH / len(apart) for path in apart})
+        at = rule.client_ranks(state.ranks, state.clients)
+        costs.append(
+            ar.evaluation.client_costs(state.server, at, data.size, flops, local_epochs=1, traffic=rule.traffic)
         )
-    assert jnp.max(jnp.abs(products[0] - weights)) > 0.01
-    np.testing.assert_allclose(*products, atol=1e-9)
+    assert jnp.max(jnp.abs(merged[0] - together.server.frozen.kernels["layers"])) > 0.01
+    np.testing.assert_allclose(*merged, atol=1e-9)
+    for ours, theirs in zip(*costs, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)

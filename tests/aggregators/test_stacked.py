@@ -10,7 +10,8 @@ from autorank_jax.adapters.lora import cut, pad_like, rank_masks
 from autorank_jax.types import Adapter, Base, Client, ClientUpdate, Plan, Server, Trainable
 
 D_IN, D_OUT, R, LAYERS = 6, 5, 4, 2
-RANKS, WEIGHTS = (1, 3, 2), (1.0, 2.5, 4.0)  # nobody owns the last position
+WEIGHTS = (1.0, 2.5, 4.0)
+RANKS = {"one for the stack": (1, 3, 2), "by layer": ((1, 2), (3, 1), (2, 3))}  # nobody owns the last position
 NAMES = [f"layer{n}" for n in range(LAYERS)]
 pytestmark = pytest.mark.usefixtures("x64", "standard_promotion")
 
@@ -28,13 +29,20 @@ def make_servers():
     return stacked, Server(Trainable(apart({"stack": adapter}), {}), Base(apart(kernels), ()))
 
 
-def one_round(rule, server, moves):
-    """Return the server after a round of three clients, and what the first client keeps."""
+def ranks_of(paths, rank):
+    """Return a client's ranks by path: those of its layers, together or apart."""
+    if paths == ["stack"]:
+        return {"stack": jnp.asarray(rank)}
+    return dict(zip(paths, np.broadcast_to(rank, LAYERS), strict=True))
+
+
+def one_round(rule, server, moves, ranks):
+    """Return the server after a round of three clients, and what each client keeps."""
     paths, state = list(server.trainable.adapters), rule.init(server)
-    owners = {path: sum(w * rank_masks({path: r}, {path: R})[path] for r, w in zip(RANKS, WEIGHTS)) for path in paths}  # noqa: B905
+    own = [rank_masks(ranks_of(paths, rank), dict.fromkeys(paths, R)) for rank in ranks]
+    owners = {path: sum(w * masks[path] for masks, w in zip(own, WEIGHTS, strict=True)) for path in paths}
     plan, sums, kept = Plan(owners, jnp.asarray(sum(WEIGHTS)), jnp.asarray(sum(WEIGHTS))), None, []
-    for row, (rank, weight) in enumerate(zip(RANKS, WEIGHTS, strict=True)):
-        masks = rank_masks(dict.fromkeys(paths, jnp.asarray(rank)), dict.fromkeys(paths, R))
+    for row, (masks, weight) in enumerate(zip(own, WEIGHTS, strict=True)):
         client = Client(jnp.asarray(row, jnp.int32), masks, jnp.asarray(weight), rule.client_init(server))
         start = cut(rule.start(server, state, client), masks)
         trained = cut(jax.tree.map(jnp.add, start, moves[row]), masks)
@@ -55,10 +63,11 @@ RULES = {name: aggregators.make_rule(name) for name in aggregators.RULES} | {
     "florist/tau": aggregators.florist(tau=0.5),
     "clipped": aggregators.with_norm_clipping(aggregators.rbla(), 0.5),
     "keep_local": aggregators.keep_local(aggregators.rbla(), "*"),
+    "hetlora/pruned": aggregators.hetlora(prune=0.5),
 }
 
 
-USUAL = ("rbla", "raflora", "flora", "lora_fair", "hetlora", "local_only")
+USUAL = ("rbla", "raflora", "flora", "lora_fair", "hetlora", "hetlora/pruned", "local_only")
 
 
 def with_more(rule):
@@ -68,15 +77,16 @@ def with_more(rule):
 @pytest.mark.parametrize(
     "name", [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in RULES]
 )
-def test_a_stack_is_its_layers(name):
+@pytest.mark.parametrize("ranks", RANKS.values(), ids=RANKS)
+def test_a_stack_is_its_layers(name, ranks):
     rng = np.random.default_rng(1)
     rule = RULES[name] if name in ("keep_local", "local_only") else with_more(RULES[name])
     together, separate = make_servers()
-    moves = [jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), together.trainable) for _ in RANKS]
+    moves = [jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), together.trainable) for _ in WEIGHTS]
     both = jax.jit(
         lambda: (
-            one_round(rule, together, moves),
-            one_round(rule, separate, [Trainable(apart(move.adapters), {}) for move in moves]),
+            one_round(rule, together, moves, ranks),
+            one_round(rule, separate, [Trainable(apart(move.adapters), {}) for move in moves], ranks),
         )
     )
     (ours, our_kept, our_report), (theirs, their_kept, their_report) = both()
@@ -86,7 +96,7 @@ def test_a_stack_is_its_layers(name):
     )
     if name == "local_only":
         our_kept = [Trainable(apart(kept.adapters), {}) for kept in our_kept]
-    elif name == "fedsa_lora":
+    elif name in ("fedsa_lora", "hetlora/pruned"):
         our_kept = [apart(kept) for kept in our_kept]
     if name != "keep_local":
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-9), our_kept, their_kept)

@@ -50,6 +50,18 @@ def test_no_other_levels_cost_less(rounds, lanes, count):
         assert one - best == pytest.approx(choice.saved - choice.paid)
 
 
+def test_a_stack_is_as_wide_as_its_widest_layer():
+    mixed = np.array([[3, 1, 2], [1, 1, 1], [2, 9, 4]])
+    by_layer, of_one = ({"a": ranks} for ranks in (mixed, mixed.max(axis=1)))
+    flops = FlopModel(1e9, {"a": 1e9})
+    chosen = [
+        choose_levels([Workload(ranks, [900, 500, 70])], flops, batch_size=8, lanes=1, platform="cpu")
+        for ranks in (by_layer, of_one)
+    ]
+    assert len(chosen[0].levels) > 1
+    assert chosen[0] == chosen[1]
+
+
 def test_the_last_level_ends_at_the_highest_rank_there_is():
     assert choose_levels([workload([0.5] * 6, 1)], FLOPS, batch_size=8).levels == ({"a": 20, "b": 6},)
     assert choose_levels([Workload({}, STEPS)], FlopModel(1.0, {}), batch_size=8).levels == ({},)

@@ -9,7 +9,8 @@ import pytest
 
 from autorank_jax.ranks import mcda, policies
 from autorank_jax.ranks.criteria import complexity_matrix
-from autorank_jax.ranks.policies import autorank_ranks, ranks_from_ratios, ratios_from_scores, with_reranking
+from autorank_jax.ranks.policies import autorank_ranks, ranks_from_ratios, ratios_from_scores
+from autorank_jax.ranks.reranking import with_reranking
 from autorank_jax.types import Adapter, ClientStats, Server, State, Trainable
 
 KEY = jax.random.key(0)
@@ -182,6 +183,25 @@ def test_reranking_sets_the_policys_ranks_every_second_round_from_the_recorded_c
             curves = stats._replace(epoch_losses=state.epoch_losses, epochs=state.epochs)
             chex.assert_trees_all_equal(state.ranks, ranks_from_ratios(policy(KEY, curves)[0], {"a": 40, "b": 8}))
             assert not bool((state.ranks["a"] == before.ranks["a"]).all())
+
+
+def test_layers_of_a_stack_may_have_ratios_of_their_own():
+    ratios = {"stack": [[0.5, 1.0], [0.1, 0.29]], "head": [1.0, 0.5]}
+    ranks = ranks_from_ratios(ratios, {"head": 4, "stack": 10})
+    assert {path: rank.tolist() for path, rank in ranks.items()} == {"head": [4, 2], "stack": [[5, 10], [1, 2]]}
+    for wrong in ({"head": [1.0]}, ratios | {"head": [1.0]}, ratios | {"head": 1.0}):
+        with pytest.raises(ValueError, match=r"the same clients for each of \['head', 'stack'\]"):
+            ranks_from_ratios(wrong, {"head": 4, "stack": 10})
+    with pytest.raises(ValueError, match=r"ratios\['head'\].*got 2"):
+        ranks_from_ratios(ratios | {"head": [1.0, 2.0]}, {"head": 4, "stack": 10})
+
+
+def test_reranking_gives_all_layers_of_a_stack_the_new_rank():
+    state = federation()
+    state = state._replace(ranks=state.ranks | {"b": jnp.stack([state.ranks["b"]] * 3, axis=1)})
+    after, _ = with_reranking(fake_round, policies.by_size(), client_stats(), every=1)(KEY, state, jnp.ones(6, bool))
+    expected = ranks_from_ratios(policies.by_size()(KEY, client_stats())[0], {"b": 8})["b"]
+    np.testing.assert_array_equal(after.ranks["b"], np.repeat(expected[:, None], 3, axis=1))
 
 
 def test_reranking_draws_a_key_of_its_own_each_time():
