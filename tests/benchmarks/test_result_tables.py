@@ -159,6 +159,10 @@ TWO_CORES = (
     "--dataset cifar10 --model cnn --splits staircase --groups main,by_hand,flexlora --rounds 10 --seeds 2 "
     f"--learning-rate 0.03 --out {RESULTS / 'two_cores'}"
 )
+HUNDRED_ROUNDS = (
+    "--dataset cifar10 --model cnn --splits staircase --groups main --rounds 100 --seeds 1 --learning-rate 0.03 "
+    f"--out {RESULTS / 'hundred_rounds'}"
+)
 
 
 def paper_tables_of(options):
@@ -196,6 +200,7 @@ def tables():
     parts = [
         paper_tables_of("")[1],
         paper_tables_of(TWO_CORES)[1],
+        paper_tables_of(HUNDRED_ROUNDS)[1],
         study_tables(),
         all_rules.tables(all_rules.read(RESULTS)),
     ]
