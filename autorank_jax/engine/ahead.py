@@ -40,7 +40,7 @@ def compile_ahead(function: Callable[..., Any], *arguments: Any) -> "Ahead[Any]"
     Args:
         function: of pytrees of arrays, to pytrees of arrays. One that is jitted is taken without its `jit`, and that
             with its options.
-        *arguments: arrays, or `jax.ShapeDtypeStruct`s.
+        *arguments: arrays, or a `jax.ShapeDtypeStruct` for each.
 
     Returns:
         The compiled function, of positional arguments in these shapes, types and structure; its `memory_analysis()`

@@ -6,7 +6,8 @@ from typing import Any
 
 _FENCE = re.compile(r"^(\s*)```(\w*)\s*$")
 _LINK = re.compile(r"\[([^\]]+)\]\((https?://[^)]+)\)")
-_CODE = re.compile(r"(?<![`:\\\w])`([^`]+)`(?![`\w])")
+_CODE = re.compile(r"(?<![`:\\\w])`([^`]+)`(?!`)")
+_PLURAL = re.compile(r"(``[^`]+``)(?=\w)")  # `Array`s
 _SHORTER = (
     (
         r"~jax\S*\.Array \| ~numpy\.ndarray \| ~numpy\.bool \| ~numpy\.number \| bool \| int \| float \| complex",
@@ -39,7 +40,8 @@ def to_rst(lines: list[str]) -> list[str]:
         elif fence is not None:
             out.append(f"    {line}" if line.strip() else "")
         else:
-            _add(out, _LINK.sub(r"`\1 <\2>`__", _CODE.sub(r"``\1``", line)))
+            code = _PLURAL.sub(r"\1\\ ", _CODE.sub(r"``\1``", line))
+            _add(out, _LINK.sub(r"`\1 <\2>`__", code))
     return out
 
 

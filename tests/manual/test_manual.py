@@ -107,9 +107,9 @@ def test_the_gallery_shows_the_pictures_of_the_benchmarks(tmp_path):
 
 
 def test_docstrings_in_markdown_become_restructured_text():
-    lines = ["See `x: y` and [LoRA](https://a.b/c).", "Rules:", "- one", "", "```python", "f(`1`)", "```", "| a | b |"]
+    lines = ["See `x: y`s and [LoRA](https://a.b/c).", "Rules:", "- one", "", "```python", "f(`1`)", "```", "| a | b |"]
     text = "\n".join(to_rst(lines))
-    assert "See ``x: y`` and `LoRA <https://a.b/c>`__." in text
+    assert "See ``x: y``\\ s and `LoRA <https://a.b/c>`__." in text
     assert "Rules:\n\n- one" in text
     assert ".. code-block:: python\n\n    f(`1`)\n" in text
     assert "::\n\n    | a | b |" in text
