@@ -12,7 +12,7 @@ Needs the extras `text` and `cli`, and a folder with `minilm/` (config, tokenize
 sentence-transformers/all-MiniLM-L6-v2) and `movie_reviews.csv` (columns text, label, source).
 
 Command:  python -m benchmarks.study.text_finetune --data FOLDER --json text_finetune.json
-          python -m benchmarks.study.text_finetune --quick --seeds 3 --aggregators rbla raflora \
+          python -m benchmarks.study.text_finetune --quick --seeds 3 --aggregators rbla raflora flora \
               --policies autorank "uniform, equal bytes" --learning-rates 0.0005 0.002 \
               --data FOLDER --json benchmarks/study/results/texts.json
           python -m benchmarks.study.text_finetune --report    (runs nothing: prints the published rows)
