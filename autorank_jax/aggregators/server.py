@@ -127,7 +127,7 @@ def _aim_of_update(rule: Aggregator, key: Key, sums: Sums, state: AggState, serv
 
 
 def _moved(new: Adapter, old: Adapter) -> Array:
-    """Return at which rank positions anything differs, `(r,)`."""
+    """Return at which rank positions anything differs, `(..., r)`."""
     differ = jax.tree.map(lambda n, o: (n != o).astype(o.dtype), new, old)
     return nonzero_positions(differ)
 
