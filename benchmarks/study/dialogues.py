@@ -26,7 +26,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -286,17 +286,29 @@ def beyond(name: str, found: Mapping[str, Any]) -> Difference | None:
     return as_shares(difference(logarithms(found[name]), logarithms(found[other])))
 
 
-def over_seeds(policy: str, rule: str, found: Mapping[str, Any]) -> Difference | None:
-    """Return the same over seeds, of their means over clients."""
-    means = [
+def mean_client(cell: Mapping[str, Any]) -> float:
+    """Return the mean over clients of the logarithm of their last perplexity."""
+    return statistics.fmean(logarithms(cell).values())
+
+
+def all_answers(cell: Mapping[str, Any]) -> float:
+    """Return the logarithm of the last perplexity of all held-out answers."""
+    return math.log(cell["summary"]["perplexity"]["after"])
+
+
+def over_seeds(
+    policy: str, rule: str, found: Mapping[str, Any], measure: Callable[[Mapping[str, Any]], float] = mean_client
+) -> Difference | None:
+    """Return the same over seeds, of their means over clients or of another logarithm."""
+    values = [
         {
-            name.rpartition("-")[2]: statistics.fmean(logarithms(cell).values())
+            name.rpartition("-")[2]: measure(cell)
             for name, cell in found.items()
             if name.rpartition("-")[0] == f"{one}-{rule}"
         }
         for one in (policy, "uniform_bytes")
     ]
-    return as_shares(difference(*means))
+    return as_shares(difference(*values))
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -317,7 +329,9 @@ def table(found: Mapping[str, Any]) -> str:
     for policy, rule in dict.fromkeys(tuple(name.split("-")[:2]) for name in found):
         between = over_seeds(policy, rule, found)
         if policy != "uniform_bytes" and between and between.seeds > 1:
-            over.append({"ranks": policy, "rule": rule, "seeds": between.seeds, COLUMNS[5]: in_points(between)})
+            shown = {"ranks": policy, "rule": rule, "seeds": between.seeds, COLUMNS[5]: in_points(between)}
+            shown["all answers, % beyond one rank"] = in_points(over_seeds(policy, rule, found, all_answers))
+            over.append(shown)
     every = f"\n\nOver seeds:\n\n{harness.markdown_table(over, list(over[0]))}" if over else ""
     return harness.markdown_table(rows, COLUMNS) + every
 

@@ -122,6 +122,10 @@ def test_seeds_are_compared_by_the_means_of_their_clients():
     assert found.mean == pytest.approx(np.expm1(logs.mean()))
     assert found.high == pytest.approx(np.expm1(logs.mean() + 4.303 * logs.std(ddof=1) / np.sqrt(3)), rel=1e-3)
     assert dialogues.over_seeds("autorank", "rbla", cells) is None
+    for seed, factor in enumerate((0.9, 0.8, 0.7)):
+        cells[f"autorank-raflora-{seed}"]["summary"]["perplexity"]["after"] *= factor
+    whole = dialogues.over_seeds("autorank", "raflora", cells, dialogues.all_answers)
+    assert whole.mean == pytest.approx(np.cbrt(0.9 * 0.8 * 0.7) - 1)
 
 
 def test_clients_are_compared_with_themselves_under_one_rank(tmp_path, monkeypatch, capsys):
