@@ -112,10 +112,8 @@ def _check_ranks(server: Server, ranks: Mapping[str, Array], clients: int | None
         clients = (*jnp.shape(next(iter(ranks.values()))), 1)[0]
     shapes = {path: jnp.shape(rank) for path, rank in ranks.items()}
     if any(shape != (clients,) and shape != (clients, *layers_of(adapters[path])) for path, shape in shapes.items()):
-        raise ValueError(
-            f"expected ranks of shape (clients,) = ({clients},) for every adapter, or (clients, *layers) for a stack, "
-            f"got {shapes}"
-        )
+        stacks = ", or (clients, *layers) for a stack" * any(map(layers_of, adapters.values()))
+        raise ValueError(f"expected ranks of shape (clients,) = ({clients},) for every adapter{stacks}, got {shapes}")
     check_least("clients", clients)
     for path, rank in ranks.items():
         widest = adapters[path].lora_a.shape[-1]
